@@ -1,0 +1,47 @@
+// sq_norm_ and sq_norm_list_ on CPU tensors. What they do is documented in lomo_kernels/ops/sq_norm.py.
+#include <torch/csrc/stable/library.h>
+
+#include "traverse.h"
+
+namespace lomo {
+namespace {
+
+struct Norm {
+  double* slot;
+  View grad;
+};
+
+Norm checked(const Tensor& slot, const Tensor& grad, const char* op) {
+  return {slot_of(slot, op, "slot"), view_of(grad, const_cast<void*>(grad.const_data_ptr()), op, "grad")};
+}
+
+void add(const Norm& norm, float inv_scale) {
+  const Kernels& k = kernels();
+  const View& grad = norm.grad;
+  *norm.slot += sum_over_tiles(grad.numel, [&](int64_t begin, int64_t n) {
+    return k.sum_squares[grad.dtype](Tile(grad, begin, n).data(), n, inv_scale);
+  });
+}
+
+void sq_norm_(const Tensor& slot, const Tensor& grad, const std::optional<Tensor>& inv_scale) {
+  const float scale = static_cast<float>(number_of(inv_scale, "sq_norm_", "inv_scale", 1.0));
+  add(checked(slot, grad, "sq_norm_"), scale);
+}
+
+void sq_norm_list_(const std::vector<Tensor>& slots, const std::vector<Tensor>& grads,
+                   const std::optional<Tensor>& inv_scale) {
+  LOMO_CHECK(slots.size() == grads.size(), "sq_norm_list_: ", slots.size(), " slots for ", grads.size(), " grads");
+  const float scale = static_cast<float>(number_of(inv_scale, "sq_norm_list_", "inv_scale", 1.0));
+  std::vector<Norm> norms;
+  norms.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) norms.push_back(checked(slots[i], grads[i], "sq_norm_list_"));
+  for (const Norm& norm : norms) add(norm, scale);
+}
+
+}  // namespace
+}  // namespace lomo
+
+STABLE_TORCH_LIBRARY_IMPL(lomo_kernels, CPU, m) {
+  m.impl("sq_norm_", TORCH_BOX(&lomo::sq_norm_));
+  m.impl("sq_norm_list_", TORCH_BOX(&lomo::sq_norm_list_));
+}

@@ -1,0 +1,173 @@
+// The numerics contract: what one step does to one element, in plain functions for host and device.
+//
+// IEEE float32, every operation rounded to nearest even, never contracted into a fused multiply-add (compile with
+// -ffp-contract=off, nvcc --fmad=false, and no flush to zero). `lomo_kernels/reference.py` states the same in torch;
+// the two agree in every bit, on every backend. No torch header is included here, and everything is static and inlined:
+// sources built for different instruction sets include this file, and the linker must never merge their copies.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define LOMO_FN static __host__ __device__ __forceinline__
+#else
+#define LOMO_FN static inline __attribute__((always_inline))
+#endif
+
+namespace lomo {
+namespace {
+
+LOMO_FN uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+LOMO_FN float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+LOMO_FN bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+LOMO_FN bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
+
+// ---- Element types. An element is held as its `Storage` bits; float32 is what is computed in. -------------------------
+
+struct Float32 {
+  using Storage = uint32_t;
+  LOMO_FN float widen(Storage bits) { return float_of(bits); }
+  LOMO_FN Storage nearest(float x) { return bits_of(x); }
+  LOMO_FN Storage stochastic(float x, uint32_t /*random*/) { return bits_of(x); }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  LOMO_FN float widen(Storage bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+
+  // Adding less than one unit of the kept part to the magnitude, then cutting, rounds; a carry is the next exponent.
+  LOMO_FN Storage round(float x, uint32_t bias) {
+    const uint32_t u = bits_of(x);
+    return static_cast<Storage>(is_nan(x) ? (u >> 16) | 0x40u : (u + bias) >> 16);
+  }
+  LOMO_FN Storage nearest(float x) { return round(x, 0x7fffu + ((bits_of(x) >> 16) & 1u)); }
+
+  // `random`: 16 bits. Rounds up with probability (bits cut) / 2^16. Never to infinity where `nearest` stays finite.
+  LOMO_FN Storage stochastic(float x, uint32_t random) {
+    const Storage rounded = round(x, random);
+    return (rounded & 0x7fffu) == 0x7f80u ? nearest(x) : rounded;
+  }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+  LOMO_FN float widen(Storage bits) {
+    const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fffu) << 13;
+    // Exponent bias 127 - 15 = 112. A subnormal is 2^-14 * (1 + m) - 2^-14: exact, and no float32 subnormal is touched.
+    const uint32_t normal = magnitude + (112u << 23);
+    const uint32_t special = magnitude + (224u << 23);
+    const uint32_t subnormal = bits_of(float_of(magnitude + (113u << 23)) - float_of(113u << 23));
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+    return float_of(sign | (magnitude < (1u << 23) ? subnormal : magnitude >= (31u << 23) ? special : normal));
+  }
+
+  // Number of low significand bits to cut from a float32 with exponent field `e`: 13, more for results below 2^-14.
+  LOMO_FN uint32_t bits_to_cut(uint32_t e) { return e >= 113u ? 13u : 126u - e; }
+
+  // `carry_in(s, m)` gives what is added to the 24-bit significand m before its low s bits are cut.
+  template <bool kStochastic>
+  LOMO_FN Storage round(float x, uint32_t random) {
+    const uint32_t u = bits_of(x);
+    const uint32_t e = (u >> 23) & 0xffu;
+    const uint32_t m = (u & 0x7fffffu) | 0x800000u;
+    const uint32_t s = bits_to_cut(e);
+    const uint32_t shift = s & 31u;  // s > 31 is treated below; a shift must stay under 32
+    uint32_t cut;
+    if (kStochastic) {  // the top s of the 32 random bits
+      const uint32_t sum = m + (random >> ((32u - s) & 31u));
+      cut = s < 32u ? sum >> shift : (s == 32u && sum < m) ? 1u : 0u;  // s == 32: the carry out of 32 bits
+    } else {
+      const uint32_t half_less_one = (1u << ((s - 1u) & 31u)) - 1u;
+      cut = s <= 25u ? (m + half_less_one + ((m >> shift) & 1u)) >> shift : 0u;
+    }
+    const uint32_t exponent = e >= 113u ? e - 113u : 0u;  // `cut` holds the leading one, which adds the missing 1
+    const uint32_t finite = (exponent << 10) + cut;
+    const uint32_t magnitude = finite < 0x7c00u ? finite : 0x7c00u;
+    const uint32_t nan = 0x7e00u | ((u >> 13) & 0x3ffu);
+    return static_cast<Storage>(((u >> 16) & 0x8000u) | (is_nan(x) ? nan : magnitude));
+  }
+  LOMO_FN Storage nearest(float x) { return round<false>(x, 0); }
+
+  // `random`: 32 bits. Rounds up with probability (bits cut) / 2^s. Never to infinity where `nearest` stays finite.
+  LOMO_FN Storage stochastic(float x, uint32_t random) {
+    const Storage rounded = round<true>(x, random);
+    return (rounded & 0x7fffu) == 0x7c00u ? nearest(x) : rounded;
+  }
+};
+
+// ---- Random bits: a counter through a hash, so they do not depend on threads, blocks, backends or sharding. -----------
+
+// A bijection of 64 bits (the increment and finaliser of SplitMix64, Steele, Lea and Flood 2014).
+LOMO_FN uint64_t mix64(uint64_t z) {
+  z += 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// Once per parameter and step.
+LOMO_FN uint64_t stream_key(int64_t seed, int64_t parameter_id, int64_t step) {
+  return mix64(mix64(mix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(parameter_id)) ^
+               static_cast<uint64_t>(step));
+}
+
+// Once per 2^32 counters.
+LOMO_FN uint64_t block_key(uint64_t stream, uint64_t counter) { return mix64(stream ^ (counter >> 32)); }
+
+// Once per counter: 32 bits. Rounds and constants of a hash found by search (github.com/skeeto/hash-prospector, bias
+// 0.107); the key's halves enter before and between the rounds, so streams are no permutations of each other.
+LOMO_FN uint32_t random_bits(uint64_t block, uint32_t counter) {
+  uint32_t x = counter ^ static_cast<uint32_t>(block);
+  x = (x ^ (x >> 16)) * 0x21f0aaadu;
+  x = ((x ^ (x >> 15)) + static_cast<uint32_t>(block >> 32)) * 0xd35a2d97u;
+  return x ^ (x >> 15);
+}
+
+// ---- The update. ------------------------------------------------------------------------------------------------------
+
+}  // namespace
+
+// What does not change from element to element. A factor that was not given is 1 and a clip value that was not given is
+// infinite: both are exact, so the formula has no branches.
+struct Scalars {
+  float inv_scale = 1.0f;
+  float clip_value = __builtin_inff();
+  float clip_coef = 1.0f;
+  float decay = 1.0f;  // float32(1 - lr * weight_decay), computed in float64
+  float lr = 0.0f;
+};
+
+namespace {
+
+LOMO_FN float decay_of(double lr, double weight_decay) { return static_cast<float>(1.0 - lr * weight_decay); }
+
+LOMO_FN float updated(float param, float scaled_grad, const Scalars& s) {
+  float g = scaled_grad < -s.clip_value ? -s.clip_value : scaled_grad;
+  g = g > s.clip_value ? s.clip_value : g;
+  g = g * s.clip_coef;
+  const float p = param * s.decay;
+  return p - s.lr * g;
+}
+
+// An element whose scaled gradient is not finite keeps its parameter.
+template <class P, bool kStochastic>
+LOMO_FN typename P::Storage update_element(typename P::Storage param, float grad, const Scalars& s, uint32_t random) {
+  const float g = grad * s.inv_scale;
+  const float p = updated(P::widen(param), g, s);
+  const typename P::Storage rounded = kStochastic ? P::stochastic(p, random) : P::nearest(p);
+  return is_finite(g) ? rounded : param;
+}
+
+}  // namespace
+}  // namespace lomo

@@ -1,0 +1,120 @@
+"""What the operators' files share: the library they are defined in, and checks that say what was expected and came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: A number, or a one-element float64 or float32 tensor on the parameter's device that the host never reads.
+Scalar = float | Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: The definitions live as long as the process.
+library = torch.library.Library("lomo_kernels", "FRAGMENT")
+
+
+def scalar(
+    op: str, name: str, value: Scalar | None, device: torch.device, *, low: float = 0.0, open_: bool = False, high: float
+) -> Tensor | None:
+    """`value` as the one-element tensor that an operator takes: a float64 CPU tensor for a number.
+
+    Args:
+        low, open_, high: numbers must be >= low (> low where `open_`) and <= high. Tensors are not read.
+
+    Raises:
+        TypeError: neither a number nor a tensor, or a tensor of another dtype.
+        ValueError: a number outside the range (NaN always is), a tensor of another size or on another device.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected one element")
+        if value.dtype not in (torch.float64, torch.float32):
+            raise TypeError(f"{op}: {name} has dtype {value.dtype}, expected float64 or float32")
+        if value.device != device:
+            raise ValueError(f"{op}: {name} is on {value.device}, expected {device}, where the parameter or slot is")
+        return value
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a number or a one-element tensor")
+    if not (low < value if open_ else low <= value) or value > high or math.isnan(value):
+        bounds = f"{'>' if open_ else '>='} {low:g} and {'finite' if high < math.inf else 'not NaN'}"
+        raise ValueError(f"{op}: {name} is {value}, expected a number {bounds}")
+    return torch.scalar_tensor(value, dtype=torch.float64)
+
+
+FINITE = torch.finfo(torch.float64).max
+
+
+def integer(op: str, name: str, value: int) -> int:
+    """`value`, checked to be an integer of 64 bits."""
+    if not isinstance(value, int):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected an int")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: {name} is {value}, expected an integer of 64 bits")
+    return value
+
+
+def step_tensor(op: str, step: int | Tensor, device: torch.device) -> Tensor:
+    """`step` as the one-element int64 tensor that an operator takes."""
+    if not isinstance(step, Tensor):
+        return torch.scalar_tensor(integer(op, "step", step), dtype=torch.int64)
+    if step.numel() != 1 or step.dtype != torch.int64:
+        raise ValueError(f"{op}: step has shape {list(step.shape)} and dtype {step.dtype}, expected one int64 element")
+    if step.device != device:
+        raise ValueError(f"{op}: step is on {step.device}, expected {device}, where the parameter is")
+    return step
+
+
+def check_element_type(op: str, name: str, tensor: Tensor) -> None:
+    """Raises TypeError or ValueError unless `tensor` is a dense tensor of a dtype the kernels take."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected float32, bfloat16 or float16")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{op}: {name} has layout {tensor.layout}, expected a dense (strided) tensor")
+
+
+def check_pair(op: str, param: Tensor, grad: Tensor) -> None:
+    """Raises TypeError or ValueError unless `grad` can update `param`."""
+    check_element_type(op, "param", param)
+    check_element_type(op, "grad", grad)
+    if grad.shape != param.shape:
+        raise ValueError(f"{op}: grad has shape {list(grad.shape)}, param has shape {list(param.shape)}")
+    if grad.device != param.device:
+        raise ValueError(f"{op}: grad is on {grad.device}, param is on {param.device}")
+
+
+def check_slot(op: str, name: str, slot: Tensor, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless `slot` can take a sum of squares."""
+    if not isinstance(slot, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(slot).__name__}, expected a float64 tensor of one element")
+    if slot.numel() != 1 or slot.dtype != torch.float64:
+        raise ValueError(
+            f"{op}: {name} has shape {list(slot.shape)} and dtype {slot.dtype}, expected one float64 element"
+        )
+    if slot.device != device:
+        raise ValueError(f"{op}: {name} is on {slot.device}, the gradient is on {device}")
+
+
+def check_shard(op: str, shard: Sequence[int]) -> list[int]:
+    """`shard` as a list. Raises ValueError unless it is (offset, row_length, row_stride) without overlap."""
+    numbers = [integer(op, "shard", number) for number in shard]
+    if len(numbers) != 3 or numbers[0] < 0 or numbers[1] <= 0 or numbers[2] < numbers[1]:
+        raise ValueError(
+            f"{op}: shard is {tuple(shard)}, expected (offset, row_length, row_stride) with offset >= 0, "
+            "row_length > 0 and row_stride >= row_length"
+        )
+    return numbers
+
+
+def check_lengths(op: str, expected: str, count: int, **lists: int) -> None:
+    """Raises ValueError unless every list has `count` entries."""
+    for name, length in lists.items():
+        if length != count:
+            raise ValueError(f"{op}: {length} {name} for {count} {expected}, expected one each")

@@ -1,0 +1,75 @@
+"""``sq_norm_``: the sum of squares of a gradient, added to a float64 slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._arguments import FINITE, Scalar, check_element_type, check_lengths, check_slot, library, scalar
+
+library.define("sq_norm_(Tensor(a!) slot, Tensor grad, Tensor? inv_scale) -> ()")
+library.define("sq_norm_list_(Tensor(a!)[] slots, Tensor[] grads, Tensor? inv_scale) -> ()")
+
+
+def _check(op: str, slot: Tensor, grad: Tensor) -> None:
+    check_element_type(op, "grad", grad)
+    check_slot(op, "slot", slot, grad.device)
+
+
+@torch.library.register_fake("lomo_kernels::sq_norm_")
+def _(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
+    _check("sq_norm_", slot, grad)
+
+
+@torch.library.register_fake("lomo_kernels::sq_norm_list_")
+def _(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> None:
+    check_lengths("sq_norm_list_", "grads", len(grads), slots=len(slots))
+    for slot, grad in zip(slots, grads, strict=True):
+        _check("sq_norm_list_", slot, grad)
+
+
+def sq_norm_(slot: Tensor, grad: Tensor, *, inv_scale: Scalar | None = None) -> None:
+    """Adds the sum of ``(grad * inv_scale) ** 2`` to `slot`.
+
+    The sum is within 1e-6 (relative) of the float64 sum for every finite gradient, however large or small its elements,
+    and the same from run to run and for any number of threads. A gradient that is not finite, and nothing else, makes
+    the slot infinite or NaN: that is the overflow check of dynamic loss scaling.
+
+    Args:
+        slot: float64, one element, on the gradient's device. Usually a view of a vector with one slot per parameter.
+        grad: float32, bfloat16 or float16, any shape and strides.
+        inv_scale: one over the loss scale; default 1. The product with `grad` is rounded to float32.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape, layout or device; the slot is then unchanged.
+    """
+    _check("sq_norm_", slot, grad)
+    torch.ops.lomo_kernels.sq_norm_.default(slot, grad, _inv_scale("sq_norm_", inv_scale, slot.device))
+
+
+def sq_norm_list_(
+    slots: Sequence[Tensor] | Tensor, grads: Sequence[Tensor], *, inv_scale: Scalar | None = None
+) -> None:
+    """`sq_norm_` for many small gradients in one call.
+
+    Args:
+        slots: one float64 tensor of one element per gradient, or one float64 vector with one element per gradient.
+        grads: as in `sq_norm_`; dtypes may differ.
+        inv_scale: as in `sq_norm_`, the same for all.
+
+    Raises:
+        TypeError, ValueError: as `sq_norm_`, and lists of different lengths; all slots are then unchanged.
+    """
+    slots, grads = list(slots), list(grads)
+    check_lengths("sq_norm_list_", "grads", len(grads), slots=len(slots))
+    for slot, grad in zip(slots, grads, strict=True):
+        _check("sq_norm_list_", slot, grad)
+    if grads:
+        device = grads[0].device
+        torch.ops.lomo_kernels.sq_norm_list_.default(slots, grads, _inv_scale("sq_norm_list_", inv_scale, device))
+
+
+def _inv_scale(op: str, value: Scalar | None, device: torch.device) -> Tensor | None:
+    return scalar(op, "inv_scale", value, device, open_=True, high=FINITE)

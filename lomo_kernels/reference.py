@@ -1,0 +1,301 @@
+"""The numerics contract in plain torch: what every kernel computes, bit for bit.
+
+This file is written for reading. It is the oracle of every test and bench, and the backend of
+``LOMO_KERNELS_BACKEND=reference``. ``csrc/numerics.h`` states the same for C++ and CUDA.
+
+One step does this to each element, in IEEE float32, every operation rounded to nearest even, subnormals kept, nothing
+contracted into a fused multiply-add::
+
+    g = float32(grad) * inv_scale
+    an element whose g is not finite keeps its parameter
+    g = min(max(g, -clip_value), clip_value)
+    g = g * clip_coef
+    p = float32(param) * decay             decay = float32(1 - lr * weight_decay), computed in float64
+    p = p - float32(lr) * g                two roundings
+    param = round(p)                       to the parameter's dtype
+
+A factor that is not given is 1 and a clip value that is not given is infinite; both change no bit.
+The update is LOMO's, arXiv 2306.09782, Algorithm 1: SGD without momentum, applied inside backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+# ---- Random bits: a counter through a hash --------------------------------------------------------------------------
+
+
+def mix64(z: int) -> int:
+    """A bijection of 64-bit integers: increment and finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    z = (z + 0x9E3779B97F4A7C15) & MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
+    return z ^ (z >> 31)
+
+
+def stream_key(seed: int, parameter_id: int, step: int) -> int:
+    """The 64-bit key of one parameter's random bits in one step."""
+    return mix64(mix64(mix64(seed & MASK64) ^ (parameter_id & MASK64)) ^ (step & MASK64))
+
+
+def random_bits(stream: int, counter: Tensor) -> Tensor:
+    """32 random bits for each 64-bit counter.
+
+    Args:
+        stream: from `stream_key`.
+        counter: int64, any shape.
+
+    Returns:
+        int64 tensor of the same shape with values in [0, 2**32).
+    """
+    bits = torch.empty_like(counter)
+    high = counter >> 32
+    for block in high.unique().tolist():  # a key of its own for every 2**32 counters
+        here = high == block
+        bits[here] = _hash32(mix64(stream ^ block), counter[here] & MASK32)
+    return bits
+
+
+def _hash32(block_key: int, x: Tensor) -> Tensor:
+    """Two multiply-xorshift rounds (constants: github.com/skeeto/hash-prospector), keyed before and between them."""
+    x = x ^ (block_key & MASK32)
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & MASK32
+    x = ((x ^ (x >> 15)) + (block_key >> 32)) & MASK32
+    x = (x * 0xD35A2D97) & MASK32
+    return x ^ (x >> 15)
+
+
+def element_index(numel: int, shard: Sequence[int] | None = None) -> Tensor:
+    """Index of each local element in the whole parameter (row-major), int64 [numel].
+
+    Args:
+        shard: ``(offset, row_length, row_stride)``: element i has index
+            ``offset + (i // row_length) * row_stride + i % row_length``. None: the tensor is the whole parameter.
+    """
+    i = torch.arange(numel)
+    if shard is None:
+        return i
+    offset, row_length, row_stride = shard
+    return offset + i // row_length * row_stride + i % row_length
+
+
+# ---- Rounding float32 to the parameter's dtype ----------------------------------------------------------------------
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The bits of a float32 tensor as int64 in [0, 2**32)."""
+    return x.contiguous().view(torch.int32).to(torch.int64) & MASK32
+
+
+def _from_bits16(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return bits.to(torch.int32).to(torch.int16).view(dtype)  # int32 to int16 keeps the low 16 bits
+
+
+def _bfloat16_bits(x: Tensor, bias: Tensor) -> Tensor:
+    u = _bits(x)
+    return torch.where(x.isnan(), (u >> 16) | 0x40, (u + bias) >> 16)
+
+
+def round_bfloat16(x: Tensor, random: Tensor | None = None) -> Tensor:
+    """float32 to bfloat16, to nearest even, or up with probability (bits cut off) / 2**16.
+
+    Args:
+        x: float32.
+        random: None, or int64 of x's shape in [0, 2**16).
+    """
+    nearest = _bfloat16_bits(x, 0x7FFF + ((_bits(x) >> 16) & 1))
+    if random is None:
+        return _from_bits16(nearest, torch.bfloat16)
+    stochastic = _bfloat16_bits(x, random)
+    overflowed = (stochastic & 0x7FFF) == 0x7F80
+    return _from_bits16(torch.where(overflowed, nearest, stochastic), torch.bfloat16)
+
+
+def _float16_bits(x: Tensor, random: Tensor | None) -> Tensor:
+    u = _bits(x)
+    exponent = (u >> 23) & 0xFF
+    significand = (u & 0x7FFFFF) | 0x800000  # 24 bits; x is normal wherever it matters
+    cut = torch.where(exponent >= 113, 13, 126 - exponent)  # how many of them go: more below 2**-14
+    shift = cut.clamp(max=40)  # any shift above 32 gives zero
+    if random is None:
+        bias = (1 << (shift - 1)) - 1 + ((significand >> shift) & 1)
+    else:
+        bias = torch.where(cut <= 32, random >> (32 - shift).clamp(min=0), 0)
+    kept = (significand + bias) >> shift  # holds the leading one, which counts as one step of the exponent
+    magnitude = (((exponent - 113).clamp(min=0) << 10) + kept).clamp(max=0x7C00)
+    magnitude = torch.where(x.isnan(), 0x7E00 | ((u >> 13) & 0x3FF), magnitude)
+    return ((u >> 16) & 0x8000) | magnitude
+
+
+def round_float16(x: Tensor, random: Tensor | None = None) -> Tensor:
+    """float32 to float16, to nearest even, or up with probability (bits cut off) / 2**s.
+
+    s is 13, and 126 - E where the float32 exponent field E is below 113 (the result is subnormal).
+
+    Args:
+        x: float32.
+        random: None, or int64 of x's shape in [0, 2**32); the top s bits are used.
+    """
+    nearest = _float16_bits(x, None)
+    if random is None:
+        return _from_bits16(nearest, torch.float16)
+    stochastic = _float16_bits(x, random)
+    overflowed = (stochastic & 0x7FFF) == 0x7C00
+    return _from_bits16(torch.where(overflowed, nearest, stochastic), torch.float16)
+
+
+def round_to(x: Tensor, dtype: torch.dtype, stream: int | None, index: Tensor) -> Tensor:
+    """float32 to `dtype`: stochastically with the random bits of `stream`, or to nearest where it is None.
+
+    One hash serves two bfloat16 elements (the even one takes its low half), or one float16 element.
+    """
+    if dtype == torch.float32:
+        return x
+    if dtype == torch.bfloat16:
+        if stream is None:
+            return round_bfloat16(x)
+        return round_bfloat16(x, (random_bits(stream, index // 2) >> (16 * (index % 2))) & 0xFFFF)
+    return round_float16(x, None if stream is None else random_bits(stream, index))
+
+
+# ---- The operators --------------------------------------------------------------------------------------------------
+
+
+def scaled_gradient(grad: Tensor, inv_scale: float) -> Tensor:
+    """float32(grad) * inv_scale, as float32."""
+    return grad.to(torch.float32) * _float32(inv_scale)
+
+
+def sum_of_squares(grad: Tensor, inv_scale: float = 1.0) -> Tensor:
+    """The float64 sum of ``scaled_gradient(grad)`` squared, a tensor with no dimensions."""
+    return scaled_gradient(grad, inv_scale).double().square().sum()
+
+
+def clip_coefficient(total_sq_norm: Tensor, clip_grad_norm: float | Tensor) -> Tensor:
+    """``min(1, clip_grad_norm / (norm + 1e-6))`` in float64, as `torch.nn.utils.clip_grad_norm_` has it."""
+    return (clip_grad_norm / (total_sq_norm.double().sqrt() + 1e-6)).clamp(max=1.0)
+
+
+def updated(
+    param: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    inv_scale: float = 1.0,
+    clip_value: float = float("inf"),
+    clip_coef: float = 1.0,
+    stochastic: bool = False,
+    seed: int = 0,
+    parameter_id: int = 0,
+    step: int = 0,
+    shard: Sequence[int] | None = None,
+) -> Tensor:
+    """What `lomo_kernels.ops.sgd_` makes of `param`, as a new tensor. Arguments as there, numbers only."""
+    g = scaled_gradient(grad, inv_scale)
+    finite = g.isfinite()
+    limit = _float32(clip_value)
+    g = torch.where(g < -limit, -limit, g)
+    g = torch.where(g > limit, limit, g)
+    g = g * _float32(clip_coef)
+    p = param.to(torch.float32) * _float32(1.0 - lr * weight_decay)
+    p = p - _float32(lr) * g
+    stream = stream_key(seed, parameter_id, step) if stochastic else None
+    index = element_index(param.numel(), shard).view(param.shape).to(param.device)
+    return torch.where(finite, round_to(p, param.dtype, stream, index), param)
+
+
+def _float32(value: float) -> Tensor:
+    """A float64 number rounded once to float32."""
+    return torch.tensor(value, dtype=torch.float64).to(torch.float32)
+
+
+# ---- As a backend ---------------------------------------------------------------------------------------------------
+
+
+def _number(value: Tensor | None, missing: float) -> float:
+    return missing if value is None else float(value.item())
+
+
+def _sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
+    slot.add_(sum_of_squares(grad, _number(inv_scale, 1.0)))
+
+
+def _sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> None:
+    for slot, grad in zip(slots, grads, strict=True):
+        _sq_norm_(slot, grad, inv_scale)
+
+
+def _sgd_(
+    param: Tensor,
+    grad: Tensor,
+    lr: Tensor,
+    weight_decay: Tensor | None,
+    inv_scale: Tensor | None,
+    clip_value: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
+    sq_norm: Tensor | None,
+    stochastic: bool,
+    seed: int,
+    parameter_id: int,
+    step: Tensor | None,
+    shard: Sequence[int] | None,
+) -> None:
+    if sq_norm is not None:
+        _sq_norm_(sq_norm, grad, inv_scale)
+    if _number(found_inf, 0.0) != 0.0:
+        return
+    new = updated(
+        param,
+        grad,
+        lr=_number(lr, 0.0),
+        weight_decay=_number(weight_decay, 0.0),
+        inv_scale=_number(inv_scale, 1.0),
+        clip_value=_number(clip_value, float("inf")),
+        clip_coef=_number(clip_coef, 1.0),
+        stochastic=stochastic,
+        seed=seed,
+        parameter_id=parameter_id,
+        step=0 if step is None else int(step.item()),
+        shard=shard,
+    )
+    param.detach().copy_(new)
+
+
+def _sgd_list_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    lr: Tensor,
+    weight_decay: Tensor | None,
+    inv_scale: Tensor | None,
+    clip_value: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
+    sq_norm: list[Tensor],
+    stochastic: bool,
+    seed: int,
+    parameter_id: list[int],
+    step: Tensor | None,
+    shard: list[int],
+) -> None:
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        slot = sq_norm[i] if sq_norm else None
+        local = shard[3 * i : 3 * i + 3] or None
+        rest = (weight_decay, inv_scale, clip_value, clip_coef, found_inf, slot, stochastic, seed)
+        _sgd_(param, grad, lr, *rest, parameter_id[i], step, local)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+    "sq_norm_": _sq_norm_,
+    "sq_norm_list_": _sq_norm_list_,
+    "sgd_": _sgd_,
+    "sgd_list_": _sgd_list_,
+}
