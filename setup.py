@@ -1,4 +1,4 @@
-"""Builds lomo_kernels/_cpu.so: finds torch's headers and libraries, hands over to CMake. The rest is in pyproject.toml."""
+"""Builds lomo_kernels/_cpu.so: finds torch's headers and libraries and hands over to CMake."""
 
 import importlib.util
 import os
@@ -28,36 +28,28 @@ def find_torch() -> str:
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
-    for place in places:
-        version = place / "version.py"
-        found = version.is_file() and re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", version.read_text())
-        if found and (int(found[2]), int(found[3])) >= (2, 11):
-            return str(place)
-        if found:
-            sys.exit(f"lomo_kernels needs torch>=2.11 and found {found[1]} in {place}: upgrade it, then install again.")
-    sys.exit(
-        "lomo_kernels is built against the installed torch and finds none: `pip install torch` (>=2.11) first, "
-        "then install again; where torch is installed but hidden, install with --no-build-isolation."
-    )
+    version = next(filter(Path.is_file, (place / "version.py" for place in places)), None)
+    found = version and re.search(r"__version__ = '((\d+)\.(\d+).*)'", version.read_text())
+    if not version or not found or (int(found[2]), int(found[3])) < (2, 11):
+        sys.exit(
+            f"lomo_kernels is built against the installed torch and finds {found[1] if found else 'none'}: "
+            "`pip install 'torch>=2.11'` first; where it is installed but hidden, build with --no-build-isolation."
+        )
+    return str(version.parent)
 
 
-def find_program(name: str, *, needed: str, candidates: list[str]) -> str:
-    """The first candidate on PATH or in the virtual environment, which need not be activated."""
-    for candidate in candidates:
-        if path := shutil.which(candidate) or shutil.which(candidate, path=sysconfig.get_path("scripts")):
-            return path
-    sys.exit(f"lomo_kernels is compiled with {name} and finds none ({', '.join(candidates)}): {needed}, then install again.")
+def find_program(what: str, *names: str) -> str:
+    """The first of these names on PATH or in the virtual environment, which need not be activated."""
+    paths = [shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts")) for name in names]
+    return next(filter(None, paths), None) or sys.exit(f"lomo_kernels needs {what} and finds no {' or '.join(names)}.")
 
 
 def find_all() -> tuple[str, str, str, str]:
     """torch, cmake, ninja and the C++ compiler, or one sentence about the first that is missing."""
-    names = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
-    return (
-        find_torch(),
-        find_program("CMake", needed="`pip install cmake`", candidates=["cmake"]),
-        find_program("Ninja", needed="`pip install ninja`", candidates=["ninja"]),
-        find_program("a C++17 compiler", needed="install g++ or set CXX", candidates=names),
-    )
+    compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+    compiler = find_program("a C++17 compiler (install g++ or set CXX)", *compilers)
+    cmake, ninja = find_program("CMake (`pip install cmake`)", "cmake"), find_program("`pip install ninja`", "ninja")
+    return find_torch(), cmake, ninja, compiler
 
 
 class CMakeBuild(build_ext):
@@ -92,7 +84,5 @@ class Metadata(dist_info):
         super().run()
 
 
-setup(
-    ext_modules=[Extension("lomo_kernels._cpu", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel, "dist_info": Metadata},
-)
+library = Extension("lomo_kernels._cpu", sources=[])
+setup(ext_modules=[library], cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel, "dist_info": Metadata})

@@ -31,77 +31,76 @@ LOMO_FN float float_of(uint32_t bits) {
 }
 
 LOMO_FN bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
-LOMO_FN bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
+LOMO_FN bool is_nan(float x) { return x != x; }
 
-// ---- Element types. An element is held as its `Storage` bits; float32 is what is computed in. -------------------------
+// ---- Element types. Memory holds `Storage`; a register holds its bits in the low end of 32; arithmetic is in float32. ---
 
 struct Float32 {
   using Storage = uint32_t;
-  LOMO_FN float widen(Storage bits) { return float_of(bits); }
-  LOMO_FN Storage nearest(float x) { return bits_of(x); }
-  LOMO_FN Storage stochastic(float x, uint32_t /*random*/) { return bits_of(x); }
+  LOMO_FN float widen(uint32_t bits) { return float_of(bits); }
+  LOMO_FN uint32_t nearest(float x) { return bits_of(x); }
+  LOMO_FN uint32_t stochastic(float x, uint32_t /*random*/) { return bits_of(x); }
 };
 
 struct BFloat16 {
   using Storage = uint16_t;
-  LOMO_FN float widen(Storage bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+  LOMO_FN float widen(uint32_t bits) { return float_of(bits << 16); }
 
   // Adding less than one unit of the kept part to the magnitude, then cutting, rounds; a carry is the next exponent.
-  LOMO_FN Storage round(float x, uint32_t bias) {
+  LOMO_FN uint32_t round(float x, uint32_t bias) {
     const uint32_t u = bits_of(x);
-    return static_cast<Storage>(is_nan(x) ? (u >> 16) | 0x40u : (u + bias) >> 16);
+    return (is_nan(x) ? u | 0x400000u : u + bias) >> 16;
   }
-  LOMO_FN Storage nearest(float x) { return round(x, 0x7fffu + ((bits_of(x) >> 16) & 1u)); }
+  LOMO_FN uint32_t nearest(float x) { return round(x, 0x7fffu + ((bits_of(x) >> 16) & 1u)); }
 
-  // `random`: 16 bits. Rounds up with probability (bits cut) / 2^16. Never to infinity where `nearest` stays finite.
-  LOMO_FN Storage stochastic(float x, uint32_t random) {
-    const Storage rounded = round(x, random);
-    return (rounded & 0x7fffu) == 0x7f80u ? nearest(x) : rounded;
+  // `random`: 16 bits. Rounds up with probability (bits cut) / 2^16. Never to infinity where `nearest` stays finite:
+  // only the last finite exponent's top value can be carried there, and it takes the bias of `nearest` instead.
+  LOMO_FN uint32_t stochastic(float x, uint32_t random) {
+    const uint32_t u = bits_of(x);
+    return round(x, (u & 0x7fff0000u) == 0x7f7f0000u ? 0x7fffu + ((u >> 16) & 1u) : random);
   }
 };
 
 struct Float16 {
   using Storage = uint16_t;
-  LOMO_FN float widen(Storage bits) {
-    const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fffu) << 13;
+  LOMO_FN float widen(uint32_t bits) {
+    const uint32_t magnitude = (bits & 0x7fffu) << 13;
     // Exponent bias 127 - 15 = 112. A subnormal is 2^-14 * (1 + m) - 2^-14: exact, and no float32 subnormal is touched.
     const uint32_t normal = magnitude + (112u << 23);
     const uint32_t special = magnitude + (224u << 23);
     const uint32_t subnormal = bits_of(float_of(magnitude + (113u << 23)) - float_of(113u << 23));
-    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+    const uint32_t sign = (bits & 0x8000u) << 16;
     return float_of(sign | (magnitude < (1u << 23) ? subnormal : magnitude >= (31u << 23) ? special : normal));
   }
 
   // Number of low significand bits to cut from a float32 with exponent field `e`: 13, more for results below 2^-14.
   LOMO_FN uint32_t bits_to_cut(uint32_t e) { return e >= 113u ? 13u : 126u - e; }
 
-  // `carry_in(s, m)` gives what is added to the 24-bit significand m before its low s bits are cut.
-  template <bool kStochastic>
-  LOMO_FN Storage round(float x, uint32_t random) {
+  // The result from the 24-bit significand without its low bits: `cut` holds the leading one, which adds 1 to the
+  // exponent field.
+  LOMO_FN uint32_t assemble(float x, uint32_t cut) {
     const uint32_t u = bits_of(x);
     const uint32_t e = (u >> 23) & 0xffu;
-    const uint32_t m = (u & 0x7fffffu) | 0x800000u;
-    const uint32_t s = bits_to_cut(e);
-    const uint32_t shift = s & 31u;  // s > 31 is treated below; a shift must stay under 32
-    uint32_t cut;
-    if (kStochastic) {  // the top s of the 32 random bits
-      const uint32_t sum = m + (random >> ((32u - s) & 31u));
-      cut = s < 32u ? sum >> shift : (s == 32u && sum < m) ? 1u : 0u;  // s == 32: the carry out of 32 bits
-    } else {
-      const uint32_t half_less_one = (1u << ((s - 1u) & 31u)) - 1u;
-      cut = s <= 25u ? (m + half_less_one + ((m >> shift) & 1u)) >> shift : 0u;
-    }
-    const uint32_t exponent = e >= 113u ? e - 113u : 0u;  // `cut` holds the leading one, which adds the missing 1
-    const uint32_t finite = (exponent << 10) + cut;
+    const uint32_t finite = ((e >= 113u ? e - 113u : 0u) << 10) + cut;
     const uint32_t magnitude = finite < 0x7c00u ? finite : 0x7c00u;
-    const uint32_t nan = 0x7e00u | ((u >> 13) & 0x3ffu);
-    return static_cast<Storage>(((u >> 16) & 0x8000u) | (is_nan(x) ? nan : magnitude));
+    return ((u >> 16) & 0x8000u) | (is_nan(x) ? 0x7e00u | ((u >> 13) & 0x3ffu) : magnitude);
   }
-  LOMO_FN Storage nearest(float x) { return round<false>(x, 0); }
 
-  // `random`: 32 bits. Rounds up with probability (bits cut) / 2^s. Never to infinity where `nearest` stays finite.
-  LOMO_FN Storage stochastic(float x, uint32_t random) {
-    const Storage rounded = round<true>(x, random);
+  LOMO_FN uint32_t nearest(float x) {
+    const uint32_t m = (bits_of(x) & 0x7fffffu) | 0x800000u;
+    const uint32_t s = bits_to_cut((bits_of(x) >> 23) & 0xffu);
+    const uint32_t shift = s <= 26u ? s : 26u;  // from 26 on, nothing is left
+    return assemble(x, (m + (1u << (shift - 1u)) - 1u + ((m >> shift) & 1u)) >> shift);
+  }
+
+  // `random`: 32 bits, of which the top s are used. Rounds up with probability (bits cut) / 2^s. Never to infinity where
+  // `nearest` stays finite.
+  LOMO_FN uint32_t stochastic(float x, uint32_t random) {
+    const uint32_t m = (bits_of(x) & 0x7fffffu) | 0x800000u;
+    const uint32_t s = bits_to_cut((bits_of(x) >> 23) & 0xffu);
+    const uint32_t sum = m + (random >> ((32u - s) & 31u));
+    // s == 32: the carry out of 32 bits; s > 32: zero
+    const uint32_t rounded = assemble(x, s < 32u ? sum >> (s & 31u) : (s == 32u && sum < m) ? 1u : 0u);
     return (rounded & 0x7fffu) == 0x7c00u ? nearest(x) : rounded;
   }
 };
@@ -162,10 +161,10 @@ LOMO_FN float updated(float param, float scaled_grad, const Scalars& s) {
 
 // An element whose scaled gradient is not finite keeps its parameter.
 template <class P, bool kStochastic>
-LOMO_FN typename P::Storage update_element(typename P::Storage param, float grad, const Scalars& s, uint32_t random) {
+LOMO_FN uint32_t update_element(uint32_t param, float grad, const Scalars& s, uint32_t random) {
   const float g = grad * s.inv_scale;
   const float p = updated(P::widen(param), g, s);
-  const typename P::Storage rounded = kStochastic ? P::stochastic(p, random) : P::nearest(p);
+  const uint32_t rounded = kStochastic ? P::stochastic(p, random) : P::nearest(p);
   return is_finite(g) ? rounded : param;
 }
 

@@ -17,7 +17,9 @@ void update_nearest(void* param, const void* grad, int64_t n, const Scalars& sca
   auto* __restrict p = static_cast<typename P::Storage*>(param);
   const auto* __restrict g = static_cast<const typename G::Storage*>(grad);
   const Scalars s = scalars;
-  for (int64_t i = 0; i < n; ++i) p[i] = update_element<P, false>(p[i], G::widen(g[i]), s, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    p[i] = static_cast<typename P::Storage>(update_element<P, false>(p[i], G::widen(g[i]), s, 0));
+  }
 }
 
 void fill_random(uint32_t* __restrict out, int64_t n, uint64_t stream, uint64_t counter) {
@@ -63,7 +65,7 @@ void update_stochastic(void* param, const void* grad, int64_t n, const Scalars& 
     const int64_t m = min(kBlock, n - b);
     const auto* random = block.fill(stream.key, stream.first_index + static_cast<uint64_t>(b), m);
     for (int64_t i = 0; i < m; ++i) {
-      p[b + i] = update_element<P, true>(p[b + i], G::widen(g[b + i]), s, random[i]);
+      p[b + i] = static_cast<typename P::Storage>(update_element<P, true>(p[b + i], G::widen(g[b + i]), s, random[i]));
     }
   }
 }

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,13 @@ class ByteLlama(nn.Module):
     """Next-byte model: int64 [batch, seq] to logits [batch, seq, vocab] in the weights' dtype."""
 
     def __init__(self, config: Config, *, seed: int = 0) -> None:
-        """Weights are N(0, 0.02), those that write to the residual stream narrower by sqrt(2 * layers), norms 1."""
+        """Weights are N(0, 0.02), those that write to the residual stream narrower by sqrt(2 * layers), norms 1.
+
+        `checkpoint_blocks` set to True makes backward compute each block's activations again instead of keeping them.
+        """
         super().__init__()
         self.config = config
+        self.checkpoint_blocks = False
         self.embedding = nn.Embedding(config.vocab, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
@@ -129,7 +134,10 @@ class ByteLlama(nn.Module):
         angles = rotary_angles(tokens.shape[1], self.config.head_dim, x.device).repeat(1, 2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin)
         return cast(torch.Tensor, self.head(self.norm(x)))
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:

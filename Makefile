@@ -1,0 +1,80 @@
+# Everything here works from a fresh clone; a second call repeats only what changed.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+ARGS ?=
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check -qq
+cpp := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+sources := setup.py pyproject.toml CMakeLists.txt $(filter-out csrc/testing/%,$(cpp))
+# Kept here and not in VENV, which may serve several clones.
+stamps := build/stamps$(subst /,-,$(abspath $(VENV)))
+
+.PHONY: help demo test bench lint format testing clean environment FORCE
+.NOTPARALLEL:
+
+help:            ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@echo 'Settings: VENV=$(VENV) PYTHON=$(PYTHON) TORCH="$(TORCH)" WORKERS=$(WORKERS) ARGS="$(ARGS)"'
+
+demo: $(stamps)/demo   ## watch an optimizer step with and without LOMO
+	@$(bin)/python -m lomo_kernels demo $(ARGS)
+
+test: testing    ## all tests; ARGS="-k sgd" selects
+	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests -n $(WORKERS) $(ARGS)
+
+bench: testing $(stamps)/bench   ## all measurements
+	$(bin)/python -m pytest bench --benchmark-enable --benchmark-only $(ARGS)
+
+lint: $(stamps)/lint   ## formatters, linter and type checker
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/clang-format --dry-run -Werror $(cpp)
+	$(bin)/mypy
+
+format: $(stamps)/lint   ## rewrite the sources as lint wants them
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/clang-format -i $(cpp)
+
+testing: $(stamps)/test   ## the C++ module of the tests and benches
+	@[ -f "$$($(bin)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] \
+	  || { echo "Python's C headers are missing: install them (Debian, Ubuntu: apt install python3-dev)." >&2; exit 1; }
+	@$(bin)/cmake -S . -B build/testing -G Ninja -DLOMO_TESTING=ON -DPYTHON=$(abspath $(bin)/python) \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) --log-level=WARNING
+	@$(bin)/cmake --build build/testing --target lomo_kernels_testing
+
+clean:           ## remove what was built; VENV stays
+	rm -rf build dist *.egg-info lomo_kernels/*.so
+
+$(stamps)/demo: extras := demo
+$(stamps)/test: extras := demo,test
+$(stamps)/bench: extras := test,bench
+$(stamps)/lint: extras := demo,lint
+$(stamps)/demo $(stamps)/test $(stamps)/bench $(stamps)/lint: $(stamps)/environment $(sources)
+	@echo "Building lomo_kernels and installing it with [$(extras)] into $(VENV)"
+	@$(pip) install -e '.[$(extras)]'
+	@touch $@
+
+# Made anew when VENV or TORCH is another one. An existing environment keeps its torch unless TORCH is given. numpy: torch
+# warns at every start without it.
+$(stamps)/environment: FORCE
+	@[ -x $(bin)/python ] && [ ! $(VENV)/pyvenv.cfg -nt $@ ] && echo '$(TORCH)' | cmp -s - $@ \
+	  || $(MAKE) --no-print-directory environment
+
+environment:
+	@for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/dev/null && exit; done; \
+	  echo "A C++17 compiler is needed: install one (Debian, Ubuntu: apt install g++) or set CXX." >&2; exit 1
+	@[ -x $(bin)/python ] || $(PYTHON) -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 10)' 2>/dev/null \
+	  || { echo "Python 3.10 or newer with its venv module is needed (Debian, Ubuntu: apt install python3-venv);" \
+	            "PYTHON=... names another one than $(PYTHON)." >&2; exit 1; }
+	@echo "Installing $(TORCH) into $(VENV), which can take minutes"
+	@[ -x $(bin)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(bin)/python -m pip --version >/dev/null 2>&1 || $(bin)/python -m ensurepip
+	@$(pip) install --upgrade pip setuptools
+	@[ $(origin TORCH) = file ] && $(bin)/python -c 'import torch' 2>/dev/null \
+	  || $(pip) install $(foreach word,$(TORCH),'$(word)')
+	@$(pip) install numpy
+	@mkdir -p $(stamps) && echo '$(TORCH)' > $(stamps)/environment
