@@ -11,6 +11,8 @@ cpp := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '
 sources := setup.py pyproject.toml CMakeLists.txt $(filter-out csrc/testing/%,$(cpp))
 # Kept here and not in VENV, which may serve several clones.
 stamps := build/stamps$(subst /,-,$(abspath $(VENV)))
+need_compiler := for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/dev/null && exit; done; \
+  echo "A C++17 compiler is needed: install one (Debian, Ubuntu: apt install g++) or set CXX." >&2; exit 1
 
 .PHONY: help demo test bench lint format testing clean environment FORCE
 .NOTPARALLEL:
@@ -43,7 +45,7 @@ testing: $(stamps)/test   ## the C++ module of the tests and benches
 	@[ -f "$$($(bin)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] \
 	  || { echo "Python's C headers are missing: install them (Debian, Ubuntu: apt install python3-dev)." >&2; exit 1; }
 	@$(bin)/cmake -S . -B build/testing -G Ninja -DLOMO_TESTING=ON -DPYTHON=$(abspath $(bin)/python) \
-	  -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) --log-level=WARNING
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) >/dev/null
 	@$(bin)/cmake --build build/testing --target lomo_kernels_testing
 
 clean:           ## remove what was built; VENV stays
@@ -54,6 +56,7 @@ $(stamps)/test: extras := demo,test
 $(stamps)/bench: extras := test,bench
 $(stamps)/lint: extras := demo,lint
 $(stamps)/demo $(stamps)/test $(stamps)/bench $(stamps)/lint: $(stamps)/environment $(sources)
+	@$(need_compiler)
 	@echo "Building lomo_kernels and installing it with [$(extras)] into $(VENV)"
 	@$(pip) install -e '.[$(extras)]'
 	@touch $@
@@ -65,8 +68,7 @@ $(stamps)/environment: FORCE
 	  || $(MAKE) --no-print-directory environment
 
 environment:
-	@for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/dev/null && exit; done; \
-	  echo "A C++17 compiler is needed: install one (Debian, Ubuntu: apt install g++) or set CXX." >&2; exit 1
+	@$(need_compiler)
 	@[ -x $(bin)/python ] || $(PYTHON) -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 10)' 2>/dev/null \
 	  || { echo "Python 3.10 or newer with its venv module is needed (Debian, Ubuntu: apt install python3-venv);" \
 	            "PYTHON=... names another one than $(PYTHON)." >&2; exit 1; }

@@ -108,7 +108,11 @@ def methods(args: argparse.Namespace) -> list[Method]:
     def adamw(model: ByteLlama) -> Stepper:
         return _adamw(model, args.lr_adamw, args.clip)
 
-    return [Method("Lomo, two passes", lomo), Method("SGD + clip_grad_norm_", sgd), Method("AdamW + clip_grad_norm_", adamw)]
+    return [
+        Method("Lomo, two passes", lomo),
+        Method("SGD + clip_grad_norm_", sgd),
+        Method("AdamW + clip_grad_norm_", adamw),
+    ]
 
 
 def _fused(model: ByteLlama) -> bool:

@@ -18,7 +18,14 @@ library = torch.library.Library("lomo_kernels", "FRAGMENT")
 
 
 def scalar(
-    op: str, name: str, value: Scalar | None, device: torch.device, *, low: float = 0.0, open_: bool = False, high: float
+    op: str,
+    name: str,
+    value: Scalar | None,
+    device: torch.device,
+    *,
+    low: float = 0.0,
+    open_: bool = False,
+    high: float,
 ) -> Tensor | None:
     """`value` as the one-element tensor that an operator takes: a float64 CPU tensor for a number.
 

@@ -22,7 +22,9 @@ from ._arguments import (
     step_tensor,
 )
 
-_SCALARS = "Tensor lr, Tensor? weight_decay, Tensor? inv_scale, Tensor? clip_value, Tensor? clip_coef, Tensor? found_inf"
+_SCALARS = (
+    "Tensor lr, Tensor? weight_decay, Tensor? inv_scale, Tensor? clip_value, Tensor? clip_coef, Tensor? found_inf"
+)
 library.define(
     f"sgd_(Tensor(a!) param, Tensor grad, {_SCALARS}, Tensor(b!)? sq_norm, bool stochastic, int seed, "
     "int parameter_id, Tensor? step, int[]? shard) -> ()"

@@ -1,0 +1,78 @@
+"""Hyperparameters: checked on the host, handed to the kernels as one-element tensors on the parameters' device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NUMBER = "expected a finite number >= 0, or a one-element float64 or float32 tensor"
+
+
+def check_group(group: dict[str, Any], where: str) -> None:
+    """Raises TypeError or ValueError unless a parameter group's options are usable. Tensors are not read."""
+    for name in ("lr", "weight_decay"):
+        _check(group[name], f"{where}: {name}", _NUMBER, lambda value: 0 <= value < math.inf)
+    if group["clip_grad_value"] is not None:
+        _check(
+            group["clip_grad_value"],
+            f"{where}: clip_grad_value",
+            "expected None, a number > 0, or a one-element float64 or float32 tensor",
+            lambda value: value > 0,
+        )
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless `value` is a finite number above zero."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"Lomo: {name} is a tensor, expected a number")
+    _check(value, f"Lomo: {name}", "expected a finite number > 0", lambda number: 0 < number < math.inf)
+
+
+def _check(value: Any, where: str, expected: str, allowed: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype not in (torch.float64, torch.float32):
+            raise ValueError(f"{where} has shape {list(value.shape)} and dtype {value.dtype}, {expected}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where} is {value!r}, {expected}")
+    elif not allowed(value):
+        raise ValueError(f"{where} is {value}, {expected}")
+
+
+class LiveScalar:
+    """One hyperparameter on one device. A number is copied there when it changes; a tensor there is used as it is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._own = torch.zeros((), dtype=torch.float64, device=device)
+        self._number: float | None = None
+        self.tensor = self._own
+
+    def set(self, value: float | Tensor) -> None:
+        if isinstance(value, Tensor):
+            self._number = None
+            if value.device == self._own.device:
+                self.tensor = value
+                return
+            self._own.copy_(value.reshape(()), non_blocking=True)
+        elif value != self._number:
+            self._own.fill_(value)
+            self._number = value
+        self.tensor = self._own
+
+
+class GroupScalars:
+    """The hyperparameters of one parameter group on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.lr = LiveScalar(device)
+        self.weight_decay = LiveScalar(device)
+        self.clip_value = LiveScalar(device)
+
+    def set(self, group: dict[str, Any], lr: float | Tensor | None) -> None:
+        """Takes over a group's present values; `lr`, where given, stands in for the group's."""
+        self.lr.set(group["lr"] if lr is None else lr)
+        self.weight_decay.set(group["weight_decay"])
+        clip_value = group["clip_grad_value"]
+        self.clip_value.set(math.inf if clip_value is None else clip_value)

@@ -1,0 +1,587 @@
+"""`Lomo`: SGD whose update happens inside backward (arXiv 2306.09782)."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.sgd import is_stochastic
+from ..reference import clip_coefficient
+from .graph import check_loss, has_reentrant_checkpoint, run_backward
+from .hyperparameters import GroupScalars, check_group, check_positive
+from .parameters import check_parameter, claim, name_of, named_groups, release
+from .passes import NormPass, Pass, UpdatePass
+from .records import Device, Record
+from .scaling import LossScale
+
+_STATE = "lomo"  # the key of our part of a state dict
+
+
+class Lomo(torch.optim.Optimizer):
+    """Trains every parameter with plain SGD, each updated and its gradient freed while backward runs.
+
+    ``optimizer.backward(loss)`` takes the place of ``loss.backward()``, ``optimizer.step()`` and
+    ``optimizer.zero_grad()``. Only it (and `fused_backward`) consumes gradients: a plain ``loss.backward()`` leaves them
+    in ``.grad`` as ever, and `step` applies them, so this is a `torch.optim.Optimizer` like another in any trainer.
+
+    Per element, with g the gradient over the loss scale (`lomo_kernels.reference` states it bit for bit)::
+
+        p = (1 - lr * weight_decay) * p - lr * min(1, clip_grad_norm / (norm + 1e-6)) * clamp(g)
+
+    Args:
+        model_or_params: an `nn.Module`, an iterable of parameters or of (name, parameter) pairs, or torch parameter
+            groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16.
+        lr: learning rate, a number or a one-element tensor; read from ``param_groups`` at every step.
+        clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. It is known
+            only after a backward pass, so backward runs twice (`clip_passes`).
+        clip_grad_value: bound on each element of the gradient, applied before the norm's coefficient.
+        weight_decay: decoupled.
+        clip_passes: "two": a backward for the norm, then one for the update; least memory.
+        loss_scale: None, a number, "dynamic", or "auto": dynamic exactly when a parameter is float16.
+        rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased: updates
+            far below a weight's last bit still count on average.
+        nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
+            scaling it leaves all weights untouched, otherwise the elements concerned. "raise": it also raises
+            FloatingPointError, which takes a host synchronisation per step.
+        fused_layers, process_group: not in this version.
+        seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
+
+    Raises:
+        TypeError, ValueError: an argument or a parameter is not as above.
+        RuntimeError: a parameter is managed by another `Lomo`; the model is wrapped in DistributedDataParallel.
+        NotImplementedError: an option or a kind of parameter that this version does not have.
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | Tensor | None = None,
+        *,
+        weight_decay: float | Tensor = 0.0,
+        clip_passes: str = "two",
+        loss_scale: float | str | None = "auto",
+        rounding: str = "nearest",
+        nonfinite: str = "skip",
+        fused_layers: bool = False,
+        process_group: Any = None,
+        seed: int = 0,
+    ) -> None:
+        _refuse_missing(clip_passes, fused_layers, process_group)
+        if clip_grad_norm is not None:
+            check_positive("clip_grad_norm", clip_grad_norm)
+        if nonfinite not in ("skip", "raise"):
+            raise ValueError(f'Lomo: nonfinite is {nonfinite!r}, expected "skip" or "raise"')
+        LossScale.check(loss_scale)
+        self._clip_grad_norm = clip_grad_norm
+        self._wanted_scale = loss_scale
+        self._stochastic = is_stochastic("Lomo", rounding)
+        self._raise = nonfinite == "raise"
+        self._seed = _check_seed(seed)
+
+        self._records: list[Record] = []
+        self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
+        self._run: Pass | None = None  # the pass that hooks hand their gradients to
+        self._plain_is_scaled = False  # whether the backward that now runs into .grad carries the loss scale
+        self._accumulating = False
+        self._norm_is_known = False  # grad_norm() was called and fused_backward() not yet
+        self._checked_reentrancy = False
+        self._warned = False
+        self._removed = False
+        self._attached = False
+        self._busy = threading.Lock()
+        self._busy_thread: int | None = None
+        defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
+        super().__init__(named_groups(model_or_params), defaults)
+        self._place()
+        self._attach()
+        self._attached = True
+        # An optimizer that is dropped without remove() leaves no hooks behind.
+        weakref.finalize(self, _remove_handles, self._handles)
+
+    # ---- What a user calls ------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor) -> None:
+        """One step of training: backward, with every gradient applied and freed as soon as it is there.
+
+        With `clip_grad_norm` or dynamic loss scaling the graph is run twice, first for the norm. Gradients that plain
+        backwards (or `accumulate`) left in ``.grad`` are part of the step: this one is added to them, then all are
+        applied and freed. Inside `accumulate` it only adds to ``.grad``.
+
+        Args:
+            loss: one floating-point element, not scaled.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: `loss` is no such tensor or depends on no parameter; a parameter's
+                gradient is sparse or comes twice; a hyperparameter is not usable.
+            FloatingPointError: the gradient is not finite and ``nonfinite="raise"``.
+        """
+        with self._exclusive():
+            self._train(loss)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Inside, `backward` only adds its gradients to ``.grad``; the next one outside applies the sum. Exact."""
+        before, self._accumulating = self._accumulating, True
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Applies what plain backwards left in ``.grad``, and leaves it there. Does nothing where nothing is there.
+
+        Args:
+            closure: called first, with gradients enabled; its result is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if any(record.param.grad is not None for record in self._records):
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "Lomo.step() applies gradients that a plain backward kept in memory all at once; "
+                    "optimizer.backward(loss) in place of loss.backward() frees each as soon as it is there",
+                    stacklevel=3,
+                )
+            with self._exclusive():
+                self._refresh()
+                self._apply_kept(keep=True)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears what plain backwards left in ``.grad``."""
+        super().zero_grad(set_to_none)
+        for record in self._records:
+            record.scaled = False
+        self._norm_is_known = False
+
+    def grad_norm(self, loss: Tensor) -> Tensor:
+        """First half of lomo_optim's pair: one backward for the norm; the next `fused_backward` uses it, once.
+
+        Returns:
+            The norm, as `last_grad_norm`.
+        """
+        with self._exclusive():
+            check_loss(loss)
+            self._refresh()
+            if self._kept():
+                raise RuntimeError("Lomo: gradients stand in .grad; use backward(), which adds them in, or zero_grad()")
+            self._find_norm(loss)
+            self._norm_is_known = True
+        return self.last_grad_norm
+
+    def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
+        """lomo_optim's name for `backward`, with the learning rate of all groups given for this step.
+
+        After `grad_norm` it needs one backward more; without, it does both, so a coefficient is never a stale one.
+        """
+        with self._exclusive():
+            check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
+            self._train(loss, lr)
+
+    def remove(self) -> None:
+        """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again."""
+        _remove_handles(self._handles)
+        for record in self._records:
+            release(record.param)
+        self._removed = True
+
+    def __enter__(self) -> Lomo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @property
+    def last_grad_norm(self) -> Tensor:
+        """Global L2 norm of the last step's unscaled, unclamped gradient: float64, no dimensions, on the first
+        parameter's device. Zero before the first step. Overwritten by the next step."""
+        return self._norm
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """The present loss scale: float32, no dimensions, on the first parameter's device. 1 without scaling."""
+        return self._scale.scale
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """Number of steps whose gradient was not finite: int64, no dimensions, on the first parameter's device."""
+        return self._skipped
+
+    @property
+    def step_count(self) -> Tensor:
+        """Number of steps, skipped ones included: int64, no dimensions, on the first parameter's device."""
+        return self._home.step
+
+    # ---- Groups and state -------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in `torch.optim.Optimizer`. The new parameters' ids follow the present ones.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError, RuntimeError: as the constructor; nothing is added then.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"Lomo: a parameter group is a {type(param_group).__name__}, expected a dict")
+        entries = param_group["params"]
+        entries = [entries] if isinstance(entries, Tensor) else entries
+        if not isinstance(entries, set):  # torch's own error says why not
+            entries = list(entries)
+        known = {id(record.param) for record in self._records}
+        records = []
+        for index, entry in enumerate(entries, start=len(self._records)):
+            name, param = name_of(entry, index)
+            check_parameter(name, param, self)
+            if id(param) in known:
+                raise ValueError(f"Lomo: {name} is given twice; each parameter has one place in one group")
+            known.add(id(param))
+            records.append(Record(param, index, name))
+        group = {**self.defaults, **param_group, "params": entries}
+        check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
+        super().add_param_group(group)
+        self._records.extend(records)
+        if self._attached:
+            self._place()
+            self._attach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters."""
+        state: dict[str, Any] = super().state_dict()
+        state[_STATE] = {
+            "step": self.step_count.clone(),
+            "skipped_steps": self.skipped_steps.clone(),
+            "scaling": self._scale.kind,
+            "loss_scale": self._scale.scale.clone(),
+            "growth_tracker": self._scale.growth_tracker.clone(),
+            "seed": self._seed,
+            "parameters": self._layout(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken, bit for bit.
+
+        Raises:
+            ValueError: it is not a Lomo's, or of other parameters (their order, names and shapes count: a parameter's
+                place keys its random bits), or of another kind of loss scaling; nothing is loaded then.
+        """
+        ours = state_dict.get(_STATE)
+        if ours is None:
+            raise ValueError(f"Lomo: the state dict has no {_STATE!r} entry; expected one from Lomo.state_dict()")
+        self._check_layout(ours["parameters"])
+        if ours["scaling"] != self._scale.kind:
+            raise ValueError(
+                f"Lomo: the state dict was taken with {ours['scaling']} loss scaling, this optimizer has "
+                f"{self._scale.kind}; construct it with the same loss_scale"
+            )
+        for index, group in enumerate(state_dict["param_groups"]):
+            check_group(group, f"Lomo: param_groups[{index}] of the state dict")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != _STATE})
+        for device in self._devices.values():
+            device.step.copy_(ours["step"])
+        self._skipped.copy_(ours["skipped_steps"])
+        self._scale.scale.copy_(ours["loss_scale"])
+        self._scale.growth_tracker.copy_(ours["growth_tracker"])
+        self._seed = _check_seed(ours["seed"])
+        self._norm_is_known = False
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("Lomo: an optimizer with hooks on its parameters cannot be copied or pickled; use state_dict()")
+
+    def _layout(self) -> list[list[Any]]:
+        return [[record.name, list(record.param.shape)] for record in self._records]
+
+    def _check_layout(self, theirs: list[list[Any]]) -> None:
+        ours = self._layout()
+        if len(ours) != len(theirs):
+            raise ValueError(f"Lomo: the state dict has {len(theirs)} parameters, this optimizer has {len(ours)}")
+        for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+            if our != their:
+                raise ValueError(
+                    f"Lomo: parameter {index} is {their[0]} of shape {their[1]} in the state dict, "
+                    f"{our[0]} of shape {our[1]} here"
+                )
+
+    # ---- One step ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _needs_norm_first(self) -> bool:
+        return self._clip_grad_norm is not None or self._scale.kind == "dynamic"
+
+    def _train(self, loss: Tensor, lr: float | Tensor | None = None) -> None:
+        check_loss(loss)
+        self._refresh(lr)
+        known, self._norm_is_known = self._norm_is_known, False
+        kept = self._kept()
+        if self._accumulating or kept:
+            self._run_plain(loss, scaled=self._kept_is_scaled() if kept else self._scale.used)
+            if not self._accumulating:
+                self._apply_kept(keep=False)
+            return
+        scaled = self._scale.used
+        if self._needs_norm_first:
+            if not known:
+                self._find_norm(loss)
+            self._raise_if_not_finite(scaled)
+        elif not self._checked_reentrancy:
+            # A gradient that comes twice must be refused before a weight has changed: look once, at the first step.
+            if has_reentrant_checkpoint(loss):
+                self._sweep(NormPass(scaled=scaled), loss, retain_graph=True)
+            self._checked_reentrancy = True
+        self._zero_slots(unless=self._needs_norm_first)
+        self._sweep(self._update_pass(scaled), loss, retain_graph=False)
+        self._finish(scaled)
+
+    def _apply_kept(self, *, keep: bool) -> None:
+        """One step from what stands in ``.grad``, which stays there where `keep`."""
+        records = self._kept()
+        scaled = self._kept_is_scaled()
+        self._zero_slots()
+        if self._needs_norm_first:
+            norm = NormPass(scaled=scaled)
+            for record in records:
+                assert record.param.grad is not None
+                norm.add(record, record.param.grad)
+            norm.flush()
+            self._decide()
+            self._raise_if_not_finite(scaled)
+        update = self._update_pass(scaled)
+        for record in records:
+            grad = record.param.grad
+            assert grad is not None
+            if not keep:
+                record.param.grad, record.scaled = None, False
+            update.add(record, grad)
+        update.flush()
+        self._finish(scaled)
+
+    def _find_norm(self, loss: Tensor) -> None:
+        self._zero_slots()
+        self._sweep(NormPass(scaled=self._scale.used), loss, retain_graph=True)
+        self._decide()
+
+    def _sweep(self, sweep: Pass, loss: Tensor, retain_graph: bool) -> None:
+        """One backward in which hooks hand their gradients to `sweep`."""
+        self._run = sweep
+        try:
+            run_backward(loss, self._scale.scale if sweep.scaled else None, retain_graph)
+            sweep.flush()
+        finally:
+            self._run = None
+
+    def _run_plain(self, loss: Tensor, *, scaled: bool) -> None:
+        """One backward whose gradients add to ``.grad``."""
+        self._plain_is_scaled = scaled
+        try:
+            run_backward(loss, self._scale.scale if scaled else None, retain_graph=False)
+        finally:
+            self._plain_is_scaled = False
+
+    def _update_pass(self, scaled: bool) -> UpdatePass:
+        return UpdatePass(scaled=scaled, decided=self._needs_norm_first, stochastic=self._stochastic, seed=self._seed)
+
+    def _zero_slots(self, unless: bool = False) -> None:
+        if not unless:
+            for device in self._devices.values():
+                device.slots.zero_()
+
+    def _decide(self) -> None:
+        """From the slots to norm, overflow flag and clip coefficient, on every device, without the host."""
+        totals = [device.slots.sum().to(self._norm.device) for device in self._devices.values()]
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
+        self._norm.copy_(total.sqrt())
+        self._home.found_inf.copy_(total.isfinite().logical_not())
+        if self._clip_grad_norm is not None:
+            self._home.clip_coef.copy_(clip_coefficient(total, self._clip_grad_norm))
+        for device in self._devices.values():
+            if device is not self._home:
+                device.found_inf.copy_(self._home.found_inf, non_blocking=True)
+                device.clip_coef.copy_(self._home.clip_coef, non_blocking=True)
+
+    def _raise_if_not_finite(self, scaled: bool) -> None:
+        """Ends the step here, weights untouched, where the mode is "raise" and the norm is not finite."""
+        if self._raise and self._home.found_inf.item():
+            names = self._not_finite()
+            self._end(scaled)
+            raise FloatingPointError(f"Lomo: the gradient is not finite in {names}; no weight was changed")
+
+    def _finish(self, scaled: bool) -> None:
+        if not self._needs_norm_first:
+            self._decide()
+        failed = self._raise and not self._needs_norm_first and bool(self._home.found_inf.item())
+        names = self._not_finite() if failed else ""
+        self._end(scaled)
+        if failed:
+            raise FloatingPointError(
+                f"Lomo: the gradient is not finite in {names}; the elements concerned kept their weight, the others were "
+                "updated (with clip_grad_norm or dynamic loss scaling none would have been)"
+            )
+
+    def _not_finite(self) -> str:
+        names = [record.name for record in self._records if not record.slot.isfinite().item()]
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    def _end(self, scaled: bool) -> None:
+        """Counts the step, moves the loss scale, and tells schedulers and autocast."""
+        for device in self._devices.values():
+            device.step.add_(1)
+        self._skipped.add_(self._home.found_inf.to(torch.int64))
+        if scaled:
+            self._scale.update(self._home.found_inf)
+        for record in self._records:
+            record.scaled = False
+        torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
+        self._opt_called = True  # what schedulers look at to see that the optimizer went before them
+
+    # ---- Hooks ------------------------------------------------------------------------------------------------------
+
+    def _on_gradient(self, record: Record) -> None:
+        """Called by autograd once per backward, when a parameter's gradient is complete."""
+        run = self._run
+        if run is not None:
+            run.take(record)
+        elif self._plain_is_scaled:
+            record.scaled = True
+        elif record.scaled:
+            raise RuntimeError(
+                f"Lomo: a plain backward added to the gradient of {record.name}, which accumulate() left with the loss "
+                "scale in it. Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
+            )
+
+    def _kept(self) -> list[Record]:
+        return [record for record in self._records if record.param.grad is not None]
+
+    def _kept_is_scaled(self) -> bool:
+        kinds = {record.scaled for record in self._kept()}
+        if len(kinds) == 2:
+            raise RuntimeError(
+                "Lomo: some gradients in .grad carry the loss scale (from accumulate()) and some do not (from a plain "
+                "backward). Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
+            )
+        return True in kinds
+
+    def _refresh(self, lr: float | Tensor | None = None) -> None:
+        """Takes over what changed since the last step: hyperparameters, devices, dtypes, frozen parameters, the scale."""
+        if self._removed:
+            raise RuntimeError("Lomo: remove() was called on this optimizer; make a new one")
+        if sum(len(group["params"]) for group in self.param_groups) != len(self._records):
+            raise RuntimeError("Lomo: parameters were put into or taken out of param_groups; use add_param_group()")
+        for index, group in enumerate(self.param_groups):
+            check_group(group, f"Lomo: param_groups[{index}]")
+        if any(record.moved for record in self._records):
+            self._place()
+        self._attach()
+        for group, by_device in zip(self.param_groups, self._scalars, strict=True):
+            for scalars in by_device.values():
+                scalars.set(group, lr)
+        if self._scale.used:
+            inverse = self._scale.inverse()
+            for device in self._devices.values():
+                device.inv_scale.copy_(inverse, non_blocking=True)
+
+    def _attach(self) -> None:
+        """Puts hooks on trainable parameters that have none yet."""
+        optimizer = weakref.ref(self)
+        for record in self._records:
+            if record.handle is None and record.param.requires_grad:
+                record.handle = record.param.register_post_accumulate_grad_hook(_hook(optimizer, record))
+                self._handles[record.index] = record.handle
+            claim(record.param, self)
+
+    def _place(self) -> None:
+        """Binds every parameter to its device's scalars, at the start and when parameters moved."""
+        for record in self._records:
+            check_parameter(record.name, record.param, self)
+        before = getattr(self, "_home", None)
+        places = list(dict.fromkeys(record.param.device for record in self._records))
+        self._devices = {place: Device(place, len(self._records)) for place in places}
+        self._home = self._devices[places[0]]
+        self._scalars: list[dict[torch.device, GroupScalars]] = []
+        records = iter(self._records)
+        for group in self.param_groups:
+            by_device: dict[torch.device, GroupScalars] = {}
+            for _ in group["params"]:
+                record = next(records)
+                place = record.param.device
+                record.place(self._devices[place], by_device.setdefault(place, GroupScalars(place)))
+            self._scalars.append(by_device)
+        self._place_state(before, places[0])
+
+    def _place_state(self, before: Device | None, place: torch.device) -> None:
+        wanted = self._wanted_scale
+        if wanted == "auto":
+            wanted = "dynamic" if any(r.param.dtype == torch.float16 for r in self._records) else None
+        scale = LossScale(wanted, place)
+        skipped = torch.zeros((), dtype=torch.int64, device=place)
+        if before is not None:
+            for device in self._devices.values():
+                device.step.copy_(before.step)
+            skipped.copy_(self._skipped)
+            if scale.kind == self._scale.kind:
+                scale.scale.copy_(self._scale.scale)
+                scale.growth_tracker.copy_(self._scale.growth_tracker)
+        self._scale, self._skipped = scale, skipped
+        self._norm = torch.zeros((), dtype=torch.float64, device=place)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One step at a time: another thread waits, a hook that starts one inside another is told."""
+        if self._busy_thread == threading.get_ident():
+            raise RuntimeError("Lomo: a step was started inside another one of the same optimizer")
+        with self._busy:
+            self._busy_thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._busy_thread = None
+
+
+def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], None]:
+    """The hook of one parameter. It does not keep the optimizer alive."""
+
+    def on_gradient(_: Tensor) -> None:
+        owner = optimizer()
+        if owner is not None:
+            owner._on_gradient(record)
+
+    return on_gradient
+
+
+def _remove_handles(handles: dict[int, torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles.values():
+        handle.remove()
+    handles.clear()
+
+
+def _check_seed(seed: Any) -> int:
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"Lomo: seed is {seed!r}, expected an integer of 64 bits")
+    return seed
+
+
+def _refuse_missing(clip_passes: str, fused_layers: bool, process_group: Any) -> None:
+    if clip_passes not in ("one", "two"):
+        raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
+    if clip_passes == "one":
+        raise NotImplementedError(
+            'Lomo: clip_passes="one" is not in this version; use clip_passes="two" (exact as well)'
+        )
+    if fused_layers:
+        raise NotImplementedError("Lomo: fused_layers=True is not in this version; use fused_layers=False")
+    if process_group is not None:
+        raise NotImplementedError(
+            "Lomo: process_group is not in this version; use process_group=None, on one process, or plain backwards "
+            "under DistributedDataParallel with torch.optim.SGD"
+        )

@@ -1,0 +1,100 @@
+"""Which parameters an optimizer may take: checks, names, and who owns a parameter."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..backends import check_device
+from ..ops._arguments import DTYPES
+
+#: The optimizer that manages a parameter: two would both consume its gradient. Entries die with the parameter.
+_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def named_groups(model_or_params: Any) -> list[Any]:
+    """What `torch.optim.Optimizer` takes: a model's named parameters, frozen ones included, or the iterable given.
+
+    Raises:
+        TypeError: not a model and not an iterable.
+        ValueError: nothing to train.
+        RuntimeError: the model is wrapped in DistributedDataParallel or FullyShardedDataParallel (version 1).
+    """
+    if isinstance(model_or_params, nn.Module):
+        _refuse_wrappers(model_or_params)
+        found: list[Any] = list(model_or_params.named_parameters())
+    elif isinstance(model_or_params, Tensor) or not isinstance(model_or_params, Iterable):
+        raise TypeError(
+            f"Lomo: model_or_params is a {type(model_or_params).__name__}, expected an nn.Module, an iterable of "
+            "parameters or parameter groups"
+        )
+    else:
+        found = list(model_or_params)
+    if not found:
+        raise ValueError("Lomo: model_or_params holds no parameters")
+    return found
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    for module in model.modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
+            raise RuntimeError(
+                f"Lomo: the model holds a {kind}. Gradients reach the hooks before it has reduced them (or not at all), "
+                "and the ranks would drift apart without a word. Train on one process with the plain module"
+            )
+
+
+def name_of(param: Any, index: int) -> tuple[str, Any]:
+    """A parameter group's entry, a parameter or a (name, parameter) pair, as a pair; `index` names a nameless one."""
+    if isinstance(param, tuple) and len(param) == 2:
+        return str(param[0]), param[1]
+    return f"parameter {index}", param
+
+
+def check_parameter(name: str, param: Any, optimizer: object) -> None:
+    """Raises unless `optimizer` may manage `param`.
+
+    Raises:
+        TypeError: not a tensor, or of a dtype the kernels do not take.
+        ValueError: not a leaf, sparse, or uninitialised.
+        NotImplementedError: a DTensor, or on a device no backend serves.
+        RuntimeError: managed by another optimizer already.
+    """
+    if not isinstance(param, Tensor):
+        raise TypeError(f"Lomo: {name} is a {type(param).__name__}, expected a parameter")
+    if isinstance(param, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"Lomo: {name} is not initialised yet; run the lazy module once before making the optimizer")
+    if not param.is_leaf:
+        raise ValueError(f"Lomo: {name} is not a leaf tensor; pass the parameter it was computed from")
+    if hasattr(param, "placements"):
+        raise NotImplementedError(
+            f"Lomo: {name} is a DTensor (FSDP2 or tensor parallel), which this version cannot train; "
+            "use the plain module on one process"
+        )
+    if param.dtype not in DTYPES:
+        raise TypeError(f"Lomo: {name} has dtype {param.dtype}, expected float32, bfloat16 or float16")
+    if param.layout != torch.strided:
+        raise ValueError(f"Lomo: {name} has layout {param.layout}, expected a dense (strided) tensor")
+    check_device(param.device)
+    owner = _owners[param]() if param in _owners else None
+    if owner is not None and owner is not optimizer:
+        raise RuntimeError(
+            f"Lomo: {name} is managed by another Lomo optimizer, and both would consume its gradient; call remove() on "
+            "that one first"
+        )
+
+
+def claim(param: Tensor, optimizer: object) -> None:
+    """Notes that `optimizer` manages `param`."""
+    _owners[param] = weakref.ref(optimizer)
+
+
+def release(param: Tensor) -> None:
+    """Forgets who manages `param`."""
+    _owners.pop(param, None)

@@ -1,0 +1,59 @@
+"""Loss scaling without a host synchronisation: the scale lives in a device tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hyperparameters import check_positive
+
+# As torch.amp.GradScaler.
+INITIAL_SCALE = 2.0**16
+GROWTH_FACTOR = 2.0
+BACKOFF_FACTOR = 0.5
+GROWTH_INTERVAL = 2000
+
+# A scale that keeps falling is not what keeps a gradient from being finite; its inverse must stay finite in float32.
+SMALLEST_SCALE = 2.0**-24
+
+
+class LossScale:
+    """None, a fixed number, or dynamic: halved where a step overflows, doubled after 2000 steps that do not.
+
+    Args:
+        wanted: None, a number > 0, or "dynamic".
+        device: where the scale lives.
+    """
+
+    def __init__(self, wanted: float | str | None, device: torch.device) -> None:
+        self.kind = "none" if wanted is None else "dynamic" if wanted == "dynamic" else "static"
+        number = INITIAL_SCALE if self.kind == "dynamic" else 1.0 if wanted is None else float(wanted)
+        self.scale = torch.full((), number, dtype=torch.float32, device=device)
+        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
+
+    @staticmethod
+    def check(wanted: Any) -> None:
+        """Raises TypeError or ValueError unless `wanted` is "auto", None, "dynamic" or a number > 0."""
+        if isinstance(wanted, str):
+            if wanted not in ("auto", "dynamic"):
+                raise ValueError(f'Lomo: loss_scale is {wanted!r}, expected "auto", None, a number > 0 or "dynamic"')
+        elif wanted is not None:
+            check_positive("loss_scale", wanted)
+
+    @property
+    def used(self) -> bool:
+        return self.kind != "none"
+
+    def inverse(self) -> Tensor:
+        """1 / scale in float64; the kernels round it once to float32."""
+        return self.scale.double().reciprocal()
+
+    def update(self, found_inf: Tensor) -> None:
+        """Halves or, in time, doubles a dynamic scale. `found_inf`: one element, not zero where the step overflowed."""
+        if self.kind == "dynamic":
+            torch._amp_update_scale_(
+                self.scale, self.growth_tracker, found_inf.float(), GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL
+            )
+            self.scale.clamp_(min=SMALLEST_SCALE)
