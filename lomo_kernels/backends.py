@@ -92,6 +92,7 @@ def check_device(device: torch.device) -> None:
     if device.type in served or device.type == "meta":
         return
     raise NotImplementedError(
-        f"lomo_kernels has no backend in force for {device.type} tensors (it has: {', '.join(sorted(served))}); move the "
-        f"model to the CPU, or set {VARIABLE}=reference before importing lomo_kernels (plain torch, slow; CPU and CUDA)"
+        f"lomo_kernels has no backend in force for {device.type} tensors (it has: {', '.join(sorted(served))}); move "
+        f"the model to the CPU, or set {VARIABLE}=reference before importing lomo_kernels (plain torch, slow; CPU and "
+        "CUDA)"
     )

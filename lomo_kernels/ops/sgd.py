@@ -70,7 +70,7 @@ def sgd_(
     `lomo_kernels.reference` states it operation by operation, and every backend gives the same bits. An element whose
     ``grad * inv_scale`` is not finite keeps its parameter.
 
-    Scalars are numbers, or one-element float64 or float32 tensors on the parameter's device, which the host never reads.
+    Scalars are numbers, or one-element float64 or float32 tensors on the parameter's device (never read by the host).
 
     Args:
         param: float32, bfloat16 or float16, any shape; its elements must not share memory. Its autograd version counter

@@ -13,23 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.sgd import is_stochastic
-from ..reference import clip_coefficient
 from .graph import check_loss, has_reentrant_checkpoint, run_backward
-from .hyperparameters import GroupScalars, check_group, check_positive
+from .hyperparameters import check_group, check_positive
 from .parameters import check_parameter, claim, name_of, named_groups, release
 from .passes import NormPass, Pass, UpdatePass
-from .records import Device, Record
+from .records import Record
 from .scaling import LossScale
+from .state import State
 
 _STATE = "lomo"  # the key of our part of a state dict
+_ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
 
 class Lomo(torch.optim.Optimizer):
     """Trains every parameter with plain SGD, each updated and its gradient freed while backward runs.
 
     ``optimizer.backward(loss)`` takes the place of ``loss.backward()``, ``optimizer.step()`` and
-    ``optimizer.zero_grad()``. Only it (and `fused_backward`) consumes gradients: a plain ``loss.backward()`` leaves them
-    in ``.grad`` as ever, and `step` applies them, so this is a `torch.optim.Optimizer` like another in any trainer.
+    ``optimizer.zero_grad()``. Only it (and `fused_backward`) consumes gradients: a plain ``loss.backward()`` leaves
+    them in ``.grad`` as ever, and `step` applies them, so this is a `torch.optim.Optimizer` like others in any trainer.
 
     Per element, with g the gradient over the loss scale (`lomo_kernels.reference` states it bit for bit)::
 
@@ -45,8 +46,8 @@ class Lomo(torch.optim.Optimizer):
         weight_decay: decoupled.
         clip_passes: "two": a backward for the norm, then one for the update; least memory.
         loss_scale: None, a number, "dynamic", or "auto": dynamic exactly when a parameter is float16.
-        rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased: updates
-            far below a weight's last bit still count on average.
+        rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
+            updates far below a weight's last bit still count on average.
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
             scaling it leaves all weights untouched, otherwise the elements concerned. "raise": it also raises
             FloatingPointError, which takes a host synchronisation per step.
@@ -88,7 +89,7 @@ class Lomo(torch.optim.Optimizer):
         self._seed = _check_seed(seed)
 
         self._records: list[Record] = []
-        self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._run: Pass | None = None  # the pass that hooks hand their gradients to
         self._plain_is_scaled = False  # whether the backward that now runs into .grad carries the loss scale
         self._accumulating = False
@@ -101,7 +102,7 @@ class Lomo(torch.optim.Optimizer):
         self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
         super().__init__(named_groups(model_or_params), defaults)
-        self._place()
+        self._state = State(self._records, self.param_groups, loss_scale)
         self._attach()
         self._attached = True
         # An optimizer that is dropped without remove() leaves no hooks behind.
@@ -208,22 +209,22 @@ class Lomo(torch.optim.Optimizer):
     def last_grad_norm(self) -> Tensor:
         """Global L2 norm of the last step's unscaled, unclamped gradient: float64, no dimensions, on the first
         parameter's device. Zero before the first step. Overwritten by the next step."""
-        return self._norm
+        return self._state.norm
 
     @property
     def loss_scale(self) -> Tensor:
         """The present loss scale: float32, no dimensions, on the first parameter's device. 1 without scaling."""
-        return self._scale.scale
+        return self._state.scale.scale
 
     @property
     def skipped_steps(self) -> Tensor:
         """Number of steps whose gradient was not finite: int64, no dimensions, on the first parameter's device."""
-        return self._skipped
+        return self._state.skipped
 
     @property
     def step_count(self) -> Tensor:
         """Number of steps, skipped ones included: int64, no dimensions, on the first parameter's device."""
-        return self._home.step
+        return self._state.home.step
 
     # ---- Groups and state -------------------------------------------------------------------------------------------
 
@@ -259,15 +260,7 @@ class Lomo(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters."""
         state: dict[str, Any] = super().state_dict()
-        state[_STATE] = {
-            "step": self.step_count.clone(),
-            "skipped_steps": self.skipped_steps.clone(),
-            "scaling": self._scale.kind,
-            "loss_scale": self._scale.scale.clone(),
-            "growth_tracker": self._scale.growth_tracker.clone(),
-            "seed": self._seed,
-            "parameters": self._layout(),
-        }
+        state[_STATE] = self._state.export() | {"seed": self._seed, "parameters": self._layout()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -281,20 +274,17 @@ class Lomo(torch.optim.Optimizer):
         if ours is None:
             raise ValueError(f"Lomo: the state dict has no {_STATE!r} entry; expected one from Lomo.state_dict()")
         self._check_layout(ours["parameters"])
-        if ours["scaling"] != self._scale.kind:
+        if ours["scaling"] != self._state.scale.kind:
             raise ValueError(
                 f"Lomo: the state dict was taken with {ours['scaling']} loss scaling, this optimizer has "
-                f"{self._scale.kind}; construct it with the same loss_scale"
+                f"{self._state.scale.kind}; construct it with the same loss_scale"
             )
+        seed = _check_seed(ours["seed"])
         for index, group in enumerate(state_dict["param_groups"]):
             check_group(group, f"Lomo: param_groups[{index}] of the state dict")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _STATE})
-        for device in self._devices.values():
-            device.step.copy_(ours["step"])
-        self._skipped.copy_(ours["skipped_steps"])
-        self._scale.scale.copy_(ours["loss_scale"])
-        self._scale.growth_tracker.copy_(ours["growth_tracker"])
-        self._seed = _check_seed(ours["seed"])
+        self._state.load(ours)
+        self._seed = seed
         self._norm_is_known = False
 
     def __getstate__(self) -> NoReturn:
@@ -318,65 +308,66 @@ class Lomo(torch.optim.Optimizer):
 
     @property
     def _needs_norm_first(self) -> bool:
-        return self._clip_grad_norm is not None or self._scale.kind == "dynamic"
+        return self._clip_grad_norm is not None or self._state.scale.kind == "dynamic"
 
     def _train(self, loss: Tensor, lr: float | Tensor | None = None) -> None:
         check_loss(loss)
         self._refresh(lr)
         known, self._norm_is_known = self._norm_is_known, False
+        scaled = self._state.scale.used
         kept = self._kept()
         if self._accumulating or kept:
-            self._run_plain(loss, scaled=self._kept_is_scaled() if kept else self._scale.used)
+            self._run_plain(loss, scaled=_carry_scale(kept) if kept else scaled)
             if not self._accumulating:
                 self._apply_kept(keep=False)
             return
-        scaled = self._scale.used
         if self._needs_norm_first:
             if not known:
                 self._find_norm(loss)
-            self._raise_if_not_finite(scaled)
-        elif not self._checked_reentrancy:
-            # A gradient that comes twice must be refused before a weight has changed: look once, at the first step.
-            if has_reentrant_checkpoint(loss):
-                self._sweep(NormPass(scaled=scaled), loss, retain_graph=True)
-            self._checked_reentrancy = True
-        self._zero_slots(unless=self._needs_norm_first)
+            self._raise_if_not_finite(scaled, "no weight was changed")
+        else:
+            self._check_reentrancy(loss)
+            self._state.zero_slots()
         self._sweep(self._update_pass(scaled), loss, retain_graph=False)
         self._finish(scaled)
 
     def _apply_kept(self, *, keep: bool) -> None:
         """One step from what stands in ``.grad``, which stays there where `keep`."""
-        records = self._kept()
-        scaled = self._kept_is_scaled()
-        self._zero_slots()
+        kept = self._kept()
+        scaled = _carry_scale(kept)
+        self._state.zero_slots()
         if self._needs_norm_first:
             norm = NormPass(scaled=scaled)
-            for record in records:
-                assert record.param.grad is not None
-                norm.add(record, record.param.grad)
+            for record, grad in kept:
+                norm.add(record, grad)
             norm.flush()
-            self._decide()
-            self._raise_if_not_finite(scaled)
+            self._state.decide(self._clip_grad_norm)
+            self._raise_if_not_finite(scaled, "no weight was changed")
         update = self._update_pass(scaled)
-        for record in records:
-            grad = record.param.grad
-            assert grad is not None
-            if not keep:
-                record.param.grad, record.scaled = None, False
+        for record, grad in kept:
             update.add(record, grad)
         update.flush()
+        if not keep:
+            for record, _ in kept:
+                record.param.grad, record.scaled = None, False
         self._finish(scaled)
 
     def _find_norm(self, loss: Tensor) -> None:
-        self._zero_slots()
-        self._sweep(NormPass(scaled=self._scale.used), loss, retain_graph=True)
-        self._decide()
+        self._state.zero_slots()
+        self._sweep(NormPass(scaled=self._state.scale.used), loss, retain_graph=True)
+        self._state.decide(self._clip_grad_norm)
+
+    def _check_reentrancy(self, loss: Tensor) -> None:
+        """With one backward, a gradient that comes twice must be found before a weight has changed: look once."""
+        if not self._checked_reentrancy and has_reentrant_checkpoint(loss):
+            self._find_norm(loss)
+        self._checked_reentrancy = True
 
     def _sweep(self, sweep: Pass, loss: Tensor, retain_graph: bool) -> None:
         """One backward in which hooks hand their gradients to `sweep`."""
         self._run = sweep
         try:
-            run_backward(loss, self._scale.scale if sweep.scaled else None, retain_graph)
+            run_backward(loss, self._state.scale.scale if sweep.scaled else None, retain_graph)
             sweep.flush()
         finally:
             self._run = None
@@ -385,155 +376,81 @@ class Lomo(torch.optim.Optimizer):
         """One backward whose gradients add to ``.grad``."""
         self._plain_is_scaled = scaled
         try:
-            run_backward(loss, self._scale.scale if scaled else None, retain_graph=False)
+            run_backward(loss, self._state.scale.scale if scaled else None, retain_graph=False)
         finally:
             self._plain_is_scaled = False
 
     def _update_pass(self, scaled: bool) -> UpdatePass:
         return UpdatePass(scaled=scaled, decided=self._needs_norm_first, stochastic=self._stochastic, seed=self._seed)
 
-    def _zero_slots(self, unless: bool = False) -> None:
-        if not unless:
-            for device in self._devices.values():
-                device.slots.zero_()
-
-    def _decide(self) -> None:
-        """From the slots to norm, overflow flag and clip coefficient, on every device, without the host."""
-        totals = [device.slots.sum().to(self._norm.device) for device in self._devices.values()]
-        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
-        self._norm.copy_(total.sqrt())
-        self._home.found_inf.copy_(total.isfinite().logical_not())
-        if self._clip_grad_norm is not None:
-            self._home.clip_coef.copy_(clip_coefficient(total, self._clip_grad_norm))
-        for device in self._devices.values():
-            if device is not self._home:
-                device.found_inf.copy_(self._home.found_inf, non_blocking=True)
-                device.clip_coef.copy_(self._home.clip_coef, non_blocking=True)
-
-    def _raise_if_not_finite(self, scaled: bool) -> None:
-        """Ends the step here, weights untouched, where the mode is "raise" and the norm is not finite."""
-        if self._raise and self._home.found_inf.item():
-            names = self._not_finite()
-            self._end(scaled)
-            raise FloatingPointError(f"Lomo: the gradient is not finite in {names}; no weight was changed")
-
     def _finish(self, scaled: bool) -> None:
         if not self._needs_norm_first:
-            self._decide()
-        failed = self._raise and not self._needs_norm_first and bool(self._home.found_inf.item())
-        names = self._not_finite() if failed else ""
-        self._end(scaled)
-        if failed:
-            raise FloatingPointError(
-                f"Lomo: the gradient is not finite in {names}; the elements concerned kept their weight, the others were "
-                "updated (with clip_grad_norm or dynamic loss scaling none would have been)"
+            self._state.decide(None)
+            outcome = (
+                "the elements concerned kept their weight, the others were updated (with clip_grad_norm or dynamic "
+                "loss scaling none would have been)"
             )
+            self._raise_if_not_finite(scaled, outcome)
+        self._end(scaled)
 
-    def _not_finite(self) -> str:
-        names = [record.name for record in self._records if not record.slot.isfinite().item()]
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    def _raise_if_not_finite(self, scaled: bool, outcome: str) -> None:
+        """Ends the step with an error where the mode is "raise" and the norm is not finite."""
+        if self._raise and self._state.home.found_inf.item():
+            names = [record.name for record in self._records if not record.slot.isfinite().item()]
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            self._end(scaled)
+            raise FloatingPointError(f"Lomo: the gradient is not finite in {', '.join(names[:5])}{more}; {outcome}")
 
     def _end(self, scaled: bool) -> None:
         """Counts the step, moves the loss scale, and tells schedulers and autocast."""
-        for device in self._devices.values():
-            device.step.add_(1)
-        self._skipped.add_(self._home.found_inf.to(torch.int64))
-        if scaled:
-            self._scale.update(self._home.found_inf)
-        for record in self._records:
-            record.scaled = False
+        self._state.end_step(scaled)
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
         self._opt_called = True  # what schedulers look at to see that the optimizer went before them
 
-    # ---- Hooks ------------------------------------------------------------------------------------------------------
+    # ---- Parameters and their hooks ---------------------------------------------------------------------------------
 
-    def _on_gradient(self, record: Record) -> None:
-        """Called by autograd once per backward, when a parameter's gradient is complete."""
-        run = self._run
-        if run is not None:
-            run.take(record)
-        elif self._plain_is_scaled:
+    def _on_plain_gradient(self, record: Record) -> None:
+        """Called when a gradient went into ``.grad``: notes whether it carries the loss scale."""
+        if self._plain_is_scaled:
             record.scaled = True
         elif record.scaled:
             raise RuntimeError(
                 f"Lomo: a plain backward added to the gradient of {record.name}, which accumulate() left with the loss "
-                "scale in it. Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
+                f"scale in it. {_ONE_KIND}"
             )
 
-    def _kept(self) -> list[Record]:
-        return [record for record in self._records if record.param.grad is not None]
-
-    def _kept_is_scaled(self) -> bool:
-        kinds = {record.scaled for record in self._kept()}
-        if len(kinds) == 2:
-            raise RuntimeError(
-                "Lomo: some gradients in .grad carry the loss scale (from accumulate()) and some do not (from a plain "
-                "backward). Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
-            )
-        return True in kinds
+    def _kept(self) -> list[tuple[Record, Tensor]]:
+        """The gradients that plain backwards left in ``.grad``."""
+        grads = ((record, record.param.grad) for record in self._records)
+        return [(record, grad) for record, grad in grads if grad is not None]
 
     def _refresh(self, lr: float | Tensor | None = None) -> None:
-        """Takes over what changed since the last step: hyperparameters, devices, dtypes, frozen parameters, the scale."""
+        """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
         if self._removed:
             raise RuntimeError("Lomo: remove() was called on this optimizer; make a new one")
         if sum(len(group["params"]) for group in self.param_groups) != len(self._records):
             raise RuntimeError("Lomo: parameters were put into or taken out of param_groups; use add_param_group()")
-        for index, group in enumerate(self.param_groups):
-            check_group(group, f"Lomo: param_groups[{index}]")
         if any(record.moved for record in self._records):
             self._place()
         self._attach()
-        for group, by_device in zip(self.param_groups, self._scalars, strict=True):
-            for scalars in by_device.values():
-                scalars.set(group, lr)
-        if self._scale.used:
-            inverse = self._scale.inverse()
-            for device in self._devices.values():
-                device.inv_scale.copy_(inverse, non_blocking=True)
-
-    def _attach(self) -> None:
-        """Puts hooks on trainable parameters that have none yet."""
-        optimizer = weakref.ref(self)
-        for record in self._records:
-            if record.handle is None and record.param.requires_grad:
-                record.handle = record.param.register_post_accumulate_grad_hook(_hook(optimizer, record))
-                self._handles[record.index] = record.handle
-            claim(record.param, self)
+        self._state.refresh(self.param_groups, lr)
 
     def _place(self) -> None:
-        """Binds every parameter to its device's scalars, at the start and when parameters moved."""
+        """Makes the device side anew: parameters were added, or moved to another device or dtype."""
         for record in self._records:
             check_parameter(record.name, record.param, self)
-        before = getattr(self, "_home", None)
-        places = list(dict.fromkeys(record.param.device for record in self._records))
-        self._devices = {place: Device(place, len(self._records)) for place in places}
-        self._home = self._devices[places[0]]
-        self._scalars: list[dict[torch.device, GroupScalars]] = []
-        records = iter(self._records)
-        for group in self.param_groups:
-            by_device: dict[torch.device, GroupScalars] = {}
-            for _ in group["params"]:
-                record = next(records)
-                place = record.param.device
-                record.place(self._devices[place], by_device.setdefault(place, GroupScalars(place)))
-            self._scalars.append(by_device)
-        self._place_state(before, places[0])
+        self._state = State(self._records, self.param_groups, self._wanted_scale, before=self._state)
 
-    def _place_state(self, before: Device | None, place: torch.device) -> None:
-        wanted = self._wanted_scale
-        if wanted == "auto":
-            wanted = "dynamic" if any(r.param.dtype == torch.float16 for r in self._records) else None
-        scale = LossScale(wanted, place)
-        skipped = torch.zeros((), dtype=torch.int64, device=place)
-        if before is not None:
-            for device in self._devices.values():
-                device.step.copy_(before.step)
-            skipped.copy_(self._skipped)
-            if scale.kind == self._scale.kind:
-                scale.scale.copy_(self._scale.scale)
-                scale.growth_tracker.copy_(self._scale.growth_tracker)
-        self._scale, self._skipped = scale, skipped
-        self._norm = torch.zeros((), dtype=torch.float64, device=place)
+    def _attach(self) -> None:
+        """Puts hooks on trainable parameters that have none yet, and keeps other optimizers off all of them."""
+        for record in self._records:
+            if not record.claimed:
+                claim(record.param, self)
+                record.claimed = True
+            if not record.hooked and record.param.requires_grad:
+                record.hooked = True
+                hook = _hook(weakref.ref(self), record)
+                self._handles.append(record.param.register_post_accumulate_grad_hook(hook))
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -553,16 +470,30 @@ def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], No
 
     def on_gradient(_: Tensor) -> None:
         owner = optimizer()
-        if owner is not None:
-            owner._on_gradient(record)
+        if owner is None:
+            return
+        if owner._run is not None:
+            owner._run.take(record)
+        else:
+            owner._on_plain_gradient(record)
 
     return on_gradient
 
 
-def _remove_handles(handles: dict[int, torch.utils.hooks.RemovableHandle]) -> None:
-    for handle in handles.values():
-        handle.remove()
-    handles.clear()
+def _carry_scale(kept: list[tuple[Record, Tensor]]) -> bool:
+    """Whether gradients in ``.grad`` carry the loss scale. Raises RuntimeError where only some do."""
+    kinds = {record.scaled for record, _ in kept}
+    if len(kinds) == 2:
+        raise RuntimeError(
+            "Lomo: some gradients in .grad carry the loss scale (from accumulate()) and some do not (from a plain "
+            f"backward). {_ONE_KIND}"
+        )
+    return True in kinds
+
+
+def _remove_handles(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 def _check_seed(seed: Any) -> int:

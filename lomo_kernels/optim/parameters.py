@@ -45,8 +45,8 @@ def _refuse_wrappers(model: nn.Module) -> None:
         kind = type(module).__name__
         if isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
             raise RuntimeError(
-                f"Lomo: the model holds a {kind}. Gradients reach the hooks before it has reduced them (or not at all), "
-                "and the ranks would drift apart without a word. Train on one process with the plain module"
+                f"Lomo: the model holds a {kind}. Gradients reach the hooks before it has reduced them (or not at "
+                "all), and the ranks would drift apart without a word. Train on one process with the plain module"
             )
 
 
@@ -68,7 +68,7 @@ def check_parameter(name: str, param: Any, optimizer: object) -> None:
     """
     if not isinstance(param, Tensor):
         raise TypeError(f"Lomo: {name} is a {type(param).__name__}, expected a parameter")
-    if isinstance(param, nn.parameter.UninitializedTensorMixin):
+    if isinstance(param, torch.nn.parameter.UninitializedParameter):
         raise ValueError(f"Lomo: {name} is not initialised yet; run the lazy module once before making the optimizer")
     if not param.is_leaf:
         raise ValueError(f"Lomo: {name} is not a leaf tensor; pass the parameter it was computed from")

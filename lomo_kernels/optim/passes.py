@@ -114,8 +114,8 @@ class UpdatePass(Pass):
     """Applies every gradient to its parameter, and drops the gradient.
 
     Args:
-        decided: clip coefficient and overflow flag are known (a norm pass came before); otherwise the norms are added up
-            on the way.
+        decided: clip coefficient and overflow flag are known (a norm pass came before); otherwise the norms are added
+            up on the way.
         stochastic, seed: of the rounding.
     """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from .hyperparameters import GroupScalars
 
@@ -21,8 +20,8 @@ class Device:
             return torch.zeros((), dtype=dtype, device=device)
 
         self.slots = torch.zeros(parameters, dtype=torch.float64, device=device)
-        self.inv_scale = scalar(torch.float64)
-        self.clip_coef = scalar(torch.float64)
+        self.inv_scale = scalar(torch.float64).fill_(1.0)
+        self.clip_coef = scalar(torch.float64).fill_(1.0)
         self.found_inf = scalar(torch.float64)
         self.step = scalar(torch.int64)
 
@@ -30,26 +29,12 @@ class Device:
 class Record:
     """One parameter under management. `index`, its place in `param_groups`, is its id and keys its random bits."""
 
-    __slots__ = (
-        "device",
-        "dtype",
-        "fired",
-        "handle",
-        "home",
-        "index",
-        "name",
-        "param",
-        "scaled",
-        "scalars",
-        "slot",
-        "small",
-    )
-
     def __init__(self, param: torch.nn.Parameter, index: int, name: str) -> None:
         self.param = param
         self.index = index
         self.name = name
-        self.handle: RemovableHandle | None = None  # of the hook; None while the parameter is frozen
+        self.claimed = False  # noted as ours
+        self.hooked = False  # a frozen parameter has no hook
         self.fired = -1  # the last pass in which its gradient came
         self.scaled = False  # whether what stands in .grad carries the loss scale
         self.dtype: torch.dtype | None = None

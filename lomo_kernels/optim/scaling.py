@@ -46,6 +46,14 @@ class LossScale:
     def used(self) -> bool:
         return self.kind != "none"
 
+    def export(self) -> dict[str, Any]:
+        """Copies of what a resumed run needs."""
+        return {
+            "scaling": self.kind,
+            "loss_scale": self.scale.clone(),
+            "growth_tracker": self.growth_tracker.clone(),
+        }
+
     def inverse(self) -> Tensor:
         """1 / scale in float64; the kernels round it once to float32."""
         return self.scale.double().reciprocal()

@@ -1,0 +1,42 @@
+"""``python -m lomo_kernels``: ``info`` says which kernels are in force, ``demo`` trains a model with them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from . import __version__, backends, ops
+
+
+def info() -> int:
+    """Prints operator x device: backend, instruction set or device code, and why."""
+    print(f"lomo_kernels {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    print("CPU library: torch 2.11 or newer (stable ABI)")
+    print(f"CUDA library: not built in this version (torch has CUDA {torch.version.cuda or chr(45)})")
+    print()
+    rows = [("operator", "tensors", "backend", "detail", "why")]
+    for choice in backends.choices:
+        rows += [(name, choice.key, choice.backend, choice.detail, choice.reason) for name in ops.__all__]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lomo_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo")
+    commands.add_parser("info", help="which kernels are in force, and why")
+    demo = commands.add_parser("demo", help="fine-tune a small language model with Lomo, SGD and AdamW, and compare")
+    from .demo import run  # the demo's own imports stay out of `import lomo_kernels`
+
+    run.add_arguments(demo)
+    arguments = parser.parse_args()
+    return info() if arguments.command == "info" else run.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

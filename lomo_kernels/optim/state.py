@@ -1,0 +1,100 @@
+"""What a step needs that lives on devices, unread by the host: hyperparameters, norm slots, loss scale, counters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import clip_coefficient
+from .hyperparameters import GroupScalars, check_group
+from .records import Device, Record
+from .scaling import LossScale
+
+
+class State:
+    """The device side of one optimizer. Its first parameter's device is `home`, where sums and counters are kept.
+
+    Args:
+        records: all parameters, in the order of the groups.
+        groups: torch parameter groups.
+        loss_scale: as `Lomo` takes it.
+        before: the state that this one continues, on other devices or for more parameters.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], groups: Sequence[dict[str, Any]], loss_scale: Any, before: State | None = None
+    ) -> None:
+        places = list(dict.fromkeys(record.param.device for record in records))
+        self.devices = {place: Device(place, len(records)) for place in places}
+        self.home = self.devices[places[0]]
+        self.scalars: list[dict[torch.device, GroupScalars]] = []
+        remaining = iter(records)
+        for group in groups:
+            by_device: dict[torch.device, GroupScalars] = {}
+            for _, record in zip(group["params"], remaining, strict=False):
+                place = record.param.device
+                if place not in by_device:
+                    by_device[place] = GroupScalars(place)
+                record.place(self.devices[place], by_device[place])
+            self.scalars.append(by_device)
+        if loss_scale == "auto":
+            loss_scale = "dynamic" if any(record.dtype is torch.float16 for record in records) else None
+        self.scale = LossScale(loss_scale, places[0])
+        self.skipped = torch.zeros((), dtype=torch.int64, device=places[0])
+        self.norm = torch.zeros((), dtype=torch.float64, device=places[0])
+        if before is not None:
+            self.load(
+                before.export() if before.scale.kind == self.scale.kind else before.export() | self.scale.export()
+            )
+
+    def refresh(self, groups: Sequence[dict[str, Any]], lr: float | Tensor | None) -> None:
+        """Takes over the groups' present hyperparameters (`lr`, where given, for all of them) and the loss scale."""
+        for index, group in enumerate(groups):
+            check_group(group, f"Lomo: param_groups[{index}]")
+        for group, by_device in zip(groups, self.scalars, strict=True):
+            for scalars in by_device.values():
+                scalars.set(group, lr)
+        if self.scale.used:
+            inverse = self.scale.inverse()
+            for device in self.devices.values():
+                device.inv_scale.copy_(inverse, non_blocking=True)
+
+    def zero_slots(self) -> None:
+        for device in self.devices.values():
+            device.slots.zero_()
+
+    def decide(self, clip_grad_norm: float | None) -> None:
+        """From the slots to norm, overflow flag and clip coefficient, on every device."""
+        totals = [device.slots.sum().to(self.norm.device) for device in self.devices.values()]
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
+        self.norm.copy_(total.sqrt())
+        self.home.found_inf.copy_(total.isfinite().logical_not())
+        if clip_grad_norm is not None:
+            self.home.clip_coef.copy_(clip_coefficient(total, clip_grad_norm))
+        for device in self.devices.values():
+            if device is not self.home:
+                device.found_inf.copy_(self.home.found_inf, non_blocking=True)
+                device.clip_coef.copy_(self.home.clip_coef, non_blocking=True)
+
+    def end_step(self, scaled: bool) -> None:
+        """Counts the step and, where its gradients carried the loss scale, moves that."""
+        for device in self.devices.values():
+            device.step.add_(1)
+        self.skipped.add_(self.home.found_inf.to(torch.int64))
+        if scaled:
+            self.scale.update(self.home.found_inf)
+
+    def export(self) -> dict[str, Any]:
+        """Copies of what a resumed run needs."""
+        return {"step": self.home.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export()
+
+    def load(self, exported: dict[str, Any]) -> None:
+        """Takes over what `export` gave."""
+        for device in self.devices.values():
+            device.step.copy_(exported["step"])
+        self.skipped.copy_(exported["skipped_steps"])
+        self.scale.scale.copy_(exported["loss_scale"])
+        self.scale.growth_tracker.copy_(exported["growth_tracker"])
