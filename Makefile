@@ -11,10 +11,11 @@ cpp := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '
 sources := setup.py pyproject.toml CMakeLists.txt $(filter-out csrc/testing/%,$(cpp))
 # Kept here and not in VENV, which may serve several clones.
 stamps := build/stamps$(subst /,-,$(abspath $(VENV)))
+checked := build/sanitize/site
 need_compiler := for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/dev/null && exit; done; \
   echo "A C++17 compiler is needed: install one (Debian, Ubuntu: apt install g++) or set CXX." >&2; exit 1
 
-.PHONY: help demo test bench lint format testing clean environment FORCE
+.PHONY: help demo test sanitize bench lint format testing clean environment FORCE
 .NOTPARALLEL:
 
 help:            ## this list
@@ -47,6 +48,18 @@ testing: $(stamps)/test   ## the C++ module of the tests and benches
 	@$(bin)/cmake -S . -B build/testing -G Ninja -DLOMO_TESTING=ON -DPYTHON=$(abspath $(bin)/python) \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) >/dev/null
 	@$(bin)/cmake --build build/testing --target lomo_kernels_testing
+
+sanitize: $(stamps)/test   ## the operators' tests under the address and undefined-behaviour sanitizers
+	@rm -rf $(checked)/lomo_kernels && mkdir -p $(checked) && cp -r lomo_kernels $(checked)
+	@$(bin)/cmake -S . -B build/sanitize -G Ninja -DLOMO_SANITIZE=address,undefined -DPYTHON=$(abspath $(bin)/python) \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) -DLOMO_OUTPUT_DIR=$(abspath $(checked))/lomo_kernels >/dev/null
+	@$(bin)/cmake --build build/sanitize
+	@# The runtime must come first in the process; the interpreter's own leaks are not our subject. pytest is not started
+	@# with "python -m", which would put this folder's package before the checked one.
+	@for isa in baseline avx2 avx512; do \
+	  OMP_NUM_THREADS=1 LOMO_KERNELS_ISA=$$isa PYTHONPATH=$(checked) LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py $(ARGS) || exit 1; done
 
 clean:           ## remove what was built; VENV stays
 	rm -rf build dist *.egg-info lomo_kernels/*.so

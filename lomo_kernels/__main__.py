@@ -14,7 +14,7 @@ def info() -> int:
     """Prints operator x device: backend, instruction set or device code, and why."""
     print(f"lomo_kernels {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
     print("CPU library: torch 2.11 or newer (stable ABI)")
-    print(f"CUDA library: not built in this version (torch has CUDA {torch.version.cuda or chr(45)})")
+    print(f"CUDA library: not built in this version (torch has CUDA {torch.version.cuda or 'none'})")
     print()
     rows = [("operator", "tensors", "backend", "detail", "why")]
     for choice in backends.choices:

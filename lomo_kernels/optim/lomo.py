@@ -421,8 +421,7 @@ class Lomo(torch.optim.Optimizer):
 
     def _kept(self) -> list[tuple[Record, Tensor]]:
         """The gradients that plain backwards left in ``.grad``."""
-        grads = ((record, record.param.grad) for record in self._records)
-        return [(record, grad) for record, grad in grads if grad is not None]
+        return [(record, grad) for record in self._records if (grad := record.param.grad) is not None]
 
     def _refresh(self, lr: float | Tensor | None = None) -> None:
         """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
@@ -430,9 +429,12 @@ class Lomo(torch.optim.Optimizer):
             raise RuntimeError("Lomo: remove() was called on this optimizer; make a new one")
         if sum(len(group["params"]) for group in self.param_groups) != len(self._records):
             raise RuntimeError("Lomo: parameters were put into or taken out of param_groups; use add_param_group()")
-        if any(record.moved for record in self._records):
-            self._place()
-        self._attach()
+        for record in self._records:
+            param = record.param
+            if param.dtype is not record.dtype or param.device != record.device:
+                self._place()
+            if not record.hooked and param.requires_grad:
+                self._attach()
         self._state.refresh(self.param_groups, lr)
 
     def _place(self) -> None:

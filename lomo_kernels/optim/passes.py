@@ -68,10 +68,12 @@ class Pass:
             self._one(record, grad)
             return
         with self._lock:
-            buffer = self._buffers.setdefault(record.scalars, _Buffer())
+            buffer = self._buffers.get(record.scalars)
+            if buffer is None:
+                buffer = self._buffers[record.scalars] = _Buffer()
             buffer.records.append(record)
             buffer.grads.append(grad)
-            buffer.bytes += grad.nbytes
+            buffer.bytes += record.bytes
             if buffer.bytes < BUFFER_BYTES:
                 return
             del self._buffers[record.scalars]

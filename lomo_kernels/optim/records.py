@@ -44,9 +44,5 @@ class Record:
         self.device, self.dtype = self.param.device, self.param.dtype
         self.home, self.scalars = home, scalars
         self.slot = home.slots[self.index]
-        self.small = self.param.numel() * self.param.element_size() <= SMALL_BYTES
-
-    @property
-    def moved(self) -> bool:
-        """Whether the parameter's device or dtype is no longer the one bound."""
-        return self.param.dtype is not self.dtype or self.param.device != self.device
+        self.bytes = self.param.numel() * self.param.element_size()
+        self.small = self.bytes <= SMALL_BYTES
