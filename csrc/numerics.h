@@ -53,11 +53,10 @@ struct BFloat16 {
   }
   LOMO_FN uint32_t nearest(float x) { return round(x, 0x7fffu + ((bits_of(x) >> 16) & 1u)); }
 
-  // `random`: 16 bits. Rounds up with probability (bits cut) / 2^16. Never to infinity where `nearest` stays finite:
-  // only the last finite exponent's top value can be carried there, and it takes the bias of `nearest` instead.
+  // `random`: 16 bits. Rounds up with probability (bits cut) / 2^16. Never to infinity where `nearest` stays finite.
   LOMO_FN uint32_t stochastic(float x, uint32_t random) {
-    const uint32_t u = bits_of(x);
-    return round(x, (u & 0x7fff0000u) == 0x7f7f0000u ? 0x7fffu + ((u >> 16) & 1u) : random);
+    const uint32_t rounded = round(x, random);
+    return (rounded & 0x7fffu) == 0x7f80u ? nearest(x) : rounded;
   }
 };
 
@@ -124,11 +123,13 @@ LOMO_FN uint64_t stream_key(int64_t seed, int64_t parameter_id, int64_t step) {
 // Once per 2^32 counters.
 LOMO_FN uint64_t block_key(uint64_t stream, uint64_t counter) { return mix64(stream ^ (counter >> 32)); }
 
-// Once per counter: 32 bits. Rounds and constants of a hash found by search (github.com/skeeto/hash-prospector, bias
-// 0.107); the key's halves enter before and between the rounds, so streams are no permutations of each other.
+// Once per counter: 32 bits. Two multiply-xorshift rounds with multipliers found by search (github.com/skeeto/
+// hash-prospector); the key's halves enter before and between them, so streams are no permutations of each other. The
+// first shift is doubled: with >> 16 alone, counters 2^12 apart gave numbers correlated by 0.7%; so they do not, at 3.5
+// standard errors of 4 million, for lags of powers of two and usual row lengths.
 LOMO_FN uint32_t random_bits(uint64_t block, uint32_t counter) {
   uint32_t x = counter ^ static_cast<uint32_t>(block);
-  x = (x ^ (x >> 16)) * 0x21f0aaadu;
+  x = (x ^ (x >> 7) ^ (x >> 16)) * 0x21f0aaadu;
   x = ((x ^ (x >> 15)) + static_cast<uint32_t>(block >> 32)) * 0xd35a2d97u;
   return x ^ (x >> 15);
 }

@@ -46,8 +46,8 @@ class LiveBytes(TorchDispatchMode):
     die.  Exact for CPU tensors and device-independent: requested bytes, before an allocator rounds them up.
 
     Not seen: workspace that a kernel takes and returns within one operator, and memory made by other means than an
-    operator (`torch.from_numpy`, `copy.deepcopy` of a tensor).  Each operator costs some 10 microseconds more, so measure
-    time on other steps than memory.
+    operator (`torch.from_numpy`, `copy.deepcopy` of a tensor).  Each operator costs some 10 microseconds more, so
+    measure time on other steps than memory.
 
     Args:
         events: a list that gets an `Event` for each allocation and free, in order.

@@ -64,9 +64,9 @@ def random_bits(stream: int, counter: Tensor) -> Tensor:
 
 
 def _hash32(block_key: int, x: Tensor) -> Tensor:
-    """Two multiply-xorshift rounds (constants: github.com/skeeto/hash-prospector), keyed before and between them."""
+    """Two multiply-xorshift rounds (multipliers: github.com/skeeto/hash-prospector), keyed before and between them."""
     x = x ^ (block_key & MASK32)
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & MASK32
+    x = ((x ^ (x >> 7) ^ (x >> 16)) * 0x21F0AAAD) & MASK32
     x = ((x ^ (x >> 15)) + (block_key >> 32)) & MASK32
     x = (x * 0xD35A2D97) & MASK32
     return x ^ (x >> 15)

@@ -1,1 +1,1 @@
-"""`python -m lomo_kernels demo`: a small language model, fine-tuned with LOMO and its rivals on this machine's own text."""
+"""`python -m lomo_kernels demo`: a small language model, fine-tuned with LOMO, SGD and AdamW on text found anywhere."""

@@ -50,7 +50,7 @@ def rotary_angles(seq: int, head_dim: int, device: torch.device) -> torch.Tensor
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (first half, second half) of each head: x [batch, heads, seq, head_dim], cos and sin its last two."""
+    """Turns the pairs (first half, second half) of heads. x [batch, heads, seq, head_dim]; cos, sin its last two."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 

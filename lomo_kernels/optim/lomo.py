@@ -137,7 +137,6 @@ class Lomo(torch.optim.Optimizer):
         finally:
             self._accumulating = before
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Applies what plain backwards left in ``.grad``, and leaves it there. Does nothing where nothing is there.
 
@@ -154,9 +153,9 @@ class Lomo(torch.optim.Optimizer):
                 warnings.warn(
                     "Lomo.step() applies gradients that a plain backward kept in memory all at once; "
                     "optimizer.backward(loss) in place of loss.backward() frees each as soon as it is there",
-                    stacklevel=3,
+                    stacklevel=3,  # torch wraps step() once
                 )
-            with self._exclusive():
+            with self._exclusive(), torch.no_grad():
                 self._refresh()
                 self._apply_kept(keep=True)
         return loss
@@ -270,9 +269,13 @@ class Lomo(torch.optim.Optimizer):
             ValueError: it is not a Lomo's, or of other parameters (their order, names and shapes count: a parameter's
                 place keys its random bits), or of another kind of loss scaling; nothing is loaded then.
         """
-        ours = state_dict.get(_STATE)
-        if ours is None:
-            raise ValueError(f"Lomo: the state dict has no {_STATE!r} entry; expected one from Lomo.state_dict()")
+        ours = state_dict.get(_STATE, {})
+        missing = self.state_dict()[_STATE].keys() - ours.keys()
+        if missing:
+            raise ValueError(
+                f"Lomo: the state dict's {_STATE!r} entry lacks {', '.join(sorted(missing))}; expected one from "
+                "Lomo.state_dict()"
+            )
         self._check_layout(ours["parameters"])
         if ours["scaling"] != self._state.scale.kind:
             raise ValueError(
@@ -281,7 +284,7 @@ class Lomo(torch.optim.Optimizer):
             )
         seed = _check_seed(ours["seed"])
         for index, group in enumerate(state_dict["param_groups"]):
-            check_group(group, f"Lomo: param_groups[{index}] of the state dict")
+            check_group({**self.defaults, **group}, f"Lomo: param_groups[{index}] of the state dict")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _STATE})
         self._state.load(ours)
         self._seed = seed
@@ -333,6 +336,7 @@ class Lomo(torch.optim.Optimizer):
 
     def _apply_kept(self, *, keep: bool) -> None:
         """One step from what stands in ``.grad``, which stays there where `keep`."""
+        self._norm_is_known = False
         kept = self._kept()
         scaled = _carry_scale(kept)
         self._state.zero_slots()
