@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.sgd import is_stochastic
-from .graph import check_loss, has_reentrant_checkpoint, run_backward
+from .graph import check_loss, foreign_leaves, gradients_kept_apart, reentrant_checkpoints, run_backward
 from .hyperparameters import check_group, check_positive
 from .parameters import check_parameter, claim, name_of, named_groups, release
 from .passes import NormPass, Pass, UpdatePass
@@ -22,6 +22,7 @@ from .scaling import LossScale
 from .state import State
 
 _STATE = "lomo"  # the key of our part of a state dict
+_BY_HAND = " by hand; use add_param_group(), or make a new optimizer"
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
 
@@ -92,9 +93,12 @@ class Lomo(torch.optim.Optimizer):
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._run: Pass | None = None  # the pass that hooks hand their gradients to
         self._plain_is_scaled = False  # whether the backward that now runs into .grad carries the loss scale
+        self._kept_scale: Tensor | None = None  # the loss scale in the gradients that accumulate() left in .grad
+        self._kept_dtype: torch.dtype | None = None  # of the losses they came from
         self._accumulating = False
         self._norm_is_known = False  # grad_norm() was called and fused_backward() not yet
-        self._checked_reentrancy = False
+        self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
+        self._ids: set[int] = set()  # of the parameters
         self._warned = False
         self._removed = False
         self._attached = False
@@ -143,6 +147,7 @@ class Lomo(torch.optim.Optimizer):
         Args:
             closure: called first, with gradients enabled; its result is returned.
         """
+        self._check_not_removed()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -161,11 +166,9 @@ class Lomo(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears what plain backwards left in ``.grad``."""
-        super().zero_grad(set_to_none)
-        for record in self._records:
-            record.scaled = False
-        self._norm_is_known = False
+        """Drops what plain backwards left in ``.grad``. Always to None: tensors of zeros would only take memory."""
+        super().zero_grad(set_to_none=True)
+        self._drop_norm()
 
     def grad_norm(self, loss: Tensor) -> Tensor:
         """First half of lomo_optim's pair: one backward for the norm; the next `fused_backward` uses it, once.
@@ -174,11 +177,12 @@ class Lomo(torch.optim.Optimizer):
             The norm, as `last_grad_norm`.
         """
         with self._exclusive():
+            self._drop_norm()
             check_loss(loss)
             self._refresh()
             if self._kept():
                 raise RuntimeError("Lomo: gradients stand in .grad; use backward(), which adds them in, or zero_grad()")
-            self._find_norm(loss)
+            self._find_norm(loss, self._start_scale(loss))
             self._norm_is_known = True
         return self.last_grad_norm
 
@@ -189,13 +193,13 @@ class Lomo(torch.optim.Optimizer):
         """
         with self._exclusive():
             check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
-            self._train(loss, lr)
+            self._train(loss, lr, after_grad_norm=True)
 
     def remove(self) -> None:
         """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again."""
         _remove_handles(self._handles)
         for record in self._records:
-            release(record.param)
+            release(record.param, self)
         self._removed = True
 
     def __enter__(self) -> Lomo:
@@ -233,6 +237,7 @@ class Lomo(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError, NotImplementedError, RuntimeError: as the constructor; nothing is added then.
         """
+        self._check_not_removed()
         if not isinstance(param_group, dict):
             raise TypeError(f"Lomo: a parameter group is a {type(param_group).__name__}, expected a dict")
         entries = param_group["params"]
@@ -252,6 +257,7 @@ class Lomo(torch.optim.Optimizer):
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
         super().add_param_group(group)
         self._records.extend(records)
+        self._ids = known
         if self._attached:
             self._place()
             self._attach()
@@ -313,32 +319,98 @@ class Lomo(torch.optim.Optimizer):
     def _needs_norm_first(self) -> bool:
         return self._clip_grad_norm is not None or self._state.scale.kind == "dynamic"
 
-    def _train(self, loss: Tensor, lr: float | Tensor | None = None) -> None:
+    def _train(self, loss: Tensor, lr: float | Tensor | None = None, *, after_grad_norm: bool = False) -> None:
         check_loss(loss)
+        if not after_grad_norm:
+            self._drop_norm()
         self._refresh(lr)
         known, self._norm_is_known = self._norm_is_known, False
-        scaled = self._state.scale.used
         kept = self._kept()
         if self._accumulating or kept:
-            self._run_plain(loss, scaled=_carry_scale(kept) if kept else scaled)
+            self._add_to_kept(loss, kept)
             if not self._accumulating:
                 self._apply_kept(keep=False)
             return
+        scale = self._start_scale(loss)
         if self._needs_norm_first:
             if not known:
-                self._find_norm(loss)
-            self._raise_if_not_finite(scaled, "no weight was changed")
+                self._find_norm(loss, scale)
+            self._raise_if_not_finite(scale is not None, "no weight was changed")
         else:
-            self._check_reentrancy(loss)
+            self._check_reentrancy(loss, scale)
             self._state.zero_slots()
-        self._sweep(self._update_pass(scaled), loss, retain_graph=False)
-        self._finish(scaled)
+        self._sweep(self._update_pass(scale is not None), loss, scale, retain_graph=False)
+        self._finish(scale is not None)
+
+    def _start_scale(self, loss: Tensor) -> Tensor | None:
+        """The loss scale for a backward from `loss`, which the kernels are told to take out again. None: no scaling."""
+        if not self._state.scale.used:
+            return None
+        scale = self._state.scale.of(loss)
+        self._state.unscale_by(scale)
+        return scale
+
+    def _find_norm(self, loss: Tensor, scale: Tensor | None) -> None:
+        self._state.zero_slots()
+        self._sweep(NormPass(scaled=scale is not None), loss, scale, retain_graph=True)
+        self._state.decide(self._clip_grad_norm)
+
+    def _drop_norm(self) -> None:
+        """Forgets a norm that `grad_norm` found and no `fused_backward` used."""
+        if self._norm_is_known:
+            self._norm_is_known = False
+            self._state.abandon_step()
+
+    def _check_reentrancy(self, loss: Tensor, scale: Tensor | None) -> None:
+        """With one backward, a gradient that comes twice must be found before a weight has changed.
+
+        So a backward with reentrant checkpoints, where their number is new, is preceded by one that only looks.
+        """
+        count = reentrant_checkpoints(loss, thorough=self._checkpoints is None)
+        if count and count != self._checkpoints:
+            self._find_norm(loss, scale)
+        self._checkpoints = count or self._checkpoints or 0
+
+    def _sweep(self, sweep: Pass, loss: Tensor, scale: Tensor | None, *, retain_graph: bool) -> None:
+        """One backward in which hooks hand their gradients to `sweep`."""
+        leaves = [] if scale is None and not retain_graph else foreign_leaves(loss, self._ids)
+        self._run = sweep
+        try:
+            with gradients_kept_apart(leaves, scale, wanted=sweep.changes_weights):
+                run_backward(loss, scale, retain_graph)
+            sweep.flush()
+        finally:
+            self._run = None
+
+    def _add_to_kept(self, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
+        """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
+        if not kept and self._state.scale.used:
+            self._kept_scale, self._kept_dtype = self._state.scale.of(loss), loss.dtype
+        scale = self._kept_scale if self._carries_scale(kept) or not kept else None
+        if scale is not None and loss.dtype is not self._kept_dtype:
+            raise RuntimeError(
+                f"Lomo: the loss has dtype {loss.dtype}, those accumulated before have {self._kept_dtype}; with a loss "
+                "scale all parts of a step need one dtype, which the scale is rounded to"
+            )
+        self._plain_is_scaled = scale is not None
+        leaves = [] if scale is None else foreign_leaves(loss, self._ids)
+        try:
+            with gradients_kept_apart(leaves, scale, wanted=True):
+                run_backward(loss, scale, retain_graph=False)
+        finally:
+            self._plain_is_scaled = False
 
     def _apply_kept(self, *, keep: bool) -> None:
         """One step from what stands in ``.grad``, which stays there where `keep`."""
-        self._norm_is_known = False
+        self._drop_norm()
         kept = self._kept()
-        scaled = _carry_scale(kept)
+        scaled = self._carries_scale(kept)
+        if scaled:
+            assert self._kept_scale is not None
+            self._state.unscale_by(self._kept_scale)
+        if not keep:
+            for record, _ in kept:
+                record.param.grad = None
         self._state.zero_slots()
         if self._needs_norm_first:
             norm = NormPass(scaled=scaled)
@@ -348,41 +420,26 @@ class Lomo(torch.optim.Optimizer):
             self._state.decide(self._clip_grad_norm)
             self._raise_if_not_finite(scaled, "no weight was changed")
         update = self._update_pass(scaled)
-        for record, grad in kept:
-            update.add(record, grad)
+        while kept:
+            update.add(*kept.pop())
         update.flush()
-        if not keep:
-            for record, _ in kept:
-                record.param.grad, record.scaled = None, False
         self._finish(scaled)
 
-    def _find_norm(self, loss: Tensor) -> None:
-        self._state.zero_slots()
-        self._sweep(NormPass(scaled=self._state.scale.used), loss, retain_graph=True)
-        self._state.decide(self._clip_grad_norm)
+    def _kept(self) -> list[tuple[Record, Tensor]]:
+        """The gradients that plain backwards left in ``.grad``."""
+        return [(record, grad) for record in self._records if (grad := record.param.grad) is not None]
 
-    def _check_reentrancy(self, loss: Tensor) -> None:
-        """With one backward, a gradient that comes twice must be found before a weight has changed: look once."""
-        if not self._checked_reentrancy and has_reentrant_checkpoint(loss):
-            self._find_norm(loss)
-        self._checked_reentrancy = True
-
-    def _sweep(self, sweep: Pass, loss: Tensor, retain_graph: bool) -> None:
-        """One backward in which hooks hand their gradients to `sweep`."""
-        self._run = sweep
-        try:
-            run_backward(loss, self._state.scale.scale if sweep.scaled else None, retain_graph)
-            sweep.flush()
-        finally:
-            self._run = None
-
-    def _run_plain(self, loss: Tensor, *, scaled: bool) -> None:
-        """One backward whose gradients add to ``.grad``."""
-        self._plain_is_scaled = scaled
-        try:
-            run_backward(loss, self._state.scale.scale if scaled else None, retain_graph=False)
-        finally:
-            self._plain_is_scaled = False
+    def _carries_scale(self, kept: list[tuple[Record, Tensor]]) -> bool:
+        """Whether gradients in ``.grad`` carry the loss scale. Raises RuntimeError where only some do."""
+        if self._kept_scale is None:
+            return False
+        kinds = {record.scaled for record, _ in kept}
+        if len(kinds) == 2:
+            raise RuntimeError(
+                "Lomo: some gradients in .grad carry the loss scale (from accumulate()) and some do not (from a plain "
+                f"backward). {_ONE_KIND}"
+            )
+        return True in kinds
 
     def _update_pass(self, scaled: bool) -> UpdatePass:
         return UpdatePass(scaled=scaled, decided=self._needs_norm_first, stochastic=self._stochastic, seed=self._seed)
@@ -416,35 +473,38 @@ class Lomo(torch.optim.Optimizer):
     def _on_plain_gradient(self, record: Record) -> None:
         """Called when a gradient went into ``.grad``: notes whether it carries the loss scale."""
         if self._plain_is_scaled:
-            record.scaled = True
+            assert record.param.grad is not None
+            record.scaled_grad = weakref.ref(record.param.grad)
         elif record.scaled:
             raise RuntimeError(
                 f"Lomo: a plain backward added to the gradient of {record.name}, which accumulate() left with the loss "
                 f"scale in it. {_ONE_KIND}"
             )
 
-    def _kept(self) -> list[tuple[Record, Tensor]]:
-        """The gradients that plain backwards left in ``.grad``."""
-        return [(record, grad) for record in self._records if (grad := record.param.grad) is not None]
-
     def _refresh(self, lr: float | Tensor | None = None) -> None:
         """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
-        if self._removed:
-            raise RuntimeError("Lomo: remove() was called on this optimizer; make a new one")
-        if sum(len(group["params"]) for group in self.param_groups) != len(self._records):
-            raise RuntimeError("Lomo: parameters were put into or taken out of param_groups; use add_param_group()")
-        for record in self._records:
-            param = record.param
+        self._check_not_removed()
+        params = [param for group in self.param_groups for param in group["params"]]
+        if len(params) != len(self._records):
+            raise RuntimeError(f"Lomo: parameters were put into or taken out of param_groups{_BY_HAND}")
+        for record, param in zip(self._records, params, strict=True):
+            if param is not record.param:
+                raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_BY_HAND}")
             if param.dtype is not record.dtype or param.device != record.device:
                 self._place()
             if not record.hooked and param.requires_grad:
                 self._attach()
         self._state.refresh(self.param_groups, lr)
 
+    def _check_not_removed(self) -> None:
+        if self._removed:
+            raise RuntimeError("Lomo: remove() was called on this optimizer; make a new one")
+
     def _place(self) -> None:
         """Makes the device side anew: parameters were added, or moved to another device or dtype."""
         for record in self._records:
             check_parameter(record.name, record.param, self)
+        self._drop_norm()
         self._state = State(self._records, self.param_groups, self._wanted_scale, before=self._state)
 
     def _attach(self) -> None:
@@ -484,17 +544,6 @@ def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], No
             owner._on_plain_gradient(record)
 
     return on_gradient
-
-
-def _carry_scale(kept: list[tuple[Record, Tensor]]) -> bool:
-    """Whether gradients in ``.grad`` carry the loss scale. Raises RuntimeError where only some do."""
-    kinds = {record.scaled for record, _ in kept}
-    if len(kinds) == 2:
-        raise RuntimeError(
-            "Lomo: some gradients in .grad carry the loss scale (from accumulate()) and some do not (from a plain "
-            f"backward). {_ONE_KIND}"
-        )
-    return True in kinds
 
 
 def _remove_handles(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

@@ -95,6 +95,7 @@ def claim(param: Tensor, optimizer: object) -> None:
     _owners[param] = weakref.ref(optimizer)
 
 
-def release(param: Tensor) -> None:
-    """Forgets who manages `param`."""
-    _owners.pop(param, None)
+def release(param: Tensor, optimizer: object) -> None:
+    """Forgets that `optimizer` manages `param`."""
+    if param in _owners and _owners[param]() is optimizer:
+        del _owners[param]

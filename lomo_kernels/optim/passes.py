@@ -51,10 +51,10 @@ class Pass:
         grad = param.grad
         if grad is None:
             return
+        param.grad = None
         if record.fired == self.serial:
             raise RuntimeError(self._second_time(record.name))
         record.fired = self.serial
-        param.grad = None
         self.add(record, grad)
 
     def add(self, record: Record, grad: Tensor) -> None:

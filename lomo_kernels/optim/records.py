@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,15 @@ class Record:
         self.claimed = False  # noted as ours
         self.hooked = False  # a frozen parameter has no hook
         self.fired = -1  # the last pass in which its gradient came
-        self.scaled = False  # whether what stands in .grad carries the loss scale
+        self.scaled_grad: weakref.ref[Tensor] | None = (
+            None  # what accumulate() left in .grad, with the loss scale in it
+        )
         self.dtype: torch.dtype | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether what stands in ``.grad`` carries the loss scale: whether it is what `accumulate` left there."""
+        return self.scaled_grad is not None and self.param.grad is self.scaled_grad()
 
     def place(self, home: Device, scalars: GroupScalars) -> None:
         """Binds the record to where its parameter is now."""

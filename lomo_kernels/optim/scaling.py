@@ -15,6 +15,9 @@ GROWTH_FACTOR = 2.0
 BACKOFF_FACTOR = 0.5
 GROWTH_INTERVAL = 2000
 
+# 2**16 is infinite in float16; a loss of that dtype starts backward with this much instead.
+LARGEST_FLOAT16_SCALE = 2.0**15
+
 # A scale that keeps falling is not what keeps a gradient from being finite; its inverse must stay finite in float32.
 SMALLEST_SCALE = 2.0**-24
 
@@ -54,9 +57,10 @@ class LossScale:
             "growth_tracker": self.growth_tracker.clone(),
         }
 
-    def inverse(self) -> Tensor:
-        """1 / scale in float64; the kernels round it once to float32."""
-        return self.scale.double().reciprocal()
+    def of(self, loss: Tensor) -> Tensor:
+        """The scale that backward from `loss` really starts with: as its dtype can hold it. float32, no dimensions."""
+        limit = LARGEST_FLOAT16_SCALE if loss.dtype is torch.float16 else torch.finfo(torch.float32).max
+        return self.scale.clamp(max=limit).to(loss.dtype).to(torch.float32)
 
     def update(self, found_inf: Tensor) -> None:
         """Halves or, in time, doubles a dynamic scale. `found_inf`: one element, not zero where the step overflowed."""
@@ -65,3 +69,10 @@ class LossScale:
                 self.scale, self.growth_tracker, found_inf.float(), GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL
             )
             self.scale.clamp_(min=SMALLEST_SCALE)
+
+    def back_off(self, found_inf: Tensor) -> None:
+        """As `update` where the step overflowed; otherwise nothing, not even towards the next growth."""
+        before = self.scale.clone(), self.growth_tracker.clone()
+        self.update(found_inf)
+        self.scale.copy_(torch.where(found_inf != 0, self.scale, before[0]))
+        self.growth_tracker.copy_(torch.where(found_inf != 0, self.growth_tracker, before[1]))

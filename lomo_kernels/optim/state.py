@@ -51,16 +51,18 @@ class State:
             )
 
     def refresh(self, groups: Sequence[dict[str, Any]], lr: float | Tensor | None) -> None:
-        """Takes over the groups' present hyperparameters (`lr`, where given, for all of them) and the loss scale."""
+        """Takes over the groups' present hyperparameters, and `lr`, where given, for all of them."""
         for index, group in enumerate(groups):
             check_group(group, f"Lomo: param_groups[{index}]")
         for group, by_device in zip(groups, self.scalars, strict=True):
             for scalars in by_device.values():
                 scalars.set(group, lr)
-        if self.scale.used:
-            inverse = self.scale.inverse()
-            for device in self.devices.values():
-                device.inv_scale.copy_(inverse, non_blocking=True)
+
+    def unscale_by(self, scale: Tensor) -> None:
+        """The gradients to come carry `scale`: has its inverse, in float64, on every device."""
+        inverse = scale.double().reciprocal()
+        for device in self.devices.values():
+            device.inv_scale.copy_(inverse, non_blocking=True)
 
     def zero_slots(self) -> None:
         for device in self.devices.values():
@@ -86,6 +88,14 @@ class State:
         self.skipped.add_(self.home.found_inf.to(torch.int64))
         if scaled:
             self.scale.update(self.home.found_inf)
+
+    def abandon_step(self) -> None:
+        """A norm was found but its step never came. It counts where it overflowed: that is why it did not come."""
+        overflowed = self.home.found_inf.to(torch.int64)
+        for device in self.devices.values():
+            device.step.add_(overflowed.to(device.step.device))
+        self.skipped.add_(overflowed)
+        self.scale.back_off(self.home.found_inf)
 
     def export(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
