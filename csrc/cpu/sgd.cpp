@@ -55,6 +55,19 @@ Update checked(const Tensor& param, const Tensor& grad, const char* op) {
   return update;
 }
 
+// Two names of one parameter would update it twice. Strided views may interleave, so only contiguous ones are compared.
+void check_apart(const std::vector<Update>& updates, const char* op) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  ranges.reserve(updates.size());
+  for (const Update& update : updates) {
+    if (update.param.contiguous && update.param.numel) ranges.push_back(update.param.range());
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    LOMO_CHECK(ranges[i - 1].second <= ranges[i].first, op, ": two params share memory; it would be updated twice");
+  }
+}
+
 // What all parameters of one call have in common.
 struct Step {
   Scalars scalars;
@@ -141,6 +154,7 @@ void sgd_list_(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
     if (!shard.empty()) update.shard = shard_of(shard.data() + 3 * i, 3, op);
     updates.push_back(std::move(update));
   }
+  check_apart(updates, op);
   for (const Update& update : updates) run(update, common);
 }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,15 +110,29 @@ def check_slot(op: str, name: str, slot: Tensor, device: torch.device) -> None:
         raise ValueError(f"{op}: {name} is on {slot.device}, the gradient is on {device}")
 
 
-def check_shard(op: str, shard: Sequence[int]) -> list[int]:
-    """`shard` as a list. Raises ValueError unless it is (offset, row_length, row_stride) without overlap."""
-    numbers = [integer(op, "shard", number) for number in shard]
+def check_shard(op: str, shard: Sequence[int], numel: int) -> list[int]:
+    """`shard` as a list. Raises TypeError or ValueError unless it is (offset, row_length, row_stride) without overlap,
+    and the last of `numel` elements has an index of 64 bits."""
+    numbers = [integer(op, "shard", number) for number in as_list(op, "shard", shard)]
     if len(numbers) != 3 or numbers[0] < 0 or numbers[1] <= 0 or numbers[2] < numbers[1]:
         raise ValueError(
             f"{op}: shard is {tuple(shard)}, expected (offset, row_length, row_stride) with offset >= 0, "
             "row_length > 0 and row_stride >= row_length"
         )
+    offset, row_length, row_stride = numbers
+    last = offset + (numel - 1) // row_length * row_stride + (numel - 1) % row_length
+    if numel and last >= 2**63:
+        raise ValueError(
+            f"{op}: shard is {tuple(shard)}: the last of {numel} elements has index {last}, beyond 64 bits"
+        )
     return numbers
+
+
+def as_list(op: str, name: str, values: Iterable[Any]) -> list[Any]:
+    """`values` as a list. Raises TypeError where it is no list or tensor of one dimension or more."""
+    if not isinstance(values, Iterable) or (isinstance(values, Tensor) and values.dim() == 0):
+        raise TypeError(f"{op}: {name} is {values!r}, expected a list")
+    return list(values)
 
 
 def check_lengths(op: str, expected: str, count: int, **lists: int) -> None:

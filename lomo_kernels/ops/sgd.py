@@ -12,6 +12,7 @@ from torch import Tensor
 from ._arguments import (
     FINITE,
     Scalar,
+    as_list,
     check_lengths,
     check_pair,
     check_shard,
@@ -105,7 +106,7 @@ def sgd_(
         integer("sgd_", "seed", seed),
         integer("sgd_", "parameter_id", parameter_id),
         step_tensor("sgd_", step, param.device),
-        None if shard is None else check_shard("sgd_", shard),
+        None if shard is None else check_shard("sgd_", shard, param.numel()),
     )
     _increment_version([param])
 
@@ -140,10 +141,10 @@ def sgd_list_(
         TypeError, ValueError: as `sgd_`, lists of different lengths, a parameter twice; nothing is changed then.
     """
     op = "sgd_list_"
-    params, grads = list(params), list(grads)
-    ids = list(range(len(params))) if parameter_id is None else [integer(op, "parameter_id", i) for i in parameter_id]
-    slots = [] if sq_norm is None else list(sq_norm)
-    shards = [] if shard is None else [check_shard(op, one) for one in shard]
+    params, grads = as_list(op, "params", params), as_list(op, "grads", grads)
+    ids = range(len(params)) if parameter_id is None else as_list(op, "parameter_id", parameter_id)
+    slots = [] if sq_norm is None else as_list(op, "sq_norm", sq_norm)
+    shards = [] if shard is None else as_list(op, "shard", shard)
     check_lengths(op, "params", len(params), grads=len(grads), parameter_id=len(ids))
     if sq_norm is not None:
         check_lengths(op, "params", len(params), sq_norm=len(slots))
@@ -153,11 +154,12 @@ def sgd_list_(
         raise ValueError(f"{op}: a parameter stands twice in params; it would be updated twice")
     if not params:
         return
-    device = params[0].device
     for param, grad in zip(params, grads, strict=True):
         check_pair(op, param, grad)
-        if param.device != device:
-            raise ValueError(f"{op}: params are on {device} and {param.device}, expected one device")
+        if param.device != params[0].device:
+            raise ValueError(f"{op}: params are on {params[0].device} and {param.device}, expected one device")
+    device = params[0].device
+    numbers = [check_shard(op, one, param.numel()) for one, param in zip(shards, params, strict=False)]
     for slot in slots:
         check_slot(op, "sq_norm", slot, device)
     torch.ops.lomo_kernels.sgd_list_.default(
@@ -167,9 +169,9 @@ def sgd_list_(
         slots,
         is_stochastic(op, rounding),
         integer(op, "seed", seed),
-        ids,
+        [integer(op, "parameter_id", i) for i in ids],
         step_tensor(op, step, device),
-        [number for one in shards for number in one],
+        [number for three in numbers for number in three],
     )
     _increment_version(params)
 
@@ -205,6 +207,6 @@ def _scalars(
 
 def _increment_version(params: list[Tensor]) -> None:
     """Tells autograd that the parameters changed: a graph that saved one then raises instead of using the new value."""
-    if torch.compiler.is_compiling():  # functionalisation keeps track there
-        return
-    torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
+    if not torch.compiler.is_compiling():  # what dynamo cannot ask
+        params = [param for param in params if not param.is_inference()]
+    torch.autograd.graph.increment_version(params)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import FINITE, Scalar, check_element_type, check_lengths, check_slot, library, scalar
+from ._arguments import FINITE, Scalar, as_list, check_element_type, check_lengths, check_slot, library, scalar
 
 library.define("sq_norm_(Tensor(a!) slot, Tensor grad, Tensor? inv_scale) -> ()")
 library.define("sq_norm_list_(Tensor(a!)[] slots, Tensor[] grads, Tensor? inv_scale) -> ()")
@@ -62,7 +62,7 @@ def sq_norm_list_(
     Raises:
         TypeError, ValueError: as `sq_norm_`, and lists of different lengths; all slots are then unchanged.
     """
-    slots, grads = list(slots), list(grads)
+    slots, grads = as_list("sq_norm_list_", "slots", slots), as_list("sq_norm_list_", "grads", grads)
     check_lengths("sq_norm_list_", "grads", len(grads), slots=len(slots))
     for slot, grad in zip(slots, grads, strict=True):
         _check("sq_norm_list_", slot, grad)

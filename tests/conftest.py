@@ -1,0 +1,79 @@
+"""What all tests share: seeds, threads, GPU skips, and a helper that runs a snippet in a fresh process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+
+# Workers of pytest-xdist stand side by side; tests of several threads ask for them with the `threads` fixture.
+torch.set_num_threads(1)
+
+# The same examples on every run, so that no failure comes and goes; HYPOTHESIS_PROFILE=explore looks for new ones.
+hypothesis.settings.register_profile("default", derandomize=True, database=None, deadline=None, max_examples=200)
+hypothesis.settings.register_profile("explore", database=None, deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def served_devices():
+    """Devices that the tests of the operators run on: those with a backend in force, and with hardware."""
+    from lomo_kernels import backends
+
+    present = {"CPU": True, "CUDA": torch.cuda.is_available()}
+    return [c.key.lower() for c in backends.choices if c.backend != "none" and present[c.key]]
+
+
+def pytest_report_header():
+    from lomo_kernels import backends
+
+    return [f"lomo_kernels on {c.key}: {c.backend} ({c.detail}; {c.reason})" for c in backends.choices]
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        marks = {"cpu": (), "cuda": pytest.mark.gpu}
+        metafunc.parametrize("device", [pytest.param(name, marks=marks[name]) for name in served_devices()])
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU: torch.cuda.is_available() is False")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """Runs Python code in a fresh process, where this folder can be imported and no LOMO_KERNELS_* is set but `env`.
+
+    Returns the finished process: `returncode`, `stdout`, `stderr`.
+    """
+
+    def run(code, *arguments, **env):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("LOMO_KERNELS_")}
+        paths = [str(TESTS), *filter(None, [clean.get("PYTHONPATH")])]
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env={**clean, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

@@ -1,0 +1,125 @@
+"""How a backend is chosen, forced and refused, and that the reference serves as one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import test_instruction_sets
+import torch
+
+import lomo_kernels
+from lomo_kernels import backends
+
+SHOW = "from lomo_kernels import backends; print([(c.key, c.backend) for c in backends.choices])"
+
+
+def last_line(process):
+    return process.stderr.strip().splitlines()[-1]
+
+
+def test_cpu_tensors_are_served_by_the_cpu_backend_and_nothing_is_said(run_python):
+    process = run_python(SHOW)
+    assert process.returncode == 0 and "('CPU', 'cpu')" in process.stdout, process.stderr
+    assert process.stdout.count("\n") == 1 and process.stderr == ""
+
+
+def test_an_empty_variable_forces_nothing(run_python):
+    process = run_python(SHOW, LOMO_KERNELS_BACKEND="")
+    assert process.returncode == 0 and "('CPU', 'cpu')" in process.stdout, process.stderr
+
+
+def test_every_key_has_one_choice_and_one_kernel_per_operator():
+    keys = [choice.key for choice in backends.choices]
+    assert sorted(keys) == sorted(set(keys)) == ["CPU", "CUDA"]
+    for choice in backends.choices:
+        assert choice.backend and choice.detail and choice.reason
+        for name in ("sgd_", "sgd_list_", "sq_norm_", "sq_norm_list_"):
+            there = torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", choice.key)
+            assert there == (choice.backend != "none"), (name, choice)
+
+
+def test_an_unknown_backend_is_refused(run_python):
+    process = run_python("import lomo_kernels", LOMO_KERNELS_BACKEND="nonesuch")
+    assert process.returncode != 0
+    line = last_line(process)
+    assert line.startswith("ImportError: LOMO_KERNELS_BACKEND=nonesuch")
+    assert all(name in line for name in ("cpu", "cuda", "triton", "reference"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU backends may be there")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_forced_backend_that_is_missing_is_refused(run_python, name):
+    process = run_python("import lomo_kernels", LOMO_KERNELS_BACKEND=name)
+    assert process.returncode != 0
+    line = last_line(process)
+    assert line.startswith(f"ImportError: LOMO_KERNELS_BACKEND={name}: ") and len(line) > 60, line
+
+
+def test_a_missing_library_says_how_to_get_it(run_python, tmp_path):
+    package = Path(lomo_kernels.__file__).parent
+    shutil.copytree(package, tmp_path / "lomo_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import lomo_kernels; print(lomo_kernels.__file__)"
+    process = run_python(code)
+    assert process.returncode != 0
+    line = last_line(process)
+    assert line.startswith("ImportError: ") and "_cpu.so" in line and "pip install" in line
+    without = run_python(code, LOMO_KERNELS_BACKEND="reference")  # which needs no library
+    assert without.returncode == 0 and str(tmp_path) in without.stdout, without.stderr
+
+
+REFERENCE = """
+import json, torch
+import test_instruction_sets
+from lomo_kernels import backends, ops
+assert {c.backend for c in backends.choices} == {"reference"}
+param = torch.ones(5, requires_grad=True)
+loss = (param * param).sum()
+ops.sgd_(param, torch.ones(5), lr=0.5)
+try:
+    loss.backward()
+except RuntimeError as error:
+    assert "modified by an inplace operation" in str(error)
+else:
+    raise AssertionError("no version bump")
+try:
+    ops.sgd_(param, torch.ones(4), lr=0.5)
+except ValueError as error:
+    assert "grad has shape [4], param has shape [5]" in str(error)
+torch.library.opcheck(torch.ops.lomo_kernels.sq_norm_.default, (torch.zeros(1).double(), torch.ones(3), None))
+print(json.dumps(test_instruction_sets.digests()))
+"""
+
+
+def test_the_reference_works_end_to_end(run_python):
+    process = run_python(REFERENCE, LOMO_KERNELS_BACKEND="reference")
+    assert process.returncode == 0, process.stderr
+    made = json.loads(process.stdout)
+    made.pop("norms")  # the reference sums in another order
+    assert made == test_instruction_sets.expected_digests()
+
+
+CONTRACT = """
+import sys, pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
+"""
+
+
+def test_the_reference_passes_the_contract(run_python):
+    """The operators' own tests once more, on a part of the grid."""
+    here = Path(__file__).parent
+    chosen = "list or found_inf or refused or layouts or version or inference or finite or shard or accumulates"
+    files = [str(here / "test_sgd.py"), str(here / "test_sq_norm.py")]
+    process = run_python(CONTRACT, *files, "-k", chosen, LOMO_KERNELS_BACKEND="reference")
+    assert process.returncode == 0, process.stdout[-3000:]
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_a_device_without_a_backend_is_refused(kind):
+    with pytest.raises(NotImplementedError, match=f"no backend in force for {kind} tensors"):
+        backends.check_device(torch.device(kind))
+
+
+def test_devices_with_a_backend_are_not_refused():
+    for kind in ("cpu", "meta"):
+        backends.check_device(torch.device(kind))

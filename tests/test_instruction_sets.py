@@ -1,0 +1,123 @@
+"""Every instruction set gives the same bits, and those of the reference. Each is tried in a process of its own."""
+
+import hashlib
+import json
+import math
+
+import oracle
+import pytest
+import torch
+from oracle import ARGUMENTS, DTYPES, ROUNDINGS, reference_arguments
+
+from lomo_kernels import ops, reference
+
+ISAS = ("baseline", "avx2", "avx512")
+SIZES = (0, 1, 7, 17, 33, 513, 4097, 10007, 70001)
+MESSAGE = "this processor and build offer"
+
+CODE = """
+import json
+import test_instruction_sets
+from lomo_kernels import backends
+assert backends.choices[0].backend == "cpu", backends.choices
+print(json.dumps([backends.choices[0].detail, test_instruction_sets.digests()]))
+"""
+
+
+def digest(tensors):
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(oracle.bits(tensor).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def cases(param_dtype, rounding):
+    """A fixed grid of parameters, gradients and arguments."""
+    for grad_dtype in DTYPES:
+        for size in SIZES:
+            for arguments in (ARGUMENTS["lr"], ARGUMENTS["all"]):
+                keys = {
+                    "rounding": rounding,
+                    "seed": size,
+                    "parameter_id": 2**40,
+                    "step": 7,
+                    "shard": (2**33 - 99, 7, 9),
+                }
+                yield oracle.param_of(size, param_dtype), oracle.grad_of(size, grad_dtype), arguments | keys
+    n = 100_000
+    param, grad = oracle.ordinary(2 * n, param_dtype)[::2], oracle.ordinary(n, torch.float32).view(1000, 100).t()
+    yield param.view(100, 1000), grad, ARGUMENTS["all"] | {"rounding": rounding}
+
+
+def expected_digests():
+    """The updates' digests, by the reference."""
+    return {
+        f"{oracle.name_of(dtype)} {rounding}": digest(
+            reference.updated(p, g, **reference_arguments(arguments)) for p, g, arguments in cases(dtype, rounding)
+        )
+        for dtype in DTYPES
+        for rounding in ROUNDINGS
+    }
+
+
+def digests():
+    """The updates' and the norms' digests, by the operators."""
+    result, norms = {}, []
+    for dtype in DTYPES:
+        for rounding in ROUNDINGS:
+            updated = []
+            for param, grad, arguments in cases(dtype, rounding):
+                slot = torch.zeros(1, dtype=torch.float64)
+                param = param.clone(memory_format=torch.preserve_format)
+                ops.sgd_(param, grad, **arguments, sq_norm=slot)
+                updated.append(param)
+                norms.append(torch.where(slot.isfinite(), slot, math.inf))  # infinity and NaN say the same
+            result[f"{oracle.name_of(dtype)} {rounding}"] = digest(updated)
+    for dtype in DTYPES:
+        for size in (*SIZES, 100_003):
+            for scale in (1.0, 1e4, 1e20, 1e-25):
+                slot = torch.zeros(1, dtype=torch.float64)
+                grad = (oracle.ordinary(size, torch.float32) * scale).to(dtype)
+                ops.sq_norm_(slot, grad, inv_scale=0.3)
+                norms.append(torch.where(slot.isfinite(), slot, math.inf))
+    return result | {"norms": digest(norms)}
+
+
+@pytest.fixture(scope="module")
+def digests_of(run_python):
+    """The digests of one instruction set, made once; skips where the processor lacks it."""
+    made = {}
+
+    def get(isa):
+        if isa not in made:
+            made[isa] = run_python(CODE, LOMO_KERNELS_ISA=isa)
+        process = made[isa]
+        if process.returncode and MESSAGE in process.stderr:
+            pytest.skip(process.stderr.strip().splitlines()[-1])
+        assert process.returncode == 0, process.stderr
+        name, digests = json.loads(process.stdout)
+        assert name == isa
+        return digests
+
+    return get
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_updates_equal_the_reference(digests_of, isa):
+    made = digests_of(isa)
+    norms = made.pop("norms")
+    assert made == expected_digests()
+    assert norms == digests_of("baseline")["norms"], "the norms' bits depend on the instruction set"
+
+
+def test_the_baseline_is_never_missing(run_python):
+    process = run_python("import lomo_kernels", LOMO_KERNELS_ISA="nonesuch")
+    assert process.returncode != 0
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: LOMO_KERNELS_ISA=nonesuch") and MESSAGE in last and "baseline" in last
+
+
+def test_an_empty_variable_forces_nothing(run_python):
+    code = "from lomo_kernels import backends; print(backends.choices[0].reason)"
+    process = run_python(code, LOMO_KERNELS_ISA="")
+    assert process.returncode == 0 and "LOMO_KERNELS_ISA" not in process.stdout, process.stderr

@@ -1,0 +1,204 @@
+"""The operators as torch sees them: schemas, fake tensors, meta tensors, torch.compile."""
+
+import oracle
+import pytest
+import torch
+from oracle import assert_same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from lomo_kernels import ops, reference
+
+OPS = torch.ops.lomo_kernels
+
+
+def number(value, dtype=torch.float64):
+    return torch.tensor([value], dtype=dtype)
+
+
+def slot():
+    return torch.zeros(1, dtype=torch.float64)
+
+
+def tensor(n, dtype=torch.float32, seed=0):
+    return oracle.ordinary(n, dtype, seed)
+
+
+#: Name: (operator, arguments). Made anew for each test, since operators write to them.
+CASES = {
+    "sq_norm_": lambda: (OPS.sq_norm_, (slot(), tensor(40), None)),
+    "sq_norm_ scaled": lambda: (OPS.sq_norm_, (slot(), tensor(40, torch.bfloat16).view(5, 8).t(), number(0.5))),
+    "sq_norm_ empty": lambda: (OPS.sq_norm_, (slot(), tensor(0, torch.float16), None)),
+    "sq_norm_list_": lambda: (
+        OPS.sq_norm_list_,
+        ([slot(), slot()], [tensor(40), tensor(3, torch.float16)], number(0.5, torch.float32)),
+    ),
+    "sq_norm_list_ one": lambda: (OPS.sq_norm_list_, ([slot()], [tensor(40)], None)),
+    "sgd_": lambda: (OPS.sgd_, (tensor(40), tensor(40, seed=1), number(0.1), *[None] * 6, False, 0, 0, None, None)),
+    "sgd_ with a graph": lambda: (
+        OPS.sgd_,
+        (tensor(40).requires_grad_(), tensor(40, seed=1), number(0.1), *[None] * 6, False, 0, 0, None, None),
+    ),
+    "sgd_ with everything": lambda: (
+        OPS.sgd_,
+        (
+            tensor(40, torch.bfloat16).view(5, 8),
+            tensor(40, seed=1).view(8, 5).t(),
+            number(0.1),
+            number(0.1),
+            number(0.5, torch.float32),
+            number(1.0),
+            number(0.7),
+            number(0.0),
+            slot(),
+            True,
+            1,
+            2,
+            torch.tensor(3),
+            [4, 5, 6],
+        ),
+    ),
+    "sgd_ empty": lambda: (
+        OPS.sgd_,
+        (tensor(0, torch.float16), tensor(0), number(0.1), *[None] * 6, True, 0, 0, torch.tensor([3]), None),
+    ),
+    "sgd_list_": lambda: (
+        OPS.sgd_list_,
+        (
+            [tensor(40, torch.float16), tensor(6)],
+            [tensor(40, seed=1), tensor(6, torch.bfloat16)],
+            number(0.1),
+            *[None] * 4,
+            number(0.0),
+            [slot(), slot()],
+            True,
+            1,
+            [0, 1],
+            torch.tensor(3),
+            [0, 5, 8, 0, 6, 6],
+        ),
+    ),
+    "sgd_list_ bare": lambda: (
+        OPS.sgd_list_,
+        ([tensor(40)], [tensor(40, seed=1)], number(0.1), *[None] * 5, [], False, 0, [0], None, []),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    """Schema (what is mutated), registration for autograd, fake tensors, tracing with dynamic shapes."""
+    op, arguments = CASES[name]()
+    opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("name", ["sq_norm_", "sq_norm_list_", "sgd_", "sgd_list_"])
+def test_the_schema_tells_what_is_mutated(name):
+    mutated = [a.name for a in getattr(OPS, name).default._schema.arguments if a.alias_info and a.alias_info.is_write]
+    written = {"sq_norm_": ["slot"], "sq_norm_list_": ["slots"], "sgd_": ["param", "sq_norm"]}
+    assert mutated == written.get(name, ["params", "sq_norm"])
+
+
+# ---- Without data ---------------------------------------------------------------------------------------------------
+
+
+def call_all(param, grad, slots):
+    """Every wrapper once."""
+    first, second = slots
+    ops.sgd_(param, grad, lr=0.1, weight_decay=0.1, rounding="stochastic", step=3, sq_norm=first)
+    ops.sgd_list_([param], [grad], lr=0.1, clip_value=1.0, sq_norm=[second])
+    ops.sq_norm_(first, grad, inv_scale=0.5)
+    ops.sq_norm_list_(slots, [grad, grad])
+
+
+def refuse_all(empty):
+    """Bad calls on tensors that `empty(*shape, dtype)` makes: the checks need no data."""
+    param, grad, short = empty(4, 5), empty(4, 5, dtype=torch.bfloat16), empty(2, 5)
+    slot, slots = empty(1, dtype=torch.float64), empty(2, dtype=torch.float64)
+    for call in (
+        lambda: ops.sgd_(param, short, lr=0.1),
+        lambda: ops.sgd_(param, slots, lr=0.1),
+        lambda: ops.sgd_list_([param], [short], lr=0.1),
+        lambda: ops.sgd_list_([param], [], lr=0.1),
+        lambda: ops.sq_norm_(slots, grad),
+        lambda: ops.sq_norm_list_([slot], [grad, grad]),
+        lambda: OPS.sgd_(param, short, slot, *[None] * 6, False, 0, 0, None, None),
+        lambda: OPS.sgd_list_([param], [grad, grad], slot, *[None] * 5, [], False, 0, [0], None, []),
+        lambda: OPS.sq_norm_(slots, grad, None),
+        lambda: OPS.sq_norm_list_([slot], [grad, grad], None),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"(sgd|sq_norm)_"):
+            call()
+
+
+def test_meta_tensors():
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    slots = [empty(1, dtype=torch.float64), empty(1, dtype=torch.float64)]
+    call_all(empty(4, 5), empty(4, 5, dtype=torch.bfloat16), slots)
+    refuse_all(empty)
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_fake_tensors(place):
+    """Nothing is computed, so neither a GPU nor memory is needed: the parameter has 4 TiB."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device=place)
+
+    with FakeTensorMode():
+        param, grad = empty(2**20, 2**20), empty(2**20, 2**20, dtype=torch.bfloat16)
+        version = param._version
+        call_all(param, grad, [empty(1, dtype=torch.float64), empty(1, dtype=torch.float64)])
+        assert param._version > version
+        assert param.shape == (2**20, 2**20) and param.dtype == torch.float32
+        refuse_all(empty)
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+def step(param, grad, slots, lr):
+    call_all(param, grad, slots)
+    ops.sgd_(param, grad, lr=lr, clip_coef=lr)
+    return param * 2, slots[0] + slots[1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_without_a_graph_break(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    lr = torch.tensor(0.3)
+    for n in (70001, 513):
+        start = oracle.ordinary(n, torch.bfloat16), oracle.ordinary(n, torch.float32, 1), slot(), slot()
+        (p, g, *slots), (compiled_p, compiled_g, *compiled_slots) = ([t.clone() for t in start] for _ in range(2))
+        expected = *step(p, g, slots, lr), p, *slots
+        actual = *compiled(compiled_p, compiled_g, compiled_slots, lr), compiled_p, *compiled_slots
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_bits(a, e)
+        assert not torch.equal(compiled_p, start[0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_update_bumps_the_version_counter(backend):
+    torch._dynamo.reset()
+
+    def update(param, grad):
+        ops.sgd_(param, grad, lr=0.1)
+
+    param, grad = torch.ones(5, requires_grad=True), torch.ones(5)
+    loss = (param * param).sum()
+    torch.compile(update, backend=backend, fullgraph=True)(param, grad)
+    assert_same_bits(param.detach(), reference.updated(torch.ones(5), grad, lr=0.1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_bad_input_while_compiling():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda p, g: ops.sgd_(p, g, lr=0.1), backend="aot_eager")
+    param = torch.ones(4)
+    with pytest.raises(Exception, match=r"grad has shape \[3\], param has shape \[4\]"):
+        compiled(param, torch.ones(3))
+    assert (param == 1).all()
