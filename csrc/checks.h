@@ -27,8 +27,8 @@ template <class... Parts>
 }
 
 // The message's parts are only evaluated where the condition does not hold.
-#define LOMO_CHECK(condition, ...) \
-  do {                             \
+#define LOMO_CHECK(condition, ...)               \
+  do {                                           \
     if (!(condition)) ::lomo::fail(__VA_ARGS__); \
   } while (0)
 

@@ -33,7 +33,8 @@ LOMO_FN float float_of(uint32_t bits) {
 LOMO_FN bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 LOMO_FN bool is_nan(float x) { return x != x; }
 
-// ---- Element types. Memory holds `Storage`; a register holds its bits in the low end of 32; arithmetic is in float32. ---
+// ---- Element types. Memory holds `Storage`; a register holds its bits in the low end of 32; arithmetic is in float32.
+// ---
 
 struct Float32 {
   using Storage = uint32_t;
@@ -46,17 +47,15 @@ struct BFloat16 {
   using Storage = uint16_t;
   LOMO_FN float widen(uint32_t bits) { return float_of(bits << 16); }
 
-  // Adding less than one unit of the kept part to the magnitude, then cutting, rounds; a carry is the next exponent.
-  LOMO_FN uint32_t round(float x, uint32_t bias) {
-    const uint32_t u = bits_of(x);
-    return (is_nan(x) ? u | 0x400000u : u + bias) >> 16;
-  }
+  // Adding less than one unit of the kept part to the magnitude, then cutting, rounds; a carry is the next exponent. A
+  // NaN must be quiet already, as one that arithmetic made is: cutting keeps it a NaN, and a carry could make it zero.
+  LOMO_FN uint32_t round(float x, uint32_t bias) { return (bits_of(x) + (is_nan(x) ? 0u : bias)) >> 16; }
   LOMO_FN uint32_t nearest(float x) { return round(x, 0x7fffu + ((bits_of(x) >> 16) & 1u)); }
 
-  // `random`: 16 bits. Rounds up with probability (bits cut) / 2^16. Never to infinity where `nearest` stays finite.
+  // `random`: 16 bits. Rounds up with probability (bits cut) / 2^16. Never to infinity where `nearest` stays finite:
+  // above the largest finite value, less than half a unit is cut instead.
   LOMO_FN uint32_t stochastic(float x, uint32_t random) {
-    const uint32_t rounded = round(x, random);
-    return (rounded & 0x7fffu) == 0x7f80u ? nearest(x) : rounded;
+    return round(x, (bits_of(x) & 0x7fff8000u) == 0x7f7f0000u ? 0u : random);
   }
 };
 
@@ -72,39 +71,45 @@ struct Float16 {
     return float_of(sign | (magnitude < (1u << 23) ? subnormal : magnitude >= (31u << 23) ? special : normal));
   }
 
-  // Number of low significand bits to cut from a float32 with exponent field `e`: 13, more for results below 2^-14.
-  LOMO_FN uint32_t bits_to_cut(uint32_t e) { return e >= 113u ? 13u : 126u - e; }
-
-  // The result from the 24-bit significand without its low bits: `cut` holds the leading one, which adds 1 to the
-  // exponent field.
-  LOMO_FN uint32_t assemble(float x, uint32_t cut) {
+  // Sign of x, and a magnitude; NaN becomes quiet.
+  LOMO_FN uint32_t assemble(float x, uint32_t magnitude) {
     const uint32_t u = bits_of(x);
-    const uint32_t e = (u >> 23) & 0xffu;
-    const uint32_t finite = ((e >= 113u ? e - 113u : 0u) << 10) + cut;
-    const uint32_t magnitude = finite < 0x7c00u ? finite : 0x7c00u;
     return ((u >> 16) & 0x8000u) | (is_nan(x) ? 0x7e00u | ((u >> 13) & 0x3ffu) : magnitude);
   }
 
   LOMO_FN uint32_t nearest(float x) {
-    const uint32_t m = (bits_of(x) & 0x7fffffu) | 0x800000u;
-    const uint32_t s = bits_to_cut((bits_of(x) >> 23) & 0xffu);
-    const uint32_t shift = s <= 26u ? s : 26u;  // from 26 on, nothing is left
-    return assemble(x, (m + (1u << (shift - 1u)) - 1u + ((m >> shift) & 1u)) >> shift);
+    const uint32_t u = bits_of(x) & 0x7fffffffu;
+    const uint32_t normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+    // The last bit of a float32 in [1/2, 1) is 2^-24, as of a subnormal result: the addition rounds it.
+    const uint32_t subnormal = bits_of(float_of(u) + 0.5f) - bits_of(0.5f);
+    const uint32_t finite = u < (113u << 23) ? subnormal : normal;
+    return assemble(x, finite < 0x7c00u ? finite : 0x7c00u);
   }
 
-  // `random`: 32 bits, of which the top s are used. Rounds up with probability (bits cut) / 2^s. Never to infinity where
-  // `nearest` stays finite.
+  // `random`: 32 bits, of which the top s are used, s being the number of bits cut from the 24 of the significand: 13,
+  // more for results below 2^-14. Rounds up with probability (bits cut) / 2^s. Never to infinity where `nearest` stays
+  // finite, which is below 65520.
   LOMO_FN uint32_t stochastic(float x, uint32_t random) {
-    const uint32_t m = (bits_of(x) & 0x7fffffu) | 0x800000u;
-    const uint32_t s = bits_to_cut((bits_of(x) >> 23) & 0xffu);
-    const uint32_t sum = m + (random >> ((32u - s) & 31u));
-    // s == 32: the carry out of 32 bits; s > 32: zero
-    const uint32_t rounded = assemble(x, s < 32u ? sum >> (s & 31u) : (s == 32u && sum < m) ? 1u : 0u);
-    return (rounded & 0x7fffu) == 0x7c00u ? nearest(x) : rounded;
+    const uint32_t u = bits_of(x) & 0x7fffffffu;
+    const uint32_t s = 126u - (u >> 23);  // of a subnormal result: 14 and more
+    const uint32_t m = (u & 0x7fffffu) | 0x800000u;
+    const uint32_t cut = s <= 32u ? m << ((32u - s) & 31u) : 0u;  // the fraction cut off, times 2^32
+    const uint32_t subnormal = (s < 24u ? m >> (s & 31u) : 0u) + (random > ~cut ? 1u : 0u);
+    const uint32_t finite = u < (113u << 23) ? subnormal : stochastic_normal(u, random);
+    return assemble(x, finite < 0x7c00u ? finite : u < 0x477ff000u ? 0x7bffu : 0x7c00u);
+  }
+  LOMO_FN uint32_t stochastic_normal(uint32_t u, uint32_t random) { return (u - (112u << 23) + (random >> 19)) >> 13; }
+
+  // The same for a whole group of elements of which none is subnormal, next to infinity or not finite: few are.
+  LOMO_FN bool is_ordinary(float x) { return (bits_of(x) & 0x7fffffffu) - (113u << 23) < 0x477fe000u - (113u << 23); }
+  LOMO_FN uint32_t stochastic_ordinary(float x, uint32_t random) {
+    const uint32_t u = bits_of(x);
+    return ((u >> 16) & 0x8000u) | stochastic_normal(u & 0x7fffffffu, random);
   }
 };
 
-// ---- Random bits: a counter through a hash, so they do not depend on threads, blocks, backends or sharding. -----------
+// ---- Random bits: a counter through a hash, so they do not depend on threads, blocks, backends or sharding.
+// -----------
 
 // A bijection of 64 bits (the increment and finaliser of SplitMix64, Steele, Lea and Flood 2014).
 LOMO_FN uint64_t mix64(uint64_t z) {
@@ -125,8 +130,8 @@ LOMO_FN uint64_t block_key(uint64_t stream, uint64_t counter) { return mix64(str
 
 // Once per counter: 32 bits. Two multiply-xorshift rounds with multipliers found by search (github.com/skeeto/
 // hash-prospector); the key's halves enter before and between them, so streams are no permutations of each other. The
-// first shift is doubled: with >> 16 alone, numbers of counters 2^12 apart were correlated by 0.7%; now none are, within 3.5
-// standard errors at 4 million draws, at lags of powers of two and of usual row lengths.
+// first shift is doubled: with >> 16 alone, numbers of counters 2^12 apart were correlated by 0.7%; now none are,
+// within 3.5 standard errors at 4 million draws, at lags of powers of two and of usual row lengths.
 LOMO_FN uint32_t random_bits(uint64_t block, uint32_t counter) {
   uint32_t x = counter ^ static_cast<uint32_t>(block);
   x = (x ^ (x >> 7) ^ (x >> 16)) * 0x21f0aaadu;
@@ -134,7 +139,8 @@ LOMO_FN uint32_t random_bits(uint64_t block, uint32_t counter) {
   return x ^ (x >> 15);
 }
 
-// ---- The update. ------------------------------------------------------------------------------------------------------
+// ---- The update.
+// ------------------------------------------------------------------------------------------------------
 
 }  // namespace
 

@@ -11,7 +11,7 @@ import torch
 import lomo_kernels
 from lomo_kernels import backends
 
-SHOW = "from lomo_kernels import backends; print([(c.key, c.backend) for c in backends.choices])"
+SHOW = "from lomo_kernels import backends; print([(c.key, c.backend, c.reason) for c in backends.choices])"
 
 
 def last_line(process):
@@ -20,13 +20,13 @@ def last_line(process):
 
 def test_cpu_tensors_are_served_by_the_cpu_backend_and_nothing_is_said(run_python):
     process = run_python(SHOW)
-    assert process.returncode == 0 and "('CPU', 'cpu')" in process.stdout, process.stderr
+    assert process.returncode == 0 and "('CPU', 'cpu', 'the best" in process.stdout, process.stderr
     assert process.stdout.count("\n") == 1 and process.stderr == ""
 
 
-def test_an_empty_variable_forces_nothing(run_python):
-    process = run_python(SHOW, LOMO_KERNELS_BACKEND="")
-    assert process.returncode == 0 and "('CPU', 'cpu')" in process.stdout, process.stderr
+def test_empty_variables_force_nothing(run_python):
+    process = run_python(SHOW, LOMO_KERNELS_BACKEND="", LOMO_KERNELS_ISA="")
+    assert process.returncode == 0 and "('CPU', 'cpu', 'the best" in process.stdout, process.stderr
 
 
 def test_every_key_has_one_choice_and_one_kernel_per_operator():

@@ -265,11 +265,12 @@ def test_grad_norm_then_fused_backward_is_one_step(clip_grad_norm: float | None)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_random_bits_are_keyed_by_place_in_the_groups_and_step(rounding: str) -> None:
+@pytest.mark.parametrize("size", [65, 33_001], ids=["in lists", "alone"])
+def test_random_bits_are_keyed_by_place_in_the_groups_and_step(size: int, rounding: str) -> None:
     """Frozen and unused parameters keep their number, so the bits of the others do not depend on them."""
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(65, dtype=torch.bfloat16), requires_grad=i != 1) for i in range(5)]
-    grads = [torch.randn(65, dtype=torch.bfloat16) * 1e-3 for _ in params]
+    params = [nn.Parameter(torch.randn(size, dtype=torch.bfloat16), requires_grad=i != 1) for i in range(5)]
+    grads = [torch.randn(size, dtype=torch.bfloat16) * 1e-3 for _ in params]
     held = nn.ParameterList(params)
     textbook = Textbook(held, lr=0.1, rounding=rounding, seed=-3)
     optimizer = Lomo([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, rounding=rounding, seed=-3)

@@ -330,6 +330,21 @@ RAW = {
 }
 
 
+@pytest.mark.parametrize(
+    ("slots", "grads", "words"),
+    [
+        (None, [torch.ones(3)], "slots … None"),
+        (torch.zeros(()).double(), [torch.ones(3)], "slots"),
+        (torch.zeros(1).double(), None, "grads … None"),
+        (torch.zeros(1).double(), torch.tensor(1.0), "grads"),
+    ],
+    ids=["no slots", "slots without a dimension", "no grads", "grads without a dimension"],
+)
+def test_what_is_no_list_is_refused(slots, grads, words):
+    with pytest.raises(TypeError, match=oracle.in_order("sq_norm_list_", words, "expected a list")):
+        ops.sq_norm_list_(slots, grads)
+
+
 @pytest.mark.skipif(PLAIN_TORCH, reason="plain torch has only the wrappers' checks")
 @pytest.mark.parametrize("name", RAW)
 def test_the_raw_operators_refuse_bad_input(name):

@@ -24,11 +24,11 @@ void install_sq_norm(Kernels&);
 
 namespace {
 
-#define LOMO_INSTALL(ISA)        \
-  [](Kernels& k) {               \
-    k.isa = #ISA;                \
-    ISA::install_sgd(k);         \
-    ISA::install_sq_norm(k);     \
+#define LOMO_INSTALL(ISA)    \
+  [](Kernels& k) {           \
+    k.isa = #ISA;            \
+    ISA::install_sgd(k);     \
+    ISA::install_sq_norm(k); \
   }
 
 struct Isa {

@@ -30,8 +30,8 @@ struct Kernels {
   void (*update[kDTypes][kDTypes][2])(void* param, const void* grad, int64_t n, const Scalars& scalars, Stream stream);
 };
 
-// The kernels in force: of LOMO_KERNELS_ISA, else the best the processor has. Throws std::runtime_error where that names
-// no instruction set or one the processor lacks.
+// The kernels in force: of LOMO_KERNELS_ISA, else the best the processor has. Throws std::runtime_error where that
+// names no instruction set or one the processor lacks.
 const Kernels& kernels();
 
 }  // namespace lomo

@@ -123,7 +123,8 @@ void sgd_(const Tensor& param, const Tensor& grad, const Tensor& lr, const std::
           const std::optional<Tensor>& sq_norm, bool stochastic, int64_t seed, int64_t parameter_id,
           const std::optional<Tensor>& step, const std::optional<std::vector<int64_t>>& shard) {
   const char* op = "sgd_";
-  const Step common = step_from(lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, stochastic, seed, step, op);
+  const Step common =
+      step_from(lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, stochastic, seed, step, op);
   Update update = checked(param, grad, op);
   update.parameter_id = parameter_id;
   if (sq_norm) update.slot = slot_of(*sq_norm, op, "sq_norm");
@@ -144,7 +145,8 @@ void sgd_list_(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   LOMO_CHECK(sq_norm.empty() || sq_norm.size() == n, op, ": ", n, " params, ", sq_norm.size(), " sq_norm slots");
   LOMO_CHECK(parameter_id.size() == n, op, ": ", n, " params, ", parameter_id.size(), " parameter_id");
   LOMO_CHECK(shard.empty() || shard.size() == 3 * n, op, ": ", n, " params, ", shard.size(), " numbers in shard");
-  const Step common = step_from(lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, stochastic, seed, step, op);
+  const Step common =
+      step_from(lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, stochastic, seed, step, op);
   std::vector<Update> updates;
   updates.reserve(n);
   for (size_t i = 0; i < n; ++i) {

@@ -1,0 +1,55 @@
+#include "probes.h"
+
+namespace lomo {
+namespace {
+
+// Memory is asked for this far ahead, two lines of each stream at a time.
+constexpr int64_t kAhead = 2048;
+constexpr int64_t kWords = 16;
+
+#define LOMO_PROBES(NAME, TARGET)                                                                      \
+  TARGET void read_2_write_1_##NAME(uint64_t* __restrict p, const uint64_t* __restrict g, int64_t n) { \
+    int64_t i = 0;                                                                                     \
+    for (; i + kWords <= n; i += kWords) {                                                             \
+      for (int64_t b = 0; b < kWords * 8; b += 64) {                                                   \
+        __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead + b);                         \
+        __builtin_prefetch(reinterpret_cast<const char*>(p + i) + kAhead + b);                         \
+      }                                                                                                \
+      for (int64_t k = 0; k < kWords; ++k) p[i + k] ^= g[i + k];                                       \
+    }                                                                                                  \
+    for (; i < n; ++i) p[i] ^= g[i];                                                                   \
+  }                                                                                                    \
+  TARGET uint64_t read_1_##NAME(const uint64_t* p, int64_t n) {                                        \
+    uint64_t sum = 0;                                                                                  \
+    for (int64_t i = 0; i < n; ++i) sum += p[i];                                                       \
+    return sum;                                                                                        \
+  }
+
+LOMO_PROBES(baseline, )
+#if defined(__x86_64__)
+LOMO_PROBES(avx2, __attribute__((target("avx2"))))
+LOMO_PROBES(avx512, __attribute__((target("avx512f,prefer-vector-width=512"))))
+#endif
+
+}  // namespace
+
+void read_2_write_1(void* p, const void* g, int64_t bytes) {
+  auto* to = static_cast<uint64_t*>(p);
+  const auto* from = static_cast<const uint64_t*>(g);
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) return read_2_write_1_avx512(to, from, bytes / 8);
+  if (__builtin_cpu_supports("avx2")) return read_2_write_1_avx2(to, from, bytes / 8);
+#endif
+  read_2_write_1_baseline(to, from, bytes / 8);
+}
+
+uint64_t read_1(const void* p, int64_t bytes) {
+  const auto* from = static_cast<const uint64_t*>(p);
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) return read_1_avx512(from, bytes / 8);
+  if (__builtin_cpu_supports("avx2")) return read_1_avx2(from, bytes / 8);
+#endif
+  return read_1_baseline(from, bytes / 8);
+}
+
+}  // namespace lomo
