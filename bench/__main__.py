@@ -1,91 +1,63 @@
-"""``python -m bench``: every bench in interleaved rounds, one table per question, and a file in bench/results/."""
+"""``python -m bench``: kernels and hooks, interleaved, in one thread; prints tables and writes ``bench/results/``."""
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+import statistics
 from typing import Any
 
-HERE = Path(__file__).parent
+import torch
+
+from . import hooks, kernels
+from .measure import interleave, ratios, write
 
 
-def table(title: str, rows: Iterable[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]]) -> None:
-    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print(f"\n{title}\n")
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+def kernel_section(title: str, make: Any, streams: int) -> dict[str, Any]:
+    """Every contestant's median, GB/s and fraction of the probe's speed."""
+    section: dict[str, Any] = {}
+    print(f"\n{title}, {kernels.SIDE} x {kernels.SIDE}, one thread: ms, GB/s, fraction of the probe (quartiles)")
+    for name, dtype in kernels.DTYPES.items():
+        seconds = interleave(make(dtype))
+        bytes_moved = streams * kernels.SIDE**2 * dtype.itemsize
+        section[name] = {}
+        for contestant, samples in seconds.items():
+            median, fraction = statistics.median(samples), ratios(seconds["probe"], samples)
+            section[name][contestant] = {"seconds": samples, "median": median, "fraction_of_probe": fraction}
+            spread = f"{fraction['median']:.2f} ({fraction['low']:.2f}-{fraction['high']:.2f})"
+            print(f"{name:9} {contestant:27} {median * 1e3:7.2f} {bytes_moved / median / 1e9:6.1f}  {spread}")
+    return section
 
 
-def spread(value: dict[str, float], form: str) -> str:
-    return f"{value['median']:{form}} ({value['q1']:{form}} to {value['q3']:{form}})"
+def hook_section() -> dict[str, Any]:
+    """Microseconds per parameter above bare autograd, in the same round."""
+    section: dict[str, Any] = {}
+    print("\nBackward + update, microseconds per parameter above bare autograd: median (lowest quartile)")
+    for count in hooks.COUNTS:
+        for shape, size in hooks.SHAPES.items():
+            for dtype in (torch.float32, torch.bfloat16):
+                seconds = interleave(hooks.contestants(size, dtype, count), rounds=101)
+                bare = seconds.pop("bare")
+                for name, samples in seconds.items():
+                    above = [(mine - base) / count * 1e6 for mine, base in zip(samples, bare, strict=True)]
+                    low, median, _ = statistics.quantiles(above, n=4)
+                    key = f"{count} x {shape}, {str(dtype).removeprefix('torch.')}, {name}"
+                    section[key] = {"median_us": median, "lowest_quartile_us": low, "above_us": above}
+                    print(f"{key:45} {median:6.2f} ({low:.2f})")
+    return section
 
 
-BANDWIDTH: dict[str, Callable[[dict[str, Any]], str]] = {
-    "dtype": lambda row: row["dtype"],
-    "what": lambda row: row["name"],
-    "ms": lambda row: f"{row['ms']['median']:.2f}",
-    "GB/s": lambda row: f"{row['gb_per_s']:.1f}",
-    "of probe (quartiles)": lambda row: spread(row["of_probe"], ".2f"),
-}
-ACCURACY: dict[str, Callable[[dict[str, Any]], str]] = {
-    "dtype": lambda row: row["dtype"],
-    "what": lambda row: row["name"],
-    "relative error": lambda row: f"{row['relative_error']:.1e}",
-}
-HOOKS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "parameters": lambda row: str(row["parameters"]),
-    "dtype": lambda row: row["dtype"],
-    "what": lambda row: row["name"],
-    "us per parameter (quartiles)": lambda row: spread(row["us_per_parameter"], ".2f"),
-    "of minima": lambda row: f"{row['us_per_parameter_of_minima']:.2f}",
-    "bare backward": lambda row: f"{row['bare_us_per_parameter']:.2f}",
-}
-
-
-def main() -> int:
-    # The benches import one another's helpers as pytest lets them, and the probes from where `make testing` puts them.
-    sys.path[:0] = [str(HERE), str(HERE.parent / "build" / "testing")]
-    import bench_hooks
-    import bench_norm
-    import bench_update
-    import measure
-
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=measure.ROUNDS, help="at least 2, default %(default)s")
-    today = datetime.date.today()
-    parser.add_argument("--date", type=datetime.date.fromisoformat, default=today, help="in the file's name")
-    arguments = parser.parse_args()
-
-    about = measure.device()
-    print("\n".join(f"{key}: {value}" for key, value in about.items()))
-
-    update = bench_update.run(arguments.rounds)
-    table("Update of a 4096 x 4096 parameter: is it as fast as memory?", update, BANDWIDTH)
-    norm = bench_norm.run(arguments.rounds)
-    table("Norm of a 4096 x 4096 gradient: is it as fast as memory?", norm, BANDWIDTH)
-    accuracy = bench_norm.run_accuracy()
-    table(f"Norm of {bench_norm.LARGE:,} elements: is it right?", accuracy, ACCURACY)
-    hooks, missing = bench_hooks.run(arguments.rounds)
-    table("Backward with update, beyond a bare backward: what does a small parameter cost?", hooks, HOOKS)
-    for name, reason in missing.items():
-        print(f"missing: {name} ({reason})")
-
+def main() -> None:
+    """Runs everything: some two minutes."""
+    torch.set_num_threads(1)
     sections = {
-        "rounds": arguments.rounds,
-        "update": update,
-        "norm": norm,
-        "norm_accuracy": accuracy,
-        "hooks": hooks,
-        "hooks_missing": missing,
+        "update": kernel_section("Update", kernels.update_contestants, 3),
+        "norm": kernel_section("Norm", kernels.norm_contestants, 1),
+        "norm_errors": {name: kernels.norm_errors(dtype) for name, dtype in kernels.DTYPES.items()},
+        "hooks": hook_section(),
     }
-    path = measure.write(about, sections, arguments.date)
-    print(f"\nwritten: {path.relative_to(HERE.parent)}")
-    return 0
+    for dtype, errors in sections["norm_errors"].items():
+        print(f"norm of 2^25 elements, {dtype}: " + ", ".join(f"{k} off by {v:.1e}" for k, v in errors.items()))
+    print(f"\nwritten to {write(sections).name}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -717,7 +717,7 @@ BAD_SINGLE = {
 }
 
 
-def here(table):
+def applicable(table):
     return [name for name in table if not (PLAIN_TORCH and name in SHARED_MEMORY)]
 
 
@@ -735,7 +735,7 @@ def refused(call, tensors, exception, words):
 SHARED_MEMORY = ("expanded param", "overlapping param", "a parameter and its alias")
 
 
-@pytest.mark.parametrize("name", here(BAD | BAD_SINGLE))
+@pytest.mark.parametrize("name", applicable(BAD | BAD_SINGLE))
 def test_bad_input_is_refused_and_changes_nothing(name):
     change, exception, words = (BAD | BAD_SINGLE)[name]
     good = {"param": torch.ones(4, 3), "grad": torch.ones(4, 3), "lr": 0.1, "sq_norm": torch.ones(1).double()}
@@ -745,7 +745,7 @@ def test_bad_input_is_refused_and_changes_nothing(name):
     refused(lambda: ops.sgd_(param, grad, **arguments), tensors, exception, words)
 
 
-@pytest.mark.parametrize("name", here(BAD))
+@pytest.mark.parametrize("name", applicable(BAD))
 def test_bad_input_in_a_list_is_refused_and_changes_nothing(name):
     change, exception, words = BAD[name]
     good = {"param": torch.ones(4, 3), "grad": torch.ones(4, 3), "lr": 0.1, "sq_norm": torch.ones(1).double()}
@@ -786,7 +786,7 @@ BAD_LISTS = {
 }
 
 
-@pytest.mark.parametrize("name", here(BAD_LISTS))
+@pytest.mark.parametrize("name", applicable(BAD_LISTS))
 def test_bad_lists_are_refused_and_change_nothing(name):
     arguments, exception, words = BAD_LISTS[name]
     tensors = [*(arguments["params"] or []), *arguments["grads"], arguments.get("sq_norm")]
