@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: %(default)s)")
     rounding = "of Lomo's 16-bit weights (default: %(default)s)"
     parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="stochastic", help=rounding)
-    # Chosen by the mean held-out loss of seeds 0 and 1. SGD, and Lomo, whose arithmetic is the same: 2.091 at 0.3, 2.070
-    # at 0.5, 2.104 at 0.7. AdamW: 2.033 at 3e-4, 2.033 at 5e-4, 2.031 at 7e-4. Both were worse after pre-training at 1e-3.
+    # Chosen by the mean held-out loss of seeds 0 and 1. SGD, and Lomo, whose arithmetic is the same: 2.091 at 0.3,
+    # 2.070 at 0.5, 2.104 at 0.7. AdamW: 2.033 at 3e-4, 2.033 at 5e-4, 2.031 at 7e-4. Worse after pre-training at 1e-3.
     option("--lr-lomo", float, 0.5, "learning rate of Lomo")
     option("--lr-sgd", float, 0.5, "learning rate of SGD")
     option("--lr-adamw", float, 5e-4, "learning rate of AdamW")
