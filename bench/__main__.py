@@ -34,7 +34,7 @@ def hook_section() -> dict[str, Any]:
     for count in hooks.COUNTS:
         for shape, size in hooks.SHAPES.items():
             for dtype in (torch.float32, torch.bfloat16):
-                seconds = interleave(hooks.contestants(size, dtype, count), rounds=101)
+                seconds = interleave(hooks.contestants(size, dtype, count), rounds=41)
                 bare = seconds.pop("bare")
                 for name, samples in seconds.items():
                     above = [(mine - base) / count * 1e6 for mine, base in zip(samples, bare, strict=True)]
