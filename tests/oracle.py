@@ -14,6 +14,8 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = ("nearest", "stochastic")
+#: Around every width that a kernel works in: vectors, groups, blocks, tiles, chunks.
+SIZES = [0, 1, 2, *(n + d for n in (8, 16, 32, 64, 512, 4096, 65536) for d in (-1, 0, 1)), 10007, 200003]
 
 
 def name_of(value):

@@ -45,6 +45,11 @@ def cases(param_dtype, rounding):
                     "shard": (2**33 - 99, 7, 9),
                 }
                 yield oracle.param_of(size, param_dtype), oracle.grad_of(size, grad_dtype), arguments | keys
+    yield (
+        oracle.ordinary(10007, param_dtype),
+        oracle.ordinary(10007, torch.float16, 1),
+        {"lr": 0.03, "rounding": rounding},
+    )
     n = 100_000
     param, grad = oracle.ordinary(2 * n, param_dtype)[::2], oracle.ordinary(n, torch.float32).view(1000, 100).t()
     yield param.view(100, 1000), grad, ARGUMENTS["all"] | {"rounding": rounding}

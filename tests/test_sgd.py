@@ -7,13 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import ARGUMENTS, DTYPES, KEYS, ROUNDINGS, assert_same_bits, name_of, reference_arguments
+from oracle import ARGUMENTS, DTYPES, KEYS, ROUNDINGS, SIZES, assert_same_bits, name_of, reference_arguments
 
 from lomo_kernels import backends, ops, reference
 
 PLAIN_TORCH = backends.choices[0].backend == "reference"
 SIXTEEN = (torch.bfloat16, torch.float16)
-SIZES = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 511, 512, 513, 4095, 4096, 4097, 10007, 65535, 65536, 65537, 200003]
 
 every_param = pytest.mark.parametrize("param_dtype", DTYPES, ids=name_of)
 every_grad = pytest.mark.parametrize("grad_dtype", DTYPES, ids=name_of)
@@ -40,16 +39,18 @@ def check(param, grad, *what, device="cpu", **arguments):
 @every_grad
 @every_param
 def test_every_size_and_alignment(device, param_dtype, grad_dtype, rounding, size):
-    param, grad = oracle.param_of(size, param_dtype), oracle.grad_of(size, grad_dtype)
-    arguments = {"lr": 0.03, "weight_decay": 0.1, "clip_coef": 0.7, "rounding": rounding}
-    expected = reference.updated(param, grad, **reference_arguments(arguments))
-    for p_offset, g_offset in [(0, 0), (1, 0), (0, 3), (3, 5)]:
-        p, surroundings = oracle.misaligned(param.to(device), p_offset)
-        g, _ = oracle.misaligned(grad.to(device), g_offset)
-        ops.sgd_(p, g, **arguments)
-        assert_same_bits(p, expected, p_offset, g_offset)
-        outside = torch.cat([surroundings[:p_offset], surroundings[p_offset + size :]])
-        assert (outside == 7.0).all(), "memory beside the parameter was written"
+    mixed = oracle.param_of(size, param_dtype), oracle.grad_of(size, grad_dtype)
+    ordinary = oracle.ordinary(size, param_dtype), oracle.ordinary(size, grad_dtype, 1)  # may take shorter ways
+    plain = {"lr": 0.03, "weight_decay": 0.1, "clip_coef": 0.7, "rounding": rounding}
+    for (param, grad), arguments in [(mixed, plain), (ordinary, plain | {"inv_scale": 0.3, "clip_value": 0.9})]:
+        expected = reference.updated(param, grad, **reference_arguments(arguments))
+        for p_offset, g_offset in [(0, 0), (1, 0), (0, 3), (3, 5)]:
+            p, surroundings = oracle.misaligned(param.to(device), p_offset)
+            g, _ = oracle.misaligned(grad.to(device), g_offset)
+            ops.sgd_(p, g, **arguments)
+            assert_same_bits(p, expected, p_offset, g_offset)
+            outside = torch.cat([surroundings[:p_offset], surroundings[p_offset + size :]])
+            assert (outside == 7.0).all(), "memory beside the parameter was written"
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -58,6 +59,8 @@ def test_every_size_and_alignment(device, param_dtype, grad_dtype, rounding, siz
 @every_param
 def test_every_argument(device, param_dtype, grad_dtype, rounding, name):
     param, grad = oracle.param_of(4097, param_dtype), oracle.grad_of(4097, grad_dtype)
+    check(param, grad, device=device, rounding=rounding, **ARGUMENTS[name])
+    param, grad = oracle.ordinary(1000, param_dtype), oracle.ordinary(1000, grad_dtype, 1)
     check(param, grad, device=device, rounding=rounding, **ARGUMENTS[name])
 
 

@@ -7,11 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import DTYPES, assert_close_sum, assert_same_bits, name_of
+from oracle import DTYPES, SIZES, assert_close_sum, assert_same_bits, name_of
 
 from lomo_kernels import backends, ops, reference
-
-SIZES = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 511, 512, 513, 4095, 4096, 4097, 10007, 65535, 65536, 65537, 200003]
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 PLAIN_TORCH = backends.choices[0].backend == "reference"
