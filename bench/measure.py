@@ -52,7 +52,7 @@ def environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True).stdout
     return {
         "device": cpu[1] if cpu else platform.machine(),
-        "instruction_set": lomo_kernels.backends.choices[0].detail,
+        "instruction_set": lomo_kernels.backends.choice("CPU").detail,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

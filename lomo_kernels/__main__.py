@@ -14,10 +14,12 @@ def info() -> int:
     """Prints operator x device: backend, instruction set or device code, and why."""
     print(f"lomo_kernels {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
     print("CPU library: torch 2.11 or newer (stable ABI)")
-    print(f"CUDA library: not built in this version (torch has CUDA {torch.version.cuda or 'none'})")
+    built = backends.CUDA_LIBRARY.exists()
+    print(f"CUDA library: {'torch 2.11 or newer (stable ABI)' if built else 'not built'}")
+    print(f"torch's CUDA: {torch.version.cuda or 'none'}, ROCm: {torch.version.hip or 'none'}")
     print()
     rows = [("operator", "tensors", "backend", "detail", "why")]
-    for choice in backends.choices:
+    for choice in backends.choices():
         rows += [(name, choice.key, choice.backend, choice.detail, choice.reason) for name in ops.__all__]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:

@@ -1,14 +1,16 @@
-"""Which implementation serves which device, chosen once when the library is imported.
+"""Which implementation serves which device.
 
-Exactly one implementation is registered per dispatch key. ``LOMO_KERNELS_BACKEND`` forces one;
-``python -m lomo_kernels info`` prints what is in force and why.
+Exactly one implementation is registered per dispatch key. CPU tensors get theirs when the library is imported, CUDA
+tensors (NVIDIA's and AMD's) when the first one shows up: to look at a GPU starts its driver, which an import should
+not. ``LOMO_KERNELS_BACKEND`` forces one; ``python -m lomo_kernels info`` prints what is in force and why.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +19,11 @@ import torch
 from . import reference
 from .ops._arguments import library
 
-CPU_LIBRARY = Path(__file__).parent / "_cpu.so"
 VARIABLE = "LOMO_KERNELS_BACKEND"
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+_HERE = Path(__file__).parent
+CPU_LIBRARY, CUDA_LIBRARY = _HERE / "_cpu.so", _HERE / "_cuda.so"
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,16 @@ class Choice:
     """The implementation that serves one dispatch key."""
 
     key: str  # "CPU" or "CUDA"
-    backend: str  # "cpu", "reference", or "none"
-    detail: str  # instruction set, or what to do
+    backend: str  # one of NAMES, or "none"
+    detail: str  # instruction set, targets, version; what to do where there is none
     reason: str
 
 
-def _use_cpu() -> list[Choice]:
+# ---- Each backend: loads and registers itself, returns what `info` shows, raises ImportError with the reason ---------
+
+
+def _load_cpu() -> str:
+    """Returns the instruction set in force."""
     if not CPU_LIBRARY.exists():
         raise ImportError(
             f"lomo_kernels has no compiled CPU library ({CPU_LIBRARY.name} is missing): run `pip install -e .` in the "
@@ -44,55 +53,143 @@ def _use_cpu() -> list[Choice]:
     name = isa(ctypes.byref(error))
     if name is None:
         raise ImportError((error.value or b"").decode())
-    forced = os.environ.get("LOMO_KERNELS_ISA")
-    reason = f"LOMO_KERNELS_ISA={forced}" if forced else "the best this processor has"
-    gpu = Choice("CUDA", "none", "not built in this version", f"only {VARIABLE}=reference serves CUDA tensors yet")
-    return [Choice("CPU", "cpu", name.decode(), reason), gpu]
+    return str(name.decode())
 
 
-def _use_reference() -> list[Choice]:
-    for name, function in reference.IMPLEMENTATIONS.items():
-        for key in ("CPU", "CUDA"):
-            library.impl(name, function, key)
-    return [Choice(key, "reference", "plain torch", f"{VARIABLE}=reference") for key in ("CPU", "CUDA")]
-
-
-def _missing(name: str) -> Callable[[], list[Choice]]:
-    def refuse() -> list[Choice]:
+def _load_cuda() -> str:
+    """Returns the GPUs that the library has code for."""
+    if torch.version.cuda is None:
+        raise ImportError(f"torch {torch.__version__} is built without CUDA")
+    if not CUDA_LIBRARY.exists():
         raise ImportError(
-            f"{VARIABLE}={name}: the {name} backend is not built in this version of lomo_kernels; unset the variable, "
-            "or use cpu or reference"
+            "lomo_kernels was built without CUDA: with nvcc on this machine, run `LOMO_CUDA=1 pip install .` in the "
+            "source folder"
         )
-
-    return refuse
-
-
-BACKENDS: dict[str, Callable[[], list[Choice]]] = {
-    "cpu": _use_cpu,
-    "reference": _use_reference,
-    "cuda": _missing("cuda"),
-    "triton": _missing("triton"),
-}
-
-
-def _choose() -> list[Choice]:
-    name = os.environ.get(VARIABLE) or "cpu"
-    if name not in BACKENDS:
-        raise ImportError(f"{VARIABLE}={name}: expected one of {', '.join(BACKENDS)}")
-    return BACKENDS[name]()
+    try:
+        library = ctypes.CDLL(str(CUDA_LIBRARY), mode=os.RTLD_LOCAL | os.RTLD_NOW)
+    except OSError as error:
+        raise ImportError(f"{CUDA_LIBRARY.name} cannot be loaded: {error}") from error
+    library.lomo_kernels_cuda_targets.restype = ctypes.c_char_p
+    usable = library.lomo_kernels_cuda_usable
+    usable.argtypes, usable.restype = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)], ctypes.c_int
+    for device in range(torch.cuda.device_count()):
+        reason = ctypes.c_char_p()
+        if not usable(device, ctypes.byref(reason)):
+            raise ImportError(f"{CUDA_LIBRARY.name} cannot run on GPU {device}: {(reason.value or b'').decode()}")
+    return str(library.lomo_kernels_cuda_targets().decode())
 
 
-#: What is in force, for `info`.
-choices: list[Choice] = _choose()
+def _load_triton(key: str = "CUDA") -> str:
+    """Returns Triton's version."""
+    from . import triton  # type: ignore[attr-defined]  # only here: Triton takes a second to import
+
+    return triton.register(key)
+
+
+def _interpreted() -> bool:
+    """Whether Triton interprets its kernels, on CPU tensors: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load_reference(key: str) -> str:
+    for name, function in reference.IMPLEMENTATIONS.items():
+        library.impl(name, function, key)
+    return "plain torch"
+
+
+# ---- The choice -----------------------------------------------------------------------------------------------------
+
+
+def _choose_for_cpu(forced: str | None) -> Choice:
+    if forced == "reference":
+        return Choice("CPU", "reference", _load_reference("CPU"), f"{VARIABLE}=reference")
+    if forced == "triton" and _interpreted():
+        return Choice("CPU", "triton", _load_triton("CPU"), f"{VARIABLE}=triton with TRITON_INTERPRET=1")
+    isa = os.environ.get("LOMO_KERNELS_ISA")
+    return Choice("CPU", "cpu", _load_cpu(), f"LOMO_KERNELS_ISA={isa}" if isa else "the best this processor has")
+
+
+def _choose_for_cuda(forced: str | None) -> Choice:
+    """Raises ImportError where `forced` cannot be had."""
+    if forced == "reference":
+        return Choice("CUDA", "reference", _load_reference("CUDA"), f"{VARIABLE}=reference")
+    if forced == "cpu" or (forced == "triton" and _interpreted()):
+        return Choice("CUDA", "none", f"unset {VARIABLE}", f"{VARIABLE}={forced} serves CPU tensors")
+    if torch.version.cuda is None and torch.version.hip is None:
+        return _no_gpu(forced, f"torch {torch.__version__} is built without CUDA and ROCm", "install a torch with one")
+    if not torch.cuda.is_available():
+        return _no_gpu(forced, "torch.cuda.is_available() is False", "check the GPU's driver")
+    if forced == "cuda":
+        return Choice("CUDA", "cuda", _load_cuda(), f"{VARIABLE}=cuda")
+    if forced == "triton":
+        return Choice("CUDA", "triton", _load_triton(), f"{VARIABLE}=triton")
+    try:
+        return Choice("CUDA", "cuda", _load_cuda(), "the compiled library has code for this GPU")
+    except ImportError as error:
+        why_not_cuda = str(error)
+    try:
+        choice = Choice("CUDA", "triton", _load_triton(), why_not_cuda)
+    except ImportError as error:
+        return Choice("CUDA", "none", str(error), why_not_cuda)
+    if CUDA_LIBRARY.exists() and torch.version.cuda is not None:
+        warnings.warn(f"lomo_kernels: {why_not_cuda}. Triton's kernels take over", stacklevel=2)
+    return choice
+
+
+def _no_gpu(forced: str | None, reason: str, remedy: str) -> Choice:
+    if forced is not None:
+        raise ImportError(f"{reason}; {remedy}, or unset {VARIABLE}")
+    return Choice("CUDA", "none", remedy, reason)
+
+
+_forced = os.environ.get(VARIABLE) or None
+_chosen: dict[str, Choice] = {}
+_lock = threading.Lock()  # hooks of several devices run in several threads
+
+
+def choice(key: str) -> Choice:
+    """The implementation in force for the dispatch key "CPU" or "CUDA", chosen now where it was not yet."""
+    with _lock:
+        if key not in _chosen:
+            choose = _choose_for_cpu if key == "CPU" else _choose_for_cuda
+            _chosen[key] = choose(_forced)
+        return _chosen[key]
 
 
 def check_device(device: torch.device) -> None:
-    """Raises NotImplementedError where no backend serves tensors on `device`."""
-    served = {choice.key.lower() for choice in choices if choice.backend != "none"}
-    if device.type in served or device.type == "meta":
+    """Chooses an implementation for tensors on `device` where that was not done yet.
+
+    Raises:
+        NotImplementedError: there is none; the message says why and what to do.
+    """
+    if device.type == "meta":
         return
-    raise NotImplementedError(
-        f"lomo_kernels has no backend in force for {device.type} tensors (it has: {', '.join(sorted(served))}); move "
-        f"the model to the CPU, or set {VARIABLE}=reference before importing lomo_kernels (plain torch, slow; CPU and "
-        "CUDA)"
-    )
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            f"lomo_kernels has no backend for {device.type} tensors (it has: cpu, cuda); move the model to one of these"
+        )
+    chosen = choice(device.type.upper())
+    if chosen.backend == "none":
+        raise NotImplementedError(
+            f"lomo_kernels has no backend in force for {device.type} tensors: {chosen.reason}; {chosen.detail}. "
+            f"{VARIABLE}=reference serves them all the same (plain torch, slow)"
+        )
+
+
+def choices() -> list[Choice]:
+    """The implementations in force, for `info`."""
+    return [choice("CPU"), choice("CUDA")]
+
+
+def _start() -> None:
+    if _forced not in (None, *NAMES):
+        raise ImportError(f"{VARIABLE}={_forced}: expected one of {', '.join(NAMES)}")
+    cpu = choice("CPU")
+    if _forced in ("cuda", "triton") and cpu.backend != _forced:  # what was asked for is refused now, or never
+        try:
+            choice("CUDA")
+        except ImportError as error:
+            raise ImportError(f"{VARIABLE}={_forced}: {error}") from error
+
+
+_start()

@@ -25,13 +25,13 @@ def served_devices():
     from lomo_kernels import backends
 
     present = {"CPU": True, "CUDA": torch.cuda.is_available()}
-    return [c.key.lower() for c in backends.choices if c.backend != "none" and present[c.key]]
+    return [c.key.lower() for c in backends.choices() if c.backend != "none" and present[c.key]]
 
 
 def pytest_report_header():
     from lomo_kernels import backends
 
-    return [f"lomo_kernels on {c.key}: {c.backend} ({c.detail}; {c.reason})" for c in backends.choices]
+    return [f"lomo_kernels on {c.key}: {c.backend} ({c.detail}; {c.reason})" for c in backends.choices()]
 
 
 def pytest_generate_tests(metafunc):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import lomo_kernels
 from lomo_kernels import backends
 
-SHOW = "from lomo_kernels import backends; print([(c.key, c.backend, c.reason) for c in backends.choices])"
+SHOW = "from lomo_kernels import backends; print([(c.key, c.backend, c.reason) for c in backends.choices()])"
 
 
 def last_line(process):
@@ -30,9 +31,9 @@ def test_empty_variables_force_nothing(run_python):
 
 
 def test_every_key_has_one_choice_and_one_kernel_per_operator():
-    keys = [choice.key for choice in backends.choices]
+    keys = [choice.key for choice in backends.choices()]
     assert sorted(keys) == sorted(set(keys)) == ["CPU", "CUDA"]
-    for choice in backends.choices:
+    for choice in backends.choices():
         assert choice.backend and choice.detail and choice.reason
         for name in ("sgd_", "sgd_list_", "sq_norm_", "sq_norm_list_"):
             there = torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", choice.key)
@@ -56,6 +57,66 @@ def test_a_forced_backend_that_is_missing_is_refused(run_python, name):
     assert line.startswith(f"ImportError: LOMO_KERNELS_BACKEND={name}: ") and len(line) > 60, line
 
 
+#: What there is: torch's CUDA and ROCm, a GPU, the compiled library, Triton. What is then chosen, forced or not.
+CUDA, ROCM, GPU, LIBRARY, TRITON = "CUDA", "ROCm", "GPU", "library", "Triton"
+BROKEN = "broken library"
+SITUATIONS = {
+    (CUDA, GPU, LIBRARY, TRITON): {None: "cuda", "cuda": "cuda", "triton": "triton", "cpu": "none"},
+    (CUDA, GPU, LIBRARY): {None: "cuda", "triton": "no Triton"},
+    (CUDA, GPU, TRITON): {None: "triton", "cuda": "no library", "triton": "triton"},
+    (CUDA, GPU, BROKEN, TRITON): {None: "triton, with a warning", "cuda": "no code for this GPU", "triton": "triton"},
+    (CUDA, GPU): {None: "none"},
+    (CUDA, LIBRARY, TRITON): {None: "none", "cuda": "is_available() is False", "triton": "is_available() is False"},
+    (ROCM, GPU, LIBRARY, TRITON): {None: "triton", "cuda": "built without CUDA", "triton": "triton"},
+    (LIBRARY, TRITON): {None: "none", "cuda": "without CUDA and ROCm", "triton": "without CUDA and ROCm"},
+}
+
+
+@pytest.mark.parametrize("there", SITUATIONS, ids="+".join)
+def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
+    def load(what, missing):
+        def found():
+            if what not in there:
+                raise ImportError(missing)
+            return f"the {what}"
+
+        return found
+
+    def load_cuda():
+        if torch.version.cuda is None:
+            raise ImportError("torch is built without CUDA")
+        return load(LIBRARY, "no code for this GPU" if BROKEN in there else "no library")()
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if CUDA in there else None)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if ROCM in there else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: GPU in there)
+    monkeypatch.setattr(backends, "_load_cuda", load_cuda)
+    monkeypatch.setattr(backends, "_load_triton", load(TRITON, "no Triton"))
+    file = tmp_path / "_cuda.so"
+    monkeypatch.setattr(backends, "CUDA_LIBRARY", file)
+    if LIBRARY in there or BROKEN in there:
+        file.touch()
+    for forced, outcome in SITUATIONS[there].items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                choice = backends._choose_for_cuda(forced)
+            except ImportError as error:
+                assert outcome in str(error) and forced is not None, (forced, error)
+                continue
+        assert f"{choice.backend}{', with a warning' if caught else ''}" == outcome, choice
+        assert choice.detail and choice.reason
+        if caught:
+            assert len(caught) == 1 and "no code for this GPU" in str(caught[0].message)
+
+
+def test_cuda_tensors_without_a_backend_are_refused_with_reason_and_remedy(monkeypatch):
+    none = backends.Choice("CUDA", "none", "install Triton", "lomo_kernels was built without CUDA")
+    monkeypatch.setitem(backends._chosen, "CUDA", none)
+    with pytest.raises(NotImplementedError, match="was built without CUDA; install Triton"):
+        backends.check_device(torch.device("cuda", 1))
+
+
 def test_a_missing_library_says_how_to_get_it(run_python, tmp_path):
     package = Path(lomo_kernels.__file__).parent
     shutil.copytree(package, tmp_path / "lomo_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -72,7 +133,7 @@ REFERENCE = """
 import json, torch
 import test_instruction_sets
 from lomo_kernels import backends, ops
-assert {c.backend for c in backends.choices} == {"reference"}
+assert {c.backend for c in backends.choices()} == {"reference"}
 param = torch.ones(5, requires_grad=True)
 loss = (param * param).sum()
 ops.sgd_(param, torch.ones(5), lr=0.5)
@@ -116,7 +177,7 @@ def test_the_reference_passes_the_contract(run_python):
 
 @pytest.mark.parametrize("kind", ["xpu", "mps"])
 def test_a_device_without_a_backend_is_refused(kind):
-    with pytest.raises(NotImplementedError, match=f"no backend in force for {kind} tensors"):
+    with pytest.raises(NotImplementedError, match=f"no backend for {kind} tensors"):
         backends.check_device(torch.device(kind))
 
 

@@ -20,8 +20,8 @@ CODE = """
 import json
 import test_instruction_sets
 from lomo_kernels import backends
-assert backends.choices[0].backend == "cpu", backends.choices
-print(json.dumps([backends.choices[0].detail, test_instruction_sets.digests()]))
+assert backends.choice("CPU").backend == "cpu", backends.choices()
+print(json.dumps([backends.choice("CPU").detail, test_instruction_sets.digests()]))
 """
 
 

@@ -227,9 +227,9 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: the demo runs on cpu or cuda[:index]")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
-    for choice in backends.choices:
-        if choice.key == device.type.upper() and choice.backend == "none":
-            raise ValueError(f"--device {name}: {choice.reason}")
+    choice = backends.choice(device.type.upper())
+    if choice.backend == "none":
+        raise ValueError(f"--device {name}: {choice.reason}; {choice.detail}")
     return device
 
 

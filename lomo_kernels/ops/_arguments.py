@@ -55,6 +55,17 @@ def scalar(
     return torch.scalar_tensor(value, dtype=torch.float64)
 
 
+def check_served(device: torch.device) -> None:
+    """Chooses the kernels for tensors on `device` where that was not done yet. Raises NotImplementedError without any.
+
+    Those for CPU tensors were chosen when the library was imported.
+    """
+    if device.type != "cpu":
+        from ..backends import check_device  # which imports this file
+
+        check_device(device)
+
+
 FINITE = torch.finfo(torch.float64).max
 
 

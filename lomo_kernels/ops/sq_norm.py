@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import FINITE, Scalar, as_list, check_element_type, check_lengths, check_slot, library, scalar
+from ._arguments import (
+    FINITE,
+    Scalar,
+    as_list,
+    check_element_type,
+    check_lengths,
+    check_served,
+    check_slot,
+    library,
+    scalar,
+)
 
 library.define("sq_norm_(Tensor(a!) slot, Tensor grad, Tensor? inv_scale) -> ()")
 library.define("sq_norm_list_(Tensor(a!)[] slots, Tensor[] grads, Tensor? inv_scale) -> ()")
@@ -46,6 +56,7 @@ def sq_norm_(slot: Tensor, grad: Tensor, *, inv_scale: Scalar | None = None) -> 
         TypeError, ValueError: an argument of another dtype, shape, layout or device; the slot is then unchanged.
     """
     _check("sq_norm_", slot, grad)
+    check_served(slot.device)
     torch.ops.lomo_kernels.sq_norm_.default(slot, grad, _inv_scale("sq_norm_", inv_scale, slot.device))
 
 
@@ -68,6 +79,7 @@ def sq_norm_list_(
         _check("sq_norm_list_", slot, grad)
     if grads:
         device = grads[0].device
+        check_served(device)
         torch.ops.lomo_kernels.sq_norm_list_.default(slots, grads, _inv_scale("sq_norm_list_", inv_scale, device))
 
 
