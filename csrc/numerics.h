@@ -57,6 +57,14 @@ struct BFloat16 {
   LOMO_FN uint32_t stochastic(float x, uint32_t random) {
     return round(x, (bits_of(x) & 0x7fff8000u) == 0x7f7f0000u ? 0u : random);
   }
+
+  // The same for an x that is no NaN, or one whose low 16 bits are zero, which no carry reaches: arithmetic on bfloat16
+  // and finite numbers makes no other.
+  LOMO_FN uint32_t round_ordinary(float x, uint32_t bias) { return (bits_of(x) + bias) >> 16; }
+  LOMO_FN uint32_t nearest_ordinary(float x) { return round_ordinary(x, 0x7fffu + ((bits_of(x) >> 16) & 1u)); }
+  LOMO_FN uint32_t stochastic_ordinary(float x, uint32_t random) {
+    return round_ordinary(x, (bits_of(x) & 0x7fff8000u) == 0x7f7f0000u ? 0u : random);
+  }
 };
 
 struct Float16 {

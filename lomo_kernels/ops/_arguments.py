@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 #: A number, or a one-element float64 or float32 tensor on the parameter's device that the host never reads.
 Scalar = float | Tensor
@@ -55,15 +56,15 @@ def scalar(
     return torch.scalar_tensor(value, dtype=torch.float64)
 
 
-def check_served(device: torch.device) -> None:
-    """Chooses the kernels for tensors on `device` where that was not done yet. Raises NotImplementedError without any.
+def check_served(tensor: Tensor) -> None:
+    """Chooses the kernels for the tensor's device where that was not done yet. Raises NotImplementedError without any.
 
-    Those for CPU tensors were chosen when the library was imported.
+    Those for CPU tensors were chosen when the library was imported; a fake tensor needs none.
     """
-    if device.type != "cpu":
+    if tensor.device.type != "cpu" and not isinstance(tensor, FakeTensor):
         from ..backends import check_device  # which imports this file
 
-        check_device(device)
+        check_device(tensor.device)
 
 
 FINITE = torch.finfo(torch.float64).max

@@ -96,7 +96,7 @@ def sgd_(
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
     """
     check_pair("sgd_", param, grad)
-    check_served(param.device)
+    check_served(param)
     if sq_norm is not None:
         check_slot("sgd_", "sq_norm", sq_norm, param.device)
     torch.ops.lomo_kernels.sgd_.default(
@@ -161,7 +161,7 @@ def sgd_list_(
         if param.device != params[0].device:
             raise ValueError(f"{op}: params are on {params[0].device} and {param.device}, expected one device")
     device = params[0].device
-    check_served(device)
+    check_served(params[0])
     numbers = [check_shard(op, one, param.numel()) for one, param in zip(shards, params, strict=False)]
     for slot in slots:
         check_slot(op, "sq_norm", slot, device)

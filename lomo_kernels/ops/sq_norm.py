@@ -56,7 +56,7 @@ def sq_norm_(slot: Tensor, grad: Tensor, *, inv_scale: Scalar | None = None) -> 
         TypeError, ValueError: an argument of another dtype, shape, layout or device; the slot is then unchanged.
     """
     _check("sq_norm_", slot, grad)
-    check_served(slot.device)
+    check_served(slot)
     torch.ops.lomo_kernels.sq_norm_.default(slot, grad, _inv_scale("sq_norm_", inv_scale, slot.device))
 
 
@@ -79,7 +79,7 @@ def sq_norm_list_(
         _check("sq_norm_list_", slot, grad)
     if grads:
         device = grads[0].device
-        check_served(device)
+        check_served(grads[0])
         torch.ops.lomo_kernels.sq_norm_list_.default(slots, grads, _inv_scale("sq_norm_list_", inv_scale, device))
 
 
