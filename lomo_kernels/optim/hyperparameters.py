@@ -55,10 +55,12 @@ class LiveScalar:
             if value.device == self._own.device:
                 self.tensor = value
                 return
-            self._own.copy_(value.reshape(()), non_blocking=True)
+            self._own.copy_(value.reshape(()), non_blocking=self._own.is_cuda)
         elif value != self._number:
             self._own.fill_(value)
-            self._number = value
+            # While a CUDA graph is captured nothing is filled yet: the graph has to do it, and an eager step once more.
+            captured = self._own.is_cuda and torch.cuda.is_current_stream_capturing()
+            self._number = None if captured else value
         self.tensor = self._own
 
 

@@ -352,7 +352,7 @@ class Lomo(torch.optim.Optimizer):
 
     def _find_norm(self, loss: Tensor, scale: Tensor | None) -> None:
         self._state.zero_slots()
-        self._sweep(NormPass(scaled=scale is not None), loss, scale, retain_graph=True)
+        self._sweep(NormPass(self._state.devices, scaled=scale is not None), loss, scale, retain_graph=True)
         self._state.decide(self._clip_grad_norm)
 
     def _drop_norm(self) -> None:
@@ -413,7 +413,7 @@ class Lomo(torch.optim.Optimizer):
                 record.param.grad = None
         self._state.zero_slots()
         if self._needs_norm_first:
-            norm = NormPass(scaled=scaled)
+            norm = NormPass(self._state.devices, scaled=scaled)
             for record, grad in kept:
                 norm.add(record, grad)
             norm.flush()
@@ -442,7 +442,13 @@ class Lomo(torch.optim.Optimizer):
         return True in kinds
 
     def _update_pass(self, scaled: bool) -> UpdatePass:
-        return UpdatePass(scaled=scaled, decided=self._needs_norm_first, stochastic=self._stochastic, seed=self._seed)
+        return UpdatePass(
+            self._state.devices,
+            scaled=scaled,
+            decided=self._needs_norm_first,
+            stochastic=self._stochastic,
+            seed=self._seed,
+        )
 
     def _finish(self, scaled: bool) -> None:
         if not self._needs_norm_first:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .hyperparameters import GroupScalars
 from .records import Record
+from .streams import Streams
 
 # Bound on the small gradients that wait for a list call.
 BUFFER_BYTES = 1024 * 1024
@@ -19,7 +20,7 @@ _serials = itertools.count()
 
 
 class _Buffer:
-    """Small gradients of one group on one device, waiting for one call."""
+    """Small gradients of one group, device and stream, waiting for one call."""
 
     __slots__ = ("bytes", "grads", "records")
 
@@ -30,15 +31,21 @@ class _Buffer:
 
 
 class Pass:
-    """Takes each parameter's gradient once. Subclasses say what is done with one, and with a list of small ones."""
+    """Takes each parameter's gradient once. Subclasses say what is done with one, and with a list of small ones.
+
+    Args:
+        devices: those of the parameters.
+        scaled: whether the gradients carry the loss scale.
+    """
 
     #: Whether a gradient that comes a second time can still be refused before a weight has changed.
     changes_weights = False
 
-    def __init__(self, *, scaled: bool) -> None:
+    def __init__(self, devices: Iterable[torch.device], *, scaled: bool) -> None:
         self.scaled = scaled  # the gradients carry the loss scale
         self.serial = next(_serials)
-        self._buffers: dict[GroupScalars, _Buffer] = {}
+        self._streams = Streams(devices)
+        self._buffers: dict[tuple[GroupScalars, torch.cuda.Stream | None], _Buffer] = {}
         self._lock = threading.Lock()  # backward runs the hooks of each device in a thread of its own
 
     def take(self, record: Record) -> None:
@@ -64,25 +71,28 @@ class Pass:
                 f"Lomo: the gradient of {record.name} has layout {grad.layout}, expected a dense one; "
                 "build the layer with sparse=False"
             )
+        stream = self._streams.join(record.device) if record.on_gpu else None
         if not record.small:
             self._one(record, grad)
             return
+        key = record.scalars, stream
         with self._lock:
-            buffer = self._buffers.get(record.scalars)
+            buffer = self._buffers.get(key)
             if buffer is None:
-                buffer = self._buffers[record.scalars] = _Buffer()
+                buffer = self._buffers[key] = _Buffer()
             buffer.records.append(record)
             buffer.grads.append(grad)
             buffer.bytes += record.bytes
             if buffer.bytes < BUFFER_BYTES:
                 return
-            del self._buffers[record.scalars]
+            del self._buffers[key]
         self._list(buffer.records, buffer.grads)
 
     def flush(self) -> None:
-        """Hands on what still waits."""
+        """Hands on what still waits. Called when backward has ended, on the caller's streams."""
         while self._buffers:
-            _, buffer = self._buffers.popitem()
+            (_, stream), buffer = self._buffers.popitem()
+            Streams.lend(buffer.grads, buffer.records[0].device, stream)
             self._list(buffer.records, buffer.grads)
 
     def _one(self, record: Record, grad: Tensor) -> None:
@@ -123,8 +133,10 @@ class UpdatePass(Pass):
 
     changes_weights = True
 
-    def __init__(self, *, scaled: bool, decided: bool, stochastic: bool, seed: int) -> None:
-        super().__init__(scaled=scaled)
+    def __init__(
+        self, devices: Iterable[torch.device], *, scaled: bool, decided: bool, stochastic: bool, seed: int
+    ) -> None:
+        super().__init__(devices, scaled=scaled)
         self.decided = decided
         self.stochastic = stochastic
         self.seed = seed

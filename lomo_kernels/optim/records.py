@@ -51,6 +51,7 @@ class Record:
     def place(self, home: Device, scalars: GroupScalars) -> None:
         """Binds the record to where its parameter is now."""
         self.device, self.dtype = self.param.device, self.param.dtype
+        self.on_gpu = self.device.type == "cuda"
         self.home, self.scalars = home, scalars
         self.slot = home.slots[self.index]
         self.bytes = self.param.numel() * self.param.element_size()

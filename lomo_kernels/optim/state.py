@@ -14,6 +14,11 @@ from .records import Device, Record
 from .scaling import LossScale
 
 
+def _send(number: Tensor, to: Tensor) -> None:
+    """Copies between devices, without a host synchronisation unless `to` is on the CPU, where kernels read at once."""
+    to.copy_(number, non_blocking=to.is_cuda)
+
+
 class State:
     """The device side of one optimizer. Its first parameter's device is `home`, where sums and counters are kept.
 
@@ -62,7 +67,7 @@ class State:
         """The gradients to come carry `scale`: has its inverse, in float64, on every device."""
         inverse = scale.double().reciprocal()
         for device in self.devices.values():
-            device.inv_scale.copy_(inverse, non_blocking=True)
+            _send(inverse, device.inv_scale)
 
     def zero_slots(self) -> None:
         for device in self.devices.values():
@@ -78,8 +83,8 @@ class State:
             self.home.clip_coef.copy_(clip_coefficient(total, clip_grad_norm))
         for device in self.devices.values():
             if device is not self.home:
-                device.found_inf.copy_(self.home.found_inf, non_blocking=True)
-                device.clip_coef.copy_(self.home.clip_coef, non_blocking=True)
+                _send(self.home.found_inf, device.found_inf)
+                _send(self.home.clip_coef, device.clip_coef)
 
     def end_step(self, scaled: bool) -> None:
         """Counts the step and, where its gradients carried the loss scale, moves that."""
