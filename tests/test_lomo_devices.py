@@ -205,7 +205,7 @@ def test_two_devices_equal_one(rule: str, second: str) -> None:
 @pytest.mark.parametrize("overflows", [0, 1])
 def test_an_overflow_on_one_device_skips_the_step_on_both(overflows: int) -> None:
     params = [nn.Parameter(torch.ones(5)) for _ in range(2)]
-    optimizer = Lomo(params, lr=0.5, clip_grad_norm=1.0)
+    optimizer = Lomo(params, lr=0.5, clip_grad_norm=1.0, weight_decay=0.1)
     spread(optimizer, lambda i: i == 1)
     factors = [torch.ones(()), torch.ones(())]
     factors[overflows].fill_(torch.inf)
@@ -213,5 +213,5 @@ def test_an_overflow_on_one_device_skips_the_step_on_both(overflows: int) -> Non
     assert all(torch.equal(param, torch.ones(5)) for param in params)
     assert optimizer.skipped_steps.item() == 1
     optimizer.backward(sum(param.sum() for param in params))
-    expected = 1 - 0.5 / 10**0.5
+    expected = 1 - 0.5 * 0.1 - 0.5 / 10**0.5
     assert all(torch.allclose(param, torch.full((5,), expected)) for param in params)
