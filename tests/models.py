@@ -99,7 +99,8 @@ def batch(seed: int, size: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(model: nn.Module, seed: int) -> Tensor:
-    return model(*batch(seed))
+    device = next(model.parameters()).device
+    return model(*(tokens.to(device) for tokens in batch(seed)))
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
