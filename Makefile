@@ -15,7 +15,7 @@ checked := build/sanitize/site
 need_compiler := for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/dev/null && exit; done; \
   echo "A C++17 compiler is needed: install one (Debian, Ubuntu: apt install g++) or set CXX." >&2; exit 1
 
-.PHONY: help demo test sanitize bench lint format testing clean environment FORCE
+.PHONY: help demo test sanitize bench gpu lint format testing clean environment FORCE
 .NOTPARALLEL:
 
 help:            ## this list
@@ -30,6 +30,10 @@ test: testing    ## all tests; ARGS="-k sgd" selects
 
 bench: testing $(stamps)/bench   ## all measurements
 	$(bin)/python -m pytest bench --benchmark-enable --benchmark-only $(ARGS)
+
+gpu:             ## build, tests, sanitizers and measurements on a GPU, with PYTHON's own torch; ARGS="bench" selects
+	@$(PYTHON) -c 'import torch' || { echo "make gpu runs in your own environment: PYTHON=... names a Python with torch (CUDA), pytest, hypothesis, cmake, ninja." >&2; exit 1; }
+	@$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(stamps)/lint   ## formatters, linter and type checker
 	$(bin)/ruff check .

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-import lomo_kernels
-
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -46,10 +44,24 @@ def ratios(limit: list[float], mine: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+def commit() -> str:
+    """The commit checked out, with "+" where files differ from it; LOMO_COMMIT where that is given."""
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", *arguments], cwd=RESULTS, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return os.environ.get("LOMO_COMMIT") or git("rev-parse", "HEAD") + ("+" if changed else "") or "unknown"
+
+
 def environment() -> dict[str, Any]:
     """Device, versions, commit and settings of this process."""
+    import lomo_kernels  # not before: bench/gpu.py builds it
+
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True).stdout
     return {
         "device": cpu[1] if cpu else platform.machine(),
         "instruction_set": lomo_kernels.backends.choice("CPU").detail,
@@ -58,7 +70,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "lomo_kernels": lomo_kernels.__version__,
-        "commit": commit.strip(),
+        "commit": commit(),
         "malloc": os.environ.get("MALLOC_MMAP_THRESHOLD_", "stock"),
     }
 

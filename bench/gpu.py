@@ -1,0 +1,131 @@
+"""``make gpu``: what needs a GPU, in stages: ``build``, ``test``, ``sanitize``, ``bench``; all of them, or those named.
+
+Uses the interpreter it runs in, whose torch must have CUDA, and installs nothing but this package (editable, without
+its dependencies). Each stage's outcome goes into ``bench/results/<device>-<date>.json`` beside those of the stages
+before it. ``LOMO_COMMIT`` names the commit where there is no git repository.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .measure import RESULTS, commit
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("build", "test", "sanitize", "bench")
+BACKENDS = ("cuda", "triton")
+# The tools see every access of every thread: some hundred times slower, so small cases of each kernel.
+SANITIZED = "test_every_key_of_the_random_bits or test_sq_norm_in_the_same_pass or list or accumulates"
+
+
+def run(command: list[str], **env: str) -> dict[str, Any]:
+    """Runs a command, showing its output; returns status, seconds and the output's end."""
+    print("+", " ".join([f"{name}={value}" for name, value in env.items()] + command), flush=True)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.rstrip())
+    return {"status": process.wait(), "seconds": round(time.perf_counter() - start, 1), "output": lines[-15:]}
+
+
+def build() -> dict[str, Any]:
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
+    major, minor = torch.cuda.get_device_capability()
+    return {"install": run(pip, LOMO_CUDA="1", LOMO_CUDA_ARCHS=f"{major}{minor}")}
+
+
+def test() -> dict[str, Any]:
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    files = ["tests/test_gpu.py", "tests/test_sgd.py", "tests/test_sq_norm.py"]
+    return {backend: run([*pytest, *files], LOMO_KERNELS_BACKEND=backend) for backend in BACKENDS}
+
+
+def sanitize() -> dict[str, Any]:
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", "-k", SANITIZED]
+    files = ["tests/test_sgd.py", "tests/test_sq_norm.py"]
+    outcome = {}
+    for tool in ("memcheck", "racecheck"):
+        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        outcome[tool] = run(
+            [*sanitizer, *pytest, *files], LOMO_KERNELS_BACKEND="cuda", PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        )
+    return outcome
+
+
+def bench() -> dict[str, Any]:
+    outcome = {}
+    for backend in BACKENDS:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "figures.json"
+            measured = run([sys.executable, "-m", "bench.gpu_kernels", str(file)], LOMO_KERNELS_BACKEND=backend)
+            outcome[backend] = measured | (json.loads(file.read_text()) if file.exists() else {})
+    return outcome
+
+
+def about() -> dict[str, Any]:
+    """Device, driver, versions and commit."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout if _has("nvcc") else "none"
+    release = re.search(r"V([\d.]+)", nvcc)
+    versions = {}
+    for package in ("triton", "numpy"):
+        found = subprocess.run([sys.executable, "-m", "pip", "show", package], capture_output=True, text=True).stdout
+        version = re.search(r"^Version: (.*)$", found, re.M)
+        versions[package] = version[1] if version else "none"
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "driver": subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0],
+        "nvcc": release[1] if release else "none",
+        "torch": torch.__version__,
+        **versions,
+        "commit": commit(),
+        "date": str(datetime.date.today()),
+    }
+
+
+def _has(program: str) -> bool:
+    return any(os.access(Path(folder) / program, os.X_OK) for folder in os.get_exec_path())
+
+
+def main() -> int:
+    """Runs the stages named on the command line; returns 1 where one failed."""
+    stages = sys.argv[1:] or list(STAGES)
+    if unknown := set(stages) - set(STAGES):
+        sys.exit(f"unknown stages: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    if not torch.cuda.is_available():
+        sys.exit("make gpu needs a GPU, and torch.cuda.is_available() is False in this environment")
+    environment = about()
+    name = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    file = RESULTS / f"{name}-{environment['date']}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    if results.get("environment", {}).get("commit") != environment["commit"]:
+        results = {}
+    results["environment"] = environment
+    failed = []
+    for stage in stages:
+        results[stage] = globals()[stage]()
+        failed += [f"{stage} {name}" for name, outcome in results[stage].items() if outcome["status"]]
+        file.write_text(json.dumps(results, indent=1) + "\n")  # after each: the next may be cut off
+    print(f"\nwritten to {file.relative_to(ROOT)}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
