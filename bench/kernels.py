@@ -25,7 +25,6 @@ def buffers(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]
 def update_contestants(dtype: torch.dtype) -> dict[str, Callable[[int], Any]]:
     """Each reads a parameter and a gradient and writes the parameter (mul_+add_ does it twice)."""
     params, grads = buffers(dtype)
-    scratch = [param.clone() for param in params]
     lr = torch.tensor(LR, dtype=torch.float64)
     for rounding in ("nearest", "stochastic"):  # a bench of wrong results is worth nothing
         param, grad = params[0][:64].clone(), grads[0][:64]
@@ -39,7 +38,7 @@ def update_contestants(dtype: torch.dtype) -> dict[str, Callable[[int], Any]]:
     every = {"weight_decay": 0.01, "inv_scale": 0.5, "clip_value": 3.0, "clip_coef": 0.5}
     return {
         "probe": lambda n: probe.read_2_write_1(
-            scratch[n % PAIRS].data_ptr(), grads[n % PAIRS].data_ptr(), grads[0].nbytes
+            params[n % PAIRS].data_ptr(), grads[n % PAIRS].data_ptr(), grads[0].nbytes
         ),
         "sgd_ nearest": lambda n: ops.sgd_(params[n % PAIRS], grads[n % PAIRS], lr=lr),
         "sgd_ nearest, every scalar": lambda n: ops.sgd_(params[n % PAIRS], grads[n % PAIRS], lr=lr, **every),

@@ -3,10 +3,14 @@
 namespace lomo {
 namespace {
 
+// Zero, which the compiler does not know: p is written, and stays what it was.
+const volatile uint64_t kNothing = 0;
+
 // Plain loops: with software prefetch 2 KiB ahead, read_2_write_1 was 1.15 times slower on a Xeon with AVX-512.
 #define LOMO_PROBES(NAME, TARGET)                                                                      \
   TARGET void read_2_write_1_##NAME(uint64_t* __restrict p, const uint64_t* __restrict g, int64_t n) { \
-    for (int64_t i = 0; i < n; ++i) p[i] ^= g[i];                                                      \
+    const uint64_t mask = kNothing;                                                                     \
+    for (int64_t i = 0; i < n; ++i) p[i] ^= g[i] & mask;                                               \
   }                                                                                                    \
   TARGET uint64_t read_1_##NAME(const uint64_t* p, int64_t n) {                                        \
     uint64_t sum = 0;                                                                                  \

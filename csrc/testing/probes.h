@@ -5,7 +5,8 @@
 
 namespace lomo {
 
-// p ^= g on whole 64-bit words: reads two streams, writes one, in place, as the update does.
+// Reads two streams of whole 64-bit words and writes the first, in place, as the update does. It keeps its values, so
+// that the probe can run on the buffers that the kernels run on: other pages of the same machine were 1.2 times faster.
 void read_2_write_1(void* p, const void* g, int64_t bytes);
 
 // Reads one stream of whole 64-bit words; the result only keeps the loads from being left out.

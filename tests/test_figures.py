@@ -1,0 +1,18 @@
+"""The README's figures are those of the committed results."""
+
+from bench import figures
+
+
+def test_the_readme_says_what_the_results_say():
+    readme = figures.README.read_text()
+    assert figures.replaced(readme) == readme, "run `python -m bench.figures`"
+
+
+def test_every_device_has_its_newest_file(tmp_path, monkeypatch):
+    for name in ("cpu-avx2-2026-01-02", "cpu-avx2-2025-12-31", "nvidia-h200-2026-02-01", "nvidia-h200-2026-01-31"):
+        (tmp_path / f"{name}.json").touch()
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    assert {device: file.stem[-10:] for device, file in figures.newest().items()} == {
+        "cpu-avx2": "2026-01-02",
+        "nvidia-h200": "2026-02-01",
+    }
