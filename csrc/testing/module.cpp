@@ -47,7 +47,8 @@ PYBIND11_MODULE(lomo_kernels_testing, m) {
   m.def(
       "read_2_write_1",
       [](uintptr_t p, uintptr_t g, int64_t bytes) { lomo::read_2_write_1(at<void>(p), at<void>(g), bytes); },
-      py::call_guard<py::gil_scoped_release>(), "Reads p and g, writes p with the values it has; 64-bit words, in one thread.");
+      py::call_guard<py::gil_scoped_release>(),
+      "Reads p and g, writes p with the values it has; 64-bit words, in one thread.");
   m.def(
       "read_1", [](uintptr_t p, int64_t bytes) { return lomo::read_1(at<void>(p), bytes); },
       py::call_guard<py::gil_scoped_release>(), "Reads 64-bit words, in one thread.");
