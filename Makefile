@@ -8,7 +8,7 @@ ARGS ?=
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -qq
 cpp := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
-sources := setup.py pyproject.toml CMakeLists.txt $(filter-out csrc/testing/%,$(cpp))
+sources := setup.py pyproject.toml CMakeLists.txt cmake/cuda.cmake $(filter-out csrc/testing/%,$(cpp))
 # Kept here and not in VENV, which may serve several clones.
 stamps := build/stamps$(subst /,-,$(abspath $(VENV)))
 checked := build/sanitize/site
@@ -45,9 +45,9 @@ format: $(stamps)/lint   ## rewrite the sources as lint wants them
 testing: $(stamps)/test   ## the C++ module of the tests and benches
 	@[ -f "$$($(bin)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] \
 	  || { echo "Python's C headers are missing: install them (Debian, Ubuntu: apt install python3-dev)." >&2; exit 1; }
-	@$(bin)/cmake -S . -B build/testing -G Ninja -DLOMO_TESTING=ON -DPYTHON=$(abspath $(bin)/python) \
+	@$(bin)/cmake -S . -B build/testing -G Ninja -DLOMO_TESTING=ON -DLOMO_CUDA=0 -DPYTHON=$(abspath $(bin)/python) \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) >/dev/null
-	@$(bin)/cmake --build build/testing --target lomo_kernels_testing
+	@$(bin)/cmake --build build/testing --target lomo_kernels_testing _emulated
 
 sanitize: $(stamps)/test   ## the operators' tests under the address and undefined-behaviour sanitizers
 	@rm -rf $(checked)/lomo_kernels && mkdir -p $(checked) && cp -r lomo_kernels $(checked)

@@ -1,4 +1,4 @@
-"""Builds lomo_kernels/_cpu.so: finds torch's headers and libraries and hands over to CMake."""
+"""Builds lomo_kernels/_cpu.so and perhaps _cuda.so: finds torch's headers and libraries and hands over to CMake."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ except ImportError:
     sys.exit("lomo_kernels needs setuptools>=77 to build without isolation: `pip install -U setuptools` first.")
 
 ROOT = Path(__file__).resolve().parent
-BUILD = ROOT / "build" / "cpu"  # pinned, so that a reinstall compiles only what changed
+BUILD = ROOT / "build" / "library"  # pinned, so that a reinstall compiles only what changed
 
 
 def find_torch() -> str:
@@ -60,6 +60,8 @@ class CMakeBuild(build_ext):
         torch, cmake, ninja, compiler = find_all()
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         settings = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DTORCH_DIR={torch}", f"-DLOMO_OUTPUT_DIR={output}"]
+        for name in ("LOMO_CUDA", "LOMO_CUDA_ARCHS"):  # -U: not what CMake remembers of an earlier build
+            settings.append(f"-D{name}={os.environ[name]}" if os.environ.get(name) else f"-U{name}")
         cache = BUILD / "CMakeCache.txt"
         remembered = cache.read_text().splitlines() if cache.exists() else []
         if not {f"CMAKE_CXX_COMPILER:FILEPATH={compiler}", f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}"} <= set(remembered):
