@@ -173,8 +173,9 @@ LOMO_DEVICE void store(const Group<T>& group, void* tensor, int64_t first, int x
   if (range.has_group(x) && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
 #pragma unroll
     for (int w = 0; w < Group<T>::kWords; w += 4) {
-      reinterpret_cast<uint4*>(to)[w / 4] =
-          make_uint4(group.words[w], group.words[w + 1], group.words[w + 2], group.words[w + 3]);
+      // The default policy; a plain assignment was compiled to four 32-bit stores.
+      __stwb(reinterpret_cast<uint4*>(to) + w / 4,
+             make_uint4(group.words[w], group.words[w + 1], group.words[w + 2], group.words[w + 3]));
     }
   } else {
 #pragma unroll

@@ -11,12 +11,14 @@ struct Arguments : Table<Entry, kCapacity> {
 };
 static_assert(sizeof(Arguments<kTableEntries>) <= 32764, "what a launch can take");
 
-// Blocks that a multiprocessor must have room for, which bounds their registers to 48. Compute capability 7.5 has room
-// for 4 in any case.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// Blocks that a multiprocessor must have room for: as many as leave enough registers that nothing spills. Each has 8 or
+// 16 KiB under way.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200
 constexpr int kResident = 4;
-#else
+#elif __CUDA_ARCH__ >= 1000
 constexpr int kResident = 5;
+#else
+constexpr int kResident = 6;
 #endif
 
 template <class G, int kCapacity>

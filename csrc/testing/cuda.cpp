@@ -69,6 +69,7 @@ void define_cuda(py::module_& m) {
   sub.def("launches", [] { return emulation::launches; }, "How many there were so far.");
   sub.attr("TILE") = cuda::kTile;
   sub.attr("TENSOR_BLOCKS") = cuda::kTensorBlocks;
+  sub.attr("LAUNCH_BLOCKS") = cuda::kLaunchBlocks;
   sub.attr("TABLE_ENTRIES") = cuda::kTableEntries;
 }
 

@@ -66,3 +66,4 @@ inline uint32_t atomicInc(uint32_t* counter, uint32_t last) {
 }
 
 inline double __ldcg(const double* from) { return *from; }
+inline void __stwb(uint4* to, uint4 value) { *to = value; }
