@@ -1,8 +1,8 @@
 """The CUDA kernels' own sources on the host: every thread of a block a fiber, blocks in any order (csrc/testing/).
 
-The operators' whole contract runs on them, with the emulated backend in the place of the CPU's; below it stands what only
-a GPU's kernels can get wrong. What this cannot show: nvcc's code (tests/test_cuda_build.py), the GPU's own conversions of
-float16, and races between threads that run at the same time.
+The operators' whole contract runs on them, with the emulated backend in the place of the CPU's; below it stands what
+only a GPU's kernels can get wrong. What this cannot show: nvcc's code (tests/test_cuda_build.py), the GPU's own
+conversions of float16, and races between threads that run at the same time.
 """
 
 import math
@@ -86,6 +86,7 @@ def norms(grads, inv_scale=1.0):
 
 CONTRACT = """
 import sys, pytest
+sys.path.insert(0, sys.argv.pop(1))
 from lomo_kernels import backends
 assert backends.choices[0].detail == "the CUDA kernels, emulated", backends.choices
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
@@ -108,12 +109,8 @@ def test_the_contract(run_python, tmp_path, part):
     shutil.copytree(Path(lomo_kernels.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(Path(lomo_kernels_testing.__file__).parent / "_emulated.so", package / "_cpu.so")
     file, chosen = PARTS[part]
-    process = run_python(CONTRACT, str(Path(__file__).parent / file), "-k", chosen, PYTHONPATH=path_before(tmp_path))
+    process = run_python(CONTRACT, str(tmp_path), str(Path(__file__).parent / file), "-k", chosen)
     assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
-
-
-def path_before(folder):
-    return f"{folder}:{Path(__file__).parent}"
 
 
 # ---- Who does which element -----------------------------------------------------------------------------------------

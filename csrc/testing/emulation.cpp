@@ -20,7 +20,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   Place place = Place::ended;
-  uint64_t held_out = 0;
+  HeldOut held_out{};
 };
 
 std::vector<Fiber> fibers;
@@ -62,6 +62,7 @@ void run_block(uint32_t threads) {
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, body, 0);
     fiber.place = Place::ready;
+    fiber.held_out.shuffles = 0;
   }
   for (bool more = true; more;) {
     more = false;
@@ -98,6 +99,6 @@ void launch(uint32_t blocks, uint32_t threads, const std::function<void()>& kern
 
 void block_barrier() { wait_at(Place::block_barrier); }
 void warp_barrier() { wait_at(Place::warp_barrier); }
-uint64_t& held_out(uint32_t thread) { return fibers[thread].held_out; }
+HeldOut& held_out(uint32_t thread) { return fibers[thread].held_out; }
 
 }  // namespace emulation

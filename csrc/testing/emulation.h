@@ -40,8 +40,13 @@ void launch(uint32_t blocks, uint32_t threads, const std::function<void()>& kern
 void block_barrier();
 void warp_barrier();
 
-// 64 bits that each thread of the running block holds out to the others.
-uint64_t& held_out(uint32_t thread);
+// 64 bits that each thread of the running block holds out to the others in its next shuffle: two places that take
+// turns, so that one barrier per shuffle is enough.
+struct HeldOut {
+  uint64_t places[2];
+  uint32_t shuffles;
+};
+HeldOut& held_out(uint32_t thread);
 
 }  // namespace emulation
 
@@ -51,11 +56,11 @@ inline void __threadfence() {}
 template <class T>
 T __shfl_xor_sync(uint32_t /*mask*/, T value, uint32_t lanes) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  const uint32_t thread = threadIdx.x;
-  __builtin_memcpy(&emulation::held_out(thread), &value, sizeof value);
+  emulation::HeldOut& own = emulation::held_out(threadIdx.x);
+  const uint32_t place = own.shuffles++ % 2;
+  __builtin_memcpy(&own.places[place], &value, sizeof value);
   emulation::warp_barrier();
-  __builtin_memcpy(&value, &emulation::held_out(thread ^ lanes), sizeof value);
-  emulation::warp_barrier();
+  __builtin_memcpy(&value, &emulation::held_out(threadIdx.x ^ lanes).places[place], sizeof value);
   return value;
 }
 
