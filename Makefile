@@ -8,10 +8,14 @@ ARGS ?=
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -qq
 cpp := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
-sources := setup.py pyproject.toml CMakeLists.txt $(filter-out csrc/testing/%,$(cpp))
+sources := setup.py pyproject.toml CMakeLists.txt cmake/cuda.cmake $(filter-out csrc/testing/%,$(cpp))
 # Kept here and not in VENV, which may serve several clones.
 stamps := build/stamps$(subst /,-,$(abspath $(VENV)))
 checked := build/sanitize/site
+# What tests/test_cuda_build.py needs: in continuous integration without a CUDA toolkit the compiler from PyPI (0.3 GB).
+comma := ,
+nvcc := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+cuda_build := $(if $(CI),$(if $(nvcc),,$(comma)cuda-build))
 need_compiler := for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/dev/null && exit; done; \
   echo "A C++17 compiler is needed: install one (Debian, Ubuntu: apt install g++) or set CXX." >&2; exit 1
 
@@ -49,18 +53,19 @@ format: $(stamps)/lint   ## rewrite the sources as lint wants them
 testing: $(stamps)/test   ## the C++ module of the tests and benches
 	@[ -f "$$($(bin)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] \
 	  || { echo "Python's C headers are missing: install them (Debian, Ubuntu: apt install python3-dev)." >&2; exit 1; }
-	@$(bin)/cmake -S . -B build/testing -G Ninja -DLOMO_TESTING=ON -DPYTHON=$(abspath $(bin)/python) \
+	@$(bin)/cmake -S . -B build/testing -G Ninja -DLOMO_TESTING=ON -DLOMO_CUDA=0 -DPYTHON=$(abspath $(bin)/python) \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) >/dev/null
-	@$(bin)/cmake --build build/testing --target lomo_kernels_testing
+	@$(bin)/cmake --build build/testing --target lomo_kernels_testing _emulated
 
-sanitize: $(stamps)/test   ## the operators' tests under the address and undefined-behaviour sanitizers
+sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, under the address and undefined-behaviour sanitizers
 	@rm -rf $(checked)/lomo_kernels && mkdir -p $(checked) && cp -r lomo_kernels $(checked)
-	@$(bin)/cmake -S . -B build/sanitize -G Ninja -DLOMO_SANITIZE=address,undefined -DPYTHON=$(abspath $(bin)/python) \
-	  -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) -DLOMO_OUTPUT_DIR=$(abspath $(checked))/lomo_kernels >/dev/null
-	@$(bin)/cmake --build build/sanitize
+	@$(bin)/cmake -S . -B build/sanitize -G Ninja -DLOMO_SANITIZE=address,undefined -DLOMO_TESTING=ON -DLOMO_CUDA=0 \
+	  -DPYTHON=$(abspath $(bin)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) -DLOMO_OUTPUT_DIR=$(abspath $(checked))/lomo_kernels >/dev/null
+	@$(bin)/cmake --build build/sanitize --target _cpu _emulated
 	@# The runtime must come first in the process; the interpreter's own leaks are not our subject. pytest is not started
 	@# with "python -m", which would put this folder's package before the checked one.
-	@for isa in baseline avx2 avx512; do \
+	@for isa in baseline avx2 avx512 emulated; do \
+	  [ $$isa != emulated ] || cp build/sanitize/_emulated.so $(checked)/lomo_kernels/_cpu.so; \
 	  OMP_NUM_THREADS=1 LOMO_KERNELS_ISA=$$isa PYTHONPATH=$(checked) LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py $(ARGS) || exit 1; done
@@ -69,7 +74,7 @@ clean:           ## remove what was built; VENV stays
 	rm -rf build dist *.egg-info lomo_kernels/*.so
 
 $(stamps)/demo: extras := demo
-$(stamps)/test: extras := demo,test
+$(stamps)/test: extras := demo,test$(cuda_build)
 $(stamps)/bench: extras := test,bench
 $(stamps)/lint: extras := demo,lint
 $(stamps)/demo $(stamps)/test $(stamps)/bench $(stamps)/lint: $(stamps)/environment $(sources)

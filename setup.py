@@ -1,4 +1,4 @@
-"""Builds lomo_kernels/_cpu.so: finds torch's headers and libraries and hands over to CMake."""
+"""Builds lomo_kernels/_cpu.so and perhaps _cuda.so: finds torch's headers and libraries and hands over to CMake."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ except ImportError:
     sys.exit("lomo_kernels needs setuptools>=77 to build without isolation: `pip install -U setuptools` first.")
 
 ROOT = Path(__file__).resolve().parent
-BUILD = ROOT / "build" / "cpu"  # pinned, so that a reinstall compiles only what changed
+BUILD = ROOT / "build" / "library"  # pinned, so that a reinstall compiles only what changed
 
 
 def find_torch() -> str:
@@ -56,10 +56,16 @@ class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"  # without Python symbols, so without a Python version
 
-    def build_extension(self, ext: Extension) -> None:
+    def copy_extensions_to_source(self) -> None:
+        (ROOT / "lomo_kernels" / "_cuda.so").unlink(missing_ok=True)  # of an earlier build; this one may have none
+        super().copy_extensions_to_source()
+
+    def build_extensions(self) -> None:
         torch, cmake, ninja, compiler = find_all()
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        output = Path(self.get_ext_fullpath("lomo_kernels._cpu")).resolve().parent
         settings = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DTORCH_DIR={torch}", f"-DLOMO_OUTPUT_DIR={output}"]
+        for name in ("LOMO_CUDA", "LOMO_CUDA_ARCHS"):  # -U: not what CMake remembers of an earlier build
+            settings.append(f"-D{name}={os.environ[name]}" if os.environ.get(name) else f"-U{name}")
         cache = BUILD / "CMakeCache.txt"
         remembered = cache.read_text().splitlines() if cache.exists() else []
         if not {f"CMAKE_CXX_COMPILER:FILEPATH={compiler}", f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}"} <= set(remembered):
@@ -84,5 +90,6 @@ class Metadata(dist_info):
         super().run()
 
 
-library = Extension("lomo_kernels._cpu", sources=[])
-setup(ext_modules=[library], cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel, "dist_info": Metadata})
+# _cuda is optional: CMake decides whether there is one (cmake/cuda.cmake).
+libraries = [Extension("lomo_kernels._cpu", sources=[]), Extension("lomo_kernels._cuda", sources=[], optional=True)]
+setup(ext_modules=libraries, cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel, "dist_info": Metadata})

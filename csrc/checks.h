@@ -1,4 +1,4 @@
-// Argument checks that say what was expected and what came, and the plain view of a tensor that the kernels take.
+// Argument checks that say what was expected and what came. For every backend.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,13 +10,13 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "cpu/kernels.h"
+#include "numerics.h"
 
 namespace lomo {
 
 using torch::headeronly::ScalarType;
+using torch::stable::Device;
 using torch::stable::Tensor;
 
 template <class... Parts>
@@ -57,35 +57,48 @@ inline DType dtype_of(const Tensor& tensor, const char* op, const char* name) {
   }
 }
 
-inline void check_cpu(const Tensor& tensor, const char* op, const char* name) {
-  LOMO_CHECK(tensor.is_cpu(), op, ": ", name, " is not on the CPU, where the parameter or slot is");
+const Device kCPU(torch::headeronly::DeviceType::CPU);
+
+inline std::string name_of(const Device& device) {
+  if (device == kCPU) return "the CPU";
+  return device.is_cuda() ? "cuda:" + std::to_string(device.index()) : "a device of another kind";
 }
 
-// A number in a one-element float64 or float32 tensor; `missing` where none was given.
+inline void check_device(const Tensor& tensor, const Device& device, const char* op, const char* name) {
+  LOMO_CHECK(tensor.device() == device, op, ": ", name, " is on ", name_of(tensor.device()), ", expected ",
+             name_of(device), ", where the parameter or slot is");
+}
+
+inline void check_number(const Tensor& tensor, const char* op, const char* name) {
+  LOMO_CHECK(tensor.numel() == 1, op, ": ", name, " has shape ", shape_of(tensor), ", expected one element");
+  LOMO_CHECK(tensor.scalar_type() == ScalarType::Double || tensor.scalar_type() == ScalarType::Float, op, ": ", name,
+             " has dtype ", toString(tensor.scalar_type()), ", expected Double or Float");
+}
+
+inline void check_step(const Tensor& step, const char* op) {
+  LOMO_CHECK(step.numel() == 1 && step.scalar_type() == ScalarType::Long, op, ": step has shape ", shape_of(step),
+             " and dtype ", toString(step.scalar_type()), ", expected one element of dtype Long (int64)");
+}
+
+// A number in a one-element float64 or float32 tensor on the CPU; `missing` where none was given.
 inline double number_of(const std::optional<Tensor>& tensor, const char* op, const char* name, double missing) {
   if (!tensor) return missing;
-  check_cpu(*tensor, op, name);
-  LOMO_CHECK(tensor->numel() == 1, op, ": ", name, " has shape ", shape_of(*tensor), ", expected one element");
-  switch (tensor->scalar_type()) {
-    case ScalarType::Double:
-      return *static_cast<const double*>(tensor->const_data_ptr());
-    case ScalarType::Float:
-      return *static_cast<const float*>(tensor->const_data_ptr());
-    default:
-      fail(op, ": ", name, " has dtype ", toString(tensor->scalar_type()), ", expected Double or Float");
-  }
+  check_device(*tensor, kCPU, op, name);
+  check_number(*tensor, op, name);
+  const void* data = tensor->const_data_ptr();
+  return tensor->scalar_type() == ScalarType::Double ? *static_cast<const double*>(data)
+                                                     : *static_cast<const float*>(data);
 }
 
 inline int64_t step_of(const std::optional<Tensor>& step, const char* op) {
   if (!step) return 0;
-  check_cpu(*step, op, "step");
-  LOMO_CHECK(step->numel() == 1 && step->scalar_type() == ScalarType::Long, op, ": step has shape ", shape_of(*step),
-             " and dtype ", toString(step->scalar_type()), ", expected one element of dtype Long (int64)");
+  check_device(*step, kCPU, op, "step");
+  check_step(*step, op);
   return *static_cast<const int64_t*>(step->const_data_ptr());
 }
 
-inline double* slot_of(const Tensor& slot, const char* op, const char* name) {
-  check_cpu(slot, op, name);
+inline double* slot_of(const Tensor& slot, const Device& device, const char* op, const char* name) {
+  check_device(slot, device, op, name);
   LOMO_CHECK(slot.numel() == 1 && slot.scalar_type() == ScalarType::Double, op, ": ", name, " has shape ",
              shape_of(slot), " and dtype ", toString(slot.scalar_type()),
              ", expected one element of dtype Double (float64)");

@@ -15,6 +15,11 @@
 #define LOMO_FN static inline __attribute__((always_inline))
 #endif
 
+// Where a branch costs little and the other side is left out: on a GPU, and where its kernels are emulated.
+#if defined(__CUDA_ARCH__) || defined(LOMO_EMULATION)
+#define LOMO_BRANCHES 1
+#endif
+
 namespace lomo {
 namespace {
 
@@ -69,7 +74,13 @@ struct BFloat16 {
 
 struct Float16 {
   using Storage = uint16_t;
+  // The GPU's own conversions give the same bits as the formulas (but for which NaN a NaN becomes) in one instruction.
   LOMO_FN float widen(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
+    return x;
+#else
     const uint32_t magnitude = (bits & 0x7fffu) << 13;
     // Exponent bias 127 - 15 = 112. A subnormal is 2^-14 * (1 + m) - 2^-14: exact, and no float32 subnormal is touched.
     const uint32_t normal = magnitude + (112u << 23);
@@ -77,6 +88,7 @@ struct Float16 {
     const uint32_t subnormal = bits_of(float_of(magnitude + (113u << 23)) - float_of(113u << 23));
     const uint32_t sign = (bits & 0x8000u) << 16;
     return float_of(sign | (magnitude < (1u << 23) ? subnormal : magnitude >= (31u << 23) ? special : normal));
+#endif
   }
 
   // Sign of x, and a magnitude; NaN becomes quiet.
@@ -86,18 +98,27 @@ struct Float16 {
   }
 
   LOMO_FN uint32_t nearest(float x) {
+#if defined(__CUDA_ARCH__)
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+#else
     const uint32_t u = bits_of(x) & 0x7fffffffu;
     const uint32_t normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
     // The last bit of a float32 in [1/2, 1) is 2^-24, as of a subnormal result: the addition rounds it.
     const uint32_t subnormal = bits_of(float_of(u) + 0.5f) - bits_of(0.5f);
     const uint32_t finite = u < (113u << 23) ? subnormal : normal;
     return assemble(x, finite < 0x7c00u ? finite : 0x7c00u);
+#endif
   }
 
   // `random`: 32 bits, of which the top s are used, s being the number of bits cut from the 24 of the significand: 13,
   // more for results below 2^-14. Rounds up with probability (bits cut) / 2^s. Never to infinity where `nearest` stays
   // finite, which is below 65520.
   LOMO_FN uint32_t stochastic(float x, uint32_t random) {
+#if defined(LOMO_BRANCHES)
+    if (is_ordinary(x)) return stochastic_ordinary(x, random);
+#endif
     const uint32_t u = bits_of(x) & 0x7fffffffu;
     const uint32_t s = 126u - (u >> 23);  // of a subnormal result: 14 and more
     const uint32_t m = (u & 0x7fffffu) | 0x800000u;
@@ -147,10 +168,21 @@ LOMO_FN uint32_t random_bits(uint64_t block, uint32_t counter) {
   return x ^ (x >> 15);
 }
 
+}  // namespace
+
+// Index of a dtype in tables of kernels.
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kDTypes = 3 };
+
+// Where the elements of a local shard stand in the whole parameter: element i at
+// offset + i / row_length * row_stride + i % row_length.
+struct Shard {
+  int64_t offset = 0;
+  int64_t row_length = INT64_MAX;
+  int64_t row_stride = INT64_MAX;
+};
+
 // ---- The update.
 // ------------------------------------------------------------------------------------------------------
-
-}  // namespace
 
 // What does not change from element to element. A factor that was not given is 1 and a clip value that was not given is
 // infinite: both are exact, so the formula has no branches.

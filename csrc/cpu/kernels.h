@@ -8,8 +8,6 @@
 
 namespace lomo {
 
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kDTypes = 3 };
-
 // Elements are handled in tiles that stay in the first-level cache, so a second look at a gradient is free, and float64
 // sums are formed tile by tile, in the same order whatever calls for them.
 constexpr int64_t kTile = 4096;

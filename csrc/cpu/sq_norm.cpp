@@ -12,7 +12,7 @@ struct Norm {
 };
 
 Norm checked(const Tensor& slot, const Tensor& grad, const char* op) {
-  return {slot_of(slot, op, "slot"), view_of(grad, const_cast<void*>(grad.const_data_ptr()), op, "grad")};
+  return {slot_of(slot, kCPU, op, "slot"), view_of(grad, const_cast<void*>(grad.const_data_ptr()), kCPU, op, "grad")};
 }
 
 void add(const Norm& norm, float inv_scale) {

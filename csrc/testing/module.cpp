@@ -1,8 +1,9 @@
-// lomo_kernels_testing: the numerics on the host and the bandwidth probes, for tests and benches. Arrays are addresses
-// and lengths, so neither torch nor numpy is needed to build it.
+// lomo_kernels_testing: the numerics and the CUDA kernels on the host, and the bandwidth probes, for tests and benches.
+// Arrays are addresses and lengths, so neither torch nor numpy is needed to build it.
 #include <pybind11/pybind11.h>
 
 #include "../numerics.h"
+#include "cuda.h"
 #include "probes.h"
 
 namespace py = pybind11;
@@ -33,7 +34,9 @@ void define_format(py::module_& m, const char* name) {
 }  // namespace
 
 PYBIND11_MODULE(lomo_kernels_testing, m) {
-  m.doc() = "csrc/numerics.h on the host, and memory-bandwidth probes. Arrays are (address, number of elements).";
+  m.doc() =
+      "csrc/numerics.h and the CUDA kernels on the host, and memory-bandwidth probes. Arrays are (address, number of "
+      "elements).";
   m.def("mix64", &lomo::mix64);
   m.def("stream_key", &lomo::stream_key, py::arg("seed"), py::arg("parameter_id"), py::arg("step"));
   m.def(
@@ -44,6 +47,7 @@ PYBIND11_MODULE(lomo_kernels_testing, m) {
       py::arg("stream"), py::arg("counter"));
   define_format<lomo::BFloat16>(m, "bfloat16");
   define_format<lomo::Float16>(m, "float16");
+  lomo::define_cuda(m);
   m.def(
       "read_2_write_1",
       [](uintptr_t p, uintptr_t g, int64_t bytes) { lomo::read_2_write_1(at<void>(p), at<void>(g), bytes); },

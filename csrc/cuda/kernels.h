@@ -1,0 +1,84 @@
+// What the CUDA kernels offer to the operators, and to the tests, which run the same sources on the host
+// (csrc/testing/emulation.h). No torch header and none of CUDA: nvcc compiles the kernels once per target.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "../numerics.h"
+
+namespace lomo {
+namespace cuda {
+
+// A scalar argument: a number, or one that the device reads.
+struct Number {
+  double value;
+  const void* device = nullptr;  // float64 or float32; null: `value`
+  bool is_float32 = false;
+};
+
+struct Integer {
+  int64_t value = 0;
+  const int64_t* device = nullptr;
+};
+
+// What all parameters of one call have in common. `found_inf`: where not zero, parameters are left alone.
+struct Step {
+  Number lr, weight_decay{0.0}, inv_scale{1.0}, clip_value{__builtin_inf()}, clip_coef{1.0}, found_inf{0.0};
+  bool stochastic = false;
+  int64_t seed = 0;
+  Integer step;
+};
+
+// One contiguous gradient; its sum of squares is added to `slot`, where there is one.
+struct Gradient {
+  const void* data;
+  DType dtype;
+  int64_t numel;
+  double* slot = nullptr;
+};
+
+// One contiguous parameter and what updates it.
+struct Parameter {
+  void* data;
+  DType dtype;
+  Gradient grad;
+  int64_t parameter_id = 0;
+  Shard shard;
+};
+
+// Elements are dealt out in tiles of this many, by their number in the tensor and by nothing else: not by the GPU, the
+// alignment or the other tensors of the call. So a norm has the same bits wherever it is computed.
+constexpr int kThreads = 256;  // of a block
+constexpr int kVector = 8;     // neighbours that a thread handles together: 16 or 32 bytes
+constexpr int kGroups = 2;     // such groups per thread and tile, loaded before either is used
+constexpr int64_t kTile = int64_t{kThreads} * kVector * kGroups;
+// Blocks of one tensor: 8 waves of 8 blocks on 132 multiprocessors. More tiles than that: several to a block. It bounds
+// the partial sums, which the last block adds up.
+#if defined(LOMO_EMULATION)
+constexpr int64_t kTensorBlocks = 16, kLaunchBlocks = 448;  // so that small tests reach both bounds
+#else
+constexpr int64_t kTensorBlocks = 8192, kLaunchBlocks = 2 * kTensorBlocks;
+#endif
+constexpr int kTableEntries = 400;  // tensors in one launch: what 32764 bytes of kernel arguments hold
+
+// Memory for the sums of tensors with several blocks. `tickets` must be zero before the first launch; every launch
+// leaves them zero. Two launches that may run at the same time need two workspaces.
+struct Workspace {
+  double* partials;   // [kLaunchBlocks]
+  uint32_t* tickets;  // [kTableEntries]
+};
+constexpr int64_t kWorkspaceBytes = kLaunchBlocks * sizeof(double) + kTableEntries * sizeof(uint32_t);
+
+// Called at most once, where a tensor's sum needs it.
+using WorkspaceSource = std::function<Workspace()>;
+
+// Both queue their work on `stream` (a cudaStream_t) of the current device and return at once, and throw
+// std::runtime_error where CUDA refuses. Work of a list is done in few launches.
+void sgd(const std::vector<Parameter>& parameters, const Step& step, const WorkspaceSource& workspace, void* stream);
+void sq_norm(const std::vector<Gradient>& gradients, const Number& inv_scale, const WorkspaceSource& workspace,
+             void* stream);
+
+}  // namespace cuda
+}  // namespace lomo

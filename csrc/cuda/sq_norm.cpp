@@ -1,0 +1,48 @@
+// sq_norm_ and sq_norm_list_ on CUDA tensors. What they do is documented in lomo_kernels/ops/sq_norm.py.
+#include <torch/csrc/stable/library.h>
+
+#include "device.h"
+
+namespace lomo {
+namespace cuda {
+namespace {
+
+void run(const std::vector<Tensor>& slots, const std::vector<Tensor>& grads, const std::optional<Tensor>& inv_scale,
+         const char* op) {
+  const Device device = device_of(slots[0], op, "slot");
+  const Number scale = number_on(inv_scale, device, op, "inv_scale", 1.0);
+  std::vector<View> views;
+  std::vector<Gradient> gradients;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    double* slot = slot_of(slots[i], device, op, "slot");
+    views.push_back(view_of(grads[i], const_cast<void*>(grads[i].const_data_ptr()), device, op, "grad"));
+    gradients.push_back({views[i].data, views[i].dtype, views[i].numel, slot});
+  }
+  Stream stream(device);
+  std::vector<Tensor> copies;  // the kernels take contiguous tensors
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (views[i].contiguous || !views[i].numel) continue;
+    copies.push_back(torch::stable::contiguous(tensor_of(views[i], device)));
+    gradients[i].data = copies.back().const_data_ptr();
+  }
+  sq_norm(gradients, scale, [&] { return stream.workspace(); }, stream.get());
+}
+
+void sq_norm_(const Tensor& slot, const Tensor& grad, const std::optional<Tensor>& inv_scale) {
+  run({slot}, {grad}, inv_scale, "sq_norm_");
+}
+
+void sq_norm_list_(const std::vector<Tensor>& slots, const std::vector<Tensor>& grads,
+                   const std::optional<Tensor>& inv_scale) {
+  LOMO_CHECK(slots.size() == grads.size(), "sq_norm_list_: ", slots.size(), " slots for ", grads.size(), " grads");
+  if (!grads.empty()) run(slots, grads, inv_scale, "sq_norm_list_");
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace lomo
+
+STABLE_TORCH_LIBRARY_IMPL(lomo_kernels, LOMO_DISPATCH_KEY, m) {
+  m.impl("sq_norm_", TORCH_BOX(&lomo::cuda::sq_norm_));
+  m.impl("sq_norm_list_", TORCH_BOX(&lomo::cuda::sq_norm_list_));
+}

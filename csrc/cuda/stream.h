@@ -1,0 +1,70 @@
+// The device and stream that kernels run on, and memory for their sums.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+#include "kernels.h"
+
+#define LOMO_DISPATCH_KEY CUDA
+
+namespace lomo {
+namespace cuda {
+
+constexpr auto kDeviceType = torch::headeronly::DeviceType::CUDA;
+
+// The device, and torch's stream on it, for as long as this lives.
+class Stream {
+ public:
+  explicit Stream(const Device& device) : device_(device), guard_(device.index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream_));
+  }
+
+  void* get() const { return stream_; }
+
+  // Made once per device and stream: what runs on one stream never runs at the same time. A CUDA graph is the
+  // exception, it may be replayed on any stream beside eager work on the one that it was captured on. So what is
+  // captured gets memory of its own, from the graph's pool, which torch gives to nothing that may run beside it.
+  Workspace workspace() {
+    static std::mutex mutex;
+    static auto& workspaces = *new std::map<std::pair<int32_t, void*>, Tensor>;  // torch may be gone before our statics
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream_), &status)) {
+      fail("lomo_kernels: CUDA cannot tell whether it is capturing: ", cudaGetErrorString(error));
+    }
+    if (status != cudaStreamCaptureStatusNone) return parts_of(captured_.emplace_back(zeros()));
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto key = std::make_pair(device_.index(), stream_);
+    auto found = workspaces.find(key);
+    if (found == workspaces.end()) found = workspaces.emplace(key, zeros()).first;
+    return parts_of(found->second);
+  }
+
+ private:
+  Tensor zeros() const {
+    const int64_t size = kWorkspaceBytes;
+    Tensor tensor = torch::stable::empty({&size, 1}, ScalarType::Byte, std::nullopt, device_);
+    return torch::stable::zero_(tensor);
+  }
+
+  static Workspace parts_of(const Tensor& tensor) {
+    auto* partials = static_cast<double*>(tensor.mutable_data_ptr());
+    return {partials, reinterpret_cast<uint32_t*>(partials + kLaunchBlocks)};
+  }
+
+  Device device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+  std::vector<Tensor> captured_;
+};
+
+}  // namespace cuda
+}  // namespace lomo

@@ -1,0 +1,76 @@
+// The CUDA kernels of csrc/cuda on the host, by the emulation, with their own launch planning.
+#include "cuda.h"
+
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
+#include "../cuda/kernels.h"
+#include "emulated_workspace.h"
+#include "emulation.h"
+
+namespace py = pybind11;
+
+namespace lomo {
+namespace cuda {
+namespace {
+
+// (value, address or 0, whether float32 stands there).
+using NumberTuple = std::tuple<double, uintptr_t, bool>;
+// (address, dtype, elements, slot's address or 0).
+using GradientTuple = std::tuple<uintptr_t, int, int64_t, uintptr_t>;
+// (address, dtype, gradient, parameter id, offset, row_length, row_stride).
+using ParameterTuple = std::tuple<uintptr_t, int, GradientTuple, int64_t, int64_t, int64_t, int64_t>;
+
+Number number(const NumberTuple& t) {
+  return {std::get<0>(t), reinterpret_cast<const void*>(std::get<1>(t)), std::get<2>(t)};
+}
+
+Gradient gradient(const GradientTuple& t) {
+  return {reinterpret_cast<const void*>(std::get<0>(t)), static_cast<DType>(std::get<1>(t)), std::get<2>(t),
+          reinterpret_cast<double*>(std::get<3>(t))};
+}
+
+void emulated_sgd(const std::vector<ParameterTuple>& parameters, const std::vector<NumberTuple>& numbers,
+                  bool stochastic, int64_t seed, int64_t step, uintptr_t step_address) {
+  std::vector<Parameter> list;
+  for (const auto& [data, dtype, grad, id, offset, row_length, row_stride] : parameters) {
+    list.push_back({reinterpret_cast<void*>(data), static_cast<DType>(dtype), gradient(grad), id,
+                    Shard{offset, row_length, row_stride}});
+  }
+  const Step s{number(numbers.at(0)),
+               number(numbers.at(1)),
+               number(numbers.at(2)),
+               number(numbers.at(3)),
+               number(numbers.at(4)),
+               number(numbers.at(5)),
+               stochastic,
+               seed,
+               {step, reinterpret_cast<const int64_t*>(step_address)}};
+  sgd(list, s, emulated_workspace, nullptr);
+}
+
+void emulated_sq_norm(const std::vector<GradientTuple>& gradients, const NumberTuple& inv_scale) {
+  std::vector<Gradient> list;
+  for (const auto& t : gradients) list.push_back(gradient(t));
+  sq_norm(list, number(inv_scale), emulated_workspace, nullptr);
+}
+
+}  // namespace
+}  // namespace cuda
+
+void define_cuda(py::module_& m) {
+  py::module_ sub = m.def_submodule("cuda", "csrc/cuda on the host. Arrays are addresses.");
+  sub.def("sgd", &cuda::emulated_sgd, py::arg("parameters"), py::arg("numbers"), py::arg("stochastic"), py::arg("seed"),
+          py::arg("step"), py::arg("step_address"));
+  sub.def("sq_norm", &cuda::emulated_sq_norm, py::arg("gradients"), py::arg("inv_scale"));
+  sub.def("set_block_order", [](uint64_t order) { emulation::block_order = order; });
+  sub.def("launches", [] { return emulation::launches; }, "How many there were so far.");
+  sub.attr("TILE") = cuda::kTile;
+  sub.attr("TENSOR_BLOCKS") = cuda::kTensorBlocks;
+  sub.attr("LAUNCH_BLOCKS") = cuda::kLaunchBlocks;
+  sub.attr("TABLE_ENTRIES") = cuda::kTableEntries;
+}
+
+}  // namespace lomo

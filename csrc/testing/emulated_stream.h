@@ -1,0 +1,23 @@
+// In place of csrc/cuda/stream.h: tensors on the CPU, on which the emulation runs the CUDA kernels.
+#pragma once
+
+#include "../checks.h"
+#include "emulated_workspace.h"
+
+#define LOMO_DISPATCH_KEY CPU
+
+namespace lomo {
+namespace cuda {
+
+constexpr auto kDeviceType = torch::headeronly::DeviceType::CPU;
+
+class Stream {
+ public:
+  explicit Stream(const Device&) {}
+
+  void* get() const { return nullptr; }
+  Workspace workspace() const { return emulated_workspace(); }
+};
+
+}  // namespace cuda
+}  // namespace lomo

@@ -1,0 +1,74 @@
+// Runs the CUDA kernels' sources on the host: what they use of CUDA, in plain C++. Every thread of a block is a fiber,
+// and barriers and shuffles are where fibers wait for each other; blocks run one after another.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#define __host__
+#define __device__
+#define __global__ static
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__ static  // one block runs at a time
+
+struct uint3 {
+  uint32_t x, y, z;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+inline uint3 blockIdx, threadIdx;
+
+namespace emulation {
+
+// The order in which blocks run: 0 is ascending, 1 descending, others are seeds of a shuffle.
+inline uint64_t block_order = 0;
+
+// What the last launches did, for tests that want to know: cleared by whoever looks.
+inline uint64_t launches = 0, blocks_run = 0;
+
+// Runs kernel() once in each of `threads` threads of each of `blocks` blocks, and returns when all have ended.
+// Throws std::logic_error where a barrier is left waiting for a thread that has ended or waits elsewhere.
+void launch(uint32_t blocks, uint32_t threads, const std::function<void()>& kernel);
+
+// Where this thread goes on only when all threads of its block, or of its warp, have come to the same call.
+void block_barrier();
+void warp_barrier();
+
+// 64 bits that each thread of the running block holds out to the others in its next shuffle: two places that take
+// turns, so that one barrier per shuffle is enough.
+struct HeldOut {
+  uint64_t places[2];
+  uint32_t shuffles;
+};
+HeldOut& held_out(uint32_t thread);
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::block_barrier(); }
+inline void __threadfence() {}
+
+template <class T>
+T __shfl_xor_sync(uint32_t /*mask*/, T value, uint32_t lanes) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  emulation::HeldOut& own = emulation::held_out(threadIdx.x);
+  const uint32_t place = own.shuffles++ % 2;
+  __builtin_memcpy(&own.places[place], &value, sizeof value);
+  emulation::warp_barrier();
+  __builtin_memcpy(&value, &emulation::held_out(threadIdx.x ^ lanes).places[place], sizeof value);
+  return value;
+}
+
+inline uint32_t atomicInc(uint32_t* counter, uint32_t last) {
+  const uint32_t before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
+
+inline double __ldcg(const double* from) { return *from; }
+inline void __stwb(uint4* to, uint4 value) { *to = value; }

@@ -1,0 +1,196 @@
+"""The CUDA library is compiled and linked for every target, and its code is what it should be. Needs nvcc, no GPU.
+
+nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else the one of `pip install lomo_kernels[cuda-build]`.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "cuda"
+OBJECTS = BUILD / "CMakeFiles" / "_cuda.dir" / "csrc" / "cuda"
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+#: Source: number of kernels in it. sgd: float32 parameters are not rounded, so 5 ways to round, times 3 dtypes of
+#: gradients; both: one kernel for a single tensor and one for a list.
+KERNELS = {"sgd_kernel.cu": 5 * 3 * 2, "sq_norm_kernel.cu": 3 * 2}
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+def tool(name):
+    return str(Path(sys.executable).parent / name)
+
+
+def output_of(*command):
+    process = subprocess.run(command, capture_output=True, text=True)
+    return process.returncode, process.stdout + process.stderr
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    """Builds _cuda.so in the build folder, where something has changed, and returns nvcc's path."""
+    settings = [
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        f"-DPYTHON={sys.executable}",
+        "-DLOMO_CUDA=1",
+        f"-DCMAKE_CUDA_COMPILER_LAUNCHER={ROOT / 'tests' / 'keep_output.sh'}",
+        "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
+    ]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest-xdist stand side by side
+        failed, output = output_of(tool("cmake"), "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *settings)
+        if failed and "no nvcc" in output:
+            pytest.skip(
+                "THE CUDA KERNELS WERE NOT COMPILED AND THEIR CODE NOT CHECKED: there is no nvcc. Install CUDA, or "
+                "`pip install lomo_kernels[cuda-build]`"
+            )
+        assert not failed, output
+        failed, output = output_of(tool("cmake"), "--build", str(BUILD), "--target", "_cuda")
+        assert not failed, output
+    found = re.search(r"^LOMO_NVCC:FILEPATH=(.*)", (BUILD / "CMakeCache.txt").read_text(), re.MULTILINE)
+    return os.environ.get("CUDACXX") or found[1]
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def ptx(request, nvcc, tmp_path_factory):
+    """The source's name, and its kernels' PTX by name."""
+    to = tmp_path_factory.mktemp("ptx") / "code.ptx"
+    source = ROOT / "csrc" / "cuda" / request.param
+    options = ["-std=c++17", "-O3", *flags(request.param), "-arch=compute_90", "-ptx"]
+    failed, output = output_of(nvcc, *options, str(source), "-o", str(to))
+    assert not failed, output
+    parts = re.split(r"^\.entry |^\.visible \.entry |^\.weak \.entry ", to.read_text(), flags=re.MULTILINE)[1:]
+    return request.param, {part.split("(")[0]: part for part in parts}
+
+
+def flags(source):
+    """Those that decide on arithmetic, as the library was compiled with them."""
+    commands = (BUILD / "build.ninja").read_text()
+    edge = re.search(rf"build [^\n]*{source}\.o: .*?\n\n", commands, re.DOTALL)[0]
+    return re.findall(r"--?(?:fmad|ftz|prec-div|prec-sqrt|use_fast_math)\S*", edge)
+
+
+# ---- Resources ------------------------------------------------------------------------------------------------------
+
+
+def resources(source):
+    """(target, kernel) -> (bytes of stack, bytes spilled, registers), from what ptxas said."""
+    found = {}
+    pattern = (
+        r"Compiling entry function '(\S+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    log = (OBJECTS / f"{source}.o.log").read_text()
+    for kernel, target, stack, stores, loads, registers in re.findall(pattern, log, re.DOTALL):
+        found[target, kernel] = int(stack), int(stores) + int(loads), int(registers)
+    return found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", KERNELS)
+def test_no_kernel_spills_or_has_a_stack(nvcc, source, target, capsys):
+    _, version = output_of(nvcc, "--list-gpu-code")
+    if target not in version.split():
+        pytest.skip(f"{target} IS NOT CHECKED: {nvcc} does not know it")
+    figures = {kernel: figures for (of, kernel), figures in resources(source).items() if of == target}
+    assert len(figures) == KERNELS[source]
+    registers = sorted(figures[2] for figures in figures.values())
+    with capsys.disabled():
+        print(f"\n{source} for {target}: {len(figures)} kernels, {registers[0]} to {registers[-1]} registers", end=" ")
+    bad = {kernel: figures for kernel, figures in figures.items() if figures[0] or figures[1]}
+    assert not bad, f"(stack, spills, registers): {bad}"
+    assert registers[-1] <= 80, "fewer than three blocks of 256 threads on a multiprocessor"
+
+
+# ---- Code -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_fused_and_nothing_flushed(ptx):
+    source, kernels = ptx
+    assert len(kernels) == KERNELS[source]
+    for kernel, code in kernels.items():
+        operations = Counter(re.findall(r"^\s*(?:@\S+\s+)?([a-z0-9]+\.[a-z0-9.]*f(?:16|32|64)\S*)", code, re.MULTILINE))
+        arithmetic = [op for op in operations if re.match(r"(mul|add|sub)\.", op)]
+        # Without .rn the assembler may fuse a product and a sum.
+        assert arithmetic and all(".rn." in op for op in arithmetic), (kernel, operations)
+        forbidden = r"(fma|mad|div|rcp|sqrt|ex2|lg2)\.|.*\.(ftz|approx|sat)"
+        assert not [op for op in operations if re.match(forbidden, op)], (kernel, operations)
+
+
+def test_doubles_are_for_sums_and_scalars_only(ptx):
+    """At most a conversion and three operations per element of a group, in the rescue of sums; none in the update."""
+    for kernel, code in ptx[1].items():
+        doubles = len(re.findall(r"(?:add|sub|mul)\.rn\.f64", code))
+        assert doubles <= 2 * 16 + 32, (kernel, doubles)
+
+
+def test_memory_accesses_have_128_bits(ptx):
+    """A thread's two groups of 8 elements take one access each with 16 bits an element, two with 32."""
+    source, kernels = ptx
+    accesses = {"7Float32": 4, "8BFloat16": 2, "7Float16": 2}
+    for kernel, code in kernels.items():
+        names = re.findall(r"7Float32|8BFloat16|7Float16", kernel)
+        # The mangled name of a gradient of the parameter's dtype refers back to it.
+        param, grad = names[0], names[-1]
+        loads = len(re.findall(r"ld\.global\S*\.v4\.[ubf]32", code))
+        stores = len(re.findall(r"st\.global\S*\.v4\.[ubf]32", code))
+        if source == "sgd_kernel.cu":
+            assert (loads, stores) == (accesses[param] + accesses[grad], accesses[param]), kernel
+        else:
+            assert (loads, stores) == (accesses[grad], 0), kernel
+        assert not re.search(r"\b(ld|st)\.local", code), kernel
+
+
+# ---- The library ----------------------------------------------------------------------------------------------------
+
+STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
+LOAD = """
+import ctypes, sys, torch
+from lomo_kernels import backends
+path, = sys.argv[1:]
+torch.ops.load_library(path)
+library = ctypes.CDLL(path)
+library.lomo_kernels_cuda_targets.restype = ctypes.c_char_p
+print(library.lomo_kernels_cuda_targets().decode())
+reason = ctypes.c_char_p()
+print(library.lomo_kernels_cuda_usable(99, ctypes.byref(reason)), (reason.value or b"").decode())
+for name in ("sgd_", "sgd_list_", "sq_norm_", "sq_norm_list_"):
+    print(torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", "CUDA"))
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: the library is loaded as it is")
+def test_the_library_links_and_registers_every_operator(nvcc, run_python, tmp_path):
+    """A torch without CUDA lacks one symbol of it, which is lent here; every other one must be found."""
+    (tmp_path / "stub.cpp").write_text(STUB)
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    subprocess.run([compiler, "-shared", "-fPIC", tmp_path / "stub.cpp", "-o", tmp_path / "stub.so"], check=True)
+    process = run_python(LOAD, str(BUILD / "_cuda.so"), LD_PRELOAD=str(tmp_path / "stub.so"))
+    assert process.returncode == 0, process.stderr
+    targets, usable, *registered = process.stdout.splitlines()
+    _, known = output_of(nvcc, "--list-gpu-code")
+    expected = [target for target in TARGETS if target in known.split()]
+    assert targets.split() == [*expected, expected[-1].replace("sm_", "compute_")]
+    assert usable.startswith("0 CUDA says: ") and len(usable) > 30
+    assert registered == ["True"] * 4
+
+
+def test_what_is_wrong_is_refused(tmp_path):
+    """LOMO_CUDA and LOMO_CUDA_ARCHS that mean nothing, in one sentence."""
+    common = [tool("cmake"), "-S", str(ROOT), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    common += [f"-DPYTHON={sys.executable}"]
+    failed, output = output_of(*common, "-B", str(tmp_path / "a"), "-DLOMO_CUDA=yes")
+    assert failed and "LOMO_CUDA is 'yes', expected auto, 0 or 1" in output
+    if torch.version.cuda is None:
+        failed, output = output_of(*common, "-B", str(tmp_path / "b"))
+        assert not failed and "CUDA kernels are left out: " in output

@@ -1,0 +1,274 @@
+"""The CUDA kernels' own sources on the host: every thread of a block a fiber, blocks in any order (csrc/testing/).
+
+The operators' whole contract runs on them, with the emulated backend in the place of the CPU's; below it stands what
+only a GPU's kernels can get wrong. What this cannot show: nvcc's code (tests/test_cuda_build.py), the GPU's own
+conversions of float16, and races between threads that run at the same time.
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+import lomo_kernels_testing
+import oracle
+import pytest
+import torch
+from oracle import DTYPES, ROUNDINGS, assert_close_sum, assert_same_bits, name_of, reference_arguments
+
+import lomo_kernels
+from lomo_kernels import reference
+
+host = lomo_kernels_testing.cuda
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TILE, BLOCKS = host.TILE, host.TENSOR_BLOCKS
+WHOLE = (0, 2**63 - 1, 2**63 - 1)
+
+every_param = pytest.mark.parametrize("param_dtype", DTYPES, ids=name_of)
+every_grad = pytest.mark.parametrize("grad_dtype", DTYPES, ids=name_of)
+every_rounding = pytest.mark.parametrize("rounding", ROUNDINGS)
+
+
+@pytest.fixture(autouse=True)
+def ascending():
+    host.set_block_order(0)
+    yield
+    host.set_block_order(0)
+
+
+def number(value):
+    """A scalar argument as the kernels take it: a number, or the address of a tensor's element."""
+    if isinstance(value, torch.Tensor):
+        return 0.0, value.data_ptr(), value.dtype == torch.float32
+    return float(value), 0, False
+
+
+def gradient(grad, slot):
+    return grad.data_ptr(), CODES[grad.dtype], grad.numel(), 0 if slot is None else slot.data_ptr()
+
+
+def sgd_list(
+    params,
+    grads,
+    *,
+    lr,
+    weight_decay=0.0,
+    inv_scale=1.0,
+    clip_value=math.inf,
+    clip_coef=1.0,
+    found_inf=0.0,
+    slots=None,
+    rounding="nearest",
+    seed=0,
+    ids=None,
+    step=0,
+    shards=None,
+):
+    """`ops.sgd_list_` by the emulated kernels, without the operator around them."""
+    n = len(params)
+    parts = zip(params, grads, slots or [None] * n, ids or [0] * n, shards or [WHOLE] * n, strict=True)
+    host.sgd(
+        [(p.data_ptr(), CODES[p.dtype], gradient(g, slot), i, *shard) for p, g, slot, i, shard in parts],
+        [number(value) for value in (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)],
+        rounding == "stochastic",
+        seed,
+        *((0, step.data_ptr()) if isinstance(step, torch.Tensor) else (step, 0)),
+    )
+
+
+def norms(grads, inv_scale=1.0):
+    """Slots with what `ops.sq_norm_list_` adds to empty ones, by the emulated kernels."""
+    slots = torch.zeros(len(grads), dtype=torch.float64)
+    host.sq_norm([gradient(g, s) for g, s in zip(grads, slots, strict=True)], number(inv_scale))
+    return slots
+
+
+# ---- The operators' contract ----------------------------------------------------------------------------------------
+
+CONTRACT = """
+import sys, pytest
+sys.path.insert(0, sys.argv.pop(1))
+from lomo_kernels import backends
+assert backends.choices[0].detail == "the CUDA kernels, emulated", backends.choices
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
+"""
+#: The first tests of test_sgd.py take half of its time.
+PARTS = {
+    "sizes": ("test_sgd.py", "every_size"),
+    "arguments": ("test_sgd.py", "every_argument"),
+    "rest": ("test_sgd.py", "not every_size and not every_argument and not random_bits"),
+    "norms": ("test_sq_norm.py", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", PARTS)
+def test_the_contract(run_python, tmp_path, part):
+    """tests/test_sgd.py and test_sq_norm.py on csrc/cuda's operators and kernels, layouts and bad input included."""
+    package = tmp_path / "lomo_kernels"
+    shutil.copytree(Path(lomo_kernels.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(Path(lomo_kernels_testing.__file__).parent / "_emulated.so", package / "_cpu.so")
+    file, chosen = PARTS[part]
+    process = run_python(CONTRACT, str(tmp_path), str(Path(__file__).parent / file), "-k", chosen)
+    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
+
+
+# ---- Who does which element -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, TILE + 9])
+@every_rounding
+@every_grad
+@every_param
+def test_every_alignment_of_param_and_grad(param_dtype, grad_dtype, rounding, size):
+    param, grad = oracle.param_of(size, param_dtype), oracle.grad_of(size, grad_dtype)
+    arguments = {"lr": 0.03, "weight_decay": 0.1, "clip_coef": 0.7, "rounding": rounding}
+    expected = reference.updated(param, grad, **reference_arguments(arguments))
+    for p_offset in range(8):
+        for g_offset in range(8):
+            p, surroundings = oracle.misaligned(param, p_offset)
+            g, _ = oracle.misaligned(grad, g_offset)
+            sgd_list([p], [g], **arguments)
+            assert_same_bits(p, expected, p_offset, g_offset)
+            assert (surroundings[:p_offset] == 7).all() and (surroundings[p_offset + size :] == 7).all()
+
+
+@pytest.mark.parametrize("size", [n * TILE + d for n in (1, 2, BLOCKS, 2 * BLOCKS) for d in (-1, 0, 1, 4095)])
+@pytest.mark.parametrize("offset", [0, 5])
+def test_sizes_around_tiles_and_blocks(size, offset):
+    param, grad = oracle.param_of(size, torch.bfloat16), oracle.grad_of(size, torch.bfloat16)
+    p, _ = oracle.misaligned(param, offset)
+    sgd_list([p], [grad], lr=0.03, rounding="stochastic", seed=1)
+    assert_same_bits(p, reference.updated(param, grad, lr=0.03, stochastic=True, seed=1))
+    ordinary = oracle.ordinary(size, torch.bfloat16)
+    assert_close_sum(norms([ordinary])[0], oracle.squares(ordinary))
+    assert_same_bits(norms([oracle.misaligned(ordinary, offset)[0]]), norms([ordinary]))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_order_of_blocks_changes_no_bit(order):
+    n = 3 * BLOCKS * TILE + 17
+    param, grad = oracle.ordinary(n, torch.bfloat16), oracle.ordinary(n, torch.float32, 1)
+    results = []
+    for o in (0, order):
+        host.set_block_order(o)
+        p, slot = param.clone(), torch.zeros(1, dtype=torch.float64)
+        sgd_list([p], [grad], lr=0.03, rounding="stochastic", slots=[slot])
+        results.append((p, slot, norms([grad])))
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert_same_bits(actual, expected)
+    assert_same_bits(results[0][1], results[0][2])  # the norm in the same pass is that of sq_norm_
+
+
+# ---- Indices --------------------------------------------------------------------------------------------------------
+
+#: With bfloat16 a key serves 2**33 elements, with float16 2**32: the first shards begin shortly before the next key.
+SHARDS = [
+    *((2**32 * k - d, 2**62, 2**62) for k in (1, 2, 4) for d in (1, 3, 8, 1001, TILE + 5)),
+    *((offset, length, 101) for offset in (0, 1, 2**33 - 77) for length in (1, 3, 7, 8, 9, 100, 101)),
+    (5, 4096, 2**31 + 1),
+    (2**40 + 1, 1000, 2**33 - 1),
+    (7, 2**31 - 1, 2**31),
+    (7, 2**31, 2**31),
+    (7, 2**31 + 1, 2**33),
+    (2**62, 2, 2**40),
+]
+
+
+@pytest.mark.parametrize("shard", SHARDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_shards(dtype, shard):
+    size = 2 * TILE + 4
+    param, grad = oracle.ordinary(size, dtype), oracle.ordinary(size, torch.float32, 1)
+    expected = reference.updated(param, grad, lr=0.03, stochastic=True, seed=3, shard=shard)
+    for offset in (0, 3):
+        p, _ = oracle.misaligned(param, offset)
+        sgd_list([p], [grad], lr=0.03, rounding="stochastic", seed=3, shards=[shard])
+        assert_same_bits(p, expected, offset)
+
+
+# ---- Lists ----------------------------------------------------------------------------------------------------------
+
+
+def launches_of(call):
+    before = host.launches()
+    call()
+    return host.launches() - before
+
+
+@every_rounding
+def test_a_long_list_takes_few_launches(rounding):
+    n = host.TABLE_ENTRIES + 100
+    sizes = [1 + 37 * i % 300 for i in range(n)]
+    params = [oracle.ordinary(size, torch.bfloat16, i) for i, size in enumerate(sizes)]
+    grads = [oracle.ordinary(size, torch.bfloat16, i + 1) for i, size in enumerate(sizes)]
+    results, ids = [p.clone() for p in params], list(range(5, n + 5))
+    slots = list(torch.zeros(n, dtype=torch.float64))
+    call = {"lr": 0.03, "rounding": rounding, "slots": slots, "ids": ids}
+    assert launches_of(lambda: sgd_list(results, grads, **call)) == 2
+    for p, g, i, result, slot in zip(params, grads, ids, results, slots, strict=True):
+        expected = reference.updated(p, g, lr=0.03, stochastic=rounding == "stochastic", parameter_id=i)
+        assert_same_bits(result, expected)
+        assert_close_sum(slot, oracle.squares(g))
+    assert launches_of(lambda: norms(grads)) == 2
+    assert_same_bits(norms(grads), torch.stack(slots))
+
+
+def test_a_list_of_all_dtypes_and_sizes():
+    sizes = [5, 0, TILE, 3 * BLOCKS * TILE + 1, 1, 2 * TILE + 3, 513]
+    cases = [(size, p, g) for size in sizes for p in DTYPES for g in DTYPES]
+    params = [oracle.ordinary(size, p, i) for i, (size, p, _) in enumerate(cases)]
+    grads = [oracle.ordinary(size, g, i + 1) for i, (size, _, g) in enumerate(cases)]
+    results = [p.clone() for p in params]
+    for o in (0, 7):
+        host.set_block_order(o)
+        slots = torch.zeros(len(cases), dtype=torch.float64)
+        for result, p in zip(results, params, strict=True):
+            result.copy_(p)
+        sgd_list(results, grads, lr=0.03, rounding="stochastic", slots=list(slots))
+        for p, g, result in zip(params, grads, results, strict=True):
+            assert_same_bits(result, reference.updated(p, g, lr=0.03, stochastic=True))
+        assert_same_bits(slots, torch.cat([norms([g]) for g in grads]))
+
+
+def test_launches_are_bounded():
+    """By their blocks too, as many as there is memory for partial sums."""
+    grads = [oracle.ordinary(BLOCKS * TILE - i, torch.bfloat16, i) for i in range(2 * host.LAUNCH_BLOCKS // BLOCKS - 1)]
+    slots = torch.zeros(len(grads), dtype=torch.float64)
+    call = [gradient(g, s) for g, s in zip(grads, slots, strict=True)]
+    assert launches_of(lambda: host.sq_norm(call, number(1.0))) == 2
+    for g, slot in zip(grads, slots, strict=True):
+        assert_close_sum(slot, oracle.squares(g))
+
+
+def test_a_slot_that_stands_for_several_gradients():
+    """Their sums are added one after another: two blocks that add at the same time would lose one."""
+    grads = [oracle.ordinary(size, torch.float32, size) for size in (10, 5 * TILE, 300)]
+    slot = torch.zeros(1, dtype=torch.float64)
+    call = [gradient(g, slot) for g in grads]
+    assert launches_of(lambda: host.sq_norm(call, number(1.0))) == 3
+    assert slot.item() == norms(grads).sum().item()
+
+
+def test_nothing_is_launched_for_nothing():
+    empty = torch.zeros(0)
+    assert launches_of(lambda: sgd_list([empty], [empty], lr=1.0, slots=[torch.zeros(1, dtype=torch.float64)])) == 0
+    assert launches_of(lambda: norms([])) == 0
+
+
+# ---- Scalars that the device reads ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
+@pytest.mark.parametrize("name", oracle.ARGUMENTS)
+def test_scalars_in_memory(name, dtype):
+    param, grad = oracle.param_of(TILE + 100, torch.bfloat16), oracle.grad_of(TILE + 100, torch.float16)
+    tensors = {key: torch.tensor(value, dtype=dtype) for key, value in oracle.ARGUMENTS[name].items()}
+    numbers = {key: value.item() for key, value in tensors.items()}
+    p, step = param.clone(), torch.tensor(2**40 + 1)
+    sgd_list([p], [grad], **tensors, rounding="stochastic", step=step)
+    expected = reference.updated(param, grad, **reference_arguments(numbers), stochastic=True, step=2**40 + 1)
+    assert_same_bits(p, expected)
+    if "found_inf" in tensors:
+        sgd_list([p], [grad], **tensors | {"found_inf": torch.tensor(1.0, dtype=dtype)})
+        assert_same_bits(p, expected)
