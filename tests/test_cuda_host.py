@@ -154,6 +154,7 @@ def test_the_order_of_blocks_changes_no_bit(order):
         host.set_block_order(o)
         p, slot = param.clone(), torch.zeros(1, dtype=torch.float64)
         sgd_list([p], [grad], lr=0.03, rounding="stochastic", slots=[slot])
+        sgd_list([p], [grad], lr=0.03, rounding="stochastic")
         results.append((p, slot, norms([grad])))
     for actual, expected in zip(results[1], results[0], strict=True):
         assert_same_bits(actual, expected)
@@ -248,6 +249,9 @@ def test_a_slot_that_stands_for_several_gradients():
     call = [gradient(g, slot) for g in grads]
     assert launches_of(lambda: host.sq_norm(call, number(1.0))) == 3
     assert slot.item() == norms(grads).sum().item()
+    params = [torch.zeros_like(g) for g in grads]
+    assert launches_of(lambda: sgd_list(params, grads, lr=0.0, slots=[slot.zero_()] * 3)) == 3
+    assert slot.item() == norms(grads).sum().item()
 
 
 def test_nothing_is_launched_for_nothing():
@@ -272,3 +276,25 @@ def test_scalars_in_memory(name, dtype):
     if "found_inf" in tensors:
         sgd_list([p], [grad], **tensors | {"found_inf": torch.tensor(1.0, dtype=dtype)})
         assert_same_bits(p, expected)
+
+
+def test_found_inf_leaves_the_parameter_and_adds_the_norm():
+    param, grad = oracle.param_of(TILE + 100, torch.bfloat16), oracle.ordinary(TILE + 100, torch.bfloat16)
+    p, slot = param.clone(), torch.zeros(1, dtype=torch.float64)
+    sgd_list([p], [grad], lr=1.0, found_inf=1.0, slots=[slot])
+    assert_same_bits(p, param)
+    assert_same_bits(slot, norms([grad]))
+
+
+# ---- Sums -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-25, 1e-45, 3e38], ids=str)
+def test_squares_beyond_float32(scale):
+    """A warp's sum that overflows, or in which squares vanish, is made again in float64."""
+    grad = torch.full((3 * TILE + 5,), scale)
+    grad[TILE : 2 * TILE] = 1.0
+    assert_close_sum(norms([grad])[0], oracle.squares(grad))
+    slot = torch.zeros(1, dtype=torch.float64)
+    sgd_list([torch.zeros_like(grad)], [grad], lr=0.0, slots=[slot])
+    assert_same_bits(slot, norms([grad]))

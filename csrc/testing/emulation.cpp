@@ -38,18 +38,12 @@ void wait_at(Place place) {
   swapcontext(&fiber.context, &scheduler);
 }
 
-// Lets the threads [begin, end) go on if all of them wait at `place`. Threads that have ended are not waited for by
-// the block's barrier, as on a GPU; a warp that has lost threads is an error.
+// Lets the threads [begin, end) go on if all of them wait at `place`.
 bool release(uint32_t begin, uint32_t end, Place place) {
-  uint32_t waiting = 0, ended = 0;
   for (uint32_t t = begin; t < end; ++t) {
-    waiting += fibers[t].place == place;
-    ended += fibers[t].place == Place::ended;
+    if (fibers[t].place != place) return false;
   }
-  if (!waiting || waiting + (place == Place::block_barrier ? ended : 0) < end - begin) return false;
-  for (uint32_t t = begin; t < end; ++t) {
-    if (fibers[t].place == place) fibers[t].place = Place::ready;
-  }
+  for (uint32_t t = begin; t < end; ++t) fibers[t].place = Place::ready;
   return true;
 }
 
@@ -66,7 +60,8 @@ void run_block(uint32_t threads) {
   }
   for (bool more = true; more;) {
     more = false;
-    for (uint32_t t = 0; t < threads; ++t) {
+    for (uint32_t i = 0; i < threads; ++i) {
+      const uint32_t t = block_order == 1 ? threads - 1 - i : i;
       if (fibers[t].place != Place::ready) continue;
       threadIdx.x = t;
       swapcontext(&scheduler, &fibers[t].context);

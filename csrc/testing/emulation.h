@@ -26,14 +26,15 @@ inline uint3 blockIdx, threadIdx;
 
 namespace emulation {
 
-// The order in which blocks run: 0 is ascending, 1 descending, others are seeds of a shuffle.
+// The order in which blocks run: 0 is ascending, 1 descending (threads too), others are seeds of a shuffle.
 inline uint64_t block_order = 0;
 
 // What the last launches did, for tests that want to know: cleared by whoever looks.
 inline uint64_t launches = 0, blocks_run = 0;
 
 // Runs kernel() once in each of `threads` threads of each of `blocks` blocks, and returns when all have ended.
-// Throws std::logic_error where a barrier is left waiting for a thread that has ended or waits elsewhere.
+// Throws std::logic_error where a thread waits at a barrier and another of its block or warp has ended or waits
+// elsewhere.
 void launch(uint32_t blocks, uint32_t threads, const std::function<void()>& kernel);
 
 // Where this thread goes on only when all threads of its block, or of its warp, have come to the same call.
