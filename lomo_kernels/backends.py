@@ -57,6 +57,22 @@ def _use_reference() -> list[Choice]:
     return [Choice(key, "reference", "plain torch", f"{VARIABLE}=reference") for key in ("CPU", "CUDA")]
 
 
+def _use_triton() -> list[Choice]:
+    from . import triton
+
+    key, other = ("CPU", "CUDA") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA", "CPU")
+    if key == "CUDA" and not torch.cuda.is_available():
+        raise ImportError(f"{VARIABLE}=triton: torch finds no GPU; TRITON_INTERPRET=1 interprets the kernels (slow)")
+    try:
+        detail = triton.register(key)
+    except ImportError as error:
+        raise ImportError(f"{VARIABLE}=triton: {error}") from error
+    return [
+        Choice(key, "triton", detail, f"{VARIABLE}=triton"),
+        Choice(other, "none", "not served", f"{VARIABLE}=triton"),
+    ]
+
+
 def _missing(name: str) -> Callable[[], list[Choice]]:
     def refuse() -> list[Choice]:
         raise ImportError(
@@ -71,7 +87,7 @@ BACKENDS: dict[str, Callable[[], list[Choice]]] = {
     "cpu": _use_cpu,
     "reference": _use_reference,
     "cuda": _missing("cuda"),
-    "triton": _missing("triton"),
+    "triton": _use_triton,
 }
 
 
