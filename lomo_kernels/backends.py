@@ -81,7 +81,7 @@ def _load_cuda() -> str:
 
 def _load_triton(key: str = "CUDA") -> str:
     """Returns Triton's version."""
-    from . import triton  # type: ignore[attr-defined]  # only here: Triton takes a second to import
+    from . import triton  # only here: Triton takes a second to import
 
     return triton.register(key)
 

@@ -93,6 +93,7 @@ void sgd_list_(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
 }  // namespace lomo
 
 STABLE_TORCH_LIBRARY_IMPL(lomo_kernels, LOMO_DISPATCH_KEY, m) {
+  if (!lomo::cuda::serves_every_gpu()) return;  // Triton's will be registered
   m.impl("sgd_", TORCH_BOX(&lomo::cuda::sgd_));
   m.impl("sgd_list_", TORCH_BOX(&lomo::cuda::sgd_list_));
 }

@@ -43,6 +43,7 @@ void sq_norm_list_(const std::vector<Tensor>& slots, const std::vector<Tensor>& 
 }  // namespace lomo
 
 STABLE_TORCH_LIBRARY_IMPL(lomo_kernels, LOMO_DISPATCH_KEY, m) {
+  if (!lomo::cuda::serves_every_gpu()) return;
   m.impl("sq_norm_", TORCH_BOX(&lomo::cuda::sq_norm_));
   m.impl("sq_norm_list_", TORCH_BOX(&lomo::cuda::sq_norm_list_));
 }

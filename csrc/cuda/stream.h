@@ -21,6 +21,10 @@ namespace cuda {
 
 constexpr auto kDeviceType = torch::headeronly::DeviceType::CUDA;
 
+// Whether no visible GPU lacks code in this library, see targets.cpp. Registration takes place when the library is
+// loaded, and cannot be taken back.
+bool serves_every_gpu();
+
 // The device, and torch's stream on it, for as long as this lives.
 class Stream {
  public:

@@ -34,3 +34,19 @@ LOMO_EXPORT int lomo_kernels_cuda_usable(int device, const char** reason) {
   *reason = text.c_str();
   return 0;
 }
+
+namespace lomo {
+namespace cuda {
+
+bool serves_every_gpu() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count)) cudaGetLastError(), count = 0;
+  const char* reason = nullptr;
+  for (int device = 0; device < count; ++device) {
+    if (!lomo_kernels_cuda_usable(device, &reason)) return false;
+  }
+  return true;
+}
+
+}  // namespace cuda
+}  // namespace lomo

@@ -1,0 +1,321 @@
+"""What the launchers share: checks, scalars as kernel arguments, workspaces, and the table of a list."""
+
+from __future__ import annotations
+
+import functools
+import struct
+import threading
+from array import array
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import mix64
+from .numerics import BLOCK
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+# 256 threads a program: 16 elements each, of a 16-bit dtype two 128-bit loads of each tensor. Compiled for Hopper the
+# update takes 40 to 64 registers, so four to six programs share a multiprocessor and ask for 64 KiB and more at a time.
+# AMD's warps are twice as wide.
+WARPS = 4 if torch.version.hip else 8
+
+
+def options(warps: int = WARPS) -> dict[str, Any]:
+    """How kernels are compiled: without fused multiply-adds, which would change bits."""
+    return {"num_warps": warps, "enable_fp_fusion": False}
+
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# ---- Checks of what the public wrappers cannot know or a caller of torch.ops has not asked them. ---------------------
+
+
+def fail(*parts: object) -> NoReturn:
+    raise RuntimeError("".join(map(str, parts)))
+
+
+def check_element_type(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.dtype not in TYPES:
+        fail(op, ": ", name, " has dtype ", tensor.dtype, ", expected float32, bfloat16 or float16")
+    if tensor.device != device:
+        fail(op, ": ", name, " is on ", tensor.device, ", expected ", device, ", where the parameter or slot is")
+
+
+def check_slot(op: str, name: str, slot: Tensor, device: torch.device) -> None:
+    if slot.numel() != 1 or slot.dtype != torch.float64 or slot.device != device:
+        what = f"shape {list(slot.shape)}, dtype {slot.dtype} and device {slot.device}"
+        fail(op, ": ", name, " has ", what, ", expected one element of dtype float64 on ", device)
+
+
+def reach(tensor: Tensor) -> tuple[int, int]:
+    """First and one past the last byte that the elements of a tensor that is not empty lie in."""
+    begin, size = tensor.data_ptr(), tensor.element_size()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.numel() * size
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * size
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may lie in the same place (an expanded tensor, say)."""
+    far = 0
+    for stride, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= far:
+            return True
+        far += stride * (n - 1)
+    return False
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in some order of the dimensions."""
+    expected = 1
+    for stride, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= n
+    return True
+
+
+# ---- Scalars ---------------------------------------------------------------------------------------------------------
+
+_KINDS = {torch.float64: 1, torch.float32: 2, torch.int64: 1}
+
+
+def _is_number(tensor: Tensor) -> bool:
+    """Whether the host reads it. Python numbers come as float64 and int64 CPU tensors without dimensions; under the
+    interpreter all tensors are CPU tensors, and whatever else comes is taken as a GPU's would be, by its address."""
+    if INTERPRETED:
+        return tensor.dim() == 0 and tensor.dtype != torch.float32
+    return tensor.is_cpu
+
+
+def scalars(
+    op: str, device: torch.device, given: Iterable[tuple[str, Tensor | None, float]], step: Tensor | None = None
+) -> tuple[list[int], int]:
+    """Scalars and, last, the step, as integers, and what they are: two bits each, see `numerics.float64_of`.
+
+    Args:
+        given: (name, one-element tensor or None, value where it is None).
+    """
+    arguments, kinds, shift = [], 0, 0
+    for name, tensor, missing in given:
+        if tensor is None:
+            number = missing
+        elif tensor.dtype not in (torch.float64, torch.float32) or tensor.numel() != 1:
+            shape = list(tensor.shape)
+            fail(op, ": ", name, " has shape ", shape, " and dtype ", tensor.dtype, ", expected one float64 or float32")
+        elif _is_number(tensor):
+            number = tensor.item()
+        else:
+            arguments.append(_address(op, name, tensor, device))
+            kinds |= _KINDS[tensor.dtype] << shift
+            shift += 2
+            continue
+        arguments.append(struct.unpack("q", struct.pack("d", number))[0])
+        shift += 2
+    if step is None:
+        arguments.append(0)
+    elif step.dtype != torch.int64 or step.numel() != 1:
+        fail(op, ": step has shape ", list(step.shape), " and dtype ", step.dtype, ", expected one int64 element")
+    elif _is_number(step):
+        arguments.append(int(step.item()))
+    else:
+        arguments.append(_address(op, "step", step, device))
+        kinds |= 1 << shift
+    return arguments, kinds
+
+
+def _address(op: str, name: str, tensor: Tensor, device: torch.device) -> int:
+    if tensor.device != device:
+        fail(op, ": ", name, " is on ", tensor.device, ", expected ", device, ", where the parameter or slot is")
+    return tensor.data_ptr()
+
+
+def _signed(z: int) -> int:
+    return z - 2**64 if z >= 2**63 else z
+
+
+@functools.lru_cache(maxsize=65536)
+def parameter_key(seed: int, parameter_id: int) -> int:
+    """The part of `reference.stream_key` that does not change from step to step, as an int64."""
+    return _signed(mix64(mix64(seed & (2**64 - 1)) ^ (parameter_id & (2**64 - 1))))
+
+
+class Indices(NamedTuple):
+    """Where a parameter's elements stand in the whole one, and what that allows; see `numerics.draw`."""
+
+    offset: int = 0
+    row_length: int = 2**62
+    row_stride: int = 2**62
+    rows: bool = False
+    pairs: bool = True
+
+
+WHOLE = Indices()
+
+
+def indices_of(op: str, shard: Sequence[int] | None, numel: int) -> Indices:
+    if shard is None:
+        return WHOLE
+    if len(shard) != 3:
+        fail(op, ": shard has ", len(shard), " numbers, expected (offset, row_length, row_stride)")
+    offset, row_length, row_stride = shard
+    if offset < 0 or row_length <= 0 or row_stride < row_length:
+        rule = "offset >= 0, row_length > 0 and row_stride >= row_length"
+        fail(op, ": shard is ", tuple(shard), ", expected (offset, row_length, row_stride) with ", rule)
+    rows = row_length < numel
+    pairs = offset % 2 == 0 and not (rows and (row_length % 2 or row_stride % 2))
+    return Indices(offset, row_length, row_stride, rows, pairs)
+
+
+# ---- Device, stream, workspaces --------------------------------------------------------------------------------------
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes `device` current, where it is not: Triton launches there, on its current stream."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def blocks_of(numel: int) -> int:
+    return -(-numel // BLOCK)
+
+
+class Workspaces:
+    """Device memory that kernels need beside their tensors: one per kind, device and stream, grown and never shrunk.
+
+    Work on one stream is done in order, so its calls can use the same memory. A call that is captured in a CUDA graph
+    gets memory of its own from the graph's pool, where it stays, at the same address, as long as the graph: a graph may
+    be replayed on any stream, beside anything.
+    """
+
+    def __init__(self, dtype: torch.dtype, zeroed: bool) -> None:
+        self._make = torch.zeros if zeroed else torch.empty
+        self._dtype = dtype
+        self._kept: dict[tuple[torch.device, int], Tensor] = {}
+
+    def get(self, device: torch.device, size: int) -> Tensor:
+        """At least `size` elements, on the current stream of `device`, which is the current device."""
+        if is_capturing(device):
+            return self._make(size, dtype=self._dtype, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        there = self._kept.get((device, stream))
+        if there is None or there.numel() < size:
+            # Powers of two: an eighth more each time would allocate in many steps.
+            with torch.inference_mode(False):  # else it could not be written to outside of such a mode
+                there = self._make(1 << max(size - 1, 4095).bit_length(), dtype=self._dtype, device=device)
+            self._kept[device, stream] = there
+        return there
+
+
+partials = Workspaces(torch.float64, zeroed=False)  # sums of blocks
+counters = Workspaces(torch.int64, zeroed=True)  # blocks done, back at zero when the kernel ends
+
+# ---- Lists -----------------------------------------------------------------------------------------------------------
+
+#: Numbers per row of a table: addresses of parameter, gradient and slot, elements, first block, key, and the indices.
+COLUMNS = tl.constexpr(9)
+
+_tables = Workspaces(torch.int64, zeroed=False)
+#: Held from the upload of a table until the kernels that read it are launched: another thread may use the stream too.
+table_lock = threading.Lock()
+#: Host copies of captured tables: a replay reads them again.
+_captured: list[Tensor] = []
+#: Pinned memory set aside for them by calls that are not captured, since a capture may refuse to allocate any.
+_reserve = torch.empty(0, dtype=torch.int64)
+
+
+class Row(NamedTuple):
+    """One tensor of a list."""
+
+    param: int
+    grad: int
+    slot: int
+    numel: int
+    key: int
+    indices: Indices
+    variant: tuple[Any, ...]  # rows of one variant are done by one launch
+
+
+class Launch(NamedTuple):
+    """The rows of one variant."""
+
+    variant: tuple[Any, ...]
+    first_block: int
+    blocks: int
+    rows: bool
+    pairs: bool
+
+
+def rounds(rows: list[Row]) -> list[list[Row]]:
+    """`rows`, divided so that no slot stands twice in a part: two kernels' additions to it must come one by one."""
+    if not rows or not rows[0].slot:
+        return [rows] if rows else []
+    parts: list[list[Row]] = []
+    seen: dict[int, int] = {}
+    for row in rows:
+        turn = seen[row.slot] = seen.get(row.slot, -1) + 1
+        if turn == len(parts):
+            parts.append([])
+        parts[turn].append(row)
+    return parts
+
+
+def _staged(numbers: Tensor, device: torch.device) -> Tensor:
+    """`numbers` in host memory from which they can be copied to `device` later."""
+    global _reserve
+    if device.type != "cuda":
+        return numbers
+    size = numbers.numel()
+    if not is_capturing(device):
+        if _reserve.numel() < 16 * size:
+            with torch.inference_mode(False):
+                _reserve = torch.empty(max(2**17, 64 * size), dtype=torch.int64, pin_memory=True)
+        return numbers.pin_memory()
+    if _reserve.numel() < size:
+        mine = numbers.pin_memory()
+    else:
+        mine, _reserve = _reserve[:size].copy_(numbers), _reserve[size:]
+    _captured.append(mine)
+    return mine
+
+
+def upload(rows: list[Row], device: torch.device) -> tuple[Tensor, int, list[Launch]]:
+    """The table of `rows` on the device: a row each, then for each block the row it belongs to.
+
+    Copied from pinned memory, without a sync: torch hands that memory out again only when the copy is done. In a graph
+    capture it is kept for the life of the process, because every replay copies it again: 72 bytes per tensor and 8 per
+    block of each captured call.
+
+    Returns:
+        the table, where in it the blocks begin, and the launches. The caller holds `table_lock`.
+    """
+    variants: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        variants.setdefault(row.variant, []).append(row)
+    numbers, owners = array("q"), array("q")
+    launches = []
+    for variant, alike in variants.items():
+        begin = len(owners)
+        for row in alike:
+            owner = len(numbers) // COLUMNS.value
+            numbers.extend((row.param, row.grad, row.slot, row.numel, len(owners), row.key, *row.indices[:3]))
+            owners.extend([owner] * blocks_of(row.numel))
+        several, pairs = any(row.indices.rows for row in alike), all(row.indices.pairs for row in alike)
+        launches.append(Launch(variant, begin, len(owners) - begin, several, pairs))
+    numbers.extend(owners)
+    staged = _staged(torch.frombuffer(numbers, dtype=torch.int64), device)
+    table = _tables.get(device, len(numbers))
+    table[: len(numbers)].copy_(staged, non_blocking=True)
+    return table, len(rows) * COLUMNS.value, launches

@@ -1,0 +1,288 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Element types, random bits and sums that the kernels share: `csrc/numerics.h` once more, in Triton.
+
+Rounding and widening are stated on the bits: Triton's interpreter truncates where a float32 becomes a bfloat16, and the
+bits must not depend on what a GPU's conversion does. Kernels are compiled with ``enable_fp_fusion=False``.
+"""
+
+import triton
+import triton.language as tl
+
+# Elements per program. Sums of squares are formed per BLOCK, so their bits depend on it, but neither on the GPU nor on
+# the number of warps.
+BLOCK = 4096
+
+# ---- Element types. Memory holds unsigned integers; arithmetic is in float32. ----------------------------------------
+
+
+@triton.jit
+def bits_of(x):
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def elements(address, dtype: tl.constexpr, ALIGNED: tl.constexpr = False):
+    """The address, or pointer, of elements of `dtype` as a pointer to their bits. ALIGNED: the address is known to be a
+    multiple of 16, which a launch finds out by itself of a tensor, but not of a number in a table."""
+    storage: tl.constexpr = tl.uint32 if dtype == tl.float32 else tl.uint16
+    pointer = address.to(tl.pointer_type(storage), bitcast=True)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load(pointer, left, BLOCK: tl.constexpr, TOGETHER: tl.constexpr = 16):
+    """The bits of BLOCK elements, zero from element `left` on, at most TOGETHER of them by one instruction. A full
+    block has no mask: the compiler could not show it to be constant over 128 bits."""
+    if left >= BLOCK:
+        bits = tl.load(pointer + tl.max_contiguous(tl.arange(0, BLOCK), TOGETHER))
+    else:
+        place = tl.max_contiguous(tl.arange(0, BLOCK), TOGETHER)
+        bits = tl.load(pointer + place, mask=place < left, other=0)
+    return bits
+
+
+@triton.jit
+def store(pointer, bits, left, BLOCK: tl.constexpr):
+    if left >= BLOCK:
+        tl.store(pointer + tl.arange(0, BLOCK), bits)
+    else:
+        place = tl.arange(0, BLOCK)
+        tl.store(pointer + place, bits, mask=place < left)
+
+
+@triton.jit
+def widen(bits, dtype: tl.constexpr):
+    if dtype == tl.float32:
+        x = float_of(bits)
+    elif dtype == tl.bfloat16:
+        x = float_of(bits.to(tl.uint32) << 16)
+    else:  # exact, subnormals too: one instruction instead of the ten of numerics.h
+        x = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    return x
+
+
+@triton.jit
+def nearest(x, dtype: tl.constexpr):
+    u = bits_of(x)
+    if dtype == tl.float32:
+        bits = u
+    elif dtype == tl.bfloat16:
+        # Of a NaN nothing is rounded: a carry could make it zero.
+        bits = ((u + tl.where(x != x, 0, 0x7FFF + ((u >> 16) & 1))) >> 16).to(tl.uint16)
+    else:  # IEEE in the interpreter and on every GPU, subnormals too
+        bits = x.to(tl.float16).to(tl.uint16, bitcast=True)
+    return bits
+
+
+@triton.jit
+def stochastic(x, random, dtype: tl.constexpr):
+    """`random`: 16 bits for bfloat16, 32 for float16, as uint32. See numerics.h for the formulas."""
+    if dtype == tl.float32:
+        bits = bits_of(x)
+    elif dtype == tl.bfloat16:
+        u = bits_of(x)
+        plain = (x != x) | ((u & 0x7FFF8000) == 0x7F7F0000)  # NaN, or next to infinity
+        bits = ((u + tl.where(plain, 0, random)) >> 16).to(tl.uint16)
+    else:
+        sign = (bits_of(x) >> 16) & 0x8000
+        u = bits_of(x) & 0x7FFFFFFF
+        # The significand times 2**(32 - s), s being the bits cut: 13, more below 2**-14, all of them below 2**-33. What
+        # stands above 32 bits is kept, and the random bits carry into it.
+        field = u >> 23
+        capped = tl.minimum(field, 113)
+        factor = tl.where(field < 94, 0, 1 << ((capped - 94) & 31))
+        m = (u & 0x7FFFFF) | 0x800000
+        kept = ((m.to(tl.uint64) * factor.to(tl.uint64) + random.to(tl.uint64)) >> 32).to(tl.uint32)
+        largest = tl.where(u < 0x477FF000, 0x7BFF, 0x7C00)  # infinite only where nearest is
+        magnitude = tl.minimum(((field - capped) << 10) + kept, largest.to(tl.uint32))
+        magnitude = tl.where(x != x, 0x7E00 | ((u >> 13) & 0x3FF), magnitude)
+        bits = (sign | magnitude).to(tl.uint16)
+    return bits
+
+
+# ---- Scalars: one-element tensors on the device, or numbers, in arguments of one type, so one kernel serves all. -----
+
+NUMBER, FLOAT64, FLOAT32 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def float64_of(argument, kinds, PLACE: tl.constexpr):
+    """The scalar at this place of the arguments: the bits of a float64, or the address of a float64 or float32."""
+    kind = (kinds >> (2 * PLACE)) & 3
+    argument = argument.to(tl.int64)
+    # Predicated loads: branches would cost more than all the rest of the scalars.
+    value = argument.to(tl.float64, bitcast=True)
+    value = tl.load(argument.to(tl.pointer_type(tl.float64), bitcast=True), mask=kind == FLOAT64, other=value)
+    short = tl.load(argument.to(tl.pointer_type(tl.float32), bitcast=True), mask=kind == FLOAT32, other=0.0)
+    value = tl.where(kind == FLOAT32, short.to(tl.float64), value)
+    return value
+
+
+@triton.jit
+def int64_of(argument, kinds, PLACE: tl.constexpr):
+    """As `float64_of`, of an int64."""
+    value = argument.to(tl.int64)
+    there = ((kinds >> (2 * PLACE)) & 3) != NUMBER
+    value = tl.load(value.to(tl.pointer_type(tl.int64), bitcast=True), mask=there, other=value)
+    return value
+
+
+# ---- Random bits: a counter through a hash. --------------------------------------------------------------------------
+
+
+@triton.jit
+def mix64(z):
+    z = z + 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def random_bits(block, counter):
+    """32 bits for each counter; `block` is the key of its 2**32 counters."""
+    x = counter ^ block.to(tl.uint32)
+    x = (x ^ (x >> 7) ^ (x >> 16)) * 0x21F0AAAD
+    x = ((x ^ (x >> 15)) + (block >> 32).to(tl.uint32)) * 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def index_of(element, offset, row_length, row_stride):
+    """Where an element of a shard stands in the whole parameter."""
+    row = element // row_length
+    return offset + row * row_stride + (element - row * row_length)
+
+
+@triton.jit
+def draw(
+    stream,
+    start,
+    left,
+    offset,
+    row_length,
+    row_stride,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The random bits of the elements from `start` on, as `stochastic` takes them.
+
+    ROWS: the shard has several rows; else element i has index offset + i. PAIRS: every even element and the next one
+    share a hash, which is then computed once; else it is computed for both.
+    """
+    SHIFT: tl.constexpr = 1 if dtype == tl.bfloat16 else 0
+    STEP: tl.constexpr = 2 if PAIRS and dtype == tl.bfloat16 else 1
+    place = tl.arange(0, BLOCK // STEP) * STEP
+    if ROWS:
+        first = index_of(start, offset, row_length, row_stride)
+        last = index_of(start + left - 1, offset, row_length, row_stride)
+        # Divisions in 32 bits: places count from the end of the first row, and no row need be longer than a block.
+        before = tl.minimum(row_length - start % row_length, BLOCK).to(tl.int32)
+        length = tl.minimum(row_length, BLOCK).to(tl.int32)
+        beyond = tl.maximum(place - before, 0)
+        row = beyond // length
+        next_row = (start // row_length + 1) * row_stride + offset
+        later = next_row + row.to(tl.int64) * row_stride + (beyond - row * length)
+        index = tl.where(place < before, first + place, later)
+        counter = (index >> SHIFT).to(tl.uint32)
+        high = index >> (32 + SHIFT)
+        odd = index.to(tl.uint32) & 1
+    else:
+        first = offset + start
+        last = first + left - 1
+        parity = (first & SHIFT).to(tl.int32)
+        counter = (first >> SHIFT).to(tl.uint32) + ((place + parity) >> SHIFT).to(tl.uint32)
+        odd = ((place + parity) & 1).to(tl.uint32)
+    # Counters grow, so a block has one key or two, unless its rows are more than 2**32 counters apart.
+    first_high = first >> (32 + SHIFT)
+    last_high = last >> (32 + SHIFT)
+    first_key = mix64(stream ^ first_high.to(tl.uint64))
+    # One key to a block is common and costs nothing: two would be a comparison and two selections for each hash.
+    if last_high == first_high:
+        bits = random_bits(first_key, counter)
+    else:
+        last_key = mix64(stream ^ last_high.to(tl.uint64))
+        if ROWS:
+            if last_high - first_high > 1:
+                key = mix64(stream ^ high.to(tl.uint64))
+            else:
+                key = tl.where(high == first_high, first_key, last_key)
+        else:
+            key = tl.where(counter >= (first >> SHIFT).to(tl.uint32), first_key, last_key)
+        bits = random_bits(key, counter)
+    if dtype == tl.bfloat16:
+        if PAIRS:
+            bits = tl.interleave(bits & 0xFFFF, bits >> 16)
+        else:
+            bits = (bits >> (odd * 16)) & 0xFFFF
+    return bits
+
+
+# ---- Sums of squares. ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def fold(x, LEVELS: tl.constexpr):
+    """Adds neighbours, LEVELS times. A sum of two has one result whatever the layout, so the bits depend neither on the
+    GPU nor on how wide the loads are, and `sgd_` and `sq_norm_` agree."""
+    for _ in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), axis=1)
+    return x
+
+
+@triton.jit
+def sum_block(x, BLOCK: tl.constexpr):
+    """The float64 sum of squares of BLOCK float32 numbers. 512 are added in float32, in nine levels: with the rounding
+    of the squares the error is below 10 * 2**-24 = 6.0e-7. Three levels in float64, which consumer GPUs do slowly."""
+    halves = tl.sum(tl.reshape(x * x, (2, BLOCK // 2)), axis=0)  # in one thread, however wide its loads are
+    return tl.sum(fold(fold(halves, 8).to(tl.float64), 3), axis=0)
+
+
+@triton.jit
+def sum_of_squares(x, BLOCK: tl.constexpr):
+    """As `sum_block`, for numbers of any size; not finite exactly where one of them is not."""
+    total = sum_block(x, BLOCK)
+    # Below 2**-100 the squares' own underflow (at most 2**-150 each) could be seen in the sum; above, it is under
+    # 2**-38 of it. Then, and where a square overflowed, once more with the largest number brought near 1. Not in
+    # float64: that would cost registers that every block pays for.
+    if not ((total >= 7.888609052210118e-31) & (total < float("inf"))):
+        largest = tl.max(bits_of(x) & 0x7FFFFFFF, axis=0).to(tl.int64)
+        exponent = tl.minimum(tl.maximum(largest >> 23, 1), 250)
+        scale = float_of(((254 - exponent) << 23).to(tl.uint32))
+        back = ((exponent + (1023 - 127)) << 52).to(tl.float64, bitcast=True)
+        total = sum_block(x * scale, BLOCK) * back * back
+        total = tl.where(largest < 0x7F800000, total, float("inf"))
+    return total
+
+
+@triton.jit
+def add_to_slot(total, slot, partials, counter, block, blocks):
+    """Adds the sums of all blocks of one tensor to its slot: the block that comes last adds them up, in fixed order.
+
+    counter: int64, zero before and after. It orders the blocks' stores before the last one's loads (acq_rel).
+    """
+    WIDTH: tl.constexpr = 1024
+    last = True
+    if blocks > 1:
+        tl.store(partials + block, total)
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == blocks - 1
+        if last:
+            tl.store(counter, 0)
+            place = tl.arange(0, WIDTH)
+            sums = tl.zeros((WIDTH,), tl.float64)
+            first = tl.zeros((), tl.int32)
+            while first < blocks:  # range() of a tensor fails in the interpreter of Triton 3.6 with numpy 2.4
+                sums += tl.load(partials + first + place, mask=place < blocks - first, other=0.0, cache_modifier=".cg")
+                first += WIDTH
+            total = tl.sum(fold(sums, 10), axis=0)
+    if last:
+        tl.store(slot, tl.load(slot) + total)

@@ -1,0 +1,426 @@
+# mypy: disable-error-code="no-untyped-def"
+"""`sgd_` and `sgd_list_` in Triton. What they do is documented in `lomo_kernels/ops/sgd.py`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .launch import COLUMNS, TYPES, fail
+from .numerics import (
+    BLOCK,
+    add_to_slot,
+    draw,
+    elements,
+    float64_of,
+    int64_of,
+    load,
+    mix64,
+    nearest,
+    stochastic,
+    store,
+    sum_of_squares,
+    widen,
+)
+
+SCALARS = ("lr", "weight_decay", "inv_scale", "clip_value", "clip_coef", "found_inf")
+MISSING = (0.0, 0.0, 1.0, float("inf"), 1.0, 0.0)
+INDICES = ("offset", "row_length", "row_stride")
+
+
+@triton.jit
+def update_block(
+    param,
+    grad,
+    start,
+    left,
+    lr,
+    weight_decay,
+    inv_scale,
+    clip_value,
+    clip_coef,
+    found_inf,
+    step,
+    kinds,
+    key,
+    offset,
+    row_length,
+    row_stride,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CLAMP: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Updates BLOCK elements from `start` on, of which `left` are there; returns their sum of squares where NORM."""
+    param = elements(param, P, ALIGNED) + start
+    # First of all what takes longest: the scalars may have to come from memory too. A thread has the same elements of
+    # both: eight of a 16-bit gradient would have to be handed round where it has four of a float32 parameter.
+    TOGETHER: tl.constexpr = 4 if tl.float32 == P else 16
+    p_bits = load(param, left, BLOCK)
+    g_bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK, TOGETHER)
+    rate = float64_of(lr, kinds, 0)
+    decay = (1.0 - rate * float64_of(weight_decay, kinds, 1)).to(tl.float32)
+    unscale = float64_of(inv_scale, kinds, 2).to(tl.float32)
+    coef = float64_of(clip_coef, kinds, 4).to(tl.float32)
+
+    scaled = widen(g_bits, G) * unscale
+    finite = tl.abs(scaled) < float("inf")  # before the clamp, which drops NaN
+    g = scaled
+    if CLAMP:
+        limit = float64_of(clip_value, kinds, 3).to(tl.float32)
+        g = tl.minimum(tl.maximum(g, -limit), limit)
+    g = g * coef
+    p = widen(p_bits, P) * decay
+    p = p - rate.to(tl.float32) * g
+    if STOCHASTIC:
+        stream = mix64((key ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
+        random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK)
+        rounded = stochastic(p, random, P)
+    else:
+        rounded = nearest(p, P)
+    if float64_of(found_inf, kinds, 5) == 0.0:
+        store(param, tl.where(finite, rounded, p_bits), left, BLOCK)
+    total = 0.0
+    if NORM:
+        total = sum_of_squares(scaled, BLOCK)
+    return total
+
+
+@triton.jit(do_not_specialize=[*SCALARS, "step", "kinds", "numel", "key", *INDICES, "slot"])
+def sgd_kernel(
+    param,
+    grad,
+    numel: tl.int64,
+    lr: tl.int64,
+    weight_decay: tl.int64,
+    inv_scale: tl.int64,
+    clip_value: tl.int64,
+    clip_coef: tl.int64,
+    found_inf: tl.int64,
+    step: tl.int64,
+    kinds: tl.int32,
+    key: tl.int64,
+    offset: tl.int64,
+    row_length: tl.int64,
+    row_stride: tl.int64,
+    slot: tl.int64,
+    partials,
+    counter,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    CLAMP: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    start = block.to(tl.int64) * BLOCK
+    left = tl.minimum(numel.to(tl.int64) - start, BLOCK).to(tl.int32)
+    total = update_block(
+        param,
+        grad,
+        start,
+        left,
+        lr,
+        weight_decay,
+        inv_scale,
+        clip_value,
+        clip_coef,
+        found_inf,
+        step,
+        kinds,
+        key.to(tl.int64),
+        offset.to(tl.int64),
+        row_length.to(tl.int64),
+        row_stride.to(tl.int64),
+        P,
+        G,
+        False,  # what a launch knows of tensors needs no hint
+        CLAMP,
+        STOCHASTIC,
+        ROWS,
+        PAIRS,
+        NORM,
+        BLOCK,
+    )
+    if NORM:
+        slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
+        add_to_slot(total, slot, partials, counter, block, tl.num_programs(0))
+
+
+@triton.jit(do_not_specialize=["owners", "first_block", *SCALARS, "step", "kinds"])
+def sgd_list_kernel(
+    table,
+    owners: tl.int64,
+    first_block: tl.int64,
+    lr: tl.int64,
+    weight_decay: tl.int64,
+    inv_scale: tl.int64,
+    clip_value: tl.int64,
+    clip_coef: tl.int64,
+    found_inf: tl.int64,
+    step: tl.int64,
+    kinds: tl.int32,
+    partials,
+    counters,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CLAMP: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    block = first_block.to(tl.int64) + tl.program_id(0)
+    owner = tl.load(table + owners.to(tl.int64) + block)
+    row = table + owner * COLUMNS
+    param = tl.load(row)
+    grad = tl.load(row + 1)
+    numel = tl.load(row + 3)
+    first = tl.load(row + 4)
+    start = (block - first) * BLOCK
+    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
+    total = update_block(
+        param,
+        grad,
+        start,
+        left,
+        lr,
+        weight_decay,
+        inv_scale,
+        clip_value,
+        clip_coef,
+        found_inf,
+        step,
+        kinds,
+        tl.load(row + 5),
+        tl.load(row + 6),
+        tl.load(row + 7),
+        tl.load(row + 8),
+        P,
+        G,
+        ALIGNED,
+        CLAMP,
+        STOCHASTIC,
+        ROWS,
+        PAIRS,
+        NORM,
+        BLOCK,
+    )
+    if NORM:
+        slot = tl.load(row + 2).to(tl.pointer_type(tl.float64), bitcast=True)
+        blocks = tl.cdiv(numel, BLOCK)
+        add_to_slot(total, slot, partials + first, counters + owner, block - first, blocks)
+
+
+def options(bfloat16: bool, stochastic: bool, rows: bool, norm: bool) -> dict[str, Any]:
+    """How a variant is compiled. Rounding bfloat16 stochastically is work for the arithmetic units as much as for the
+    memory: with half the threads, 32 elements each, what is done once per thread weighs half: counted in Hopper's
+    machine code, 31 instructions per element instead of 36. Norms and rows would then take all 255 registers."""
+    half = bfloat16 and stochastic and not rows and not norm
+    return launch.options(launch.WARPS // 2 if half else launch.WARPS)
+
+
+def check(op: str, param: Tensor, grad: Tensor) -> None:
+    device = param.device
+    launch.check_element_type(op, "param", param, device)
+    launch.check_element_type(op, "grad", grad, device)
+    if grad.shape != param.shape:
+        fail(op, ": grad has shape ", list(grad.shape), ", param has shape ", list(param.shape))
+    if param.numel() == 0:
+        return
+    if not param.is_contiguous() and launch.overlaps_itself(param):
+        why = "(an expanded tensor?); it cannot be updated in place. Pass a contiguous parameter"
+        fail(op, ": several elements of param share one place in memory ", why)
+    (p_begin, p_end), (g_begin, g_end) = launch.reach(param), launch.reach(grad)
+    if p_begin < g_end and g_begin < p_end:
+        fail(op, ": param and grad share memory")
+
+
+def check_apart(op: str, params: list[Tensor]) -> None:
+    """Two names of one parameter would update it twice. Strided views may interleave: only contiguous ones compared."""
+    ranges = sorted(launch.reach(param) for param in params if param.numel() and param.is_contiguous())
+    for (_, end), (begin, _) in itertools.pairwise(ranges):
+        if end > begin:
+            fail(op, ": two params share memory; it would be updated twice")
+
+
+def in_order(param: Tensor, grad: Tensor, any_order: bool) -> tuple[Tensor, Tensor]:
+    """Both with their elements one after the other, in row-major order or, where `any_order`, in the same order: the
+    tensors themselves where they are so, else copies."""
+    if param.is_contiguous() and grad.is_contiguous():
+        return param, grad
+    if any_order and param.stride() == grad.stride() and launch.is_dense(param):
+        return param, grad
+    return param.detach().contiguous(), grad.detach().contiguous()
+
+
+def sgd_(
+    param: Tensor,
+    grad: Tensor,
+    lr: Tensor,
+    weight_decay: Tensor | None,
+    inv_scale: Tensor | None,
+    clip_value: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
+    sq_norm: Tensor | None,
+    stochastic: bool,
+    seed: int,
+    parameter_id: int,
+    step: Tensor | None,
+    shard: Sequence[int] | None,
+) -> None:
+    check("sgd_", param, grad)
+    device, numel = param.device, param.numel()
+    given = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
+    numbers, kinds = launch.scalars("sgd_", device, zip(SCALARS, given, MISSING, strict=True), step)
+    if sq_norm is not None:
+        launch.check_slot("sgd_", "sq_norm", sq_norm, device)
+    where = launch.indices_of("sgd_", shard, numel)
+    if numel == 0:
+        return
+    stochastic = stochastic and param.dtype != torch.float32
+    if not stochastic:
+        where = launch.WHOLE
+    p, g = in_order(param, grad, any_order=not stochastic and sq_norm is None)
+    blocks = launch.blocks_of(numel)
+    with launch.on(device):
+        slot, partials, counter = 0, None, None
+        if sq_norm is not None:
+            slot = sq_norm.data_ptr()
+            partials, counter = launch.partials.get(device, blocks), launch.counters.get(device, 1)
+        sgd_kernel[(blocks,)](
+            p,
+            g,
+            numel,
+            *numbers,
+            kinds,
+            launch.parameter_key(seed, parameter_id) if stochastic else 0,
+            where.offset,
+            where.row_length,
+            where.row_stride,
+            slot,
+            partials,
+            counter,
+            P=TYPES[param.dtype],
+            G=TYPES[grad.dtype],
+            CLAMP=clip_value is not None,
+            STOCHASTIC=stochastic,
+            ROWS=where.rows,
+            PAIRS=where.pairs,
+            NORM=sq_norm is not None,
+            BLOCK=BLOCK,
+            **options(param.dtype == torch.bfloat16, stochastic, where.rows, sq_norm is not None),
+        )
+        if p is not param:
+            param.detach().copy_(p)
+
+
+def sgd_list_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    lr: Tensor,
+    weight_decay: Tensor | None,
+    inv_scale: Tensor | None,
+    clip_value: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
+    sq_norm: list[Tensor],
+    stochastic: bool,
+    seed: int,
+    parameter_id: list[int],
+    step: Tensor | None,
+    shard: list[int],
+) -> None:
+    op, n = "sgd_list_", len(params)
+    if len(grads) != n:
+        fail(op, ": ", n, " params, ", len(grads), " grads")
+    if sq_norm and len(sq_norm) != n:
+        fail(op, ": ", n, " params, ", len(sq_norm), " sq_norm slots")
+    if len(parameter_id) != n:
+        fail(op, ": ", n, " params, ", len(parameter_id), " parameter_id")
+    if shard and len(shard) != 3 * n:
+        fail(op, ": ", n, " params, ", len(shard), " numbers in shard")
+    if n == 0:
+        return
+    device = params[0].device
+    given = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
+    numbers, kinds = launch.scalars(op, device, zip(SCALARS, given, MISSING, strict=True), step)
+    where = []
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        launch.check_element_type(op, "param", param, device)
+        check(op, param, grad)
+        where.append(launch.indices_of(op, shard[3 * i : 3 * i + 3] or None, param.numel()))
+    for slot in sq_norm:
+        launch.check_slot(op, "sq_norm", slot, device)
+    check_apart(op, params)
+    with launch.on(device):
+        rows, copies = [], []
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            if param.numel() == 0:
+                continue
+            rounded = stochastic and param.dtype != torch.float32
+            p, g = in_order(param, grad, any_order=not rounded and not sq_norm)
+            copies.append((param, p, g))
+            addresses = p.data_ptr(), g.data_ptr()
+            aligned = not (addresses[0] | addresses[1]) % 16
+            rows.append(
+                launch.Row(
+                    *addresses,
+                    sq_norm[i].data_ptr() if sq_norm else 0,
+                    param.numel(),
+                    launch.parameter_key(seed, parameter_id[i]) if rounded else 0,
+                    where[i] if rounded else launch.WHOLE,
+                    (param.dtype, grad.dtype, aligned, rounded),
+                )
+            )
+        for part in launch.rounds(rows):
+            with launch.table_lock:
+                table, owners, launches = launch.upload(part, device)
+                partials, counters = None, None
+                if sq_norm:
+                    partials = launch.partials.get(device, sum(one.blocks for one in launches))
+                    counters = launch.counters.get(device, len(part))
+                for one in launches:
+                    p_dtype, g_dtype, aligned, rounded = one.variant
+                    sgd_list_kernel[(one.blocks,)](
+                        table,
+                        owners,
+                        one.first_block,
+                        *numbers,
+                        kinds,
+                        partials,
+                        counters,
+                        P=TYPES[p_dtype],
+                        G=TYPES[g_dtype],
+                        ALIGNED=aligned,
+                        CLAMP=clip_value is not None,
+                        STOCHASTIC=rounded,
+                        ROWS=one.rows,
+                        PAIRS=one.pairs,
+                        NORM=bool(sq_norm),
+                        BLOCK=BLOCK,
+                        COLUMNS=COLUMNS.value,
+                        **options(p_dtype == torch.bfloat16, rounded, one.rows, bool(sq_norm)),
+                    )
+        for param, p, _ in copies:
+            if p is not param:
+                param.detach().copy_(p)

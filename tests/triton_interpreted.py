@@ -1,0 +1,309 @@
+"""Tests of the Triton kernels themselves, under the interpreter; test_triton.py runs this file in such a process."""
+
+import math
+
+import oracle
+import pytest
+import torch
+import triton
+import triton.language as tl
+from oracle import DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
+
+from lomo_kernels import backends, ops, reference
+from lomo_kernels.triton import launch, sgd, sq_norm
+from lomo_kernels.triton.numerics import BLOCK, add_to_slot, fold
+
+assert backends.choices[0].backend == "triton" and launch.INTERPRETED
+WIDTH = 1024  # partial sums that are added at a time
+
+
+def made(param, grad, **arguments):
+    p = param.clone()
+    ops.sgd_(p, grad, **arguments)
+    assert_same_bits(p, reference.updated(param, grad, **reference_arguments(arguments)), arguments)
+    return p
+
+
+def slots_of(n, value=0.0):
+    return torch.full((n,), value, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _counters_return_to_zero():
+    yield
+    for counter in launch.counters._kept.values():
+        assert (counter == 0).all()
+
+
+# ---- Blocks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK + 77])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_sizes_around_blocks(dtype, size):
+    param, grad = oracle.param_of(size, dtype), oracle.grad_of(size, dtype)
+    for i, rounding in enumerate(ROUNDINGS):
+        for offset in (0, 1, 8):
+            whole = torch.cat([param.new_full((offset,), 7.0), param, param.new_full((9,), 7.0)])
+            ops.sgd_(whole[offset : offset + size], grad, lr=0.03, rounding=rounding, step=i)
+            expected = reference.updated(param, grad, lr=0.03, stochastic=rounding == "stochastic", step=i)
+            assert_same_bits(whole[offset : offset + size], expected)
+            assert (whole[:offset] == 7).all() and (whole[offset + size :] == 7).all()
+
+
+#: Counters of bfloat16 are indices // 2. Key changes inside a block, at its begin, after its first and last element.
+EDGES = [0, 1, 2, 1000, 1001, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK]
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(
+    "rows", [None, (3, 4), (6, 8), (4 * BLOCK, 4 * BLOCK), (100, 2**33), (101, 2**31 + 1)], ids=str
+)
+@pytest.mark.parametrize(("dtype", "period"), [(torch.bfloat16, 2**33), (torch.float16, 2**32)], ids=str)
+def test_keys_change_every_2_32_counters(dtype, period, rows, edge):
+    n = 2 * BLOCK + 5
+    param, grad = oracle.ordinary(n, dtype), oracle.ordinary(n, dtype, 1)
+    shard = (5 * period - edge, *(rows or (n, n)))
+    made(param, grad, lr=0.03, rounding="stochastic", shard=shard, seed=-5, parameter_id=2**50, step=2**60)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 4094, 4095, 4096, 4097, 5000, 2 * BLOCK + 4, 2**40])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
+def test_rows_of_shards_against_blocks(dtype, length):
+    param, grad = oracle.ordinary(2 * BLOCK + 5, dtype), oracle.ordinary(2 * BLOCK + 5, dtype, 1)
+    for offset in (0, 3):
+        for stride in (length, length + 1, length + 2):
+            made(param, grad, lr=0.03, rounding="stochastic", shard=(offset, length, stride))
+
+
+# ---- Elements far from the first -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("far", [2**31, 2**32, 2**33 - BLOCK, 2**40], ids=hex)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_elements_beyond_32_bits(dtype, far):
+    """Two blocks of a parameter of which nothing else is there: addresses and indices are computed in 64 bits."""
+    n = BLOCK + 9
+    param, grad = oracle.ordinary(n, dtype), oracle.ordinary(n, dtype, 1)
+    stochastic = dtype != torch.float32
+    expected = reference.updated(param, grad, lr=0.03, stochastic=stochastic, seed=3, shard=(far, n, n))
+    addresses = [t.data_ptr() - far * t.element_size() for t in (param, grad)]
+    key = launch.parameter_key(3, 0)
+    row = [*addresses, 0, far + n, -(far // BLOCK), key, 0, 2**62, 2**62]
+    numbers, kinds = launch.scalars("sgd_", param.device, [("", torch.tensor(0.03).double(), 0.0)])
+    zero, one, infinity = launch.scalars("", param.device, [("", None, x) for x in (0.0, 1.0, math.inf)])[0][:3]
+    sgd.sgd_list_kernel[(2,)](
+        torch.tensor([*row, 0, 0]),
+        launch.COLUMNS.value,
+        0,
+        numbers[0],
+        zero,
+        one,
+        infinity,
+        one,
+        zero,
+        0,
+        kinds,
+        None,
+        None,
+        P=launch.TYPES[dtype],
+        G=launch.TYPES[dtype],
+        ALIGNED=True,
+        CLAMP=False,
+        STOCHASTIC=stochastic,
+        ROWS=False,
+        PAIRS=True,
+        NORM=False,
+        BLOCK=BLOCK,
+        COLUMNS=launch.COLUMNS.value,
+    )
+    assert_same_bits(param, expected)
+
+
+# ---- Norms -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def slot_kernel(slot, values, partials, counter, reverse: tl.constexpr):
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    if reverse:  # another block is the last to come
+        block = blocks - 1 - block
+    add_to_slot(tl.load(values + block), slot, partials, counter, block, blocks)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, WIDTH - 1, WIDTH, WIDTH + 1, 2 * WIDTH + 3])
+def test_the_last_block_adds_all_sums_in_one_order(blocks):
+    values = torch.rand(blocks, dtype=torch.float64, generator=oracle.generator(0))
+    partials, counter = torch.full((blocks,), math.nan, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    results = []
+    for reverse in (False, True):
+        slot = slots_of(1, 0.5)
+        slot_kernel[(blocks,)](slot, values, partials, counter, reverse=reverse)
+        assert abs(slot.item() - 0.5 - math.fsum(values.tolist())) <= 1e-13 * blocks
+        assert counter.item() == 0
+        results.append(slot.item())
+    assert results[0] == results[1]
+
+
+@triton.jit
+def fold_kernel(x, result, N: tl.constexpr, LEVELS: tl.constexpr):
+    tl.store(result + tl.arange(0, N >> LEVELS), fold(tl.load(x + tl.arange(0, N)), LEVELS))
+
+
+def test_fold_adds_neighbours():
+    x = torch.randn(64)
+    expected = x
+    for levels in (1, 2, 3):
+        result = torch.empty(64 >> levels)
+        fold_kernel[(1,)](x, result, N=64, LEVELS=levels)
+        expected = expected.view(-1, 2).sum(1)
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_norms_of_blocks_that_need_scaling(dtype):
+    """Blocks whose squares overflow or vanish in float32, between ordinary ones, with zeros, at both ends."""
+    info = torch.finfo(dtype)
+    for extreme in (info.max, info.smallest_normal * info.eps, info.smallest_normal, 0.0, math.sqrt(info.max)):
+        grad = oracle.ordinary(3 * BLOCK + 5, dtype)
+        grad[BLOCK : 2 * BLOCK] = extreme
+        grad[BLOCK + 7 : BLOCK + 100] = 0
+        for part in (grad, grad[BLOCK : 2 * BLOCK], grad[BLOCK : BLOCK + 200]):
+            together, apart = slots_of(1), slots_of(1)
+            ops.sq_norm_(apart, part)
+            oracle.assert_close_sum(apart, oracle.squares(part))
+            param = oracle.ordinary(part.numel(), dtype, 1)
+            expected = reference.updated(param, part, lr=0.03)
+            ops.sgd_(param, part, lr=0.03, sq_norm=together)
+            assert_same_bits(together, apart)
+            assert_same_bits(param, expected)
+
+
+def test_the_worst_rounding_of_a_sum_is_within_the_promise():
+    """Equal squares just above half a unit are all rounded the same way, level by level."""
+    for value in (1.0 + 2.0**-12, 1.0 + 2.0**-13, 1.1, 1.4142135, 1.9999999, 0.1, 1 / 3):
+        grad = torch.full((5 * BLOCK,), value)
+        slot = slots_of(1)
+        ops.sq_norm_(slot, grad)
+        oracle.assert_close_sum(slot, oracle.squares(grad))
+
+
+# ---- Lists -----------------------------------------------------------------------------------------------------------
+
+
+def many(seed):
+    """99 tensors: all dtypes, empty ones, several blocks, misaligned, strided, with shards of every kind."""
+    draw = torch.Generator().manual_seed(seed)
+    params, grads, shards = [], [], []
+    for i in range(99):
+        n = int(torch.randint(0, 40, (1,), generator=draw))
+        n = {5: BLOCK, 6: BLOCK + 1, 7: 0, 50: 3 * BLOCK + 9, 90: 2 * BLOCK}.get(i, n)
+        p, g = DTYPES[i % 3], DTYPES[i // 3 % 3]
+        param, grad = oracle.param_of(n, p, i), oracle.grad_of(n, g, i)
+        if i % 5 == 1:
+            param = oracle.misaligned(param, 1)[0]
+        if i % 7 == 1:
+            grad = oracle.misaligned(grad, 3)[0]
+        if i % 11 == 1:
+            param = param.repeat_interleave(2)[::2]
+        params.append(param)
+        grads.append(grad)
+        shards.append([(0, 50, 50), (2**33 - 3, 5, 7), (2, 4, 6), (2**32 - 6, 10**6, 10**6)][i % 4])
+    return params, grads, shards
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("norms", [False, True])
+def test_a_long_list_equals_the_reference(rounding, norms):
+    params, grads, shards = many(0)
+    ids = [i * 2**33 for i in range(99)]
+    arguments = {"lr": 0.03, "weight_decay": 0.1, "clip_value": 0.5}
+    keys = {"seed": 3, "step": 4, "stochastic": rounding == "stochastic"}
+    expected = [
+        reference.updated(p, g, **arguments, **keys, parameter_id=i, shard=s)
+        for p, g, i, s in zip(params, grads, ids, shards, strict=True)
+    ]
+    slots = slots_of(99, 1.0) if norms else None
+    apart = slots_of(99, 1.0)
+    for i, grad in enumerate(grads):
+        ops.sq_norm_(apart[i], grad)
+    more = {"seed": 3, "step": torch.tensor([4]), "parameter_id": ids, "shard": shards, "sq_norm": slots}
+    ops.sgd_list_(params, grads, **arguments, rounding=rounding, **more)
+    for i, (param, wanted) in enumerate(zip(params, expected, strict=True)):
+        assert_same_bits(param, wanted, i)
+    finite = apart.isfinite()
+    if norms:
+        assert torch.equal(slots[finite], apart[finite]) and not slots[~finite].isfinite().any()
+    listed = slots_of(99, 1.0)
+    ops.sq_norm_list_(listed, grads)
+    assert torch.equal(listed[finite], apart[finite]) and not listed[~finite].isfinite().any()
+
+
+def test_a_slot_that_stands_several_times_takes_turns():
+    """On a GPU two blocks that add to one slot at a time would lose one of the sums."""
+    slots = slots_of(3)
+    order = [0, 1, 0, 2, 0, 1]
+    grads = [torch.full((BLOCK + 1,), float(i)) for i in range(6)]
+    row = [launch.Row(0, 0, slots[i].data_ptr(), 1, 0, launch.WHOLE, ()) for i in order]
+    parts = launch.rounds(row)
+    assert [len({r.slot for r in part}) for part in parts] == [len(part) for part in parts] == [3, 2, 1]
+    ops.sq_norm_list_([slots[i : i + 1] for i in order], grads)
+    exact = [sum(i * i for i, place in enumerate(order) if place == slot) * (BLOCK + 1.0) for slot in range(3)]
+    assert slots.tolist() == exact
+    params = [torch.zeros(3) for _ in range(6)]
+    ops.sgd_list_(params, [g[:3] for g in grads], lr=1.0, sq_norm=[slots[i : i + 1] for i in order])
+    assert slots.tolist() == [e * (BLOCK + 4) / (BLOCK + 1) for e in exact]
+
+
+def test_one_launch_for_one_kind():
+    """Tensors of one pair of dtypes and one alignment are one launch, whatever their sizes and shards."""
+    rows = [launch.Row(0, 0, 0, n, 0, launch.indices_of("", (o, 9, 9), n), ("a",)) for n, o in ((5, 0), (BLOCK + 1, 1))]
+    rows.append(launch.Row(0, 0, 0, 1, 0, launch.WHOLE, ("b",)))
+    _, begin, launches = launch.upload(rows, torch.device("cpu"))
+    assert begin == 3 * launch.COLUMNS.value
+    assert launches == [launch.Launch(("a",), 0, 3, True, False), launch.Launch(("b",), 3, 1, False, True)]
+
+
+@pytest.mark.parametrize("module", [sgd, sq_norm], ids=["sgd", "sq_norm"])
+def test_vectors_are_promised_only_where_all_addresses_allow_them(module, monkeypatch):
+    """A GPU stops at a 128-bit access to any other address; the interpreter does not notice."""
+    promised = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **constants: promised.append((grid, constants["ALIGNED"]))
+
+    kernel = "sgd_list_kernel" if module is sgd else "sq_norm_list_kernel"
+    monkeypatch.setattr(module, kernel, Kernel())
+    memory = torch.zeros(8, 64)
+    grads = [memory[0], memory[1, 1:], memory[2, 2:], memory[3, 4:]]
+    if module is sgd:
+        params = [memory[4], memory[5, :-1], memory[6, 4:-2], memory[7, 3:-1]]
+        ops.sgd_list_(params, [g[: p.numel()] for g, p in zip(grads, params, strict=True)], lr=0.1)
+        assert sorted(promised) == [((1,), True), ((3,), False)]
+    else:
+        ops.sq_norm_list_(slots_of(4), grads)
+        assert sorted(promised) == [((2,), False), ((2,), True)]
+
+
+def test_workspaces_made_in_inference_mode_serve_outside_of_it():
+    for workspaces in (launch._tables, launch.partials, launch.counters):
+        workspaces._kept.clear()
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            params, slots = [torch.ones(2 * BLOCK)], slots_of(1)
+            ops.sgd_list_(params, [torch.ones(2 * BLOCK)], lr=0.25, sq_norm=slots)
+            assert (params[0] == 0.75).all() and slots.item() == 2 * BLOCK
+
+
+# ---- Scalars ---------------------------------------------------------------------------------------------------------
+
+
+def test_scalars_that_are_not_read_by_the_host():
+    """Under the interpreter every tensor with a dimension, or of float32, is used by its address, as on a GPU."""
+    given = [("a", torch.tensor(0.1).double(), 0.0), ("b", torch.ones(1), 0.0), ("c", None, math.inf)]
+    given.append(("d", torch.ones(1).double(), 0.0))
+    numbers, kinds = launch.scalars("", torch.device("cpu"), given, torch.ones(1).long())
+    assert kinds == 0b01_01_00_10_00
+    assert numbers[0] == torch.tensor(0.1).double().view(torch.int64).item()
+    assert numbers[1:2] + numbers[3:4] == [given[1][1].data_ptr(), given[3][1].data_ptr()]
