@@ -62,8 +62,9 @@ sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, u
 	@$(bin)/cmake -S . -B build/sanitize -G Ninja -DLOMO_SANITIZE=address,undefined -DLOMO_TESTING=ON -DLOMO_CUDA=0 \
 	  -DPYTHON=$(abspath $(bin)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) -DLOMO_OUTPUT_DIR=$(abspath $(checked))/lomo_kernels >/dev/null
 	@$(bin)/cmake --build build/sanitize --target _cpu _emulated
-	@# The runtime must come first in the process, with the C++ library, whose exceptions it watches; the interpreter's own leaks are not our subject. pytest is not started
-	@# with "python -m", which would put this folder's package before the checked one.
+	@# The runtime must come first in the process, with the C++ library, whose exceptions it watches; the interpreter's
+	@# own leaks are not our subject. pytest is not started with "python -m", which would put this folder's package
+	@# before the checked one.
 	@for isa in baseline avx2 avx512 emulated; do \
 	  [ $$isa != emulated ] || cp build/sanitize/_emulated.so $(checked)/lomo_kernels/_cpu.so; \
 	  OMP_NUM_THREADS=1 LOMO_KERNELS_ISA=$$isa PYTHONPATH=$(checked) \

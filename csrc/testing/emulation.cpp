@@ -11,12 +11,15 @@
 namespace emulation {
 namespace {
 
-constexpr size_t kStack = 64 << 10;
+constexpr size_t kStack = 256 << 10;  // the kernels' arguments, up to 32 KiB, are copied to it; sanitizers add to it
+constexpr char kUntouched = 0x5a;     // at the far end of a stack
 constexpr uint32_t kWarp = 32;
 
 enum class Place { ready, block_barrier, warp_barrier, ended };
 
 struct Fiber {
+  Fiber() { stack[0] = kUntouched; }
+
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   Place place = Place::ended;
@@ -71,6 +74,7 @@ void run_block(uint32_t threads) {
     more |= release(0, threads, Place::block_barrier);
   }
   for (uint32_t t = 0; t < threads; ++t) {
+    if (fibers[t].stack[0] != kUntouched) throw std::logic_error("emulation: a thread's stack has overflowed");
     if (fibers[t].place != Place::ended) throw std::logic_error("emulation: a barrier that some threads never reach");
   }
 }
