@@ -11,7 +11,7 @@ from oracle import DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_argum
 
 from lomo_kernels import backends, ops, reference
 from lomo_kernels.triton import launch, sgd, sq_norm
-from lomo_kernels.triton.numerics import BLOCK, add_to_slot, fold
+from lomo_kernels.triton.numerics import BLOCK, add_to_slot, float_of, fold, nearest, stochastic
 
 assert backends.choices[0].backend == "triton" and launch.INTERPRETED
 WIDTH = 1024  # partial sums that are added at a time
@@ -74,6 +74,43 @@ def test_rows_of_shards_against_blocks(dtype, length):
     for offset in (0, 3):
         for stride in (length, length + 1, length + 2):
             made(param, grad, lr=0.03, rounding="stochastic", shard=(offset, length, stride))
+
+
+# ---- Rounding --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def round_kernel(x, random, result, dtype: tl.constexpr, STOCHASTIC: tl.constexpr, N: tl.constexpr):
+    place = tl.arange(0, N)
+    value = float_of(tl.load(x + place).to(tl.uint32, bitcast=True))
+    if STOCHASTIC:
+        bits = stochastic(value, tl.load(random + place).to(tl.uint32), dtype)
+    else:
+        bits = nearest(value, dtype)
+    tl.store(result + place, bits.to(tl.int16, bitcast=True))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
+def test_rounding_of_any_number_and_any_nan(dtype, rounding):
+    """A GPU's own NaN is 0x7fffffff, which no arithmetic on the host makes: a carry would turn it into minus zero."""
+    n = 2**15
+    special = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7FFF8000, 0x7F800000, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF])
+    near = torch.randint(90 << 23, 146 << 23, (n // 2,), generator=oracle.generator(1))
+    x = oracle.patterns(n, torch.float32).view(torch.int32)
+    x[: n // 2] = near
+    x[:16] = torch.cat([special, special - 2**31 * (special > 0)])
+    random = torch.randint(0, 2 ** (16 if dtype == torch.bfloat16 else 32), (n,), generator=oracle.generator(2))
+    for draws in (
+        random,
+        torch.zeros_like(random),
+        torch.full_like(random, 2 ** (16 if dtype == torch.bfloat16 else 32) - 1),
+    ):
+        result = torch.empty(n, dtype=torch.int16)
+        round_kernel[(1,)](x, draws, result, dtype=launch.TYPES[dtype], STOCHASTIC=rounding == "stochastic", N=n)
+        of = reference.round_bfloat16 if dtype == torch.bfloat16 else reference.round_float16
+        expected = of(x.view(torch.float32), draws if rounding == "stochastic" else None)
+        assert_same_bits(result.view(dtype), expected)
 
 
 # ---- Elements far from the first -------------------------------------------------------------------------------------
