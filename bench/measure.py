@@ -19,7 +19,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleave(contestants: dict[str, Callable[[int], Any]], rounds: int = 21) -> dict[str, list[float]]:
+def interleave(contestants: dict[str, Callable[[int], Any]], rounds: int = 61) -> dict[str, list[float]]:
     """Seconds of each contestant in each round. Every round runs all, in rotated order; the first round is not counted.
 
     A contestant is called with a running number, to rotate its buffers, and may return the seconds itself.

@@ -50,6 +50,7 @@ struct Float32 {
 
 struct BFloat16 {
   using Storage = uint16_t;
+  static constexpr Storage kInfinity = 0x7f80;  // the least magnitude that is not finite
   LOMO_FN float widen(uint32_t bits) { return float_of(bits << 16); }
 
   // Adding less than one unit of the kept part to the magnitude, then cutting, rounds; a carry is the next exponent. A
@@ -74,6 +75,7 @@ struct BFloat16 {
 
 struct Float16 {
   using Storage = uint16_t;
+  static constexpr Storage kInfinity = 0x7c00;
   // The GPU's own conversions give the same bits as the formulas (but for which NaN a NaN becomes) in one instruction.
   LOMO_FN float widen(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
