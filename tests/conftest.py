@@ -45,6 +45,19 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a GPU: torch.cuda.is_available() is False")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What was compiled for GPUs, with no spilled register and no stack: those who pass say how many registers."""
+    registers = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "registers":
+                registers.setdefault(value[0], []).append(value[1])
+    if registers:
+        terminalreporter.section("compiled for GPUs: no spills, no stack")
+    for kernels, counts in sorted(registers.items()):
+        terminalreporter.write_line(f"{kernels}: {len(counts)} kernels, {min(counts)} to {max(counts)} registers")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -1,5 +1,5 @@
 """The Triton backend without a GPU: interpreted, equal in bits; and compiled for GPUs, with what must be in the code
-and what must not. The registers of every kernel are printed (pytest -rP)."""
+and what must not. The summary names their registers."""
 
 import functools
 import itertools
@@ -223,14 +223,14 @@ FUSED = re.compile(
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("target", NVIDIA)
-def test_compiled_for_nvidia(target, name, tmp_path):
+def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     case = CASES[name]
     made = case.make()
     kernel = compiled(target, made)
     ptx = kernel.asm["ptx"]
     registers, stack, local = resources(kernel, tmp_path)
-    print(f"sm_{target} {name}: {registers} registers, {made[1]['num_warps']} warps")
     assert stack == local == 0, "registers are spilled"
+    record_property("registers", (f"Triton, sm_{target}", registers))
     assert not FUSED.search(ptx), "a multiplication and an addition are fused"
     assert ".ftz" not in ptx and ".approx" not in ptx
     there = Counter(re.findall(r"\b(?:ld|st)\.global\.v\d\.b\d+", ptx))
@@ -243,14 +243,14 @@ def test_compiled_for_nvidia(target, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_for_amd(name):
+def test_compiled_for_amd(name, record_property):
     case = CASES[name]
     code, options = case.make()
     made = code, options | {"num_warps": options["num_warps"] // 2}  # as `launch.WARPS` is where torch is built for AMD
     kernel = compiled(AMD, made)
     code = kernel.asm["amdgcn"]
     (registers,) = re.findall(r"^\s+\.vgpr_count:\s+(\d+)", code, re.M)
-    print(f"{AMD} {name}: {registers} vector registers")
+    record_property("registers", (f"Triton, {AMD}", int(registers)))
     for key in (".vgpr_spill_count", ".sgpr_spill_count", ".private_segment_fixed_size"):
         assert re.findall(rf"{re.escape(key)}:\s+(\d+)", code) == ["0"], f"{key}: registers are spilled"
     assert not FUSED.search(code), "a multiplication and an addition are fused"
