@@ -29,7 +29,10 @@ bool serves_every_gpu();
 class Stream {
  public:
   explicit Stream(const Device& device) : device_(device), guard_(device.index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream_));
+    // The macro that checks such calls has another name in torch 2.11 than in 2.13.
+    if (aoti_torch_get_current_cuda_stream(device.index(), &stream_)) {
+      fail("lomo_kernels: torch does not say what its current stream on ", name_of(device), " is");
+    }
   }
 
   void* get() const { return stream_; }
