@@ -11,10 +11,12 @@ import datetime
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ import torch
 from .measure import RESULTS, commit
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("build", "test", "sanitize", "bench")
 BACKENDS = ("cuda", "triton")
 # The tools see every access of every thread: some hundred times slower, so small cases of each kernel.
 SANITIZED = "every_key_of_the_random or in_the_same_pass and (33] or 65537]) or list_form or accumulates"
@@ -81,27 +82,29 @@ def bench() -> dict[str, Any]:
 def about() -> dict[str, Any]:
     """Device, driver, versions and commit."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout if _has("nvcc") else "none"
-    release = re.search(r"V([\d.]+)", nvcc)
-    versions = {}
-    for package in ("triton", "numpy"):
-        found = subprocess.run([sys.executable, "-m", "pip", "show", package], capture_output=True, text=True).stdout
-        version = re.search(r"^Version: (.*)$", found, re.M)
-        versions[package] = version[1] if version else "none"
+    nvcc = shutil.which("nvcc")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
+    release = re.search(r"V([\d.]+)", said)
     return {
         "device": torch.cuda.get_device_name(),
         "capability": list(torch.cuda.get_device_capability()),
         "driver": subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0],
         "nvcc": release[1] if release else "none",
         "torch": torch.__version__,
-        **versions,
+        "triton": _version("triton"),
         "commit": commit(),
         "date": str(datetime.date.today()),
     }
 
 
-def _has(program: str) -> bool:
-    return any(os.access(Path(folder) / program, os.X_OK) for folder in os.get_exec_path())
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+STAGES = {stage.__name__: stage for stage in (build, test, sanitize, bench)}
 
 
 def main() -> int:
@@ -120,7 +123,7 @@ def main() -> int:
     results["environment"] = environment
     failed = []
     for stage in stages:
-        results[stage] = globals()[stage]()
+        results[stage] = STAGES[stage]()
         failed += [f"{stage} {name}" for name, outcome in results[stage].items() if outcome["status"]]
         file.write_text(json.dumps(results, indent=1) + "\n")  # after each: the next may be cut off
     print(f"\nwritten to {file.relative_to(ROOT)}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))

@@ -15,11 +15,6 @@
 #define LOMO_FN static inline __attribute__((always_inline))
 #endif
 
-// Where a branch costs little and the other side is left out: on a GPU, and where its kernels are emulated.
-#if defined(__CUDA_ARCH__) || defined(LOMO_EMULATION)
-#define LOMO_BRANCHES 1
-#endif
-
 namespace lomo {
 namespace {
 
@@ -38,11 +33,13 @@ LOMO_FN float float_of(uint32_t bits) {
 LOMO_FN bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 LOMO_FN bool is_nan(float x) { return x != x; }
 
-// ---- Element types. Memory holds `Storage`; a register holds its bits in the low end of 32; arithmetic is in float32.
-// ---
+// ---- Element types ----
+//
+// Memory holds `Storage`; a register holds its bits in the low end of 32; arithmetic is in float32.
 
 struct Float32 {
   using Storage = uint32_t;
+  static constexpr int kPerHash = 1;  // elements that share a hash
   LOMO_FN float widen(uint32_t bits) { return float_of(bits); }
   LOMO_FN uint32_t nearest(float x) { return bits_of(x); }
   LOMO_FN uint32_t stochastic(float x, uint32_t /*random*/) { return bits_of(x); }
@@ -53,29 +50,33 @@ struct BFloat16 {
   static constexpr Storage kInfinity = 0x7f80;  // the least magnitude that is not finite
   LOMO_FN float widen(uint32_t bits) { return float_of(bits << 16); }
 
+  static constexpr int kPerHash = 2;
+
   // Adding less than one unit of the kept part to the magnitude, then cutting, rounds; a carry is the next exponent. A
   // NaN must be quiet already, as one that arithmetic made is: cutting keeps it a NaN, and a carry could make it zero.
-  LOMO_FN uint32_t round(float x, uint32_t bias) { return (bits_of(x) + (is_nan(x) ? 0u : bias)) >> 16; }
-  LOMO_FN uint32_t nearest(float x) { return round(x, 0x7fffu + ((bits_of(x) >> 16) & 1u)); }
+  // kOrdinary: x is no NaN, or one whose low 16 bits are zero, which no carry reaches. Arithmetic on bfloat16 and
+  // finite numbers makes no other.
+  template <bool kOrdinary = false>
+  LOMO_FN uint32_t round(float x, uint32_t bias) {
+    return (bits_of(x) + (!kOrdinary && is_nan(x) ? 0u : bias)) >> 16;
+  }
+  template <bool kOrdinary = false>
+  LOMO_FN uint32_t nearest(float x) {
+    return round<kOrdinary>(x, 0x7fffu + ((bits_of(x) >> 16) & 1u));
+  }
 
   // `random`: 16 bits. Rounds up with probability (bits cut) / 2^16. Never to infinity where `nearest` stays finite:
   // above the largest finite value, less than half a unit is cut instead.
+  template <bool kOrdinary = false>
   LOMO_FN uint32_t stochastic(float x, uint32_t random) {
-    return round(x, (bits_of(x) & 0x7fff8000u) == 0x7f7f0000u ? 0u : random);
-  }
-
-  // The same for an x that is no NaN, or one whose low 16 bits are zero, which no carry reaches: arithmetic on bfloat16
-  // and finite numbers makes no other.
-  LOMO_FN uint32_t round_ordinary(float x, uint32_t bias) { return (bits_of(x) + bias) >> 16; }
-  LOMO_FN uint32_t nearest_ordinary(float x) { return round_ordinary(x, 0x7fffu + ((bits_of(x) >> 16) & 1u)); }
-  LOMO_FN uint32_t stochastic_ordinary(float x, uint32_t random) {
-    return round_ordinary(x, (bits_of(x) & 0x7fff8000u) == 0x7f7f0000u ? 0u : random);
+    return round<kOrdinary>(x, (bits_of(x) & 0x7fff8000u) == 0x7f7f0000u ? 0u : random);
   }
 };
 
 struct Float16 {
   using Storage = uint16_t;
   static constexpr Storage kInfinity = 0x7c00;
+  static constexpr int kPerHash = 1;
   // The GPU's own conversions give the same bits as the formulas (but for which NaN a NaN becomes) in one instruction.
   LOMO_FN float widen(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
@@ -118,7 +119,7 @@ struct Float16 {
   // more for results below 2^-14. Rounds up with probability (bits cut) / 2^s. Never to infinity where `nearest` stays
   // finite, which is below 65520.
   LOMO_FN uint32_t stochastic(float x, uint32_t random) {
-#if defined(LOMO_BRANCHES)
+#if defined(__CUDA_ARCH__) || defined(LOMO_EMULATION)  // where a branch costs little and spares the other side
     if (is_ordinary(x)) return stochastic_ordinary(x, random);
 #endif
     const uint32_t u = bits_of(x) & 0x7fffffffu;
@@ -139,8 +140,9 @@ struct Float16 {
   }
 };
 
-// ---- Random bits: a counter through a hash, so they do not depend on threads, blocks, backends or sharding.
-// -----------
+// ---- Random bits ----
+//
+// A counter through a hash, so they do not depend on threads, blocks, backends or sharding.
 
 // A bijection of 64 bits (the increment and finaliser of SplitMix64, Steele, Lea and Flood 2014).
 LOMO_FN uint64_t mix64(uint64_t z) {
@@ -183,8 +185,7 @@ struct Shard {
   int64_t row_stride = INT64_MAX;
 };
 
-// ---- The update.
-// ------------------------------------------------------------------------------------------------------
+// ---- The update ----
 
 // What does not change from element to element. A factor that was not given is 1 and a clip value that was not given is
 // infinite: both are exact, so the formula has no branches.

@@ -70,16 +70,13 @@ def _load_cuda() -> str:
     except OSError as error:
         raise ImportError(f"{CUDA_LIBRARY.name} cannot be loaded: {error}") from error
     library.lomo_kernels_cuda_targets.restype = ctypes.c_char_p
-    usable = library.lomo_kernels_cuda_usable
-    usable.argtypes, usable.restype = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)], ctypes.c_int
-    for device in range(torch.cuda.device_count()):
-        reason = ctypes.c_char_p()
-        if not usable(device, ctypes.byref(reason)):
-            raise ImportError(f"{CUDA_LIBRARY.name} cannot run on GPU {device}: {(reason.value or b'').decode()}")
+    library.lomo_kernels_cuda_refusal.restype = ctypes.c_char_p
+    if reason := library.lomo_kernels_cuda_refusal():  # then it has registered nothing
+        raise ImportError(f"{CUDA_LIBRARY.name} cannot be used: {reason.decode()}")
     return str(library.lomo_kernels_cuda_targets().decode())
 
 
-def _load_triton(key: str = "CUDA") -> str:
+def _load_triton(key: str) -> str:
     """Returns Triton's version."""
     from . import triton  # only here: Triton takes a second to import
 
@@ -122,13 +119,13 @@ def _choose_for_cuda(forced: str | None) -> Choice:
     if forced == "cuda":
         return Choice("CUDA", "cuda", _load_cuda(), f"{VARIABLE}=cuda")
     if forced == "triton":
-        return Choice("CUDA", "triton", _load_triton(), f"{VARIABLE}=triton")
+        return Choice("CUDA", "triton", _load_triton("CUDA"), f"{VARIABLE}=triton")
     try:
         return Choice("CUDA", "cuda", _load_cuda(), "the compiled library has code for this GPU")
     except ImportError as error:
         why_not_cuda = str(error)
     try:
-        choice = Choice("CUDA", "triton", _load_triton(), why_not_cuda)
+        choice = Choice("CUDA", "triton", _load_triton("CUDA"), why_not_cuda)
     except ImportError as error:
         return Choice("CUDA", "none", str(error), why_not_cuda)
     if CUDA_LIBRARY.exists() and torch.version.cuda is not None:

@@ -338,6 +338,18 @@ def test_found_inf_may_be_a_number(device, flag):
     assert_same_bits(p, param)
 
 
+@every_rounding
+@every_param
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "clip_coef"])
+def test_a_scalar_that_is_any_nan_makes_nan(device, name, param_dtype, rounding):
+    """Tensors are not read by the host. A NaN of all bits must not round to zero, as a carry would make it."""
+    nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32).to(device)
+    scalars = {"lr": 0.5} | {name: nan}
+    param = oracle.ordinary(200, param_dtype).to(device)
+    ops.sgd_(param, torch.ones_like(param), rounding=rounding, **scalars)
+    assert param.isnan().all()
+
+
 def test_negative_zero_is_no_found_inf(device):
     param, grad = oracle.ordinary(100, torch.float32), oracle.ordinary(100, torch.float32, 1)
     p = param.to(device, copy=True)

@@ -58,7 +58,7 @@ template <bool kFinite, bool kStochastic>
 LOMO_FN uint32_t update_bfloat16(uint32_t param, float grad, const Scalars& s, uint32_t random) {
   if (!kFinite) return update_element<BFloat16, kStochastic>(param, grad, s, random);
   const float p = updated(BFloat16::widen(param), grad * s.inv_scale, s);
-  return kStochastic ? BFloat16::stochastic_ordinary(p, random) : BFloat16::nearest_ordinary(p);
+  return kStochastic ? BFloat16::stochastic<true>(p, random) : BFloat16::nearest<true>(p);
 }
 
 template <bool kFinite, bool kStochastic, class G>
@@ -108,11 +108,6 @@ LOMO_FN void update_group(uint16_t* __restrict p, const typename G::Storage* __r
 
 // ---- Runs ----
 
-template <class P>
-constexpr int kPerHash = 1;  // elements that share a hash
-template <>
-constexpr int kPerHash<BFloat16> = 2;
-
 // Whether a group's gradients are finite: then their products with a factor of at most 1 are. For 16 bits this takes
 // four instructions a vector less than to find it out in the update, of which arithmetic is two thirds of the time
 // (bfloat16 from memory, Zen 4).
@@ -160,13 +155,13 @@ LOMO_FN void update_run(typename P::Storage* p, const typename G::Storage* g, in
   // A float32 update waits for memory, whatever it computes.
   const bool look = sizeof(typename P::Storage) == 2 && is_finite(s.lr) && is_finite(s.clip_coef) &&
                     is_finite(s.decay) && s.inv_scale <= 1.0f && s.inv_scale >= -1.0f;
-  const uint64_t counter = stream.first_index / kPerHash<P>;
+  const uint64_t counter = stream.first_index / P::kPerHash;
   Random random{kStochastic ? block_key(stream.key, counter) : 0, static_cast<uint32_t>(counter)};
   int64_t i = 0;
-  if (const int64_t place = static_cast<int64_t>(stream.first_index % kPerHash<P>); place) {
+  if (const int64_t place = static_cast<int64_t>(stream.first_index % P::kPerHash); place) {
     i = n < kGroup - place ? n : kGroup - place;
     update_part<P, G, kStochastic>(p, g, place, i, s, random);
-    random.counter += kGroup / kPerHash<P>;
+    random.counter += kGroup / P::kPerHash;
   }
   for (; i + kGroup <= n; i += kGroup) {
     if (look && all_finite<G>(g + i)) {
@@ -174,7 +169,7 @@ LOMO_FN void update_run(typename P::Storage* p, const typename G::Storage* g, in
     } else {
       update_group<false, kStochastic>(p + i, g + i, s, random, P{}, G{});
     }
-    random.counter += kGroup / kPerHash<P>;
+    random.counter += kGroup / P::kPerHash;
   }
   if (i < n) update_part<P, G, kStochastic>(p + i, g + i, 0, n - i, s, random);
 }
@@ -182,7 +177,7 @@ LOMO_FN void update_run(typename P::Storage* p, const typename G::Storage* g, in
 // One key of random bits serves 2^32 counters.
 template <class P, class G, bool kStochastic>
 LOMO_FN void update_runs(void* param, const void* grad, int64_t n, const Scalars& s, Stream stream) {
-  constexpr uint64_t kPerKey = uint64_t{kPerHash<P>} << 32;
+  constexpr uint64_t kPerKey = uint64_t{P::kPerHash} << 32;
   auto* p = static_cast<typename P::Storage*>(param);
   const auto* g = static_cast<const typename G::Storage*>(grad);
   for (int64_t i = 0, m; i < n; i += m) {

@@ -60,6 +60,22 @@ bool shares_slots(const std::vector<E>& entries) {
   return std::adjacent_find(slots.begin(), slots.end()) != slots.end();
 }
 
+// Calls run(capacity) with how many tensors one launch shall take, as a constant.
+template <class E, class Run>
+void with_capacity(const std::vector<E>& entries, const Run& run) {
+  if (entries.size() == 1 || shares_slots(entries)) {
+    run(std::integral_constant<int, 1>{});
+  } else {
+    run(std::integral_constant<int, kTableEntries>{});
+  }
+}
+
+// Calls run(element type).
+template <class Run>
+void with_format(DType dtype, const Run& run) {
+  dtype == kFloat32 ? run(Float32{}) : dtype == kBFloat16 ? run(BFloat16{}) : run(Float16{});
+}
+
 // Fills `table` again and again from entries [begin, ...), launching each, until all are done.
 template <class Table, class E, class Launch>
 void launch_all(Table& table, std::vector<E>& entries, const WorkspaceSource& workspace, const Launch& launch) {
@@ -72,7 +88,7 @@ void launch_all(Table& table, std::vector<E>& entries, const WorkspaceSource& wo
       blocks += entry.blocks;
       if (entry.slot && entry.blocks > 1 && !table.workspace.partials) table.workspace = workspace();
     }
-    launch(table, blocks);
+    launch(blocks);
   }
 }
 

@@ -17,11 +17,6 @@ struct Arguments : Table<UpdateEntry, kCapacity> {
 };
 static_assert(sizeof(Arguments<kTableEntries>) <= 32764, "what a launch can take");
 
-template <class P>
-constexpr int kPerHash = 1;  // elements that share a hash
-template <>
-constexpr int kPerHash<BFloat16> = 2;
-
 // What a block's threads share: read and computed by one of them.
 struct Shared {
   float lr, decay, inv_scale, clip_value, clip_coef;
@@ -62,11 +57,11 @@ LOMO_DEVICE uint64_t index_of(const Shared& shared, uint32_t x) {
 // Random bits for kVector elements: 16 each for bfloat16, in pairs, 32 each for float16.
 template <class P>
 struct Random {
-  static constexpr int kWords = kVector / kPerHash<P>;
+  static constexpr int kWords = kVector / P::kPerHash;
   uint32_t words[kWords];
 
   __device__ __forceinline__ uint32_t get(int i) const {
-    return kPerHash<P> == 1 ? words[i] : i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
+    return P::kPerHash == 1 ? words[i] : i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
   }
 };
 
@@ -75,12 +70,12 @@ template <class P>
 LOMO_DEVICE void draw(Random<P>& random, const Shared& shared, uint32_t x, bool whole) {
   constexpr int kWords = Random<P>::kWords;
   const uint64_t first = index_of(shared, x), last = index_of(shared, x + kVector - 1);
-  const uint64_t counter = first / kPerHash<P>;
-  if (whole && last - first == kVector - 1 && counter >> 32 == shared.high && last / kPerHash<P> >> 32 == shared.high) {
+  const uint64_t counter = first / P::kPerHash;
+  if (whole && last - first == kVector - 1 && counter >> 32 == shared.high && last / P::kPerHash >> 32 == shared.high) {
     const uint32_t low = static_cast<uint32_t>(counter);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) random.words[w] = random_bits(shared.key, low + w);
-    if (first % kPerHash<P>) {  // an element then shares its hash with the one before it
+    if (first % P::kPerHash) {  // an element then shares its hash with the one before it
       const uint32_t next = random_bits(shared.key, low + kWords);
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
@@ -95,12 +90,12 @@ LOMO_DEVICE void draw(Random<P>& random, const Shared& shared, uint32_t x, bool 
   for (int w = 0; w < kWords; ++w) random.words[w] = 0;
 #pragma unroll 1
   for (int i = 0; i < kVector; ++i) {
-    const uint64_t index = index_of(shared, x + i), own = index / kPerHash<P>;
+    const uint64_t index = index_of(shared, x + i), own = index / P::kPerHash;
     const uint64_t key = own >> 32 == shared.high ? shared.key : block_key(shared.stream, own);
     uint32_t bits = random_bits(key, static_cast<uint32_t>(own));
-    if (kPerHash<P> == 2) bits = (index % 2 ? bits >> 16 : bits & 0xffffu) << (i % 2 * 16);
+    if (P::kPerHash == 2) bits = (index % 2 ? bits >> 16 : bits & 0xffffu) << (i % 2 * 16);
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) random.words[w] |= w == i / kPerHash<P> ? bits : 0;
+    for (int w = 0; w < kWords; ++w) random.words[w] |= w == i / P::kPerHash ? bits : 0;
   }
 }
 
@@ -140,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kResident<P, G, kStochastic>)
       load(p[k], entry.param, first, place_in_tile(k), range);
     }
     if (tile == 0) {  // while the first loads are under way
-      if (threadIdx.x == 0) prepare(shared, entry, arguments.step, kStochastic, kPerHash<P>);
+      if (threadIdx.x == 0) prepare(shared, entry, arguments.step, kStochastic, P::kPerHash);
       __syncthreads();
       scalars.lr = shared.lr;
       scalars.decay = shared.decay;
@@ -176,35 +171,17 @@ UpdateEntry entry_for(const Parameter& parameter) {
   return entry;
 }
 
-template <class P, class G, bool kStochastic>
+template <class P, class G>
 void run(std::vector<UpdateEntry>& entries, const Step& step, const WorkspaceSource& workspace, void* stream) {
-  const auto in_launches_of = [&](auto capacity) {
+  with_capacity(entries, [&](auto capacity) {
     Arguments<capacity()> arguments{};
     arguments.step = step;
-    launch_all(arguments, entries, workspace, [&](const auto&, uint32_t blocks) {
-      launch(sgd_kernel<P, G, kStochastic, capacity()>, blocks, arguments, stream);
+    launch_all(arguments, entries, workspace, [&](uint32_t blocks) {
+      constexpr bool kRounds = sizeof(typename P::Storage) < 4;
+      launch(kRounds && step.stochastic ? sgd_kernel<P, G, kRounds, capacity()> : sgd_kernel<P, G, false, capacity()>,
+             blocks, arguments, stream);
     });
-  };
-  if (entries.size() == 1 || shares_slots(entries)) {
-    in_launches_of(std::integral_constant<int, 1>{});
-  } else {
-    in_launches_of(std::integral_constant<int, kTableEntries>{});
-  }
-}
-
-template <class P>
-void run(DType grad, std::vector<UpdateEntry>& entries, const Step& step, const WorkspaceSource& workspace,
-         void* stream) {
-  constexpr bool kRounds = sizeof(typename P::Storage) < 4;
-  const auto with = [&](auto g) {
-    using G = decltype(g);
-    if (kRounds && step.stochastic) {
-      run<P, G, kRounds>(entries, step, workspace, stream);
-    } else {
-      run<P, G, false>(entries, step, workspace, stream);
-    }
-  };
-  grad == kFloat32 ? with(Float32{}) : grad == kBFloat16 ? with(BFloat16{}) : with(Float16{});
+  });
 }
 
 }  // namespace
@@ -219,10 +196,11 @@ void sgd(const std::vector<Parameter>& parameters, const Step& step, const Works
         }
       }
       if (entries.empty()) continue;
-      const DType grad = static_cast<DType>(g);
-      p == kFloat32    ? run<Float32>(grad, entries, step, workspace, stream)
-      : p == kBFloat16 ? run<BFloat16>(grad, entries, step, workspace, stream)
-                       : run<Float16>(grad, entries, step, workspace, stream);
+      with_format(static_cast<DType>(p), [&](auto param) {
+        with_format(static_cast<DType>(g), [&](auto grad) {
+          run<decltype(param), decltype(grad)>(entries, step, workspace, stream);
+        });
+      });
     }
   }
 }

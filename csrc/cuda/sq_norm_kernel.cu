@@ -47,17 +47,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 template <class G>
 void run(std::vector<Entry>& entries, const Number& inv_scale, const WorkspaceSource& workspace, void* stream) {
-  const auto in_launches_of = [&](auto capacity) {
+  with_capacity(entries, [&](auto capacity) {
     Arguments<capacity()> arguments{};
     arguments.inv_scale = inv_scale;
     launch_all(arguments, entries, workspace,
-               [&](const auto&, uint32_t blocks) { launch(sq_norm_kernel<G, capacity()>, blocks, arguments, stream); });
-  };
-  if (entries.size() == 1 || shares_slots(entries)) {
-    in_launches_of(std::integral_constant<int, 1>{});
-  } else {
-    in_launches_of(std::integral_constant<int, kTableEntries>{});
-  }
+               [&](uint32_t blocks) { launch(sq_norm_kernel<G, capacity()>, blocks, arguments, stream); });
+  });
 }
 
 }  // namespace
@@ -72,9 +67,9 @@ void sq_norm(const std::vector<Gradient>& gradients, const Number& inv_scale, co
       deal(entries.back(), gradient, 0);
     }
     if (entries.empty()) continue;
-    dtype == kFloat32    ? run<Float32>(entries, inv_scale, workspace, stream)
-    : dtype == kBFloat16 ? run<BFloat16>(entries, inv_scale, workspace, stream)
-                         : run<Float16>(entries, inv_scale, workspace, stream);
+    with_format(static_cast<DType>(dtype), [&](auto grad) {
+      run<decltype(grad)>(entries, inv_scale, workspace, stream);
+    });
   }
 }
 

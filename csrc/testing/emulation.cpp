@@ -93,7 +93,6 @@ void launch(uint32_t blocks, uint32_t threads, const std::function<void()>& kern
     run_block(threads);
   }
   ++launches;
-  blocks_run += blocks;
 }
 
 void block_barrier() { wait_at(Place::block_barrier); }

@@ -29,8 +29,8 @@ namespace emulation {
 // The order in which blocks run: 0 is ascending, 1 descending (threads too), others are seeds of a shuffle.
 inline uint64_t block_order = 0;
 
-// What the last launches did, for tests that want to know: cleared by whoever looks.
-inline uint64_t launches = 0, blocks_run = 0;
+// How many launches there were.
+inline uint64_t launches = 0;
 
 // Runs kernel() once in each of `threads` threads of each of `blocks` blocks, and returns when all have ended.
 // Throws std::logic_error where a thread waits at a barrier and another of its block or warp has ended or waits

@@ -42,7 +42,7 @@ class Pass:
     changes_weights = False
 
     def __init__(self, devices: Iterable[torch.device], *, scaled: bool) -> None:
-        self.scaled = scaled  # the gradients carry the loss scale
+        self.scaled = scaled
         self.serial = next(_serials)
         self._streams = Streams(devices)
         self._buffers: dict[tuple[GroupScalars, torch.cuda.Stream | None], _Buffer] = {}

@@ -202,7 +202,6 @@ def draw(
         parity = (first & SHIFT).to(tl.int32)
         counter = (first >> SHIFT).to(tl.uint32) + ((place + parity) >> SHIFT).to(tl.uint32)
         odd = ((place + parity) & 1).to(tl.uint32)
-    # Counters grow, so a block has one key or two, unless its rows are more than 2**32 counters apart.
     first_high = first >> (32 + SHIFT)
     last_high = last >> (32 + SHIFT)
     first_key = mix64(stream ^ first_high.to(tl.uint64))
@@ -210,13 +209,10 @@ def draw(
     if last_high == first_high:
         bits = random_bits(first_key, counter)
     else:
-        last_key = mix64(stream ^ last_high.to(tl.uint64))
-        if ROWS:
-            if last_high - first_high > 1:
-                key = mix64(stream ^ high.to(tl.uint64))
-            else:
-                key = tl.where(high == first_high, first_key, last_key)
+        if ROWS:  # in any number, and rare
+            key = mix64(stream ^ high.to(tl.uint64))
         else:
+            last_key = mix64(stream ^ last_high.to(tl.uint64))
             key = tl.where(counter >= (first >> SHIFT).to(tl.uint32), first_key, last_key)
         bits = random_bits(key, counter)
     if dtype == tl.bfloat16:
