@@ -197,9 +197,8 @@ void sgd(const std::vector<Parameter>& parameters, const Step& step, const Works
       }
       if (entries.empty()) continue;
       with_format(static_cast<DType>(p), [&](auto param) {
-        with_format(static_cast<DType>(g), [&](auto grad) {
-          run<decltype(param), decltype(grad)>(entries, step, workspace, stream);
-        });
+        with_format(static_cast<DType>(g),
+                    [&](auto grad) { run<decltype(param), decltype(grad)>(entries, step, workspace, stream); });
       });
     }
   }

@@ -67,9 +67,8 @@ void sq_norm(const std::vector<Gradient>& gradients, const Number& inv_scale, co
       deal(entries.back(), gradient, 0);
     }
     if (entries.empty()) continue;
-    with_format(static_cast<DType>(dtype), [&](auto grad) {
-      run<decltype(grad)>(entries, inv_scale, workspace, stream);
-    });
+    with_format(static_cast<DType>(dtype),
+                [&](auto grad) { run<decltype(grad)>(entries, inv_scale, workspace, stream); });
   }
 }
 
