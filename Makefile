@@ -36,7 +36,9 @@ bench: testing $(stamps)/bench   ## all measurements
 	$(bin)/python -m pytest bench --benchmark-enable --benchmark-only $(ARGS)
 
 gpu:             ## build, tests, sanitizers and measurements on a GPU, with PYTHON's own torch; ARGS="bench" selects
-	@$(PYTHON) -c 'import torch' || { echo "make gpu runs in your own environment: PYTHON=... names a Python with torch (CUDA), pytest, hypothesis, cmake, ninja." >&2; exit 1; }
+	@$(PYTHON) -c 'import torch, pytest, hypothesis, pytest_timeout, pytest_benchmark' || { echo "make gpu runs in your own" \
+	  "environment: PYTHON=... names a Python with torch (CUDA), pytest, pytest-timeout, pytest-benchmark, hypothesis," \
+	  "setuptools>=77, cmake and ninja." >&2; exit 1; }
 	@$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(stamps)/lint   ## formatters, linter and type checker

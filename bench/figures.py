@@ -15,8 +15,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def newest() -> dict[str, Path]:
-    """The newest file of each device: names are ``<device>-<year>-<month>-<day>.json``."""
-    return {file.stem[:-11]: file for file in sorted(RESULTS.glob("*.json"), key=lambda file: file.stem[-10:])}
+    """The newest file of each device with measurements: names are ``<device>-<year>-<month>-<day>.json``."""
+    files = sorted(RESULTS.glob("*.json"), key=lambda file: file.stem[-10:])
+    return {file.stem[:-11]: file for file in files if {"bench", "update"} & json.loads(file.read_text()).keys()}
 
 
 def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:

@@ -33,6 +33,8 @@ SANITIZED = "every_key_of_the_random or in_the_same_pass and (33] or 65537]) or 
 def run(command: list[str], **env: str) -> dict[str, Any]:
     """Runs a command, showing its output; returns status, seconds and the output's end."""
     print("+", " ".join([f"{name}={value}" for name, value in env.items()] + command), flush=True)
+    if not shutil.which(command[0]):
+        return {"status": 127, "seconds": 0.0, "output": [f"{command[0]} is not on PATH"]}
     start = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -81,14 +83,16 @@ def bench() -> dict[str, Any]:
 
 def about() -> dict[str, Any]:
     """Device, driver, versions and commit."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    smi = shutil.which("nvidia-smi")
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] if smi else "unknown"
     nvcc = shutil.which("nvcc")
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
     release = re.search(r"V([\d.]+)", said)
     return {
         "device": torch.cuda.get_device_name(),
         "capability": list(torch.cuda.get_device_capability()),
-        "driver": subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0],
+        "driver": driver,
         "nvcc": release[1] if release else "none",
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -118,7 +122,7 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
     file = RESULTS / f"{name}-{environment['date']}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    if results.get("environment", {}).get("commit") != environment["commit"]:
+    if results.get("environment", {}).get("commit") != environment["commit"] or environment["commit"] == "unknown":
         results = {}
     results["environment"] = environment
     failed = []

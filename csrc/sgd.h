@@ -40,12 +40,13 @@ inline Update update_of(const Tensor& param, const Tensor& grad, const Device& d
   return update;
 }
 
-// Two names of one parameter would update it twice. Strided views may interleave, so only contiguous ones are compared.
+// Two names of one parameter would update it twice. Strided views may interleave, so only those without gaps are
+// compared.
 inline void check_apart(const std::vector<Update>& updates, const char* op) {
   std::vector<std::pair<const char*, const char*>> ranges;
   ranges.reserve(updates.size());
   for (const Update& update : updates) {
-    if (update.param.contiguous && update.param.numel) ranges.push_back(update.param.range());
+    if (update.param.numel && is_dense(update.param)) ranges.push_back(update.param.range());
   }
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i) {

@@ -125,12 +125,9 @@ def _choose_for_cuda(forced: str | None) -> Choice:
     except ImportError as error:
         why_not_cuda = str(error)
     try:
-        choice = Choice("CUDA", "triton", _load_triton("CUDA"), why_not_cuda)
+        return Choice("CUDA", "triton", _load_triton("CUDA"), why_not_cuda)
     except ImportError as error:
         return Choice("CUDA", "none", str(error), why_not_cuda)
-    if CUDA_LIBRARY.exists() and torch.version.cuda is not None:
-        warnings.warn(f"lomo_kernels: {why_not_cuda}. Triton's kernels take over", stacklevel=2)
-    return choice
 
 
 def _no_gpu(forced: str | None, reason: str, remedy: str) -> Choice:
@@ -147,10 +144,14 @@ _lock = threading.Lock()  # hooks of several devices run in several threads
 def choice(key: str) -> Choice:
     """The implementation in force for the dispatch key "CPU" or "CUDA", chosen now where it was not yet."""
     with _lock:
-        if key not in _chosen:
-            choose = _choose_for_cpu if key == "CPU" else _choose_for_cuda
-            _chosen[key] = choose(_forced)
-        return _chosen[key]
+        new = key not in _chosen
+        if new:
+            _chosen[key] = (_choose_for_cpu if key == "CPU" else _choose_for_cuda)(_forced)
+        chosen = _chosen[key]
+    unusable = torch.version.cuda is not None and CUDA_LIBRARY.exists()  # there, and not chosen
+    if new and key == "CUDA" and chosen.backend == "triton" and not _forced and unusable:
+        warnings.warn(f"lomo_kernels: {chosen.reason}. Triton's kernels take over", stacklevel=2)
+    return chosen
 
 
 def check_device(device: torch.device) -> None:

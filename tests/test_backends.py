@@ -97,17 +97,35 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
     if LIBRARY in there or BROKEN in there:
         file.touch()
     for forced, outcome in SITUATIONS[there].items():
+        monkeypatch.setattr(backends, "_forced", forced)
+        monkeypatch.setattr(backends, "_chosen", {})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                choice = backends._choose_for_cuda(forced)
+                choice = backends.choice("CUDA")
             except ImportError as error:
                 assert outcome in str(error) and forced is not None, (forced, error)
                 continue
+            assert backends.choice("CUDA") is choice
         assert f"{choice.backend}{', with a warning' if caught else ''}" == outcome, choice
         assert choice.detail and choice.reason
         if caught:
             assert len(caught) == 1 and "no code for this GPU" in str(caught[0].message)
+
+
+def test_the_choice_is_kept_where_its_warning_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "_cuda.so").touch()
+    monkeypatch.setattr(backends, "CUDA_LIBRARY", tmp_path / "_cuda.so")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends, "_chosen", {})
+    chosen = backends.Choice("CUDA", "triton", "Triton", "no code for this GPU")
+    monkeypatch.setattr(backends, "_choose_for_cuda", lambda forced: chosen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="no code for this GPU"):
+            backends.choice("CUDA")
+    assert backends.choice("CUDA") is chosen
 
 
 def test_cuda_tensors_without_a_backend_are_refused_with_reason_and_remedy(monkeypatch):

@@ -7,6 +7,7 @@ import gc
 import io
 import math
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -599,6 +600,17 @@ def test_an_error_inside_backward_leaves_the_optimizer_usable(
     assert optimizer.loss_scale.item() == textbook.loss_scale
 
 
+def test_a_parameter_whose_elements_share_memory() -> None:
+    with pytest.raises(ValueError, match="share one place in memory"):
+        Lomo([vector(1.0), nn.Parameter(torch.ones(1, 300).expand(400, 300))])
+
+
+@pytest.mark.parametrize("scale", [1e39, 1e-320, 2.0**-25])
+def test_a_loss_scale_that_float32_cannot_hold(scale: float) -> None:
+    with pytest.raises(ValueError, match="expected a number from"):
+        Lomo([vector(1.0)], loss_scale=scale)
+
+
 def test_a_step_inside_a_step() -> None:
     model = transformer()
     optimizer = Lomo(model, lr=0.1)
@@ -607,6 +619,30 @@ def test_a_step_inside_a_step() -> None:
         optimizer.backward(loss_of(model, 0))
     handle.remove()
     trains_as_the_textbook(optimizer, model, lr=0.1)
+
+
+def test_a_step_inside_a_step_in_a_thread_of_autograd() -> None:
+    """On GPUs hooks run in threads of the engine; a hook that waited for the step would wait for itself."""
+    model, told = transformer(), []
+    optimizer = Lomo(model, lr=0.1)
+
+    def start_another(_: Tensor) -> None:
+        def run() -> None:
+            v = vector(1.0)
+            v.register_hook(lambda _: optimizer.backward(loss_of(model, 1)))
+            try:
+                v.sum().backward()
+            except RuntimeError as error:
+                told.append(str(error))
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(timeout=20)
+
+    handle = model.head.weight.register_hook(torch.enable_grad()(start_another))
+    optimizer.backward(loss_of(model, 0))
+    handle.remove()
+    assert len(told) == 1 and "inside another" in told[0]
 
 
 def test_a_step_of_another_optimizer_inside_a_step() -> None:

@@ -815,6 +815,17 @@ def test_a_gradient_in_the_parameters_memory_is_refused():
         refused(lambda p=param, g=grad: ops.sgd_(p, g, lr=0.1), [memory], RuntimeError, "param … grad … memory")
 
 
+@pytest.mark.skipif(PLAIN_TORCH, reason="plain torch may read what it writes")
+@pytest.mark.parametrize("views", [(True, True), (False, True)], ids=["two transposed", "one transposed"])
+def test_two_views_of_one_parameter_in_a_list_are_refused(device, views):
+    whole = torch.ones(8, 8, device=device)
+    params = [whole.t() if transposed else whole for transposed in views]
+    params = [param.view_as(param) for param in params]  # two tensors
+    with pytest.raises(RuntimeError, match="two params share memory"):
+        ops.sgd_list_(params, [torch.ones(8, 8, device=device)] * 2, lr=0.25)
+    assert (whole == 1).all()
+
+
 def test_parts_of_one_tensor_that_do_not_overlap_are_fine(device):
     memory = torch.ones(12, device=device)
     ops.sgd_(memory[:6], memory[6:], lr=0.25)

@@ -24,7 +24,7 @@ bool has_code_for(int major, int minor) {
 }  // namespace
 
 // Null where this library has code for every visible GPU and the driver can run it, else why not. Makes no CUDA
-// context: that takes hundreds of megabytes on the GPU, and forbids a later fork.
+// context, which would take hundreds of megabytes on the GPU.
 LOMO_EXPORT const char* lomo_kernels_cuda_refusal(void) {
   static thread_local std::string reason;
   int count = 0;

@@ -94,6 +94,7 @@ def sgd_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
+        RuntimeError: elements of `param` share memory with each other or with `grad`; nothing is changed then.
     """
     check_pair("sgd_", param, grad)
     check_served(param)
@@ -141,6 +142,7 @@ def sgd_list_(
 
     Raises:
         TypeError, ValueError: as `sgd_`, lists of different lengths, a parameter twice; nothing is changed then.
+        RuntimeError: as `sgd_`, or two parameters that share memory; nothing is changed then.
     """
     op = "sgd_list_"
     params, grads = as_list(op, "params", params), as_list(op, "grads", grads)

@@ -527,7 +527,9 @@ class Lomo(torch.optim.Optimizer):
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One step at a time: another thread waits, a hook that starts one inside another is told."""
-        if self._busy_thread == threading.get_ident():
+        # On GPUs autograd runs hooks in threads of its own, which would wait here for the step that waits for them.
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self._busy_thread == threading.get_ident() or (in_backward and self._busy.locked()):
             raise RuntimeError("Lomo: a step was started inside another one of the same optimizer")
         with self._busy:
             self._busy_thread = threading.get_ident()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import check_device
-from ..ops._arguments import DTYPES
+from ..ops._arguments import DTYPES, overlaps_itself
 
 #: The optimizer that manages a parameter: two would both consume its gradient. Entries die with the parameter.
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -62,7 +62,7 @@ def check_parameter(name: str, param: Any, optimizer: object) -> None:
 
     Raises:
         TypeError: not a tensor, or of a dtype the kernels do not take.
-        ValueError: not a leaf, sparse, or uninitialised.
+        ValueError: not a leaf, sparse, uninitialised, or with elements that share memory.
         NotImplementedError: a DTensor, or on a device no backend serves.
         RuntimeError: managed by another optimizer already.
     """
@@ -81,6 +81,11 @@ def check_parameter(name: str, param: Any, optimizer: object) -> None:
         raise TypeError(f"Lomo: {name} has dtype {param.dtype}, expected float32, bfloat16 or float16")
     if param.layout != torch.strided:
         raise ValueError(f"Lomo: {name} has layout {param.layout}, expected a dense (strided) tensor")
+    if overlaps_itself(param):
+        raise ValueError(
+            f"Lomo: several elements of {name} share one place in memory (an expanded tensor?), which cannot be "
+            "updated in place; pass a contiguous parameter"
+        )
     check_device(param.device)
     owner = _owners[param]() if param in _owners else None
     if owner is not None and owner is not optimizer:

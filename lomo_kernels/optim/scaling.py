@@ -20,6 +20,7 @@ LARGEST_FLOAT16_SCALE = 2.0**15
 
 # A scale that keeps falling is not what keeps a gradient from being finite; its inverse must stay finite in float32.
 SMALLEST_SCALE = 2.0**-24
+LARGEST_SCALE = 2.0**100
 
 
 class LossScale:
@@ -44,6 +45,11 @@ class LossScale:
                 raise ValueError(f'Lomo: loss_scale is {wanted!r}, expected "auto", None, a number > 0 or "dynamic"')
         elif wanted is not None:
             check_positive("loss_scale", wanted)
+            if not SMALLEST_SCALE <= wanted <= LARGEST_SCALE:
+                raise ValueError(
+                    f"Lomo: loss_scale is {wanted}, expected a number from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}, "
+                    "which it and its inverse are exact enough for in float32"
+                )
 
     @property
     def used(self) -> bool:

@@ -62,16 +62,6 @@ def reach(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * size
 
 
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may lie in the same place (an expanded tensor, say)."""
-    far = 0
-    for stride, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
-        if stride <= far:
-            return True
-        far += stride * (n - 1)
-    return False
-
-
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, in some order of the dimensions."""
     expected = 1
@@ -232,7 +222,9 @@ _tables = Workspaces(torch.int64, zeroed=False)
 table_lock = threading.Lock()
 #: Host copies of captured tables: a replay reads them again.
 _captured: list[Tensor] = []
-#: Pinned memory set aside for them by calls that are not captured, since a capture may refuse to allocate any.
+#: Pinned memory set aside for them by calls that are not captured, since a capture may refuse to allocate any. 8 MiB:
+#: 200 captured calls of 500 small tensors.
+RESERVE = 2**20
 _reserve = torch.empty(0, dtype=torch.int64)
 
 
@@ -279,9 +271,9 @@ def _staged(numbers: Tensor, device: torch.device) -> Tensor:
         return numbers
     size = numbers.numel()
     if not is_capturing(device):
-        if _reserve.numel() < 16 * size:
+        if _reserve.numel() < min(16 * size, RESERVE):
             with torch.inference_mode(False):
-                _reserve = torch.empty(max(2**17, 64 * size), dtype=torch.int64, pin_memory=True)
+                _reserve = torch.empty(RESERVE, dtype=torch.int64, pin_memory=True)
         return numbers.pin_memory()
     if _reserve.numel() < size:
         mine = numbers.pin_memory()
