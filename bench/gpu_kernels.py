@@ -82,11 +82,11 @@ def kernel_section() -> dict[str, Any]:
         for name, dtype in DTYPES.items():
             calls, streams = contestants(n, dtype)
             seconds = interleave(calls)
-            copy = [2 / each for each in seconds["copy"]]  # streams per second
+            copy = [each / streams["copy"] for each in seconds["copy"]]  # seconds per stream
             print(f"\n{size} elements, {name}: us, GB/s, fraction of the copy's speed (quartiles)")
             for contestant, samples in seconds.items():
                 own = [each / streams[contestant] for each in samples]
-                fraction = ratios([1 / each for each in copy], own)
+                fraction = ratios(copy, own)
                 median = statistics.median(samples)
                 speed = streams[contestant] * n * dtype.itemsize / median
                 section.setdefault(size, {}).setdefault(name, {})[contestant] = {

@@ -24,7 +24,9 @@ struct Update {
   Shard shard;
 };
 
-inline Update update_of(const Tensor& param, const Tensor& grad, const Device& device, const char* op) {
+// `sq_norm` may be null.
+inline Update update_of(const Tensor& param, const Tensor& grad, const Tensor* sq_norm, int64_t parameter_id,
+                        const Shard& shard, const Device& device, const char* op) {
   LOMO_CHECK(same_shape(param, grad), op, ": grad has shape ", shape_of(grad), ", param has shape ", shape_of(param));
   Update update;
   update.grad = view_of(grad, const_cast<void*>(grad.const_data_ptr()), device, op, "grad");
@@ -37,6 +39,9 @@ inline Update update_of(const Tensor& param, const Tensor& grad, const Device& d
     const auto [g_begin, g_end] = update.grad.range();
     LOMO_CHECK(p_end <= g_begin || g_end <= p_begin, op, ": param and grad share memory");
   }
+  update.parameter_id = parameter_id;
+  if (sq_norm) update.slot = slot_of(*sq_norm, device, op, "sq_norm");
+  update.shard = shard;
   return update;
 }
 
@@ -67,11 +72,8 @@ inline std::vector<Update> updates_of(const std::vector<Tensor>& params, const s
   std::vector<Update> updates;
   updates.reserve(n);
   for (size_t i = 0; i < n; ++i) {
-    Update update = update_of(params[i], grads[i], device, op);
-    update.parameter_id = parameter_id[i];
-    if (!sq_norm.empty()) update.slot = slot_of(sq_norm[i], device, op, "sq_norm");
-    if (!shard.empty()) update.shard = shard_of(shard.data() + 3 * i, 3, op);
-    updates.push_back(std::move(update));
+    updates.push_back(update_of(params[i], grads[i], sq_norm.empty() ? nullptr : &sq_norm[i], parameter_id[i],
+                                shard.empty() ? Shard{} : shard_of(shard.data() + 3 * i, 3, op), device, op));
   }
   check_apart(updates, op);
   return updates;

@@ -40,9 +40,14 @@ def mix64(z: int) -> int:
     return z ^ (z >> 31)
 
 
+def parameter_key(seed: int, parameter_id: int) -> int:
+    """The part of `stream_key` that is the same in every step."""
+    return mix64(mix64(seed & MASK64) ^ (parameter_id & MASK64))
+
+
 def stream_key(seed: int, parameter_id: int, step: int) -> int:
     """The 64-bit key of one parameter's random bits in one step."""
-    return mix64(mix64(mix64(seed & MASK64) ^ (parameter_id & MASK64)) ^ (step & MASK64))
+    return mix64(parameter_key(seed, parameter_id) ^ (step & MASK64))
 
 
 def random_bits(stream: int, counter: Tensor) -> Tensor:
