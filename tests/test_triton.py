@@ -127,7 +127,12 @@ def test_the_interpreted_kernels_have_the_digests_of_the_reference(run_python):
 NVIDIA = (75, 80, 90, 100, 120)
 AMD = "gfx942"
 TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
-POINTERS = {"partials": "*fp64", "counter": "*i64", "counters": "*i64", "table": "*i64"}
+POINTERS = {"partials": "*fp64", "counters": "*i64", "table": "*i64"}
+#: What is absent in each form of a kernel, and whether it reads a table.
+FORMS = {
+    "single": {"table": None, "COLUMNS": 0},
+    "list": {"param": None, "grad": None, "COLUMNS": launch.COLUMNS.value},
+}
 
 
 def source(kernel, pointers, constants, aligned=True):
@@ -148,18 +153,18 @@ def source(kernel, pointers, constants, aligned=True):
 
 def update(p, g, stochastic, *, rows=False, pairs=True, norm=False, clamp=False, aligned=True, listed=False):
     constants = {"P": TYPES[p], "G": TYPES[g], "STOCHASTIC": stochastic, "ROWS": rows, "PAIRS": pairs}
-    constants |= {"NORM": norm, "CLAMP": clamp, "BLOCK": BLOCK, "ALIGNED": aligned, "COLUMNS": launch.COLUMNS.value}
+    constants |= {"NORM": norm, "CLAMP": clamp, "BLOCK": BLOCK, "ALIGNED": aligned and listed}
+    constants |= FORMS["list" if listed else "single"]
     pointers = POINTERS | {"param": f"*{p}", "grad": f"*{g}"}
     if not norm:
-        constants |= {"partials": None, "counter": None, "counters": None}
-    kernel = sgd.sgd_list_kernel if listed else sgd.sgd_kernel
-    return source(kernel, pointers, constants, aligned), sgd.options(p == "bf16", stochastic, rows, norm)
+        constants |= {"partials": None, "counters": None}
+    return source(sgd.sgd_kernel, pointers, constants, aligned), sgd.options(p == "bf16", stochastic, rows, norm)
 
 
 def norm_of(g, *, aligned=True, listed=False):
-    constants = {"G": TYPES[g], "BLOCK": BLOCK, "ALIGNED": aligned, "COLUMNS": launch.COLUMNS.value}
-    kernel = sq_norm.sq_norm_list_kernel if listed else sq_norm.sq_norm_kernel
-    return source(kernel, POINTERS | {"grad": f"*{g}"}, constants, aligned), launch.options()
+    constants = {"G": TYPES[g], "BLOCK": BLOCK, "ALIGNED": aligned and listed}
+    constants |= FORMS["list" if listed else "single"]
+    return source(sq_norm.sq_norm_kernel, POINTERS | {"grad": f"*{g}"}, constants, aligned), launch.options()
 
 
 def size_of(name):
@@ -311,28 +316,27 @@ def specialized(kernel, **changed):
     """What a launch for these arguments is compiled for: a type, and what is known of the value, for each."""
     numbers = {parameter.name: 3 for parameter in kernel.params}
     tensors = {"param": torch.zeros(64), "grad": torch.zeros(64), "table": torch.zeros(64, dtype=torch.int64)}
-    given = numbers | tensors | {"partials": None, "counter": None, "counters": None} | changed
+    given = numbers | tensors | {"partials": None, "counters": None} | changed
     binder = create_function_from_signature(
         kernel.signature, kernel.params, triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
     )
     return binder(**{parameter.name: given[parameter.name] for parameter in kernel.params})[1]
 
 
-@pytest.mark.parametrize(
-    "kernel", [sgd.sgd_kernel, sgd.sgd_list_kernel, sq_norm.sq_norm_kernel, sq_norm.sq_norm_list_kernel]
-)
-def test_no_number_makes_another_variant(kernel):
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", [sgd.sgd_kernel, sq_norm.sq_norm_kernel])
+def test_no_number_makes_another_variant(kernel, form):
     """Sizes, addresses, keys and the bits of scalars: a compilation for one would come in the midst of training."""
-    usual = specialized(kernel)
+    usual = specialized(kernel, **FORMS[form])
     names = [p.name for p in kernel.params if not p.is_constexpr and p.annotation_type]
     assert len(names) >= 4
     for name in names:
         large = [] if name == "kinds" else [2**31, 2**40, -(2**63)]
         for value in (0, 1, 16, 2**20, -1, *large):
-            assert specialized(kernel, **{name: value}) == usual, (name, value)
+            assert specialized(kernel, **FORMS[form], **{name: value}) == usual, (name, value)
 
 
 def test_alignment_makes_another_variant():
-    usual = specialized(sgd.sgd_kernel)
-    assert specialized(sgd.sgd_kernel, grad=torch.zeros(64)[4:]) == usual
-    assert specialized(sgd.sgd_kernel, grad=torch.zeros(64)[1:]) != usual
+    usual = specialized(sgd.sgd_kernel, **FORMS["single"])
+    assert specialized(sgd.sgd_kernel, **FORMS["single"], grad=torch.zeros(64)[4:]) == usual
+    assert specialized(sgd.sgd_kernel, **FORMS["single"], grad=torch.zeros(64)[1:]) != usual

@@ -128,11 +128,9 @@ def test_elements_beyond_32_bits(dtype, far):
     key = launch.parameter_key(3, 0)
     row = [*addresses, 0, far + n, -(far // BLOCK), key, 0, 2**62, 2**62]
     numbers, kinds = launch.scalars("sgd_", param.device, [("", torch.tensor(0.03).double(), 0.0)])
-    zero, one, infinity = launch.scalars("", param.device, [("", None, x) for x in (0.0, 1.0, math.inf)])[0][:3]
-    sgd.sgd_list_kernel[(2,)](
-        torch.tensor([*row, 0, 0]),
-        launch.COLUMNS.value,
-        0,
+    zero, one, infinity = launch.scalars("", param.device, [("", None, x) for x in (0.0, 1.0, math.inf)])[0]
+    sgd.sgd_kernel[(2,)](
+        *(None, None, 0),
         numbers[0],
         zero,
         one,
@@ -141,6 +139,10 @@ def test_elements_beyond_32_bits(dtype, far):
         zero,
         0,
         kinds,
+        *(0, 0, 0, 0, 0),
+        torch.tensor([*row, 0, 0]),
+        launch.COLUMNS.value,
+        0,
         None,
         None,
         P=launch.TYPES[dtype],
@@ -310,7 +312,7 @@ def test_vectors_are_promised_only_where_all_addresses_allow_them(module, monkey
         def __getitem__(self, grid):
             return lambda *_, **constants: promised.append((grid, constants["ALIGNED"]))
 
-    kernel = "sgd_list_kernel" if module is sgd else "sq_norm_list_kernel"
+    kernel = "sgd_kernel" if module is sgd else "sq_norm_kernel"
     monkeypatch.setattr(module, kernel, Kernel())
     memory = torch.zeros(8, 64)
     grads = [memory[0], memory[1, 1:], memory[2, 2:], memory[3, 4:]]
@@ -339,8 +341,8 @@ def test_workspaces_made_in_inference_mode_serve_outside_of_it():
 def test_scalars_that_are_not_read_by_the_host():
     """Under the interpreter every tensor with a dimension, or of float32, is used by its address, as on a GPU."""
     given = [("a", torch.tensor(0.1).double(), 0.0), ("b", torch.ones(1), 0.0), ("c", None, math.inf)]
-    given.append(("d", torch.ones(1).double(), 0.0))
-    numbers, kinds = launch.scalars("", torch.device("cpu"), given, torch.ones(1).long())
+    given += [("d", torch.ones(1).double(), 0.0), ("step", torch.ones(1).long(), 0)]
+    numbers, kinds = launch.scalars("", torch.device("cpu"), given)
     assert kinds == 0b01_01_00_10_00
     assert numbers[0] == torch.tensor(0.1).double().view(torch.int64).item()
     assert numbers[1:2] + numbers[3:4] == [given[1][1].data_ptr(), given[3][1].data_ptr()]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import mix64
+from .. import reference
 from .numerics import BLOCK
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -85,39 +85,24 @@ def _is_number(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def scalars(
-    op: str, device: torch.device, given: Iterable[tuple[str, Tensor | None, float]], step: Tensor | None = None
-) -> tuple[list[int], int]:
-    """Scalars and, last, the step, as integers, and what they are: two bits each, see `numerics.float64_of`.
+def scalars(op: str, device: torch.device, given: Iterable[tuple[str, Tensor | None, float]]) -> tuple[list[int], int]:
+    """Scalars as integers, and what they are: two bits each, see `numerics.float64_of`.
 
     Args:
-        given: (name, one-element tensor or None, value where it is None).
+        given: (name, one-element tensor or None, value where it is None: an int for int64, a float for the others).
     """
-    arguments, kinds, shift = [], 0, 0
-    for name, tensor, missing in given:
-        if tensor is None:
-            number = missing
-        elif tensor.dtype not in (torch.float64, torch.float32) or tensor.numel() != 1:
-            shape = list(tensor.shape)
-            fail(op, ": ", name, " has shape ", shape, " and dtype ", tensor.dtype, ", expected one float64 or float32")
-        elif _is_number(tensor):
+    arguments, kinds = [], 0
+    for place, (name, tensor, number) in enumerate(given):
+        form, dtypes = ("q", (torch.int64,)) if isinstance(number, int) else ("d", (torch.float64, torch.float32))
+        if tensor is not None:
+            if tensor.dtype not in dtypes or tensor.numel() != 1:
+                fail(f"{op}: {name} has shape {list(tensor.shape)} and dtype {tensor.dtype}, expected one of {dtypes}")
+            if not _is_number(tensor):
+                arguments.append(_address(op, name, tensor, device))
+                kinds |= _KINDS[tensor.dtype] << 2 * place
+                continue
             number = tensor.item()
-        else:
-            arguments.append(_address(op, name, tensor, device))
-            kinds |= _KINDS[tensor.dtype] << shift
-            shift += 2
-            continue
-        arguments.append(struct.unpack("q", struct.pack("d", number))[0])
-        shift += 2
-    if step is None:
-        arguments.append(0)
-    elif step.dtype != torch.int64 or step.numel() != 1:
-        fail(op, ": step has shape ", list(step.shape), " and dtype ", step.dtype, ", expected one int64 element")
-    elif _is_number(step):
-        arguments.append(int(step.item()))
-    else:
-        arguments.append(_address(op, "step", step, device))
-        kinds |= 1 << shift
+        arguments.append(struct.unpack("q", struct.pack(form, number))[0])
     return arguments, kinds
 
 
@@ -127,14 +112,11 @@ def _address(op: str, name: str, tensor: Tensor, device: torch.device) -> int:
     return tensor.data_ptr()
 
 
-def _signed(z: int) -> int:
-    return z - 2**64 if z >= 2**63 else z
-
-
 @functools.lru_cache(maxsize=65536)
 def parameter_key(seed: int, parameter_id: int) -> int:
-    """The part of `reference.stream_key` that does not change from step to step, as an int64."""
-    return _signed(mix64(mix64(seed & (2**64 - 1)) ^ (parameter_id & (2**64 - 1))))
+    """`reference.parameter_key`, as an int64. Kept: the same in every step."""
+    key = reference.parameter_key(seed, parameter_id)
+    return key - 2**64 if key >= 2**63 else key
 
 
 class Indices(NamedTuple):

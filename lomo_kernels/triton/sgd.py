@@ -31,29 +31,34 @@ from .numerics import (
     widen,
 )
 
-SCALARS = ("lr", "weight_decay", "inv_scale", "clip_value", "clip_coef", "found_inf")
-MISSING = (0.0, 0.0, 1.0, float("inf"), 1.0, 0.0)
+SCALARS = ("lr", "weight_decay", "inv_scale", "clip_value", "clip_coef", "found_inf", "step")
+MISSING = (0.0, 0.0, 1.0, float("inf"), 1.0, 0.0, 0)
 INDICES = ("offset", "row_length", "row_stride")
 
 
-@triton.jit
-def update_block(
+@triton.jit(do_not_specialize=[*SCALARS, "kinds", "numel", "key", *INDICES, "slot", "owners", "first_block"])
+def sgd_kernel(
     param,
     grad,
-    start,
-    left,
-    lr,
-    weight_decay,
-    inv_scale,
-    clip_value,
-    clip_coef,
-    found_inf,
-    step,
-    kinds,
-    key,
-    offset,
-    row_length,
-    row_stride,
+    numel: tl.int64,
+    lr: tl.int64,
+    weight_decay: tl.int64,
+    inv_scale: tl.int64,
+    clip_value: tl.int64,
+    clip_coef: tl.int64,
+    found_inf: tl.int64,
+    step: tl.int64,
+    kinds: tl.int32,
+    key: tl.int64,
+    offset: tl.int64,
+    row_length: tl.int64,
+    row_stride: tl.int64,
+    slot: tl.int64,
+    table,
+    owners: tl.int64,
+    first_block: tl.int64,
+    partials,
+    counters,
     P: tl.constexpr,
     G: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -63,8 +68,25 @@ def update_block(
     PAIRS: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Updates BLOCK elements from `start` on, of which `left` are there; returns their sum of squares where NORM."""
+    """A program updates BLOCK elements: of the one tensor in the arguments, or, with COLUMNS, of the tensor that the
+    table says."""
+    block = tl.program_id(0).to(tl.int64)
+    if COLUMNS:
+        block += first_block.to(tl.int64)
+        owner = tl.load(table + owners.to(tl.int64) + block)
+        row = table + owner * COLUMNS
+        param, grad, slot, numel = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        first, key = tl.load(row + 4), tl.load(row + 5)
+        offset, row_length, row_stride = tl.load(row + 6), tl.load(row + 7), tl.load(row + 8)
+        block -= first
+        if NORM:
+            partials += first
+            counters += owner
+    numel = numel.to(tl.int64)
+    start = block * BLOCK
+    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
     param = elements(param, P, ALIGNED) + start
     # First of all what takes longest: the scalars may have to come from memory too. A thread has the same elements of
     # both: eight of a 16-bit gradient would have to be handed round where it has four of a float32 parameter.
@@ -86,149 +108,17 @@ def update_block(
     p = widen(p_bits, P) * decay
     p = p - rate.to(tl.float32) * g
     if STOCHASTIC:
-        stream = mix64((key ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
+        stream = mix64((key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
+        offset, row_length, row_stride = offset.to(tl.int64), row_length.to(tl.int64), row_stride.to(tl.int64)
         random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK)
         rounded = stochastic(p, random, P)
     else:
         rounded = nearest(p, P)
     if float64_of(found_inf, kinds, 5) == 0.0:
         store(param, tl.where(finite, rounded, p_bits), left, BLOCK)
-    total = 0.0
-    if NORM:
-        total = sum_of_squares(scaled, BLOCK)
-    return total
-
-
-@triton.jit(do_not_specialize=[*SCALARS, "step", "kinds", "numel", "key", *INDICES, "slot"])
-def sgd_kernel(
-    param,
-    grad,
-    numel: tl.int64,
-    lr: tl.int64,
-    weight_decay: tl.int64,
-    inv_scale: tl.int64,
-    clip_value: tl.int64,
-    clip_coef: tl.int64,
-    found_inf: tl.int64,
-    step: tl.int64,
-    kinds: tl.int32,
-    key: tl.int64,
-    offset: tl.int64,
-    row_length: tl.int64,
-    row_stride: tl.int64,
-    slot: tl.int64,
-    partials,
-    counter,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    CLAMP: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ROWS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(0)
-    start = block.to(tl.int64) * BLOCK
-    left = tl.minimum(numel.to(tl.int64) - start, BLOCK).to(tl.int32)
-    total = update_block(
-        param,
-        grad,
-        start,
-        left,
-        lr,
-        weight_decay,
-        inv_scale,
-        clip_value,
-        clip_coef,
-        found_inf,
-        step,
-        kinds,
-        key.to(tl.int64),
-        offset.to(tl.int64),
-        row_length.to(tl.int64),
-        row_stride.to(tl.int64),
-        P,
-        G,
-        False,  # what a launch knows of tensors needs no hint
-        CLAMP,
-        STOCHASTIC,
-        ROWS,
-        PAIRS,
-        NORM,
-        BLOCK,
-    )
     if NORM:
         slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
-        add_to_slot(total, slot, partials, counter, block, tl.num_programs(0))
-
-
-@triton.jit(do_not_specialize=["owners", "first_block", *SCALARS, "step", "kinds"])
-def sgd_list_kernel(
-    table,
-    owners: tl.int64,
-    first_block: tl.int64,
-    lr: tl.int64,
-    weight_decay: tl.int64,
-    inv_scale: tl.int64,
-    clip_value: tl.int64,
-    clip_coef: tl.int64,
-    found_inf: tl.int64,
-    step: tl.int64,
-    kinds: tl.int32,
-    partials,
-    counters,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CLAMP: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ROWS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    block = first_block.to(tl.int64) + tl.program_id(0)
-    owner = tl.load(table + owners.to(tl.int64) + block)
-    row = table + owner * COLUMNS
-    param = tl.load(row)
-    grad = tl.load(row + 1)
-    numel = tl.load(row + 3)
-    first = tl.load(row + 4)
-    start = (block - first) * BLOCK
-    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
-    total = update_block(
-        param,
-        grad,
-        start,
-        left,
-        lr,
-        weight_decay,
-        inv_scale,
-        clip_value,
-        clip_coef,
-        found_inf,
-        step,
-        kinds,
-        tl.load(row + 5),
-        tl.load(row + 6),
-        tl.load(row + 7),
-        tl.load(row + 8),
-        P,
-        G,
-        ALIGNED,
-        CLAMP,
-        STOCHASTIC,
-        ROWS,
-        PAIRS,
-        NORM,
-        BLOCK,
-    )
-    if NORM:
-        slot = tl.load(row + 2).to(tl.pointer_type(tl.float64), bitcast=True)
-        blocks = tl.cdiv(numel, BLOCK)
-        add_to_slot(total, slot, partials + first, counters + owner, block - first, blocks)
+        add_to_slot(sum_of_squares(scaled, BLOCK), slot, partials, counters, block, tl.cdiv(numel, BLOCK))
 
 
 def options(bfloat16: bool, stochastic: bool, rows: bool, norm: bool) -> dict[str, Any]:
@@ -239,8 +129,7 @@ def options(bfloat16: bool, stochastic: bool, rows: bool, norm: bool) -> dict[st
     return launch.options(launch.WARPS // 2 if half else launch.WARPS)
 
 
-def check(op: str, param: Tensor, grad: Tensor) -> None:
-    device = param.device
+def check(op: str, param: Tensor, grad: Tensor, device: torch.device) -> None:
     launch.check_element_type(op, "param", param, device)
     launch.check_element_type(op, "grad", grad, device)
     if grad.shape != param.shape:
@@ -289,10 +178,10 @@ def sgd_(
     step: Tensor | None,
     shard: Sequence[int] | None,
 ) -> None:
-    check("sgd_", param, grad)
     device, numel = param.device, param.numel()
-    given = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
-    numbers, kinds = launch.scalars("sgd_", device, zip(SCALARS, given, MISSING, strict=True), step)
+    check("sgd_", param, grad, device)
+    given = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step)
+    numbers, kinds = launch.scalars("sgd_", device, zip(SCALARS, given, MISSING, strict=True))
     if sq_norm is not None:
         launch.check_slot("sgd_", "sq_norm", sq_norm, device)
     where = launch.indices_of("sgd_", shard, numel)
@@ -319,10 +208,13 @@ def sgd_(
             where.row_length,
             where.row_stride,
             slot,
+            *(None, 0, 0),  # no table
             partials,
             counter,
             P=TYPES[param.dtype],
             G=TYPES[grad.dtype],
+            ALIGNED=False,  # what a launch knows of tensors needs no hint
+            COLUMNS=0,
             CLAMP=clip_value is not None,
             STOCHASTIC=stochastic,
             ROWS=where.rows,
@@ -363,12 +255,11 @@ def sgd_list_(
     if n == 0:
         return
     device = params[0].device
-    given = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
-    numbers, kinds = launch.scalars(op, device, zip(SCALARS, given, MISSING, strict=True), step)
+    given = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step)
+    numbers, kinds = launch.scalars(op, device, zip(SCALARS, given, MISSING, strict=True))
     where = []
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        launch.check_element_type(op, "param", param, device)
-        check(op, param, grad)
+        check(op, param, grad, device)
         where.append(launch.indices_of(op, shard[3 * i : 3 * i + 3] or None, param.numel()))
     for slot in sq_norm:
         launch.check_slot(op, "sq_norm", slot, device)
@@ -402,12 +293,14 @@ def sgd_list_(
                     counters = launch.counters.get(device, len(part))
                 for one in launches:
                     p_dtype, g_dtype, aligned, rounded = one.variant
-                    sgd_list_kernel[(one.blocks,)](
+                    sgd_kernel[(one.blocks,)](
+                        *(None, None, 0),  # tensors are in the table
+                        *numbers,
+                        kinds,
+                        *(0, 0, 0, 0, 0),
                         table,
                         owners,
                         one.first_block,
-                        *numbers,
-                        kinds,
                         partials,
                         counters,
                         P=TYPES[p_dtype],

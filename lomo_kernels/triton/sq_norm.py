@@ -12,40 +12,16 @@ from .launch import COLUMNS, TYPES, fail
 from .numerics import BLOCK, add_to_slot, elements, float64_of, load, sum_of_squares, widen
 
 
-@triton.jit
-def norm_block(grad, start, left, inv_scale, kinds, G: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of squares of BLOCK elements from `start` on, of which `left` are there."""
-    bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK)
-    return sum_of_squares(widen(bits, G) * float64_of(inv_scale, kinds, 0).to(tl.float32), BLOCK)
-
-
-@triton.jit(do_not_specialize=["numel", "inv_scale", "kinds", "slot"])
+@triton.jit(do_not_specialize=["numel", "slot", "inv_scale", "kinds", "owners", "first_block"])
 def sq_norm_kernel(
     grad,
     numel: tl.int64,
+    slot: tl.int64,
     inv_scale: tl.int64,
     kinds: tl.int32,
-    slot: tl.int64,
-    partials,
-    counter,
-    G: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(0)
-    start = block.to(tl.int64) * BLOCK
-    left = tl.minimum(numel.to(tl.int64) - start, BLOCK).to(tl.int32)
-    total = norm_block(grad, start, left, inv_scale, kinds, G, False, BLOCK)
-    slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
-    add_to_slot(total, slot, partials, counter, block, tl.num_programs(0))
-
-
-@triton.jit(do_not_specialize=["owners", "first_block", "inv_scale", "kinds"])
-def sq_norm_list_kernel(
     table,
     owners: tl.int64,
     first_block: tl.int64,
-    inv_scale: tl.int64,
-    kinds: tl.int32,
     partials,
     counters,
     G: tl.constexpr,
@@ -53,24 +29,31 @@ def sq_norm_list_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    block = first_block.to(tl.int64) + tl.program_id(0)
-    owner = tl.load(table + owners.to(tl.int64) + block)
-    row = table + owner * COLUMNS
-    grad = tl.load(row + 1)
-    slot = tl.load(row + 2).to(tl.pointer_type(tl.float64), bitcast=True)
-    numel = tl.load(row + 3)
-    first = tl.load(row + 4)
-    start = (block - first) * BLOCK
+    """A program adds up BLOCK elements: of the one tensor in the arguments, or, with COLUMNS, of the tensor that the
+    table says."""
+    block = tl.program_id(0).to(tl.int64)
+    if COLUMNS:
+        block += first_block.to(tl.int64)
+        owner = tl.load(table + owners.to(tl.int64) + block)
+        row = table + owner * COLUMNS
+        grad, slot, numel, first = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+        block -= first
+        partials += first
+        counters += owner
+    numel = numel.to(tl.int64)
+    start = block * BLOCK
     left = tl.minimum(numel - start, BLOCK).to(tl.int32)
-    total = norm_block(grad, start, left, inv_scale, kinds, G, ALIGNED, BLOCK)
-    add_to_slot(total, slot, partials + first, counters + owner, block - first, tl.cdiv(numel, BLOCK))
+    bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK)
+    total = sum_of_squares(widen(bits, G) * float64_of(inv_scale, kinds, 0).to(tl.float32), BLOCK)
+    slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
+    add_to_slot(total, slot, partials, counters, block, tl.cdiv(numel, BLOCK))
 
 
 def sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
     op, device, numel = "sq_norm_", slot.device, grad.numel()
     launch.check_slot(op, "slot", slot, device)
     launch.check_element_type(op, "grad", grad, device)
-    (number, _), kinds = launch.scalars(op, device, [("inv_scale", inv_scale, 1.0)])
+    (number,), kinds = launch.scalars(op, device, [("inv_scale", inv_scale, 1.0)])
     if numel == 0:
         return
     grad = grad.contiguous()
@@ -80,13 +63,16 @@ def sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
         sq_norm_kernel[(blocks,)](
             grad,
             numel,
+            slot.data_ptr(),
             number,
             kinds,
-            slot.data_ptr(),
+            *(None, 0, 0),  # no table
             partials,
             counter,
             G=TYPES[grad.dtype],
+            ALIGNED=False,  # what a launch knows of tensors needs no hint
             BLOCK=BLOCK,
+            COLUMNS=0,
             **launch.options(),
         )
 
@@ -98,7 +84,7 @@ def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | 
     if not grads:
         return
     device = grads[0].device
-    (number, _), kinds = launch.scalars(op, device, [("inv_scale", inv_scale, 1.0)])
+    (number,), kinds = launch.scalars(op, device, [("inv_scale", inv_scale, 1.0)])
     for slot, grad in zip(slots, grads, strict=True):
         launch.check_slot(op, "slot", slot, device)
         launch.check_element_type(op, "grad", grad, device)
@@ -117,12 +103,13 @@ def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | 
                 counters = launch.counters.get(device, len(part))
                 for one in launches:
                     dtype, aligned = one.variant
-                    sq_norm_list_kernel[(one.blocks,)](
+                    sq_norm_kernel[(one.blocks,)](
+                        *(None, 0, 0),  # tensors are in the table
+                        number,
+                        kinds,
                         table,
                         owners,
                         one.first_block,
-                        number,
-                        kinds,
                         partials,
                         counters,
                         G=TYPES[dtype],
