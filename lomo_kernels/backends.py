@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import reference
+from . import reference, tiled
 from .ops._arguments import library
 
 VARIABLE = "LOMO_KERNELS_BACKEND"
@@ -53,7 +53,14 @@ def _load_cpu() -> str:
     name = isa(ctypes.byref(error))
     if name is None:
         raise ImportError((error.value or b"").decode())
+    _load_tiled("CPU")
     return str(name.decode())
+
+
+def _load_tiled(key: str) -> None:
+    """The layers' operators, which are made of torch's matrix product and operators that were registered before."""
+    for name, function in tiled.IMPLEMENTATIONS.items():
+        library.impl(name, function, key)
 
 
 def _load_cuda() -> str:

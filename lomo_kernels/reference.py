@@ -21,6 +21,7 @@ The update is LOMO's, arXiv 2306.09782, Algorithm 1: SGD without momentum, appli
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,6 +184,44 @@ def sum_of_squares(grad: Tensor, inv_scale: float = 1.0) -> Tensor:
     return scaled_gradient(grad, inv_scale).double().square().sum()
 
 
+def linear_gradient(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Tensor:
+    """The gradient of a linear layer's weight, ``sum(gy.T @ x)`` over its uses: float64 sums, rounded once to float32.
+
+    Args:
+        inputs: x [..., in_features], one per use.
+        grad_outputs: gy [..., out_features].
+
+    Returns:
+        float32 [out_features, in_features].
+    """
+    total = torch.zeros(grad_outputs[0].shape[-1], inputs[0].shape[-1], dtype=torch.float64, device=inputs[0].device)
+    for x, gy in zip(inputs, grad_outputs, strict=True):
+        total += gy.reshape(-1, gy.shape[-1]).double().T @ x.reshape(-1, x.shape[-1]).double()
+    return total.float()
+
+
+def embedding_gradient(
+    rows: int, indices: Sequence[Tensor], grad_outputs: Sequence[Tensor], padding_idx: Sequence[int]
+) -> Tensor:
+    """The gradient of an embedding's weight: float64 sums per row, rounded once to float32.
+
+    Args:
+        rows: num_embeddings.
+        indices: [...], one per use.
+        grad_outputs: [..., embedding_dim].
+        padding_idx: one per use: tokens that count nothing; negative for none.
+
+    Returns:
+        float32 [rows, embedding_dim].
+    """
+    total = torch.zeros(rows, grad_outputs[0].shape[-1], dtype=torch.float64, device=grad_outputs[0].device)
+    for index, gy, padding in zip(indices, grad_outputs, padding_idx, strict=True):
+        index, gy = index.reshape(-1).long(), gy.reshape(-1, gy.shape[-1]).double()
+        counts = index != padding
+        total.index_add_(0, index[counts], gy[counts])
+    return total.float()
+
+
 def clip_coefficient(total_sq_norm: Tensor, clip_grad_norm: float | Tensor) -> Tensor:
     """``min(1, clip_grad_norm / (norm + 1e-6))`` in float64, as `torch.nn.utils.clip_grad_norm_` has it."""
     return (clip_grad_norm / (total_sq_norm.double().sqrt() + 1e-6)).clamp(max=1.0)
@@ -298,9 +337,38 @@ def _sgd_list_(
         _sgd_(param, grad, lr, *rest, parameter_id[i], step, local)
 
 
+def _linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
+    _sq_norm_(slot, linear_gradient(inputs, grad_outputs), inv_scale)
+
+
+def _linear_sgd_(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest: Any) -> None:
+    _sgd_(weight, linear_gradient(inputs, grad_outputs), *rest, None)
+
+
+def _embedding_sq_norm_(
+    slot: Tensor,
+    indices: list[Tensor],
+    grad_outputs: list[Tensor],
+    padding_idx: list[int],
+    inv_scale: Tensor | None,
+) -> None:
+    rows = max((int(index.max().item()) + 1 for index in indices if index.numel()), default=0)
+    _sq_norm_(slot, embedding_gradient(rows, indices, grad_outputs, padding_idx), inv_scale)
+
+
+def _embedding_sgd_(
+    weight: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], *rest: Any
+) -> None:
+    _sgd_(weight, embedding_gradient(weight.shape[0], indices, grad_outputs, padding_idx), *rest, None)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
     "sq_norm_": _sq_norm_,
     "sq_norm_list_": _sq_norm_list_,
     "sgd_": _sgd_,
     "sgd_list_": _sgd_list_,
+    "linear_sq_norm_": _linear_sq_norm_,
+    "linear_sgd_": _linear_sgd_,
+    "embedding_sq_norm_": _embedding_sq_norm_,
+    "embedding_sgd_": _embedding_sgd_,
 }

@@ -1,6 +1,17 @@
 """The operators, with argument checks and documentation. Registered in ``torch.ops.lomo_kernels``."""
 
+from .embedding import embedding_sgd_, embedding_sq_norm_
+from .linear import linear_sgd_, linear_sq_norm_
 from .sgd import sgd_, sgd_list_
 from .sq_norm import sq_norm_, sq_norm_list_
 
-__all__ = ["sgd_", "sgd_list_", "sq_norm_", "sq_norm_list_"]
+__all__ = [
+    "embedding_sgd_",
+    "embedding_sq_norm_",
+    "linear_sgd_",
+    "linear_sq_norm_",
+    "sgd_",
+    "sgd_list_",
+    "sq_norm_",
+    "sq_norm_list_",
+]

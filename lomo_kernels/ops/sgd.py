@@ -24,15 +24,13 @@ from ._arguments import (
     step_tensor,
 )
 
-_SCALARS = (
-    "Tensor lr, Tensor? weight_decay, Tensor? inv_scale, Tensor? clip_value, Tensor? clip_coef, Tensor? found_inf"
-)
+SCALARS = "Tensor lr, Tensor? weight_decay, Tensor? inv_scale, Tensor? clip_value, Tensor? clip_coef, Tensor? found_inf"
 library.define(
-    f"sgd_(Tensor(a!) param, Tensor grad, {_SCALARS}, Tensor(b!)? sq_norm, bool stochastic, int seed, "
+    f"sgd_(Tensor(a!) param, Tensor grad, {SCALARS}, Tensor(b!)? sq_norm, bool stochastic, int seed, "
     "int parameter_id, Tensor? step, int[]? shard) -> ()"
 )
 library.define(
-    f"sgd_list_(Tensor(a!)[] params, Tensor[] grads, {_SCALARS}, Tensor(b!)[] sq_norm, bool stochastic, int seed, "
+    f"sgd_list_(Tensor(a!)[] params, Tensor[] grads, {SCALARS}, Tensor(b!)[] sq_norm, bool stochastic, int seed, "
     "int[] parameter_id, Tensor? step, int[] shard) -> ()"
 )
 
@@ -103,7 +101,7 @@ def sgd_(
     torch.ops.lomo_kernels.sgd_.default(
         param,
         grad,
-        *_scalars("sgd_", param.device, lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf),
+        *sgd_scalars("sgd_", param.device, lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf),
         sq_norm,
         is_stochastic("sgd_", rounding),
         integer("sgd_", "seed", seed),
@@ -111,7 +109,7 @@ def sgd_(
         step_tensor("sgd_", step, param.device),
         None if shard is None else check_shard("sgd_", shard, param.numel()),
     )
-    _increment_version([param])
+    increment_version([param])
 
 
 def sgd_list_(
@@ -170,7 +168,7 @@ def sgd_list_(
     torch.ops.lomo_kernels.sgd_list_.default(
         params,
         grads,
-        *_scalars(op, device, lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf),
+        *sgd_scalars(op, device, lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf),
         slots,
         is_stochastic(op, rounding),
         integer(op, "seed", seed),
@@ -178,7 +176,7 @@ def sgd_list_(
         step_tensor(op, step, device),
         [number for three in numbers for number in three],
     )
-    _increment_version(params)
+    increment_version(params)
 
 
 def is_stochastic(op: str, rounding: str) -> bool:
@@ -188,7 +186,7 @@ def is_stochastic(op: str, rounding: str) -> bool:
     return rounding == "stochastic"
 
 
-def _scalars(
+def sgd_scalars(
     op: str,
     device: torch.device,
     lr: Scalar,
@@ -198,6 +196,7 @@ def _scalars(
     clip_coef: Scalar | None,
     found_inf: Scalar | None,
 ) -> list[Tensor | None]:
+    """The checked scalars of an update, in the order of the operators' schemas."""
     if lr is None:
         raise TypeError(f"{op}: lr is None, expected a number or a one-element tensor")
     return [
@@ -210,7 +209,7 @@ def _scalars(
     ]
 
 
-def _increment_version(params: list[Tensor]) -> None:
+def increment_version(params: list[Tensor]) -> None:
     """Tells autograd that the parameters changed: a graph that saved one then raises instead of using the new value."""
     if not torch.compiler.is_compiling():  # what dynamo cannot ask
         params = [param for param in params if not param.is_inference()]

@@ -1,0 +1,150 @@
+"""``embedding_sgd_`` and ``embedding_sq_norm_``: `sgd_` and `sq_norm_` for an embedding whose gradient never exists.
+
+The gradient of ``weight`` in ``y = weight[indices]`` has in row r the sum of the rows of ``grad_output`` whose index is
+r: these operators take the two in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._arguments import (
+    FINITE,
+    Scalar,
+    check_served,
+    check_slot,
+    integer,
+    library,
+    scalar,
+    step_tensor,
+)
+from ._pairs import check_embedding, check_weight, pair_lists
+from .sgd import SCALARS, increment_version, is_stochastic, sgd_scalars
+
+# padding_idx: one per pair, negative for none.
+library.define(
+    "embedding_sq_norm_(Tensor(a!) slot, Tensor[] indices, Tensor[] grad_output, int[] padding_idx, "
+    "Tensor? inv_scale) -> ()"
+)
+library.define(
+    f"embedding_sgd_(Tensor(a!) weight, Tensor[] indices, Tensor[] grad_output, int[] padding_idx, {SCALARS}, "
+    "Tensor(b!)? sq_norm, bool stochastic, int seed, int parameter_id, Tensor? step) -> ()"
+)
+
+
+@torch.library.register_fake("lomo_kernels::embedding_sq_norm_")
+def _(slot: Tensor, indices: list[Tensor], grad_output: list[Tensor], padding_idx: list[int], inv_scale: Any) -> None:
+    check_embedding("embedding_sq_norm_", indices, grad_output, padding_idx, slot)
+
+
+@torch.library.register_fake("lomo_kernels::embedding_sgd_")
+def _(weight: Tensor, indices: list[Tensor], grad_output: list[Tensor], padding_idx: list[int], *rest: Any) -> None:
+    _check_sgd(weight, indices, grad_output, padding_idx)
+
+
+def _check_sgd(weight: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int]) -> None:
+    op = "embedding_sgd_"
+    check_embedding(op, indices, grad_outputs, padding_idx, weight)
+    check_weight(op, weight, None, grad_outputs[0].shape[-1], "[num_embeddings, embedding_dim]")
+
+
+def _padding(op: str, padding_idx: int | None, pairs: int) -> list[int]:
+    if padding_idx is None:
+        return [-1] * pairs
+    if integer(op, "padding_idx", padding_idx) < 0:
+        raise ValueError(f"{op}: padding_idx is {padding_idx}, expected None or a row's index, >= 0")
+    return [padding_idx] * pairs
+
+
+def embedding_sq_norm_(
+    slot: Tensor,
+    indices: Tensor | Sequence[Tensor],
+    grad_output: Tensor | Sequence[Tensor],
+    *,
+    padding_idx: int | None = None,
+    inv_scale: Scalar | None = None,
+) -> None:
+    """Adds the sum of ``(gradient * inv_scale) ** 2`` to `slot`; rows of one index are summed first, in float32.
+
+    Args:
+        slot: float64, one element, on the gradient's device.
+        indices: int64 or int32, any shape; or a list, one tensor per use of the embedding.
+        grad_output: [*indices.shape, embedding_dim], float32, bfloat16 or float16; a list where `indices` is one.
+        padding_idx: tokens with this index count nothing, as in `torch.nn.functional.embedding`.
+        inv_scale: one over the loss scale; default 1.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape, layout or device; the slot is then unchanged.
+    """
+    op = "embedding_sq_norm_"
+    index_list, grad_outputs = pair_lists(op, "indices", indices, grad_output)
+    check_slot(op, "slot", slot, slot.device if isinstance(slot, Tensor) else torch.device("cpu"))
+    paddings = _padding(op, padding_idx, len(index_list))
+    check_embedding(op, index_list, grad_outputs, paddings, slot)
+    check_served(slot)
+    number = scalar(op, "inv_scale", inv_scale, slot.device, open_=True, high=FINITE)
+    torch.ops.lomo_kernels.embedding_sq_norm_.default(slot, index_list, grad_outputs, paddings, number)
+
+
+def embedding_sgd_(
+    weight: Tensor,
+    indices: Tensor | Sequence[Tensor],
+    grad_output: Tensor | Sequence[Tensor],
+    *,
+    padding_idx: int | None = None,
+    lr: Scalar,
+    weight_decay: Scalar = 0.0,
+    inv_scale: Scalar | None = None,
+    clip_value: Scalar | None = None,
+    clip_coef: Scalar | None = None,
+    found_inf: Scalar | None = None,
+    sq_norm: Tensor | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    parameter_id: int = 0,
+    step: int | Tensor = 0,
+) -> None:
+    """`sgd_` on an embedding's weight, its gradient being the sum, per row, of the tokens that looked the row up.
+
+    Only rows that occur in `indices` are touched, except for weight decay, which reaches every row. Rows of one index
+    are summed in float32, in the order of the tokens, and the result is rounded once.
+
+    Args:
+        weight: [num_embeddings, embedding_dim], float32, bfloat16 or float16. Its version counter is increased.
+        indices: int64 or int32, any shape, in ``[0, num_embeddings)``; or a list, one tensor per use of the embedding.
+        grad_output: [*indices.shape, embedding_dim], float32, bfloat16 or float16; a list where `indices` is one.
+        padding_idx: tokens with this index count nothing, as in `torch.nn.functional.embedding`; its row still decays.
+        lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, rounding, seed, parameter_id, step: as in `sgd_`.
+        sq_norm: float64, one element: what `embedding_sq_norm_` adds is added to it.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
+        RuntimeError: elements of `weight` share memory with each other; on the CPU, an index out of range. Nothing is
+            changed then. (On a GPU such tokens are left out, as nothing is read by the host.)
+    """
+    op = "embedding_sgd_"
+    index_list, grad_outputs = pair_lists(op, "indices", indices, grad_output)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{op}: weight is a {type(weight).__name__}, expected a tensor")
+    paddings = _padding(op, padding_idx, len(index_list))
+    _check_sgd(weight, index_list, grad_outputs, paddings)
+    check_served(weight)
+    if sq_norm is not None:
+        check_slot(op, "sq_norm", sq_norm, weight.device)
+    torch.ops.lomo_kernels.embedding_sgd_.default(
+        weight,
+        index_list,
+        grad_outputs,
+        paddings,
+        *sgd_scalars(op, weight.device, lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf),
+        sq_norm,
+        is_stochastic(op, rounding),
+        integer(op, "seed", seed),
+        integer(op, "parameter_id", parameter_id),
+        step_tensor(op, step, weight.device),
+    )
+    increment_version([weight])

@@ -1,0 +1,137 @@
+"""``linear_sgd_`` and ``linear_sq_norm_``: `sgd_` and `sq_norm_` for a linear layer whose weight gradient never exists.
+
+The gradient of ``weight`` in ``y = x @ weight.T`` is ``grad_output.T @ x`` over all tokens: these operators take the
+two factors in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._arguments import (
+    FINITE,
+    Scalar,
+    check_served,
+    check_slot,
+    integer,
+    library,
+    scalar,
+    step_tensor,
+)
+from ._pairs import check_linear, check_weight, pair_lists
+from .sgd import SCALARS, increment_version, is_stochastic, sgd_scalars
+
+library.define("linear_sq_norm_(Tensor(a!) slot, Tensor[] input, Tensor[] grad_output, Tensor? inv_scale) -> ()")
+library.define(
+    f"linear_sgd_(Tensor(a!) weight, Tensor[] input, Tensor[] grad_output, {SCALARS}, Tensor(b!)? sq_norm, "
+    "bool stochastic, int seed, int parameter_id, Tensor? step) -> ()"
+)
+
+
+@torch.library.register_fake("lomo_kernels::linear_sq_norm_")
+def _(slot: Tensor, input: list[Tensor], grad_output: list[Tensor], inv_scale: Tensor | None) -> None:
+    check_linear("linear_sq_norm_", input, grad_output, slot)
+
+
+@torch.library.register_fake("lomo_kernels::linear_sgd_")
+def _(weight: Tensor, input: list[Tensor], grad_output: list[Tensor], *rest: Any) -> None:
+    _check_sgd(weight, input, grad_output)
+
+
+def _check_sgd(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor]) -> None:
+    op = "linear_sgd_"
+    check_linear(op, inputs, grad_outputs, weight)
+    columns, rows = inputs[0].shape[-1], grad_outputs[0].shape[-1]
+    check_weight(op, weight, rows, columns, "[out_features, in_features] of grad_output and input")
+
+
+def linear_sq_norm_(
+    slot: Tensor,
+    input: Tensor | Sequence[Tensor],
+    grad_output: Tensor | Sequence[Tensor],
+    *,
+    inv_scale: Scalar | None = None,
+) -> None:
+    """Adds the sum of ``(gradient * inv_scale) ** 2`` to `slot`, the gradient being ``grad_output.T @ input``.
+
+    Products are added up in float32. For few tokens the sum is formed from the tokens' inner products (Gram matrices),
+    ``sum_ij (grad_output @ grad_output.T)_ij (input @ input.T)_ij``, where an estimate of its error allows that: it is
+    within 1e-5 of the float64 norm either way.
+
+    Args:
+        slot: float64, one element, on the gradient's device.
+        input: [..., in_features], float32, bfloat16 or float16; or a list, one tensor per use of the layer: their
+            gradients are summed before they are squared.
+        grad_output: [..., out_features], the same leading dimensions and dtype; a list where `input` is one.
+        inv_scale: one over the loss scale; default 1.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape, layout or device; the slot is then unchanged.
+    """
+    op = "linear_sq_norm_"
+    inputs, grad_outputs = pair_lists(op, "input", input, grad_output)
+    check_slot(op, "slot", slot, slot.device if isinstance(slot, Tensor) else torch.device("cpu"))
+    check_linear(op, inputs, grad_outputs, slot)
+    check_served(slot)
+    number = scalar(op, "inv_scale", inv_scale, slot.device, open_=True, high=FINITE)
+    torch.ops.lomo_kernels.linear_sq_norm_.default(slot, inputs, grad_outputs, number)
+
+
+def linear_sgd_(
+    weight: Tensor,
+    input: Tensor | Sequence[Tensor],
+    grad_output: Tensor | Sequence[Tensor],
+    *,
+    lr: Scalar,
+    weight_decay: Scalar = 0.0,
+    inv_scale: Scalar | None = None,
+    clip_value: Scalar | None = None,
+    clip_coef: Scalar | None = None,
+    found_inf: Scalar | None = None,
+    sq_norm: Tensor | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    parameter_id: int = 0,
+    step: int | Tensor = 0,
+) -> None:
+    """`sgd_` on a linear layer's weight, its gradient being ``grad_output.T @ input``, of which only a tile exists.
+
+    Products are added up in float32 and the result is rounded once, to the weight's dtype: it agrees with `sgd_` on the
+    float32 gradient within the error of a float32 sum.
+
+    Args:
+        weight: [out_features, in_features], float32, bfloat16 or float16. Its autograd version counter is increased.
+        input: [..., in_features], float32, bfloat16 or float16, not necessarily the weight's dtype; or a list, one
+            tensor per use of the layer: the gradient is the sum.
+        grad_output: [..., out_features], the same leading dimensions and dtype; a list where `input` is one.
+        lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, rounding, seed, parameter_id, step: as in `sgd_`.
+        sq_norm: float64, one element: what `linear_sq_norm_` adds is added to it.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
+        RuntimeError: elements of `weight` share memory with each other; nothing is changed then.
+    """
+    op = "linear_sgd_"
+    inputs, grad_outputs = pair_lists(op, "input", input, grad_output)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{op}: weight is a {type(weight).__name__}, expected a tensor")
+    _check_sgd(weight, inputs, grad_outputs)
+    check_served(weight)
+    if sq_norm is not None:
+        check_slot(op, "sq_norm", sq_norm, weight.device)
+    torch.ops.lomo_kernels.linear_sgd_.default(
+        weight,
+        inputs,
+        grad_outputs,
+        *sgd_scalars(op, weight.device, lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf),
+        sq_norm,
+        is_stochastic(op, rounding),
+        integer(op, "seed", seed),
+        integer(op, "parameter_id", parameter_id),
+        step_tensor(op, step, weight.device),
+    )
+    increment_version([weight])
