@@ -291,7 +291,7 @@ def _sgd_(
     seed: int,
     parameter_id: int,
     step: Tensor | None,
-    shard: Sequence[int] | None,
+    shard: Sequence[int] | None = None,
 ) -> None:
     if sq_norm is not None:
         _sq_norm_(sq_norm, grad, inv_scale)
@@ -342,7 +342,7 @@ def _linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tens
 
 
 def _linear_sgd_(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest: Any) -> None:
-    _sgd_(weight, linear_gradient(inputs, grad_outputs), *rest, None)
+    _sgd_(weight, linear_gradient(inputs, grad_outputs), *rest)
 
 
 def _embedding_sq_norm_(
@@ -359,7 +359,7 @@ def _embedding_sq_norm_(
 def _embedding_sgd_(
     weight: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], *rest: Any
 ) -> None:
-    _sgd_(weight, embedding_gradient(weight.shape[0], indices, grad_outputs, padding_idx), *rest, None)
+    _sgd_(weight, embedding_gradient(weight.shape[0], indices, grad_outputs, padding_idx), *rest)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = {

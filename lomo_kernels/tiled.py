@@ -62,7 +62,7 @@ def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors]
 
 
-def _linear_tiles(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+def linear_tiles(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """(first row, gradient of the tile's rows) of each tile. A tile is valid until the next is asked for."""
     xs, gys = _flat(inputs), _flat(grad_outputs)
     for first, tile in _tiles(gys[0].shape[1], xs[0].shape[1], xs[0].device):
@@ -71,26 +71,35 @@ def _linear_tiles(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> I
         yield first, tile
 
 
+def zero_tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """(first row, zeros) of each tile. A tile is valid until the next is asked for."""
+    for first, tile in _tiles(rows, columns, device):
+        yield first, tile.zero_()
+
+
+def add_rows(tile: Tensor, first: int, index: Tensor, grad_output: Tensor, padding_idx: int) -> None:
+    """Adds an embedding's rows to the tile that begins with row `first`."""
+    index, gy = index.reshape(-1), grad_output.detach().reshape(-1, grad_output.shape[-1])
+    here = (index >= first) & (index < first + len(tile)) & (index != padding_idx)
+    tile.index_put_(((index - first)[here].long(),), gy[here].float(), accumulate=True)
+
+
 def _embedding_tiles(
     rows: int, indices: Sequence[Tensor], grad_outputs: Sequence[Tensor], padding_idx: Sequence[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    gys = _flat(grad_outputs)
-    for first, tile in _tiles(rows, gys[0].shape[1], gys[0].device):
-        tile.zero_()
-        for index, gy, padding in zip(indices, gys, padding_idx, strict=True):
-            index = index.reshape(-1)
-            here = (index >= first) & (index < first + len(tile)) & (index != padding)
-            tile.index_put_(((index - first)[here].long(),), gy[here].float(), accumulate=True)
+    for first, tile in zero_tiles(rows, grad_outputs[0].shape[-1], grad_outputs[0].device):
+        for index, gy, padding in zip(indices, grad_outputs, padding_idx, strict=True):
+            add_rows(tile, first, index, gy, padding)
         yield first, tile
 
 
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
-    for _, tile in _linear_tiles(inputs, grad_outputs):
+    for _, tile in linear_tiles(inputs, grad_outputs):
         torch.ops.lomo_kernels.sq_norm_.default(slot, tile, inv_scale)
 
 
 def linear_sgd_(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest: Any) -> None:
-    _update(weight, _linear_tiles(inputs, grad_outputs), *rest)
+    update(weight, linear_tiles(inputs, grad_outputs), *rest)
 
 
 def embedding_sq_norm_(
@@ -108,10 +117,10 @@ def embedding_sq_norm_(
 def embedding_sgd_(
     weight: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], *rest: Any
 ) -> None:
-    _update(weight, _embedding_tiles(weight.shape[0], indices, grad_outputs, padding_idx), *rest)
+    update(weight, _embedding_tiles(weight.shape[0], indices, grad_outputs, padding_idx), *rest)
 
 
-def _update(
+def update(
     weight: Tensor,
     tiles: Iterator[tuple[int, Tensor]],
     lr: Tensor,

@@ -35,7 +35,7 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None
             raise RuntimeError(
                 "Lomo: clipping or dynamic loss scaling runs backward twice, and torch.compile has given its saved "
                 "tensors away to the first (donated buffers). Set torch._functorch.config.donated_buffer = False "
-                'before the model is compiled. (clip_passes="one", one backward, is not in this version.)'
+                'before the model is compiled, or use clip_passes="one", one backward'
             ) from error
         raise
 

@@ -5,24 +5,27 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ..layers import FusedLayer, Pair, fuse, layers_of, takers, unfuse
 from ..ops.sgd import is_stochastic
 from .graph import check_loss, foreign_leaves, gradients_kept_apart, reentrant_checkpoints, run_backward
 from .hyperparameters import check_group, check_positive
 from .parameters import check_parameter, claim, name_of, named_groups, release
-from .passes import NormPass, Pass, UpdatePass
+from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .records import Record
 from .scaling import LossScale
 from .state import State
+from .summary import summary
 
 _STATE = "lomo"  # the key of our part of a state dict
 _BY_HAND = " by hand; use add_param_group(), or make a new optimizer"
+_NOTHING_CHANGED = "no weight was changed"
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
 
@@ -42,17 +45,22 @@ class Lomo(torch.optim.Optimizer):
             groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16.
         lr: learning rate, a number or a one-element tensor; read from ``param_groups`` at every step.
         clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. It is known
-            only after a backward pass, so backward runs twice (`clip_passes`).
+            only after a backward pass: see `clip_passes`.
         clip_grad_value: bound on each element of the gradient, applied before the norm's coefficient.
         weight_decay: decoupled.
-        clip_passes: "two": a backward for the norm, then one for the update; least memory.
+        clip_passes: for clipping by norm and dynamic loss scaling. "two": a backward for the norm, then one for the
+            update; least memory. "one": one backward, which keeps every gradient until the norm is known, of fused
+            layers the factors where those are smaller (`docs/one_backward.md`): fastest.
         loss_scale: None, a number, "dynamic", or "auto": dynamic exactly when a parameter is float16.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
             updates far below a weight's last bit still count on average.
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
             scaling it leaves all weights untouched, otherwise the elements concerned. "raise": it also raises
             FloatingPointError, which takes a host synchronisation per step.
-        fused_layers, process_group: not in this version.
+        fused_layers: True: the weights of the model's `nn.Linear` and `nn.Embedding` get no gradient; their updates are
+            formed from its factors, tile by tile. With parameters or groups in place of the model, the model itself.
+            `summary` says which weights that concerns.
+        process_group: not in this version.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
 
     Raises:
@@ -73,17 +81,21 @@ class Lomo(torch.optim.Optimizer):
         loss_scale: float | str | None = "auto",
         rounding: str = "nearest",
         nonfinite: str = "skip",
-        fused_layers: bool = False,
+        fused_layers: bool | nn.Module = False,
         process_group: Any = None,
         seed: int = 0,
     ) -> None:
-        _refuse_missing(clip_passes, fused_layers, process_group)
+        _refuse_missing(process_group)
+        if clip_passes not in ("one", "two"):
+            raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
+        model = _model_of(model_or_params, fused_layers)
         if clip_grad_norm is not None:
             check_positive("clip_grad_norm", clip_grad_norm)
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f'Lomo: nonfinite is {nonfinite!r}, expected "skip" or "raise"')
         LossScale.check(loss_scale)
         self._clip_grad_norm = clip_grad_norm
+        self._one_pass = clip_passes == "one"
         self._wanted_scale = loss_scale
         self._stochastic = is_stochastic("Lomo", rounding)
         self._raise = nonfinite == "raise"
@@ -91,6 +103,9 @@ class Lomo(torch.optim.Optimizer):
 
         self._records: list[Record] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._model = None if model is None else weakref.ref(model)  # in which layers are fused
+        self._fused: list[weakref.ref[nn.Module]] = []
+        self._takers: list[int] = []  # ids of their weights
         self._run: Pass | None = None  # the pass that hooks hand their gradients to
         self._plain_is_scaled = False  # whether the backward that now runs into .grad carries the loss scale
         self._kept_scale: Tensor | None = None  # the loss scale in the gradients that accumulate() left in .grad
@@ -110,7 +125,7 @@ class Lomo(torch.optim.Optimizer):
         self._attach()
         self._attached = True
         # An optimizer that is dropped without remove() leaves no hooks behind.
-        weakref.finalize(self, _remove_handles, self._handles)
+        weakref.finalize(self, _detach, self._handles, self._takers, self._fused)
 
     # ---- What a user calls ------------------------------------------------------------------------------------------
 
@@ -195,9 +210,14 @@ class Lomo(torch.optim.Optimizer):
             check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
             self._train(loss, lr, after_grad_norm=True)
 
+    def summary(self) -> str:
+        """A table: what becomes of each parameter's gradient, and why. Print it."""
+        kept = self._one_pass and self._needs_norm_first
+        return summary(self._records, None if self._model is None else self._model(), kept=kept)
+
     def remove(self) -> None:
         """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again."""
-        _remove_handles(self._handles)
+        _detach(self._handles, self._takers, self._fused)
         for record in self._records:
             release(record.param, self)
         self._removed = True
@@ -332,15 +352,26 @@ class Lomo(torch.optim.Optimizer):
                 self._apply_kept(keep=False)
             return
         scale = self._start_scale(loss)
+        scaled = scale is not None
+        if self._needs_norm_first and self._one_pass and not known:
+            self._state.zero_slots()
+            gradients = KeepPass(self._state.devices, self._params_of_fused(), scaled=scaled)
+            self._sweep(gradients, loss, scale, retain_graph=False)
+            gradients.check()
+            self._state.decide(self._clip_grad_norm)
+            self._raise_if_not_finite(scaled, _NOTHING_CHANGED)
+            gradients.apply(self._update_pass(scaled))
+            self._finish(scaled)
+            return
         if self._needs_norm_first:
             if not known:
                 self._find_norm(loss, scale)
-            self._raise_if_not_finite(scale is not None, "no weight was changed")
+            self._raise_if_not_finite(scaled, _NOTHING_CHANGED)
         else:
             self._check_reentrancy(loss, scale)
             self._state.zero_slots()
-        self._sweep(self._update_pass(scale is not None), loss, scale, retain_graph=False)
-        self._finish(scale is not None)
+        self._sweep(self._update_pass(scaled), loss, scale, retain_graph=False)
+        self._finish(scaled)
 
     def _start_scale(self, loss: Tensor) -> Tensor | None:
         """The loss scale for a backward from `loss`, which the kernels are told to take out again. None: no scaling."""
@@ -418,7 +449,7 @@ class Lomo(torch.optim.Optimizer):
                 norm.add(record, grad)
             norm.flush()
             self._state.decide(self._clip_grad_norm)
-            self._raise_if_not_finite(scaled, "no weight was changed")
+            self._raise_if_not_finite(scaled, _NOTHING_CHANGED)
         update = self._update_pass(scaled)
         while kept:
             update.add(*kept.pop())
@@ -444,11 +475,15 @@ class Lomo(torch.optim.Optimizer):
     def _update_pass(self, scaled: bool) -> UpdatePass:
         return UpdatePass(
             self._state.devices,
+            self._params_of_fused(),
             scaled=scaled,
             decided=self._needs_norm_first,
             stochastic=self._stochastic,
             seed=self._seed,
         )
+
+    def _params_of_fused(self) -> list[Tensor]:
+        return [record.param for record in self._records] if self._takers else []
 
     def _finish(self, scaled: bool) -> None:
         if not self._needs_norm_first:
@@ -523,6 +558,22 @@ class Lomo(torch.optim.Optimizer):
                 record.hooked = True
                 hook = _hook(weakref.ref(self), record)
                 self._handles.append(record.param.register_post_accumulate_grad_hook(hook))
+        model = None if self._model is None else self._model()
+        if model is not None:
+            self._fuse(model)
+
+    def _fuse(self, model: nn.Module) -> None:
+        """Fuses the layers of `model` whose weights are ours and that can be, unless they are."""
+        records = {id(record.param): record for record in self._records}
+        for module, reason in layers_of(model, records):
+            if reason is not None or isinstance(module, FusedLayer):
+                continue
+            self._fused.append(fuse(module))
+            record = records[id(module.weight)]
+            if not record.fused:
+                record.fused = True
+                takers[id(record.param)] = _taker(weakref.ref(self), record)
+                self._takers.append(id(record.param))
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -554,9 +605,44 @@ def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], No
     return on_gradient
 
 
-def _remove_handles(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+def _taker(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Pair], Sequence[Pair]]:
+    """What a fused layer of the parameter asks. It does not keep the optimizer alive."""
+
+    def on_pair(pair: Pair) -> Sequence[Pair]:
+        owner = optimizer()
+        if owner is None or owner._run is None:
+            return (pair,)
+        return owner._run.take_pair(record, pair)
+
+    return on_pair
+
+
+def _detach(
+    handles: list[torch.utils.hooks.RemovableHandle], ids: list[int], fused: list[weakref.ref[nn.Module]]
+) -> None:
+    """Takes an optimizer's hooks off, and makes its layers plain ones again."""
     while handles:
         handles.pop().remove()
+    while ids:
+        takers.pop(ids.pop(), None)
+    unfuse(fused)
+    fused.clear()
+
+
+def _model_of(model_or_params: Any, fused_layers: bool | nn.Module) -> nn.Module | None:
+    """The model in which layers are to be fused; None: nowhere."""
+    if isinstance(fused_layers, nn.Module):
+        return fused_layers
+    if not isinstance(fused_layers, bool):
+        raise TypeError(f"Lomo: fused_layers is a {type(fused_layers).__name__}, expected True, False or the model")
+    if not fused_layers:
+        return None
+    if not isinstance(model_or_params, nn.Module):
+        raise ValueError(
+            "Lomo: fused_layers=True needs the model, to find its layers; with parameters or groups pass it there: "
+            "fused_layers=model"
+        )
+    return model_or_params
 
 
 def _check_seed(seed: Any) -> int:
@@ -565,15 +651,7 @@ def _check_seed(seed: Any) -> int:
     return seed
 
 
-def _refuse_missing(clip_passes: str, fused_layers: bool, process_group: Any) -> None:
-    if clip_passes not in ("one", "two"):
-        raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
-    if clip_passes == "one":
-        raise NotImplementedError(
-            'Lomo: clip_passes="one" is not in this version; use clip_passes="two" (exact as well)'
-        )
-    if fused_layers:
-        raise NotImplementedError("Lomo: fused_layers=True is not in this version; use fused_layers=False")
+def _refuse_missing(process_group: Any) -> None:
     if process_group is not None:
         raise NotImplementedError(
             "Lomo: process_group is not in this version; use process_group=None, on one process, or plain backwards "

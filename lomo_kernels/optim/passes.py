@@ -1,17 +1,25 @@
-"""One sweep over gradients: adding up their norms, or consuming them. A pass is what a hook hands its gradient to."""
+"""One sweep over gradients: adding up norms, keeping or consuming them. A pass is what a hook hands its gradient to.
+
+A fused layer hands over pairs, one for each of its uses, while backward runs; its weight's hook, which autograd calls
+once after the last use, closes the sum.
+"""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..layers import Pair
 from .hyperparameters import GroupScalars
+from .pairs import Held, Holdings
 from .records import Record
 from .streams import Streams
+from .terms import Terms
 
 # Bound on the small gradients that wait for a list call.
 BUFFER_BYTES = 1024 * 1024
@@ -35,43 +43,65 @@ class Pass:
 
     Args:
         devices: those of the parameters.
+        params: in whose memory a fused layer's factors may lie, and change before they are used.
         scaled: whether the gradients carry the loss scale.
     """
 
     #: Whether a gradient that comes a second time can still be refused before a weight has changed.
     changes_weights = False
 
-    def __init__(self, devices: Iterable[torch.device], *, scaled: bool) -> None:
+    def __init__(self, devices: Iterable[torch.device], params: Iterable[Tensor] = (), *, scaled: bool) -> None:
         self.scaled = scaled
         self.serial = next(_serials)
         self._streams = Streams(devices)
         self._buffers: dict[tuple[GroupScalars, torch.cuda.Stream | None], _Buffer] = {}
         self._lock = threading.Lock()  # backward runs the hooks of each device in a thread of its own
+        self._holdings = Holdings(params)
 
     def take(self, record: Record) -> None:
-        """Consumes the gradient in ``record.param.grad``. None there (a layer that keeps it to itself) is left alone.
+        """Consumes the gradient: what stands in ``record.param.grad`` and what the weight's layers handed over.
+
+        Neither there (a custom layer that keeps it to itself) is left alone.
 
         Raises:
             RuntimeError: the gradient comes a second time in this pass.
         """
         param = record.param
         grad = param.grad
-        if grad is None:
+        pairs: Sequence[Held] = ()
+        if record.fused:
+            with self._lock:
+                pairs = self._holdings.close(record)
+        if grad is None and not pairs:
             return
         param.grad = None
-        if record.fired == self.serial:
-            raise RuntimeError(self._second_time(record.name))
+        self._check_first_time(record)
         record.fired = self.serial
-        self.add(record, grad)
+        self.add(record, grad, pairs)
 
-    def add(self, record: Record, grad: Tensor) -> None:
+    def take_pair(self, record: Record, pair: Pair) -> Sequence[Pair]:
+        """Takes what a fused layer has in place of a gradient, until the weight's hook is called.
+
+        Returns:
+            The pairs, this one and any taken before, whose gradient the layer has to return: holding them would take
+            more memory than the gradient does. Usually none.
+        """
+        self._check_first_time(record)
+        with self._lock:
+            return self._holdings.add(record, pair)
+
+    def add(self, record: Record, grad: Tensor | None, pairs: Sequence[Held] = ()) -> None:
         """Hands one gradient to the kernels, now or with others. Raises RuntimeError unless it is dense."""
-        if grad.layout is not torch.strided:
+        if grad is not None and grad.layout is not torch.strided:
             raise RuntimeError(
                 f"Lomo: the gradient of {record.name} has layout {grad.layout}, expected a dense one; "
                 "build the layer with sparse=False"
             )
         stream = self._streams.join(record.device) if record.on_gpu else None
+        if pairs:
+            self._terms(record, grad, pairs)
+            return
+        assert grad is not None
         if not record.small:
             self._one(record, grad)
             return
@@ -101,13 +131,19 @@ class Pass:
     def _list(self, records: Sequence[Record], grads: list[Tensor]) -> None:
         raise NotImplementedError
 
-    def _second_time(self, name: str) -> str:
-        changed = "Some weights of this step have changed already" if self.changes_weights else "No weight was changed"
-        return (
-            f"Lomo: the gradient of {name} came twice in one backward, as when two reentrant checkpoints share a "
-            f"parameter; each part alone is not its gradient. {changed}. Use torch.utils.checkpoint with "
-            "use_reentrant=False"
-        )
+    def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
+        raise NotImplementedError
+
+    def _check_first_time(self, record: Record) -> None:
+        if record.fired == self.serial:
+            state = (
+                "Some weights of this step have changed already" if self.changes_weights else "No weight was changed"
+            )
+            raise RuntimeError(
+                f"Lomo: the gradient of {record.name} came twice in one backward, as when two reentrant checkpoints "
+                f"share a parameter; each part alone is not its gradient. {state}. Use torch.utils.checkpoint with "
+                "use_reentrant=False"
+            )
 
 
 class NormPass(Pass):
@@ -120,6 +156,51 @@ class NormPass(Pass):
     def _list(self, records: Sequence[Record], grads: list[Tensor]) -> None:
         inv_scale = records[0].home.inv_scale if self.scaled else None
         torch.ops.lomo_kernels.sq_norm_list_.default([record.slot for record in records], grads, inv_scale)
+
+    def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
+        inv_scale = record.home.inv_scale if self.scaled else None
+        Terms([held.pair for held in pairs], grad).sq_norm_(record.slot, record.param, inv_scale)
+
+
+class _Kept(NamedTuple):
+    """One gradient until the end of backward."""
+
+    record: Record
+    grad: Tensor | None
+    pairs: Sequence[Held]
+    stream: torch.cuda.Stream | None  # whose memory it is
+
+    def tensors(self) -> list[Tensor]:
+        tensors = [tensor for held in self.pairs for tensor in (held.pair.input, held.pair.grad_output)]
+        return tensors if self.grad is None else [*tensors, self.grad]
+
+
+class KeepPass(NormPass):
+    """Adds up norms as `NormPass` does and keeps every gradient, or its factors where they are smaller, for `apply`."""
+
+    def __init__(self, devices: Iterable[torch.device], params: Iterable[Tensor] = (), *, scaled: bool) -> None:
+        super().__init__(devices, scaled=scaled)
+        self._holdings = Holdings(params, until_the_end=True)
+        self._kept: list[_Kept] = []
+
+    def add(self, record: Record, grad: Tensor | None, pairs: Sequence[Held] = ()) -> None:
+        super().add(record, grad, pairs)
+        stream = torch.cuda.current_stream(record.device) if record.on_gpu else None
+        self._kept.append(_Kept(record, grad, pairs, stream))
+
+    def check(self) -> None:
+        """Raises RuntimeError where a factor was altered since it was kept."""
+        for kept in self._kept:
+            for held in kept.pairs:
+                held.check(kept.record.name, "No weight was changed")
+
+    def apply(self, update: UpdatePass) -> None:
+        """Hands every gradient to `update`, on the caller's streams, and frees it."""
+        while self._kept:
+            kept = self._kept.pop()
+            Streams.lend(kept.tensors(), kept.record.device, kept.stream)
+            update.add(kept.record, kept.grad, kept.pairs)
+        update.flush()
 
 
 class UpdatePass(Pass):
@@ -134,9 +215,16 @@ class UpdatePass(Pass):
     changes_weights = True
 
     def __init__(
-        self, devices: Iterable[torch.device], *, scaled: bool, decided: bool, stochastic: bool, seed: int
+        self,
+        devices: Iterable[torch.device],
+        params: Iterable[Tensor] = (),
+        *,
+        scaled: bool,
+        decided: bool,
+        stochastic: bool,
+        seed: int,
     ) -> None:
-        super().__init__(devices, scaled=scaled)
+        super().__init__(devices, params, scaled=scaled)
         self.decided = decided
         self.stochastic = stochastic
         self.seed = seed
@@ -158,6 +246,26 @@ class UpdatePass(Pass):
             record.index,
             home.step,
             None,
+        )
+        torch.autograd.graph.increment_version(param)
+
+    def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
+        for held in pairs:
+            held.check(record.name, "Some weights of this step may have changed already")
+        param, home, scalars = record.param, record.home, record.scalars
+        Terms([held.pair for held in pairs], grad).sgd_(
+            param,
+            scalars.lr.tensor,
+            scalars.weight_decay.tensor,
+            home.inv_scale if self.scaled else None,
+            scalars.clip_value.tensor,
+            home.clip_coef if self.decided else None,
+            home.found_inf if self.decided else None,
+            None if self.decided else record.slot,
+            self.stochastic,
+            self.seed,
+            record.index,
+            home.step,
         )
         torch.autograd.graph.increment_version(param)
 

@@ -1,0 +1,49 @@
+"""`nn.Embedding` whose backward hands ``(indices, grad_output)`` to the optimizer in place of the weight's gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fused import FusedLayer, takes_part
+from .pairs import Pair, gradient_of, take
+
+
+class _Embedding(torch.autograd.Function):
+    """``weight[indices]``. Outside the optimizer's backward its gradient is that of `F.embedding`."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.weight = weight
+        ctx.padding_idx = -1 if padding_idx is None else padding_idx
+        return F.embedding(indices, weight, padding_idx)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        pairs = take(ctx, ctx.weight, Pair(indices, grad_output, ctx.padding_idx))
+        return None, gradient_of(pairs, ctx.weight) if pairs else None, None
+
+
+class Embedding(FusedLayer, nn.Embedding):
+    """Stands in for `nn.Embedding` while a `Lomo` with ``fused_layers=True`` manages its weight."""
+
+    plain = nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self._parameters.get("weight")
+        if not takes_part(weight, input) or is_special(self):
+            return super().forward(input)
+        return _Embedding.apply(input, weight, self.padding_idx)
+
+
+# What shows the class to people and tools (repr, summaries, graph tracers) shows the plain one.
+Embedding.__module__ = nn.Embedding.__module__
+
+
+def is_special(module: nn.Embedding) -> bool:
+    return module.max_norm is not None or module.scale_grad_by_freq or module.sparse

@@ -1,0 +1,63 @@
+"""`nn.Linear` whose backward hands ``(input, grad_output)`` to the optimizer in place of the weight's gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fused import FusedLayer, takes_part
+from .pairs import Pair, gradient_of, take
+
+
+class _Linear(torch.autograd.Function):
+    """``input @ weight.T + bias``. Outside the optimizer's backward its gradients are those of `F.linear`."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> Tensor:
+        # As F.linear: the weight is needed for the input's gradient, and only then must not change before backward.
+        ctx.save_for_backward(input, weight if input.requires_grad else None)
+        ctx.weight, ctx.weight_version = weight, weight._version
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if autocast:
+            weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        of_input, of_weight, of_bias, _ = ctx.needs_input_grad
+        grad_input = grad_weight = grad_bias = None
+        with torch.autocast(grad_output.device.type, enabled=False):
+            if of_input:
+                grad_input = grad_output @ weight.to(grad_output.dtype)
+            if of_bias:
+                grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
+            if of_weight:
+                pairs = take(ctx, ctx.weight, Pair(input, grad_output, None))
+                grad_weight = gradient_of(pairs, ctx.weight) if pairs else None
+        return grad_input, grad_weight, grad_bias, None
+
+
+class Linear(FusedLayer, nn.Linear):
+    """Stands in for `nn.Linear` while a `Lomo` with ``fused_layers=True`` manages its weight."""
+
+    plain = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self._parameters.get("weight")
+        if not takes_part(weight, input):
+            return super().forward(input)
+        kind = input.device.type
+        if not torch.is_autocast_enabled(kind) or input.dtype is torch.float64:
+            return _Linear.apply(input, weight, self.bias, False)
+        # What autocast does to F.linear, but with the weight cast where it is used and not kept: its copy in autocast's
+        # cache would have the gradient that is not to exist.
+        with torch.autocast(kind, enabled=False):
+            return _Linear.apply(input.to(torch.get_autocast_dtype(kind)), weight, self.bias, True)
+
+
+# What shows the class to people and tools (repr, summaries, graph tracers) shows the plain one.
+Linear.__module__ = nn.Linear.__module__

@@ -1,0 +1,53 @@
+"""Which layers can do without a weight gradient, and turning them into such layers and back.
+
+A module is turned by exchanging its class for a subclass of the same name: a ``forward`` set on the instance would
+break `copy.deepcopy` and pickle. Nothing else of the module changes: parameters, buffers, hooks, state dict, repr.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Container, Iterable, Iterator
+
+from torch import nn
+
+from .embedding import Embedding, is_special
+from .fused import FusedLayer
+from .linear import Linear
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a module with a weight keeps its gradient; None where it need not."""
+    if type(module) in (nn.Embedding, Embedding):
+        assert isinstance(module, nn.Embedding)
+        if is_special(module):
+            return "max_norm, scale_grad_by_freq or sparse"
+    elif type(module) not in (nn.Linear, Linear):
+        return f"in a {type(module).__name__}"
+    if "forward" in vars(module):
+        return "its module has a forward of its own"
+    if type(module._parameters.get("weight")) is not nn.Parameter:
+        return "not a plain parameter"
+    return None
+
+
+def layers_of(model: nn.Module, weights: Container[int]) -> Iterator[tuple[nn.Module, str | None]]:
+    """The modules that have one of `weights` (ids), each with the reason that it keeps its gradient, if any."""
+    for module in model.modules():
+        if id(module._parameters.get("weight")) in weights:
+            yield module, why_not(module)
+
+
+def fuse(module: nn.Module) -> weakref.ref[nn.Module]:
+    """Makes the module a fused one; the reference is for `unfuse`."""
+    module.__class__ = Linear if isinstance(module, nn.Linear) else Embedding
+    return weakref.ref(module)
+
+
+def unfuse(modules: Iterable[weakref.ref[nn.Module]]) -> None:
+    """Makes fused modules plain ones again. One whose class was exchanged once more since then is left alone: without
+    an optimizer it returns true gradients."""
+    for reference in modules:
+        module = reference()
+        if module is not None and isinstance(module, FusedLayer) and "plain" in vars(type(module)):
+            module.__class__ = module.plain  # type: ignore[assignment]

@@ -1,0 +1,109 @@
+"""The factors that fused layers handed over and that are not used yet, and the memory they take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layers import Pair
+from .records import Record
+
+# A factor that is a view of memory more than this many times its own size is copied, to let that memory go.
+ROOMY = 1.25
+
+
+class Held(NamedTuple):
+    """A pair, and its tensors' versions when it was taken."""
+
+    pair: Pair
+    versions: tuple[int, int]
+
+    def check(self, name: str, state: str) -> None:
+        """Raises RuntimeError where the pair's tensors were altered in place since then."""
+        for what, tensor, version in zip(("input", "grad_output"), self.pair[:2], self.versions, strict=True):
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"Lomo: the {what} of the layer of {name}, which its weight's update needs, was altered in place "
+                    f"during backward (version {tensor._version}, expected {version}). {state}. Leave tensors that "
+                    "backward hands on unaltered (a custom backward or hook may work in place), or use "
+                    "fused_layers=False"
+                )
+
+
+class Holdings:
+    """The pairs of one pass, by weight.
+
+    Args:
+        params: a factor in their memory is copied: they may change before it is used.
+        until_the_end: pairs are kept after their weight's hook was called, so even one must not be larger than the
+            gradient it stands for. Otherwise only several together must not.
+    """
+
+    def __init__(self, params: Iterable[Tensor] = (), *, until_the_end: bool = False) -> None:
+        self._params = {_address(param) for param in params}
+        self._until_the_end = until_the_end
+        self._open: dict[tuple[int, int], list[Held]] = {}
+        self._returned: set[tuple[int, int]] = set()  # weights whose gradient exists, so that no more is held
+        self._users: Counter[int] = Counter()  # of each piece of memory: inputs are shared, as by query, key and value
+
+    def add(self, record: Record, pair: Pair) -> Sequence[Pair]:
+        """Holds the pair, or returns the pairs of the weight that are better returned as a gradient."""
+        key = _key(record)
+        held = self._open.setdefault(key, [])
+        if key not in self._returned:
+            pair = Pair(self._own(pair.input), self._own(pair.grad_output), pair.padding_idx)
+            if self._fits(record, held, pair):
+                held.append(Held(pair, (pair.input._version, pair.grad_output._version)))
+                self._users.update(_addresses(pair))
+                return ()
+            self._returned.add(key)
+        self._forget(held)
+        pairs = [one.pair for one in held]
+        held.clear()
+        return [*pairs, pair]
+
+    def close(self, record: Record) -> Sequence[Held]:
+        """The weight's pairs: its hook was called. Those of other backwards, inside this one or around, stay."""
+        held = self._open.pop(_key(record), ())
+        if not self._until_the_end:
+            self._forget(held)
+        return held
+
+    def _forget(self, held: Sequence[Held]) -> None:
+        for one in held:
+            self._users.subtract(_addresses(one.pair))
+
+    def _fits(self, record: Record, held: Sequence[Held], pair: Pair) -> bool:
+        """Whether the weight's pairs with this one, but for what others hold anyway, fit in its gradient."""
+        if not held and not self._until_the_end:
+            return True
+        ours = Counter(address for one in held for address in _addresses(one.pair))
+        pieces = {_address(tensor): tensor for one in (*(h.pair for h in held), pair) for tensor in one[:2]}
+        alone = (t.untyped_storage().nbytes() for address, t in pieces.items() if self._users[address] == ours[address])
+        return sum(alone) <= record.bytes
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy where its memory is a parameter's, or much larger and not to be kept."""
+        tensor = tensor.detach()
+        storage = tensor.untyped_storage()
+        roomy = self._until_the_end and storage.nbytes() > ROOMY * tensor.numel() * tensor.itemsize
+        if roomy or storage.data_ptr() in self._params:
+            return tensor.clone(memory_format=torch.contiguous_format)
+        return tensor
+
+
+def _key(record: Record) -> tuple[int, int]:
+    """A backward inside this one (autograd.grad in a hook, a reentrant checkpoint) calls hooks for its own part."""
+    return torch._C._current_graph_task_id(), record.index
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _addresses(pair: Pair) -> tuple[int, int]:
+    return _address(pair.input), _address(pair.grad_output)
