@@ -407,7 +407,7 @@ class Lomo(torch.optim.Optimizer):
         leaves = [] if scale is None and not retain_graph else foreign_leaves(loss, self._ids)
         self._run = sweep
         try:
-            with gradients_kept_apart(leaves, scale, wanted=sweep.changes_weights):
+            with gradients_kept_apart(leaves, scale, wanted=not retain_graph):
                 run_backward(loss, scale, retain_graph)
             sweep.flush()
         finally:
