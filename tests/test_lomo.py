@@ -34,6 +34,7 @@ RULES: dict[str, dict[str, Any]] = {
     "norm": {"clip_grad_norm": 0.3},
     "value": {"clip_grad_value": 0.01},
     "all": {"clip_grad_norm": 0.3, "clip_grad_value": 0.02, "weight_decay": 0.1},
+    "one": {"clip_grad_norm": 0.3, "clip_grad_value": 0.02, "weight_decay": 0.1, "clip_passes": "one"},
 }
 COMBINATIONS = [
     ("plain", "nearest"),
@@ -41,6 +42,7 @@ COMBINATIONS = [
     ("value", "nearest"),
     ("all", "nearest"),
     ("all", "stochastic"),
+    ("one", "stochastic"),
 ]
 
 

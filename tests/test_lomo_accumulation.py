@@ -15,6 +15,7 @@ RULES = {
     "plain": {},
     "norm": {"clip_grad_norm": 0.3},
     "all": {"clip_grad_norm": 0.3, "clip_grad_value": 0.01, "weight_decay": 0.1, "rounding": "stochastic"},
+    "one": {"clip_grad_norm": 0.3, "weight_decay": 0.1, "clip_passes": "one"},
 }
 PARTS = 3
 

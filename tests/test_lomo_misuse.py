@@ -120,7 +120,7 @@ def test_what_is_not_there_yet_says_what_to_use() -> None:
 
 @pytest.mark.parametrize("wrong", ["three", 1, None])
 def test_clip_passes(wrong: Any) -> None:
-    with pytest.raises(ValueError, match='clip_passes is .*expected "two" or "one"'):
+    with pytest.raises(ValueError, match=r'clip_passes is .*expected "two" or "one"'):
         Lomo([vector(1.0)], clip_passes=wrong)
 
 

@@ -25,6 +25,7 @@ class Textbook:
         model: is copied.
         loss_scale: None, a number, or "dynamic": 2**16 at first, halved by a step that overflows (which changes nothing
             else), doubled by 2000 in a row that do not.
+        clip_passes: Lomo's; all the same here.
         groups: lists of parameter names, each with the options that differ from the others; default one group of all.
     """
 
@@ -39,6 +40,7 @@ class Textbook:
         rounding: str = "nearest",
         seed: int = 0,
         loss_scale: float | str | None = None,
+        clip_passes: str = "two",
         groups: Sequence[tuple[list[str], dict[str, Any]]] | None = None,
     ) -> None:
         self.model = copy.deepcopy(model)
@@ -131,6 +133,7 @@ class Textbook64:
         weight_decay: float = 0.0,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        clip_passes: str = "two",
     ) -> None:
         self.model = copy.deepcopy(model).double()
         self.lr, self.weight_decay = lr, weight_decay

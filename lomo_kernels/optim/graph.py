@@ -67,6 +67,21 @@ def reentrant_checkpoints(loss: Tensor, *, thorough: bool) -> int:
     return count
 
 
+def check_fused_weights(loss: Tensor) -> None:
+    """Raises RuntimeError where a fused linear layer's weight was changed since its forward and its backward needs it.
+
+    Autograd would raise as well, but only when it comes to that layer: with others updated already.
+    """
+    for node in _nodes(loss):
+        version = getattr(node, "weight_version", None)
+        if version is not None and node.needs_input_grad[0] and node.weight._version != version:
+            raise RuntimeError(
+                f"Lomo: a weight of shape {list(node.weight.shape)} was changed in place after the forward that used it "
+                f"(version {node.weight._version}, expected {version}). No weight was changed by this step. Change "
+                "weights before the forward or after backward"
+            )
+
+
 def foreign_leaves(loss: Tensor, ours: Container[int]) -> list[Tensor]:
     """The leaves of the graph of `loss` whose ids are not among `ours`: inputs, or another optimizer's parameters.
 

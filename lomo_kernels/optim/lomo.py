@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers import FusedLayer, Pair, fuse, layers_of, takers, unfuse
 from ..ops.sgd import is_stochastic
-from .graph import check_loss, foreign_leaves, gradients_kept_apart, reentrant_checkpoints, run_backward
+from .graph import check_fused_weights, check_loss, foreign_leaves, gradients_kept_apart, reentrant_checkpoints, run_backward
 from .hyperparameters import check_group, check_positive
 from .parameters import check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
@@ -368,6 +368,8 @@ class Lomo(torch.optim.Optimizer):
                 self._find_norm(loss, scale)
             self._raise_if_not_finite(scaled, _NOTHING_CHANGED)
         else:
+            if self._takers:
+                check_fused_weights(loss)
             self._check_reentrancy(loss, scale)
             self._state.zero_slots()
         self._sweep(self._update_pass(scaled), loss, scale, retain_graph=False)
