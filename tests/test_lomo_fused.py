@@ -376,11 +376,14 @@ def doubles(tensors: list[Tensor]) -> Callable[..., None]:
     return hook
 
 
-@pytest.mark.parametrize("kind", ["weight changed", "backward twice", "input altered", "grad_output altered"])
-@pytest.mark.parametrize("rule", ["one", "two", "plain"])
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        *((kind, rule) for kind in ("weight changed", "backward twice") for rule in ("one", "two", "plain")),
+        *((kind, "one") for kind in ("input altered", "grad_output altered")),  # the others keep nothing
+    ],
+)
 def test_misuse_raises_before_any_weight_changed(kind: str, rule: str) -> None:
-    if "altered" in kind and rule != "one":
-        pytest.skip("nothing is kept that could be altered")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))  # factors smaller than the gradient
     optimizer = Lomo(model, lr=0.1, fused_layers=True, **RULES[rule])

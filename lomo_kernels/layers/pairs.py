@@ -39,9 +39,15 @@ def take(node: Any, weight: Tensor, pair: Pair) -> Sequence[Pair]:
         node: the autograd node, whose input 1 is the weight.
     """
     taker = takers.get(id(weight))
-    if taker is None or torch.is_grad_enabled() or weight._backward_hooks or not _is_accumulated(node):
+    if taker is None or torch.is_grad_enabled() or _is_watched(weight) or not _is_accumulated(node):
         return (pair,)
     return taker(pair)
+
+
+def _is_watched(weight: Tensor) -> bool:
+    """Whether somebody else's hook is to see the gradient. One hook is the optimizer's own."""
+    after = weight._post_accumulate_grad_hooks
+    return bool(weight._backward_hooks) or (after is not None and len(after) > 1)
 
 
 def _is_accumulated(node: Any) -> bool:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from ..layers import FusedLayer, Pair, fuse, layers_of, takers, unfuse
 from ..ops.sgd import is_stochastic
-from .graph import check_fused_weights, check_loss, foreign_leaves, gradients_kept_apart, reentrant_checkpoints, run_backward
+from .graph import (
+    check_fused_weights,
+    check_loss,
+    foreign_leaves,
+    gradients_kept_apart,
+    reentrant_checkpoints,
+    run_backward,
+)
 from .hyperparameters import check_group, check_positive
 from .parameters import check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass

@@ -29,7 +29,7 @@ def summary(records: Sequence[Record], model: nn.Module | None, *, kept: bool) -
         lines.setdefault((name, shape, dtype, gradient, reasons[record.index]), []).append(record)
     rows = [_HEADER]
     for (name, shape, dtype, gradient, reason), same in lines.items():
-        count = f"{len(same)} x {name}" if len(same) > 1 else name
+        count = f"{len(same)} x {name}" if len(same) > 1 else same[0].name
         rows.append((count, shape, dtype, _mebibytes(same), gradient, reason))
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,201 @@
+"""What fused layers save, watched by a recorder of every tensor that a step makes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_lomo_memory import Record, recorded
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lomo_kernels import Lomo, tiled
+from lomo_kernels.memory import Event, LiveBytes
+
+WIDTH = 1024
+ROWS = 1280
+WEIGHT = WIDTH * ROWS  # elements; float32: 5 MiB, some three tiles
+LAYERS = 2
+CLIP = {"clip_grad_norm": 1e-3}
+ONE = {**CLIP, "clip_passes": "one"}
+
+
+class Stack(nn.Module):
+    """Embedding, pairs of layers, and a head; every matrix has WEIGHT elements."""
+
+    def __init__(self, *, tied: bool = False, shared: int = 1, kind: str = "none") -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(ROWS, WIDTH)
+        self.ups = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, ROWS) for _ in range(shared)) for _ in range(LAYERS))
+        self.downs = nn.ModuleList(nn.Linear(ROWS, WIDTH, bias=False) for _ in range(LAYERS))
+        self.head = nn.Linear(WIDTH, ROWS, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.kind = kind
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for ups, down in zip(self.ups, self.downs, strict=True):
+
+            def block(x: Tensor, ups: Any = ups, down: nn.Module = down) -> Tensor:
+                return x + down(torch.stack([torch.tanh(up(x)) for up in ups]).sum(0))
+
+            x = block(x) if self.kind == "none" else checkpoint(block, x, use_reentrant=self.kind == "reentrant")
+        return self.head(x).float().square().mean()
+
+
+def tile(dtype: torch.dtype) -> int:
+    """Bytes of a tile, with what a product of 16 bits may need beside it."""
+    return 4 * tiled.tile_rows(ROWS, WIDTH) * WIDTH
+
+
+def step_of(model: Stack, optimizer: Lomo, tokens: int) -> Callable[[], None]:
+    indices = torch.arange(tokens) % ROWS
+    return lambda: optimizer.backward(model(indices))
+
+
+def sgd_step(model: Stack, tokens: int) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, foreach=False)
+    indices = torch.arange(tokens) % ROWS
+
+    def step() -> None:
+        model(indices).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3, foreach=False)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("tied", "kind"),
+    [(False, "none"), (False, "reentrant"), (False, "non-reentrant"), (True, "none"), (True, "non-reentrant")],
+)
+@pytest.mark.parametrize("rule", [{}, CLIP], ids=["plain", "two"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tensor_of_a_weights_size_is_ever_made(dtype: torch.dtype, rule: Any, tied: bool, kind: str) -> None:
+    model = Stack(tied=tied, kind=kind).to(dtype)
+    optimizer = Lomo(model, lr=1e-3, fused_layers=True, weight_decay=0.1, **rule)
+    record = recorded(step_of(model, optimizer, 16))
+    assert record.largest < WEIGHT * dtype.itemsize / 4
+    assert record.peak < WEIGHT * dtype.itemsize / 2, "activations of 16 tokens, and at most a part of a tile"
+    assert record.left < 4096
+
+
+def test_the_recorder_sees_the_gradient_of_a_layer_that_is_not_fused() -> None:
+    model = Stack()
+    record = recorded(step_of(model, Lomo(model, lr=1e-3), 16))
+    assert record.largest == WEIGHT * 4
+
+
+@pytest.mark.parametrize("shared", [1, 3], ids=["one input each", "shared inputs"])
+@pytest.mark.parametrize("kind", ["none", "non-reentrant"])
+@pytest.mark.parametrize("tokens", [8, 200, 700])
+def test_one_backward_keeps_the_smaller_of_factors_and_gradients(tokens: int, kind: str, shared: int) -> None:
+    model = Stack(shared=shared, kind=kind)
+    weights = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    others = sum(param.nbytes for param in model.parameters()) - 4 * WEIGHT * len(weights)
+    base = recorded(step_of(model, Lomo(model, lr=1e-3, fused_layers=True), tokens))
+    gc.collect()
+    record = recorded(step_of(model, Lomo(model, lr=1e-3, fused_layers=True, **ONE), tokens))
+    # An input shared by several layers counts once; the embedding's indices are int64.
+    linear = 4 * tokens * sum(module.out_features for module in weights if isinstance(module, nn.Linear))
+    inputs = 4 * tokens * (LAYERS * (WIDTH + ROWS) + WIDTH)
+    pairs = linear + inputs + tokens * (8 + 4 * WIDTH)
+    gradients = 4 * WEIGHT * len(weights)
+    # With factors as large as gradients the head's comes first, while the activations of the whole forward are alive.
+    assert record.peak - base.peak <= min(pairs, gradients) + others + tile(torch.float32) + 4096
+    sgd = Stack(shared=shared, kind=kind)
+    standard = recorded(sgd_step(sgd, tokens))
+    assert record.peak <= standard.peak + tile(torch.float32)
+    assert record.left < 4096
+
+
+def test_factors_die_as_they_are_applied() -> None:
+    model = Stack()
+    optimizer = Lomo(model, lr=1e-3, fused_layers=True, **ONE)
+    step = step_of(model, optimizer, 64)
+    step()
+    live_when_applied: list[int] = []
+    events: list[Event] = []
+    with LiveBytes(events) as live:
+        handle = torch.autograd.graph.increment_version
+
+        def watched(tensors: Any) -> None:
+            live_when_applied.append(live.current)
+            handle(tensors)
+
+        torch.autograd.graph.increment_version = watched
+        try:
+            step()
+        finally:
+            torch.autograd.graph.increment_version = handle
+    assert live_when_applied == sorted(live_when_applied, reverse=True)
+    assert len(live_when_applied) >= 2 * LAYERS + 2
+    assert live.current < 4096
+
+
+@pytest.mark.parametrize("view", ["selected", "narrowed"])
+def test_a_factor_that_is_a_small_part_of_a_large_tensor_does_not_keep_it(view: str) -> None:
+    """As BERT's pooler, which takes one token of each sequence."""
+    torch.manual_seed(0)
+    first, pooler = nn.Linear(256, 256), nn.Linear(256, 256)
+    model = nn.ModuleList([first, pooler])
+    optimizer = Lomo(model, lr=1e-3, fused_layers=True, **ONE)
+    data = torch.randn(64, 512, 256)  # 32 MiB
+
+    def step() -> None:
+        hidden = torch.tanh(data * first.bias)
+        part = hidden[:, 0] if view == "selected" else hidden[:, 3:5]
+        loss = pooler(part).square().sum() + first(data[0]).square().sum()
+        del hidden, part
+        optimizer.backward(loss)
+
+    step()
+    at_the_end: list[int] = []
+    with LiveBytes() as live:
+        decide = optimizer._state.decide
+        optimizer._state.decide = lambda clip: (at_the_end.append(live.current), decide(clip))[1]  # type: ignore
+        step()
+    assert at_the_end[0] < 4 * 2**20, "the kept factors, not the 32 MiB that one of them came from"
+
+
+def test_autocast_keeps_factors_of_16_bits() -> None:
+    model = Stack()
+    optimizer = Lomo(model, lr=1e-3, fused_layers=True, **ONE)
+    indices = torch.arange(64)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(indices)
+        optimizer.backward(loss)
+
+    record: Record = recorded(step)
+    assert record.largest == 2 * WEIGHT, "the weight cast for a product, and never a gradient"
+
+
+def test_many_uses_of_one_weight_become_a_gradient() -> None:
+    """A recurrent layer: the factors of all steps would be many times the gradient."""
+    layer = nn.Linear(256, 256)
+    optimizer = Lomo(layer, lr=1e-3, fused_layers=True, **ONE)
+
+    def step() -> None:
+        x = torch.ones(64, 256)
+        for _ in range(40):
+            x = F.relu(layer(x))
+        optimizer.backward(x.sum())
+
+    def sgd() -> None:
+        x = torch.ones(64, 256)
+        for _ in range(40):
+            x = F.relu(layer(x))
+        x.sum().backward()
+        layer.weight.grad = layer.bias.grad = None
+
+    mine = recorded(step)
+    optimizer.remove()
+    assert mine.peak <= recorded(sgd).peak + 3 * 4 * 256 * 256
