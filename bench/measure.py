@@ -75,10 +75,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(sections: dict[str, Any]) -> Path:
-    """Writes one run's results to ``bench/results/cpu-<instruction set>-<date>.json``."""
+def write(sections: dict[str, Any], kind: str = "cpu") -> Path:
+    """Writes one run's results to ``bench/results/<kind>-<instruction set>-<date>.json``."""
     RESULTS.mkdir(exist_ok=True)
     about = environment()
-    path = RESULTS / f"cpu-{about['instruction_set']}-{datetime.date.today()}.json"
+    path = RESULTS / f"{kind}-{about['instruction_set']}-{datetime.date.today()}.json"
     path.write_text(json.dumps({"environment": about, **sections}, indent=1) + "\n")
     return path

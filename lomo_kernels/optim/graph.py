@@ -76,8 +76,8 @@ def check_fused_weights(loss: Tensor) -> None:
         version = getattr(node, "weight_version", None)
         if version is not None and node.needs_input_grad[0] and node.weight._version != version:
             raise RuntimeError(
-                f"Lomo: a weight of shape {list(node.weight.shape)} was changed in place after the forward that used it "
-                f"(version {node.weight._version}, expected {version}). No weight was changed by this step. Change "
+                f"Lomo: a weight of shape {list(node.weight.shape)} was changed in place after the forward that used "
+                f"it (version {node.weight._version}, expected {version}). No weight was changed by this step. Change "
                 "weights before the forward or after backward"
             )
 
