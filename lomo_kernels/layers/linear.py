@@ -17,6 +17,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> Tensor:
+        ctx.set_materialize_grads(False)
         # As F.linear: the weight is needed for the input's gradient, and only then must not change before backward.
         ctx.save_for_backward(input, weight if input.requires_grad else None)
         ctx.weight, ctx.weight_version = weight, weight._version
@@ -26,7 +27,9 @@ class _Linear(torch.autograd.Function):
         return F.linear(input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:  # a weight without a gradient is not decayed either
+            return None, None, None, None
         input, weight = ctx.saved_tensors
         of_input, of_weight, of_bias, _ = ctx.needs_input_grad
         grad_input = grad_weight = grad_bias = None
