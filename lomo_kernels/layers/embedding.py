@@ -20,7 +20,7 @@ class _Embedding(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices)
         ctx.weight = weight
-        ctx.padding_idx = -1 if padding_idx is None else padding_idx
+        ctx.padding_idx = -1 if padding_idx is None else padding_idx % weight.shape[0]
         return F.embedding(indices, weight, padding_idx)
 
     @staticmethod

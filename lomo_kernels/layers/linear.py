@@ -54,7 +54,7 @@ class Linear(FusedLayer, nn.Linear):
         if not takes_part(weight, input):
             return super().forward(input)
         kind = input.device.type
-        if not torch.is_autocast_enabled(kind) or input.dtype is torch.float64:
+        if not torch.is_autocast_enabled(kind) or input.dtype is torch.float64 or not input.is_floating_point():
             return _Linear.apply(input, weight, self.bias, False)
         # What autocast does to F.linear, but with the weight cast where it is used and not kept: its copy in autocast's
         # cache would have the gradient that is not to exist.
