@@ -43,7 +43,7 @@ def tile_rows(rows: int, columns: int) -> int:
 
 def _tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """(first row, buffer for the tile's rows) of each tile."""
-    height = tile_rows(rows, columns)
+    height = max(tile_rows(rows, columns), 1)
     for first in range(0, rows, height):
         yield first, _buffers.get(min(height, rows - first), columns, device)
 

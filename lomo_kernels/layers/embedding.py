@@ -17,13 +17,16 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, indices: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices)
         ctx.weight = weight
-        ctx.padding_idx = -1 if padding_idx is None else padding_idx
+        ctx.padding_idx = -1 if padding_idx is None else padding_idx % weight.shape[0]
         return F.embedding(indices, weight, padding_idx)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:  # a weight without a gradient is not decayed either
+            return None, None, None
         (indices,) = ctx.saved_tensors
         pairs = take(ctx, ctx.weight, Pair(indices, grad_output, ctx.padding_idx))
         return None, gradient_of(pairs, ctx.weight) if pairs else None, None

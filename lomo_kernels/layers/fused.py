@@ -25,7 +25,7 @@ def takes_part(weight: Any, input: Tensor) -> bool:
 
     Not under torch.compile, torch.func, forward-mode differentiation or tracing, which cannot see through our backward;
     not with a weight exchanged for something that is no plain parameter (a DTensor, a parametrization), nor with an
-    input that is no plain tensor; not where there is no gradient.
+    input that is no plain tensor (nested, or without storage); not where there is no gradient.
     """
     return (
         not torch.compiler.is_compiling()
@@ -34,6 +34,8 @@ def takes_part(weight: Any, input: Tensor) -> bool:
         and torch.is_grad_enabled()
         and type(input) in (Tensor, nn.Parameter)
         and input.layout is torch.strided
+        and not input.is_nested
+        and not input.is_meta
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and not torch._C._is_tracing()

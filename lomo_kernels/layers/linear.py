@@ -17,6 +17,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> Tensor:
+        ctx.set_materialize_grads(False)
         # As F.linear: the weight is needed for the input's gradient, and only then must not change before backward.
         ctx.save_for_backward(input, weight if input.requires_grad else None)
         ctx.weight, ctx.weight_version = weight, weight._version
@@ -26,7 +27,9 @@ class _Linear(torch.autograd.Function):
         return F.linear(input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:  # a weight without a gradient is not decayed either
+            return None, None, None, None
         input, weight = ctx.saved_tensors
         of_input, of_weight, of_bias, _ = ctx.needs_input_grad
         grad_input = grad_weight = grad_bias = None
@@ -51,7 +54,7 @@ class Linear(FusedLayer, nn.Linear):
         if not takes_part(weight, input):
             return super().forward(input)
         kind = input.device.type
-        if not torch.is_autocast_enabled(kind) or input.dtype is torch.float64:
+        if not torch.is_autocast_enabled(kind) or input.dtype is torch.float64 or not input.is_floating_point():
             return _Linear.apply(input, weight, self.bias, False)
         # What autocast does to F.linear, but with the weight cast where it is used and not kept: its copy in autocast's
         # cache would have the gradient that is not to exist.

@@ -62,19 +62,19 @@ def _is_accumulated(node: Any) -> bool:
 def gradient_of(pairs: Sequence[Pair], weight: Tensor) -> Tensor:
     """The gradient of `weight` that the pairs stand for, in its dtype, as autograd has it."""
     total: Tensor | None = None
-    for pair in pairs:
-        if pair.padding_idx is None:
-            part = _matrix(pair.grad_output).T @ _matrix(pair.input)
-        else:
-            part = torch.ops.aten.embedding_dense_backward(
-                pair.grad_output, pair.input, weight.shape[0], pair.padding_idx, False
-            )
-        if total is None:
-            total = part
-        else:  # pairs are only added up inside the optimizer's backward, which is never differentiated
-            total.add_(part)
+    with torch.autocast(weight.device.type, enabled=False):  # in force where backward is called inside autocast
+        for pair in pairs:
+            if pair.padding_idx is None:
+                part = _matrix(pair.grad_output).T @ _matrix(pair.input)
+            else:
+                part = torch.ops.aten.embedding_dense_backward(
+                    pair.grad_output, pair.input, weight.shape[0], pair.padding_idx, False
+                )
+            part = part.to(weight.dtype)  # before they are added: one use may be under autocast and another not
+            # Pairs are only added up inside the optimizer's backward, which is never differentiated.
+            total = part if total is None else total.add_(part)
     assert total is not None
-    return total.to(weight.dtype)
+    return total
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -26,8 +26,11 @@ def why_not(module: nn.Module) -> str | None:
         return f"in a {type(module).__name__}"
     if "forward" in vars(module):
         return "its module has a forward of its own"
-    if type(module._parameters.get("weight")) is not nn.Parameter:
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
         return "not a plain parameter"
+    if weight.dim() != 2 or not weight.numel():
+        return "not a matrix, or without elements"
     return None
 
 

@@ -522,8 +522,9 @@ class Lomo(torch.optim.Optimizer):
 
     def _on_plain_gradient(self, record: Record) -> None:
         """Called when a gradient went into ``.grad``: notes whether it carries the loss scale."""
+        if record.param.grad is None:  # a custom layer that keeps it to itself
+            return
         if self._plain_is_scaled:
-            assert record.param.grad is not None
             record.scaled_grad = weakref.ref(record.param.grad)
         elif record.scaled:
             raise RuntimeError(
@@ -575,9 +576,10 @@ class Lomo(torch.optim.Optimizer):
         """Fuses the layers of `model` whose weights are ours and that can be, unless they are."""
         records = {id(record.param): record for record in self._records}
         for module, reason in layers_of(model, records):
-            if reason is not None or isinstance(module, FusedLayer):
+            if reason is not None:
                 continue
-            self._fused.append(fuse(module))
+            if not isinstance(module, FusedLayer):  # another optimizer's, whose weight was exchanged, is one already
+                self._fused.append(fuse(module))
             record = records[id(module.weight)]
             if not record.fused:
                 record.fused = True

@@ -50,8 +50,11 @@ class Holdings:
         self._returned: set[tuple[int, int]] = set()  # weights whose gradient exists, so that no more is held
         self._users: Counter[int] = Counter()  # of each piece of memory: inputs are shared, as by query, key and value
 
-    def add(self, record: Record, pair: Pair) -> Sequence[Pair]:
-        """Holds the pair, or returns the pairs of the weight that are better returned as a gradient."""
+    def add(self, record: Record, pair: Pair, state: str) -> Sequence[Pair]:
+        """Holds the pair, or returns the pairs of the weight that are better returned as a gradient.
+
+        Raises RuntimeError, which says `state`, where one of those was altered since it was taken.
+        """
         key = _key(record)
         held = self._open.setdefault(key, [])
         if key not in self._returned:
@@ -61,6 +64,8 @@ class Holdings:
                 self._users.update(_addresses(pair))
                 return ()
             self._returned.add(key)
+        for one in held:
+            one.check(record.name, state)
         self._forget(held)
         pairs = [one.pair for one in held]
         held.clear()

@@ -88,7 +88,7 @@ class Pass:
         """
         self._check_first_time(record)
         with self._lock:
-            return self._holdings.add(record, pair)
+            return self._holdings.add(record, pair, self._outcome)
 
     def add(self, record: Record, grad: Tensor | None, pairs: Sequence[Held] = ()) -> None:
         """Hands one gradient to the kernels, now or with others. Raises RuntimeError unless it is dense."""
@@ -99,6 +99,8 @@ class Pass:
             )
         stream = self._streams.join(record.device) if record.on_gpu else None
         if pairs:
+            for held in pairs:
+                held.check(record.name, self._outcome)
             self._terms(record, grad, pairs)
             return
         assert grad is not None
@@ -134,15 +136,17 @@ class Pass:
     def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
         raise NotImplementedError
 
+    @property
+    def _outcome(self) -> str:
+        """What an error in this pass leaves behind, for its message."""
+        return "Some weights of this step may have changed already" if self.changes_weights else "No weight was changed"
+
     def _check_first_time(self, record: Record) -> None:
         if record.fired == self.serial:
-            state = (
-                "Some weights of this step have changed already" if self.changes_weights else "No weight was changed"
-            )
             raise RuntimeError(
                 f"Lomo: the gradient of {record.name} came twice in one backward, as when two reentrant checkpoints "
-                f"share a parameter; each part alone is not its gradient. {state}. Use torch.utils.checkpoint with "
-                "use_reentrant=False"
+                f"share a parameter; each part alone is not its gradient. {self._outcome}. Use torch.utils.checkpoint "
+                "with use_reentrant=False"
             )
 
 
@@ -250,8 +254,6 @@ class UpdatePass(Pass):
         torch.autograd.graph.increment_version(param)
 
     def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
-        for held in pairs:
-            held.check(record.name, "Some weights of this step may have changed already")
         param, home, scalars = record.param, record.home, record.scalars
         Terms([held.pair for held in pairs], grad).sgd_(
             param,
