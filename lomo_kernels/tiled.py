@@ -13,6 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops._arguments import library
+
+# The two kernels under the layers' operators, for CPU tensors (csrc/cpu/). Matrices; rows contiguous, at any distance.
+#
+# _gram: input [T, in], grad_output [T, out], the same dtype -> float64 [2]: ||grad_output.T @ input||^2 from inner
+# products of tokens, and an estimate of that number's error.
+library.define("_gram(Tensor input, Tensor grad_output) -> Tensor")
+
 #: A tile's memory: it should stay in the second-level cache, and be high enough for a matrix product to be fast.
 TILE_BYTES = 2 * 1024 * 1024
 #: Rows of a tile at least, however wide the weight is: below, matrix products are slow.
