@@ -15,6 +15,7 @@ namespace lomo {
   }                                      \
   namespace PRODUCTS {                   \
   void install_gram(Kernels&);           \
+  void install_product(Kernels&);        \
   }
 LOMO_DECLARE(baseline, baseline)
 #if LOMO_HAVE_X86_ISAS
@@ -32,6 +33,7 @@ namespace {
     ELEMENTS::install_sgd(k);            \
     ELEMENTS::install_sq_norm(k);        \
     PRODUCTS::install_gram(k);           \
+    PRODUCTS::install_product(k);        \
   }
 
 struct Isa {
