@@ -196,7 +196,7 @@ def linear_gradient(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) ->
     """
     total = torch.zeros(grad_outputs[0].shape[-1], inputs[0].shape[-1], dtype=torch.float64, device=inputs[0].device)
     for x, gy in zip(inputs, grad_outputs, strict=True):
-        total += gy.reshape(-1, gy.shape[-1]).double().T @ x.reshape(-1, x.shape[-1]).double()
+        total += gy[None].flatten(0, -2).double().T @ x[None].flatten(0, -2).double()
     return total.float()
 
 

@@ -13,10 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops._arguments import library
+
+# The two kernels under the layers' operators, for CPU tensors (csrc/cpu/). Matrices; rows contiguous, at any distance.
+#
+# _gram: input [T, in], grad_output [T, out], the same dtype -> float64 [2]: ||grad_output.T @ input||^2 from the inner
+# products of tokens, and about the standard deviation of that number's error.
+#
+# _product_: out float32 [rows, in], contiguous, = or (accumulate) += grad_output.T @ input, from grad_output [T, rows]
+# and input [T, in], both bfloat16 or float16: torch has no such product with a float32 result on CPUs. Sums are float32,
+# in an order that does not depend on the number of threads. Where the processor has bfloat16 instructions (AVX512_BF16)
+# they are used for bfloat16, and they flush: operands, products and sums below 2^-126 count as zero, so an element of
+# the gradient may be off by T * 2^-126 in all. A weight notices only where it is itself that small, and no norm does.
+library.define("_gram(Tensor input, Tensor grad_output) -> Tensor")
+library.define("_product_(Tensor(a!) out, Tensor grad_output, Tensor input, bool accumulate) -> ()")
+
 #: A tile's memory: it should stay in the second-level cache, and be high enough for a matrix product to be fast.
 TILE_BYTES = 2 * 1024 * 1024
 #: Rows of a tile at least, however wide the weight is: below, matrix products are slow.
 LEAST_ROWS = 64
+
+#: Inner products of tokens are taken where they need at most this part of the gradient's multiplications. They run at
+#: the same speed, and are worth nothing where the error turns out too large.
+GRAM_COST = 0.75
+#: Four standard deviations of the sum are then 2e-5 of it, of the norm 1e-5.
+GRAM_ERROR = 5e-6
+#: Sums of squares of gradients without an element that overflows in float32, and mean squares of those that lose nothing
+#: to underflow: with others tiles find what `sq_norm_` would.
+LARGEST, SMALLEST = 1e76, 1e-60
 
 
 class _Buffers(threading.local):
@@ -42,14 +66,24 @@ def tile_rows(rows: int, columns: int) -> int:
 
 
 def _tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """(first row, buffer for the tile's rows) of each tile."""
-    height = max(tile_rows(rows, columns), 1)
+    """(first row, buffer for the tile's rows) of each tile; none where the gradient has no element."""
+    if not rows * columns:
+        return
+    height = tile_rows(rows, columns)
     for first in range(0, rows, height):
         yield first, _buffers.get(min(height, rows - first), columns, device)
 
 
+def _has_kernels(tensor: Tensor) -> bool:
+    """Whether `_product_` serves it. float32 is torch's."""
+    return tensor.is_cpu and tensor.dtype is not torch.float32
+
+
 def _add_product(tile: Tensor, grad_output: Tensor, input: Tensor, *, fresh: bool) -> None:
     """``tile (fresh: =, else +=) grad_output.T @ input``, float32."""
+    if _has_kernels(input):
+        torch.ops.lomo_kernels._product_.default(tile, grad_output, input, not fresh)
+        return
     if input.dtype is not torch.float32:
         grad_output, input = grad_output.float(), input.float()
     if fresh:
@@ -59,12 +93,19 @@ def _add_product(tile: Tensor, grad_output: Tensor, input: Tensor, *, fresh: boo
 
 
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    """Each as a matrix [tokens, features]. reshape(-1, 0) would not know how many tokens there are."""
+    return [tensor.detach()[None].flatten(0, -2) for tensor in tensors]
+
+
+def _with_contiguous_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def linear_tiles(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """(first row, gradient of the tile's rows) of each tile. A tile is valid until the next is asked for."""
     xs, gys = _flat(inputs), _flat(grad_outputs)
+    if any(map(_has_kernels, xs)):
+        xs, gys = [_with_contiguous_rows(x) for x in xs], [_with_contiguous_rows(gy) for gy in gys]
     for first, tile in _tiles(gys[0].shape[1], xs[0].shape[1], xs[0].device):
         for use, (x, gy) in enumerate(zip(xs, gys, strict=True)):
             _add_product(tile, gy[:, first : first + len(tile)], x, fresh=use == 0)
@@ -84,6 +125,22 @@ def add_rows(tile: Tensor, first: int, index: Tensor, grad_output: Tensor, paddi
     tile.index_put_(((index - first)[here].long(),), gy[here].float(), accumulate=True)
 
 
+def _sq_norm_by_gram(input: Tensor, grad_output: Tensor, inv_scale: Tensor | None) -> float | None:
+    """What `linear_sq_norm_` adds, from inner products of tokens; None where tiles are cheaper or more exact.
+
+    Inner products cancel where tokens have much in common: the error is then large beside the sum.
+    """
+    tokens, rows, columns = input.shape[0], grad_output.shape[1], input.shape[1]
+    if tokens * (rows + columns) > GRAM_COST * 2 * rows * columns:
+        return None
+    input, grad_output = _with_contiguous_rows(input), _with_contiguous_rows(grad_output)
+    total, error = torch.ops.lomo_kernels._gram.default(input, grad_output).tolist()
+    if not (0 < total <= LARGEST and error <= GRAM_ERROR * total):
+        return None
+    scaled = total * (1.0 if inv_scale is None else inv_scale.float().item()) ** 2
+    return scaled if SMALLEST * rows * columns <= scaled <= LARGEST else None
+
+
 def _embedding_tiles(
     rows: int, indices: Sequence[Tensor], grad_outputs: Sequence[Tensor], padding_idx: Sequence[int]
 ) -> Iterator[tuple[int, Tensor]]:
@@ -94,6 +151,11 @@ def _embedding_tiles(
 
 
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
+    if len(inputs) == 1 and inputs[0].is_cpu:
+        total = _sq_norm_by_gram(*_flat(inputs), *_flat(grad_outputs), inv_scale)
+        if total is not None:
+            slot += total
+            return
     for _, tile in linear_tiles(inputs, grad_outputs):
         torch.ops.lomo_kernels.sq_norm_.default(slot, tile, inv_scale)
 

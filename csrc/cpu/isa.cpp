@@ -7,28 +7,33 @@
 
 namespace lomo {
 
-namespace baseline {
-void install_sgd(Kernels&);
-void install_sq_norm(Kernels&);
-}  // namespace baseline
+// Element by element, and products, which use fused multiply-adds and may have an instruction set of their own.
+#define LOMO_DECLARE(ELEMENTS, PRODUCTS) \
+  namespace ELEMENTS {                   \
+  void install_sgd(Kernels&);            \
+  void install_sq_norm(Kernels&);        \
+  }                                      \
+  namespace PRODUCTS {                   \
+  void install_gram(Kernels&);           \
+  void install_product(Kernels&);        \
+  }
+LOMO_DECLARE(baseline, baseline)
 #if LOMO_HAVE_X86_ISAS
-namespace avx2 {
-void install_sgd(Kernels&);
-void install_sq_norm(Kernels&);
-}  // namespace avx2
-namespace avx512 {
-void install_sgd(Kernels&);
-void install_sq_norm(Kernels&);
-}  // namespace avx512
+LOMO_DECLARE(avx2, avx2)
+LOMO_DECLARE(avx512, avx512)
+LOMO_DECLARE(avx512, avx512bf16)
 #endif
+#undef LOMO_DECLARE
 
 namespace {
 
-#define LOMO_INSTALL(ISA)    \
-  [](Kernels& k) {           \
-    k.isa = #ISA;            \
-    ISA::install_sgd(k);     \
-    ISA::install_sq_norm(k); \
+#define LOMO_INSTALL(ELEMENTS, PRODUCTS) \
+  [](Kernels& k) {                       \
+    k.isa = #PRODUCTS;                   \
+    ELEMENTS::install_sgd(k);            \
+    ELEMENTS::install_sq_norm(k);        \
+    PRODUCTS::install_gram(k);           \
+    PRODUCTS::install_product(k);        \
   }
 
 struct Isa {
@@ -38,16 +43,20 @@ struct Isa {
 };
 
 Kernels choose() {
+#if LOMO_HAVE_X86_ISAS
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
   const Isa isas[] = {
   // best first
 #if LOMO_HAVE_X86_ISAS
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl"),
-       LOMO_INSTALL(avx512)},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"), LOMO_INSTALL(avx2)},
+      {"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), LOMO_INSTALL(avx512, avx512bf16)},
+      {"avx512", avx512, LOMO_INSTALL(avx512, avx512)},
+      {"avx2", avx2, LOMO_INSTALL(avx2, avx2)},
 #endif
-      {"baseline", true, LOMO_INSTALL(baseline)},
+      {"baseline", true, LOMO_INSTALL(baseline, baseline)},
   };
   const char* variable = std::getenv("LOMO_KERNELS_ISA");
   const std::string forced = variable ? variable : "";

@@ -18,6 +18,27 @@ struct Stream {
   uint64_t first_index;  // index of element 0 of the run in the whole, unsharded parameter
 };
 
+// A matrix whose rows are consecutive in memory, `stride` elements from one to the next.
+struct Rows {
+  const void* data;
+  int64_t rows, columns, stride;
+};
+
+// Rows are taken in blocks of this many, pair by pair, for sums over the inner products of rows.
+constexpr int kGramBlock = 32;
+
+// A product is made in blocks of this many rows, from packed factors that stay in the second-level cache: this many steps
+// of tokens (pairs of them for bfloat16 instructions, else single ones), a block of rows and up to 48 columns.
+constexpr int64_t kProductRows = 256, kProductDepth = 256;
+constexpr int64_t kProductScratch = kProductDepth * (kProductRows + 48);  // words
+
+// Of A_ij B_ij, and of its error where that of A_ij is some part of |a_i| |a_j| and that of B_ij likewise. In units of
+// that part: the variance of errors that know nothing of each other, and the sum of those that may have one sign, for
+// the inner products of rows that are copies of one another, or of a row with itself, are rounded in the same way.
+struct GramSums {
+  double sum, variance, common;
+};
+
 struct Kernels {
   const char* isa;
 
@@ -26,6 +47,16 @@ struct Kernels {
 
   // The update of numerics.h on n elements: [parameter dtype][gradient dtype][0 nearest, 1 stochastic].
   void (*update[kDTypes][kDTypes][2])(void* param, const void* grad, int64_t n, const Scalars& scalars, Stream stream);
+
+  // With A = a a^T and B = b b^T: sums over the entries of the block that begins at row i and column j >= i, and of its
+  // mirror image. a_lengths, b_lengths: the norms of all rows.
+  GramSums (*gram[kDTypes])(const Rows& a, const Rows& b, const double* a_lengths, const double* b_lengths,
+                            int64_t i, int64_t j);
+
+  // Rows [row, row + rows) and columns [column, column + columns) of out = a^T b, or out += where `add`. out: `stride`
+  // elements from row to row. rows: at most kProductRows. scratch: kProductScratch words. Not for float32.
+  void (*product[kDTypes])(float* out, int64_t stride, const Rows& a, const Rows& b, int64_t row, int64_t rows,
+                           int64_t column, int64_t columns, bool add, uint32_t* scratch);
 };
 
 // The kernels in force: of LOMO_KERNELS_ISA, else the best the processor has. Throws std::runtime_error where that

@@ -1,0 +1,141 @@
+// out = a^T b, or out += a^T b, compiled once per instruction set: both factors are packed into panels, in which a step
+// reads what it needs from consecutive memory, and a register tile runs through the panels.
+#include "kernels.h"
+#include "vectors.h"
+
+namespace lomo {
+namespace {
+
+// A register tile: kRows x kVectors sums, which leave registers for a row of b and one number of a.
+constexpr int kRows = kRegisters == 32 ? 8 : 4, kVectors = 3;
+constexpr int kColumns = kVectors * kLanes;
+
+static_assert(kProductRows % kRows == 0, "whole panels");
+static_assert(kProductScratch >= kProductDepth * (kProductRows + kColumns), "a block of a and a panel of b");
+
+// A word holds what a step multiplies: a bfloat16 pair, of two tokens, or a float32.
+#if defined(__AVX512BF16__)
+template <class T>
+constexpr int kTokens = 1;
+template <>
+constexpr int kTokens<BFloat16> = 2;
+LOMO_FN Vector multiply_add(Vector sum, Words a, Words b, BFloat16) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)a);  // see vectors.h
+}
+#else
+template <class T>
+constexpr int kTokens = 1;
+#endif
+template <class T>
+LOMO_FN Vector multiply_add(Vector sum, Words a, Words b, T) {
+  return sum + reinterpret_cast<Vector>(a) * reinterpret_cast<Vector>(b);
+}
+
+template <int kN, class T>
+LOMO_FN void pack_row(uint32_t* to, const typename T::Storage* from, const typename T::Storage* next, T) {
+  if constexpr (kTokens<T> == 2) {
+    for (int i = 0; i < kN; ++i) to[i] = from[i] | static_cast<uint32_t>(next[i]) << 16;
+  } else if constexpr (kN % 16 == 0) {
+    float wide[kN];
+    widen<kN>(from, wide, T{});
+    memcpy(to, wide, sizeof wide);
+  } else {
+    for (int i = 0; i < kN; ++i) to[i] = bits_of(T::widen(from[i]));
+  }
+}
+
+// Columns [column, column + n), n <= kN, of `steps` steps of tokens from `token` on; what lies outside is zero.
+template <int kN, class T>
+LOMO_FN void pack(uint32_t* to, const Rows& m, int64_t token, int64_t steps, int64_t column, int64_t n) {
+  using Storage = typename T::Storage;
+  for (int64_t s = 0; s < steps; ++s, to += kN) {
+    Storage part[2][kN];
+    const Storage* rows[2] = {};
+    for (int half = 0; half < kTokens<T>; ++half) {
+      const int64_t t = token + s * kTokens<T> + half;
+      const Storage* row = static_cast<const Storage*>(m.data) + t * m.stride + column;
+      if (t < m.rows && n == kN) {
+        rows[half] = row;
+      } else {
+        for (int64_t i = 0; i < kN; ++i) part[half][i] = t < m.rows && i < n ? row[i] : Storage{0};
+        rows[half] = part[half];
+      }
+    }
+    pack_row<kN>(to, rows[0], rows[1], T{});
+  }
+}
+
+// out[kRows][kColumns] = or += the product of two panels.
+template <class T>
+LOMO_FN void tile(float* out, int64_t stride, const uint32_t* a, const uint32_t* b, int64_t steps, bool add) {
+  Vector sums[kRows][kVectors] = {};
+  for (int64_t s = 0; s < steps; ++s, a += kRows, b += kColumns) {
+    Words right[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) right[v] = *reinterpret_cast<const LooseWords*>(b + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Words left = Words{} + a[r];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(sums[r][v], left, right[v], T{});
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = out + r * stride + v * kLanes;
+      store_vector(to, add ? load_vector(to) + sums[r][v] : sums[r][v]);
+    }
+  }
+}
+
+template <class T>
+void product(float* out, int64_t stride, const Rows& a, const Rows& b, int64_t row, int64_t rows, int64_t column,
+             int64_t columns, bool add, uint32_t* scratch) {
+  uint32_t* const packed_b = scratch;
+  uint32_t* const packed_a = scratch + kProductDepth * kColumns;
+  int64_t token = 0;
+  do {  // once even without tokens: the product is zero then
+    const int64_t left = (a.rows - token + kTokens<T> - 1) / kTokens<T>;
+    const int64_t steps = left < kProductDepth ? left : kProductDepth;
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const int64_t n = rows - i < kRows ? rows - i : kRows;
+      pack<kRows, T>(packed_a + i * steps, a, token, steps, row + i, n);
+    }
+    for (int64_t j = 0; j < columns; j += kColumns) {
+      const int64_t n_j = columns - j < kColumns ? columns - j : kColumns;
+      pack<kColumns, T>(packed_b, b, token, steps, column + j, n_j);
+      for (int64_t i = 0; i < rows; i += kRows) {
+        const int64_t n_i = rows - i < kRows ? rows - i : kRows;
+        float* to = out + (row + i) * stride + column + j;
+        if (n_i == kRows && n_j == kColumns) {
+          tile<T>(to, stride, packed_a + i * steps, packed_b, steps, add);
+          continue;
+        }
+        float whole[kRows * kColumns];  // the same tile, of which a part is wanted
+        tile<T>(whole, kColumns, packed_a + i * steps, packed_b, steps, false);
+        for (int64_t r = 0; r < n_i; ++r) {
+          for (int64_t c = 0; c < n_j; ++c) {
+            const float sum = whole[r * kColumns + c];
+            to[r * stride + c] = add ? to[r * stride + c] + sum : sum;
+          }
+        }
+      }
+    }
+    token += steps * kTokens<T>;
+    add = true;
+  } while (token < a.rows);
+}
+
+}  // namespace
+
+namespace LOMO_ISA {
+void install_product(Kernels& k) {
+  k.product[kFloat32] = nullptr;  // torch has that one
+  k.product[kBFloat16] = product<BFloat16>;
+  k.product[kFloat16] = product<Float16>;
+}
+}  // namespace LOMO_ISA
+
+}  // namespace lomo
