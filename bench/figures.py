@@ -1,23 +1,26 @@
-"""``python -m bench.figures``: writes the README's tables anew from the newest results of each device.
+"""``python -m bench.figures``: writes the documents' tables anew from the newest results of each device.
 
-Results are committed under ``bench/results/``; tests/test_figures.py checks that the README says what they say.
+Results are committed under ``bench/results/``; tests/test_figures.py checks that the documents say what they say.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+BEGIN, END = "<!-- figures, from `python -m bench.figures` -->\n", "<!-- end of figures -->\n"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def newest() -> dict[str, Path]:
-    """The newest file of each device with measurements: names are ``<device>-<year>-<month>-<day>.json``."""
+def newest(*kinds: str) -> dict[str, Path]:
+    """The newest file of each device with a section of these: names are ``<device>-<year>-<month>-<day>.json``."""
     files = sorted(RESULTS.glob("*.json"), key=lambda file: file.stem[-10:])
-    return {file.stem[:-11]: file for file in files if {"bench", "update"} & json.loads(file.read_text()).keys()}
+    return {file.stem[:-11]: file for file in files if set(kinds) & json.loads(file.read_text()).keys()}
 
 
 def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
@@ -27,8 +30,8 @@ def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
         yield "| " + " | ".join(row) + " |"
 
 
-def source(file: Path) -> str:
-    return f"[{file.name}](bench/results/{file.name})"
+def source(file: Path, up: str = "") -> str:
+    return f"[{file.name}]({up}bench/results/{file.name})"
 
 
 def cpu_figures(file: Path) -> Iterator[str]:
@@ -96,10 +99,42 @@ def gpu_figures(file: Path) -> Iterator[str]:
     yield from table(["500 tensors of 4096, microseconds", *(f"{backend}, {clock}" for backend, clock in clocks)], rows)
 
 
-def figures() -> str:
+def step_figures(file: Path) -> Iterator[str]:
+    results = json.loads(file.read_text())
+    about, model = results["environment"], results["model"]
+    yield (
+        f"Llama shape, bfloat16: {model['layers']} layers, width {model['d_model']}, MLP {model['ffn']}, vocabulary "
+        f"{model['vocab']}: {model['weight_bytes'] / 2**20:.0f} MiB of weights. Whole steps, one thread of "
+        f"{about['device']} ({about['instruction_set']}), torch {about['torch']}, commit {about['commit'][:7]}: "
+        f"{source(file, '../')}. Times are medians of ratios to SGD with `clip_grad_norm_`, taken round by round; peaks"
+        " are live bytes above the weights: activations, gradients, factors, copies."
+    )
+    for quantity, cell in (("time", _time), ("peak, MiB", _peak)):
+        yield ""
+        cases = list(results["steps"])
+        names = list(results["steps"][cases[0]])
+        yield from table(
+            [quantity, *cases], [[name, *(cell(results["steps"][case][name]) for case in cases)] for name in names]
+        )
+    yield ""
+    base = [statistics.median(one["SGD, clip_grad_norm_"]["seconds"]) for one in results["steps"].values()]
+    yield "SGD with `clip_grad_norm_` takes " + ", ".join(f"{seconds:.2f} s" for seconds in base) + " in these cases."
+    for name in results["missing"]:
+        yield f"{name} was not installed."
+
+
+def _time(result: dict[str, Any]) -> str:
+    return f"{result['ratio_to_sgd_and_clip']['median']:.2f}"
+
+
+def _peak(result: dict[str, Any]) -> str:
+    return f"{result['peak_bytes'] / 2**20:.0f}"
+
+
+def readme() -> str:
     """The README's section."""
     lines: list[str] = []
-    files = newest()
+    files = newest("bench", "update")
     for device, file in files.items():
         lines += ["", *(cpu_figures(file) if device.startswith("cpu") else gpu_figures(file))]
     if all(device.startswith("cpu") for device in files):
@@ -107,12 +142,22 @@ def figures() -> str:
     return "\n".join(lines) + "\n\n"
 
 
-def replaced(readme: str) -> str:
-    """The README with its figures made anew."""
-    before, rest = readme.split("<!-- figures, from `python -m bench.figures` -->\n")
-    _, after = rest.split("<!-- end of figures -->\n")
-    return f"{before}<!-- figures, from `python -m bench.figures` -->\n{figures()}<!-- end of figures -->\n{after}"
+def one_backward() -> str:
+    """The section of docs/one_backward.md."""
+    lines = [line for file in newest("steps").values() for line in ("", *step_figures(file))]
+    return "\n".join(lines) + "\n\n"
+
+
+DOCUMENTS: dict[Path, Callable[[], str]] = {ROOT / "README.md": readme, ROOT / "docs" / "one_backward.md": one_backward}
+
+
+def replaced(document: Path) -> str:
+    """The document with its figures made anew."""
+    before, rest = document.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}{DOCUMENTS[document]()}{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(replaced(README.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(replaced(document))

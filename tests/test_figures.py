@@ -1,11 +1,13 @@
-"""The README's figures are those of the committed results."""
+"""The documents' figures are those of the committed results."""
+
+import pytest
 
 from bench import figures
 
 
-def test_the_readme_says_what_the_results_say():
-    readme = figures.README.read_text()
-    assert figures.replaced(readme) == readme, "run `python -m bench.figures`"
+@pytest.mark.parametrize("document", figures.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_say_what_the_results_say(document):
+    assert figures.replaced(document) == document.read_text(), "run `python -m bench.figures`"
 
 
 def test_every_device_has_its_newest_file(tmp_path, monkeypatch):
@@ -13,7 +15,7 @@ def test_every_device_has_its_newest_file(tmp_path, monkeypatch):
         (tmp_path / f"{name}.json").write_text('{"bench": {}}')
     (tmp_path / "nvidia-h200-2026-03-01.json").write_text('{"build": {}, "test": {}}')  # nothing measured
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    assert {device: file.stem[-10:] for device, file in figures.newest().items()} == {
+    assert {device: file.stem[-10:] for device, file in figures.newest("bench", "update").items()} == {
         "cpu-avx2": "2026-01-02",
         "nvidia-h200": "2026-02-01",
     }
