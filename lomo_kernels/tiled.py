@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from .ops._arguments import library
 # products of tokens, and about the standard deviation of that number's error.
 #
 # _product_: out float32 [rows, in], contiguous, = or (accumulate) += grad_output.T @ input, from grad_output [T, rows]
-# and input [T, in], both bfloat16 or float16: torch has no such product with a float32 result on CPUs. Sums are float32,
-# in an order that does not depend on the number of threads. Where the processor has bfloat16 instructions (AVX512_BF16)
-# they are used for bfloat16, and they flush: operands, products and sums below 2^-126 count as zero, so an element of
-# the gradient may be off by T * 2^-126 in all. A weight notices only where it is itself that small, and no norm does.
+# and input [T, in], both bfloat16 or float16: torch has no such product with a float32 result on CPUs. Sums are
+# float32, in an order that does not depend on the number of threads. Where the processor has bfloat16 instructions
+# (AVX512_BF16) they are used for bfloat16. These flush: operands, products and sums below 2^-126 count as zero, so an
+# element of the gradient may be off by T * 2^-126 in all. A weight notices only where it is itself that small, and a
+# norm never does.
 library.define("_gram(Tensor input, Tensor grad_output) -> Tensor")
 library.define("_product_(Tensor(a!) out, Tensor grad_output, Tensor input, bool accumulate) -> ()")
 
@@ -38,8 +39,8 @@ LEAST_ROWS = 64
 GRAM_COST = 0.75
 #: Four standard deviations of the sum are then 2e-5 of it, of the norm 1e-5.
 GRAM_ERROR = 5e-6
-#: Sums of squares of gradients without an element that overflows in float32, and mean squares of those that lose nothing
-#: to underflow: with others tiles find what `sq_norm_` would.
+#: Sums of squares of gradients without an element that overflows in float32, and mean squares of those that lose
+#: nothing to underflow: with others tiles find what `sq_norm_` would.
 LARGEST, SMALLEST = 1e76, 1e-60
 
 
@@ -125,20 +126,30 @@ def add_rows(tile: Tensor, first: int, index: Tensor, grad_output: Tensor, paddi
     tile.index_put_(((index - first)[here].long(),), gy[here].float(), accumulate=True)
 
 
-def _sq_norm_by_gram(input: Tensor, grad_output: Tensor, inv_scale: Tensor | None) -> float | None:
-    """What `linear_sq_norm_` adds, from inner products of tokens; None where tiles are cheaper or more exact.
+class Estimate(NamedTuple):
+    """A gradient's sum of squares from inner products of tokens, and about the standard deviation of its error.
 
     Inner products cancel where tokens have much in common: the error is then large beside the sum.
     """
-    tokens, rows, columns = input.shape[0], grad_output.shape[1], input.shape[1]
+
+    total: float
+    error: float
+
+    def accepted(self, inv_scale: Tensor | None, elements: int) -> float | None:
+        """What `sq_norm_` would add for this gradient times `inv_scale`; None where that is not known well enough."""
+        if not (0 < self.total <= LARGEST and self.error <= GRAM_ERROR * self.total):
+            return None
+        scaled = self.total * (1.0 if inv_scale is None else inv_scale.float().item()) ** 2
+        return scaled if SMALLEST * elements <= scaled <= LARGEST else None
+
+
+def estimate(input: Tensor, grad_output: Tensor) -> Estimate | None:
+    """Of ``grad_output.T @ input``, CPU tensors [..., features]; None where product tiles are cheaper."""
+    (x,), (gy,) = _flat([input]), _flat([grad_output])
+    tokens, rows, columns = x.shape[0], gy.shape[1], x.shape[1]
     if tokens * (rows + columns) > GRAM_COST * 2 * rows * columns:
         return None
-    input, grad_output = _with_contiguous_rows(input), _with_contiguous_rows(grad_output)
-    total, error = torch.ops.lomo_kernels._gram.default(input, grad_output).tolist()
-    if not (0 < total <= LARGEST and error <= GRAM_ERROR * total):
-        return None
-    scaled = total * (1.0 if inv_scale is None else inv_scale.float().item()) ** 2
-    return scaled if SMALLEST * rows * columns <= scaled <= LARGEST else None
+    return Estimate(*torch.ops.lomo_kernels._gram.default(_with_contiguous_rows(x), _with_contiguous_rows(gy)).tolist())
 
 
 def _embedding_tiles(
@@ -152,7 +163,8 @@ def _embedding_tiles(
 
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
     if len(inputs) == 1 and inputs[0].is_cpu:
-        total = _sq_norm_by_gram(*_flat(inputs), *_flat(grad_outputs), inv_scale)
+        found = estimate(inputs[0], grad_outputs[0])
+        total = None if found is None else found.accepted(inv_scale, inputs[0].shape[-1] * grad_outputs[0].shape[-1])
         if total is not None:
             slot += total
             return
