@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 
@@ -9,6 +10,7 @@ import oracle
 import pytest
 import torch
 from oracle import ARGUMENTS, DTYPES, ROUNDINGS, reference_arguments
+from test_embedding import gradient as embedding_gradient
 
 from lomo_kernels import ops, reference
 
@@ -55,15 +57,30 @@ def cases(param_dtype, rounding):
     yield param.view(100, 1000), grad, ARGUMENTS["all"] | {"rounding": rounding}
 
 
+def embeddings():
+    """Weight, indices, grad_output and arguments, with few and with many tokens for a row."""
+    for i, (p, g) in enumerate(itertools.product(DTYPES, DTYPES)):
+        for dim in (1, 63, 65, 4097):
+            index = torch.randint(9, (30,), generator=oracle.generator(i))
+            weight, grad = oracle.param_of(12 * dim, p, i).view(12, dim), oracle.grad_of(30 * dim, g, i).view(30, dim)
+            yield weight, index, grad, ARGUMENTS["all"] | {"rounding": ROUNDINGS[i % 2], "step": 7}
+
+
 @functools.cache
 def expected_digests():
     """The updates' digests, by the reference."""
-    return {
+    made = {
         f"{oracle.name_of(dtype)} {rounding}": digest(
             reference.updated(p, g, **reference_arguments(arguments)) for p, g, arguments in cases(dtype, rounding)
         )
         for dtype in DTYPES
         for rounding in ROUNDINGS
+    }
+    return made | {
+        "embeddings": digest(
+            reference.updated(w, embedding_gradient(len(w), [i], [g], [-1])[0], **reference_arguments(arguments))
+            for w, i, g, arguments in embeddings()
+        )
     }
 
 
@@ -87,7 +104,14 @@ def digests():
                 grad = (oracle.ordinary(size, torch.float32) * scale).to(dtype)
                 ops.sq_norm_(slot, grad, inv_scale=0.3)
                 norms.append(torch.where(slot.isfinite(), slot, math.inf))
-    return result | {"norms": digest(norms)}
+    updated = []
+    for weight, index, grad, arguments in embeddings():
+        slot, apart = torch.zeros(2, 1, dtype=torch.float64)
+        ops.embedding_sq_norm_(apart, index, grad, inv_scale=0.3)
+        ops.embedding_sgd_(weight, index, grad, **arguments, sq_norm=slot)
+        updated.append(weight)
+        norms += [torch.where(s.isfinite(), s, math.inf) for s in (slot, apart)]
+    return result | {"embeddings": digest(updated), "norms": digest(norms)}
 
 
 @pytest.fixture(scope="module")

@@ -197,8 +197,8 @@ struct Updater {
     char* place = weight.view.at(row * weight.row_stride + column * stride);
     alignas(64) char buffer[kTile * 4];
     void* elements = const_cast<void*>(gathered(place, stride, n, size, buffer));
-    kernels().update[dtype][grad_dtype][step.stochastic](
-        elements, grad, n, step.scalars, {key, static_cast<uint64_t>(row * weight.columns + column)});
+    kernels().update[dtype][grad_dtype][step.stochastic](elements, grad, n, step.scalars,
+                                                         {key, static_cast<uint64_t>(row * weight.columns + column)});
     if (elements != buffer) return;
     for (int64_t i = 0; i < n; ++i) std::copy_n(buffer + i * size, size, place + i * stride * size);
   }

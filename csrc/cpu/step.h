@@ -13,10 +13,10 @@ struct Step {
   int64_t seed, step;
 };
 
-inline Step step_from(const Tensor& lr, const std::optional<Tensor>& weight_decay, const std::optional<Tensor>& inv_scale,
-                      const std::optional<Tensor>& clip_value, const std::optional<Tensor>& clip_coef,
-               const std::optional<Tensor>& found_inf, bool stochastic, int64_t seed, const std::optional<Tensor>& step,
-               const char* op) {
+inline Step step_from(const Tensor& lr, const std::optional<Tensor>& weight_decay,
+                      const std::optional<Tensor>& inv_scale, const std::optional<Tensor>& clip_value,
+                      const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& found_inf, bool stochastic,
+                      int64_t seed, const std::optional<Tensor>& step, const char* op) {
   const double rate = number_of(lr, op, "lr", 0.0);
   Scalars s;
   s.lr = static_cast<float>(rate);
