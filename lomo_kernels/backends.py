@@ -58,9 +58,10 @@ def _load_cpu() -> str:
 
 
 def _load_tiled(key: str) -> None:
-    """The layers' operators, which are made of torch's matrix product and operators that were registered before."""
+    """Those of the layers' operators that the compiled library has not: made of torch's and of the library's own."""
     for name, function in tiled.IMPLEMENTATIONS.items():
-        library.impl(name, function, key)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", key):
+            library.impl(name, function, key)
 
 
 def _load_cuda() -> str:

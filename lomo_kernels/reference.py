@@ -216,8 +216,8 @@ def embedding_gradient(
     """
     total = torch.zeros(rows, grad_outputs[0].shape[-1], dtype=torch.float64, device=grad_outputs[0].device)
     for index, gy, padding in zip(indices, grad_outputs, padding_idx, strict=True):
-        index, gy = index.reshape(-1).long(), gy.reshape(-1, gy.shape[-1]).double()
-        counts = index != padding
+        index, gy = index.reshape(-1).long(), gy.reshape(index.numel(), gy.shape[-1]).double()
+        counts = (index != padding) | (padding < 0)
         total.index_add_(0, index[counts], gy[counts])
     return total.float()
 

@@ -1,7 +1,9 @@
-"""The layers' operators by tiles: a matrix product into a small float32 buffer, then `sgd_` or `sq_norm_` on the tile.
+"""The layers' operators by tiles: a matrix product, or a sum of tokens' gradients, into a small float32 buffer, then
+`sgd_` or `sq_norm_` on the tile.
 
-For CPU tensors, and for CUDA tensors where Triton is not there. A tile is some rows of the weight's gradient; it is the
-only part of the gradient that exists, and its memory is used again for the next.
+For what the compiled library does not have, and for CUDA tensors where Triton is not there. A tile is some rows of the
+weight's gradient; it is the only part of the gradient that exists, and its memory is used again for the next. Nothing
+is read from a GPU by the host, and results are the same from run to run.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ _buffers = _Buffers()
 
 def tile_rows(rows: int, columns: int) -> int:
     """Rows of one tile of a gradient [rows, columns]."""
-    return min(rows, max(LEAST_ROWS, TILE_BYTES // (4 * max(columns, 1))))
+    return max(1, min(rows, max(LEAST_ROWS, TILE_BYTES // (4 * max(columns, 1)))))
 
 
 def _tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -120,10 +122,46 @@ def zero_tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[
 
 
 def add_rows(tile: Tensor, first: int, index: Tensor, grad_output: Tensor, padding_idx: int) -> None:
-    """Adds an embedding's rows to the tile that begins with row `first`."""
-    index, gy = index.reshape(-1), grad_output.detach().reshape(-1, grad_output.shape[-1])
-    here = (index >= first) & (index < first + len(tile)) & (index != padding_idx)
-    tile.index_put_(((index - first)[here].long(),), gy[here].float(), accumulate=True)
+    """Adds an embedding's rows to the tile that begins with row `first`; on a GPU in a fixed order (`index_put_`)."""
+    (row,), (gy,) = _rows_of([index], [padding_idx]), _flat([grad_output])
+    here = (row >= first) & (row < first + len(tile))
+    if _may_be_read(tile.device):
+        row, gy = row[here] - first, gy[here].float()
+    else:  # the others add zeros, spread over the rows
+        row = torch.where(here, row - first, torch.arange(len(row), device=row.device) % len(tile))
+        gy = torch.where(here[:, None], gy, 0).float()
+    tile.index_put_((row,), gy, accumulate=True)
+
+
+def _may_be_read(device: torch.device) -> bool:
+    """Whether how many elements a mask has may decide over a shape; on a GPU the host would have to wait for that."""
+    return device.type == "cpu"
+
+
+def _rows_of(indices: Sequence[Tensor], padding_idx: Sequence[int]) -> list[Tensor]:
+    """The tokens' rows, int64 [tokens], one per use; -1 where a token counts nothing."""
+    flat = [index.reshape(-1).long() for index in indices]
+    return [torch.where(row == padding, -1, row) for row, padding in zip(flat, padding_idx, strict=True)]
+
+
+def _embedding_column_tiles(
+    indices: Sequence[Tensor], grad_outputs: Sequence[Tensor], padding_idx: Sequence[int]
+) -> Iterator[Tensor]:
+    """Some columns of the gradient's rows that tokens looked up, and of zeros: as many rows as there are tokens."""
+    rows_of, gys = _rows_of(indices, padding_idx), _flat(grad_outputs)
+    lengths = [len(row) for row in rows_of]
+    tokens, columns = sum(lengths), gys[0].shape[1]
+    row, order = torch.cat(rows_of).sort(stable=True)
+    number = torch.ones_like(row)  # of a token's row, among those that were looked up, from one
+    number[1:] = row[1:] != row[:-1]
+    spare = torch.full_like(row, tokens)  # a last row, for tokens that count nothing
+    place = torch.empty_like(order).scatter_(0, order, torch.where(row >= 0, number.cumsum(0) - 1, spare))
+    width = tile_rows(columns, tokens + 1)
+    for first in range(0, columns, width):
+        tile = _buffers.get(tokens + 1, min(width, columns - first), row.device).zero_()
+        for here, gy in zip(place.split(lengths), gys, strict=True):
+            tile.index_put_((here,), gy[:, first : first + width].float(), accumulate=True)
+        yield tile[:-1]
 
 
 class Estimate(NamedTuple):
@@ -183,8 +221,7 @@ def embedding_sq_norm_(
     padding_idx: list[int],
     inv_scale: Tensor | None,
 ) -> None:
-    rows = max((int(index.max()) + 1 for index in indices if index.numel()), default=0)
-    for _, tile in _embedding_tiles(rows, indices, grad_outputs, padding_idx):
+    for tile in _embedding_column_tiles(indices, grad_outputs, padding_idx):
         torch.ops.lomo_kernels.sq_norm_.default(slot, tile, inv_scale)
 
 
@@ -214,7 +251,7 @@ def update(
     weight = weight.detach()
     scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, sq_norm, stochastic, seed, parameter_id)
     for first, tile in tiles:
-        whole = rows * columns  # one row of the shard: the tile's elements follow one another in the weight
+        whole = max(1, rows * columns)  # one row of the shard: the tile's elements follow one another in the weight
         shard = [first * columns, whole, whole]
         torch.ops.lomo_kernels.sgd_.default(weight[first : first + len(tile)], tile, *scalars, step, shard)
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 
@@ -9,6 +10,7 @@ import oracle
 import pytest
 import torch
 from oracle import ARGUMENTS, DTYPES, ROUNDINGS, reference_arguments
+from test_embedding import gradient as embedding_gradient
 
 from lomo_kernels import ops, reference
 
@@ -21,7 +23,8 @@ import json
 import test_instruction_sets
 from lomo_kernels import backends
 assert backends.choice("CPU").backend == "cpu", backends.choices()
-print(json.dumps([backends.choice("CPU").detail, test_instruction_sets.digests()]))
+made = test_instruction_sets.digests() | {"embeddings": test_instruction_sets.embedding_digests()}
+print(json.dumps([backends.choice("CPU").detail, made]))
 """
 
 
@@ -90,6 +93,34 @@ def digests():
     return result | {"norms": digest(norms)}
 
 
+def embeddings():
+    """Weight, indices, grad_output and arguments, with few and with many tokens for a row."""
+    for i, (p, g) in enumerate(itertools.product(DTYPES, DTYPES)):
+        for dim, make in itertools.product((1, 63, 65, 4097), (oracle.grad_of, oracle.ordinary)):
+            index = torch.randint(9, (30,), generator=oracle.generator(i))
+            weight, grad = oracle.param_of(12 * dim, p, i).view(12, dim), make(30 * dim, g, i).view(30, dim)
+            yield weight, index, grad, ARGUMENTS["all"] | {"rounding": ROUNDINGS[i % 2], "step": 7}
+
+
+def expected_embedding_digest():
+    return digest(
+        reference.updated(w, embedding_gradient(len(w), [i], [g], [-1])[0], **reference_arguments(arguments))
+        for w, i, g, arguments in embeddings()
+    )
+
+
+def embedding_digests():
+    """The updates' and the norms' digests, by the operators."""
+    updated, norms = [], []
+    for weight, index, grad, arguments in embeddings():
+        slot, apart = torch.zeros(2, 1, dtype=torch.float64)
+        ops.embedding_sq_norm_(apart, index, grad, inv_scale=0.3)
+        ops.embedding_sgd_(weight, index, grad, **arguments, sq_norm=slot)
+        updated.append(weight)
+        norms += [torch.where(s.isfinite(), s, math.inf) for s in (slot, apart)]
+    return {"updates": digest(updated), "norms": digest(norms)}
+
+
 @pytest.fixture(scope="module")
 def digests_of(run_python):
     """The digests of one instruction set, made once; skips where the processor lacks it."""
@@ -112,9 +143,12 @@ def digests_of(run_python):
 @pytest.mark.parametrize("isa", ISAS)
 def test_updates_equal_the_reference(digests_of, isa):
     made = digests_of(isa)
-    norms = made.pop("norms")
+    norms, embeddings = made.pop("norms"), made.pop("embeddings")
     assert made == expected_digests()
-    assert norms == digests_of("baseline")["norms"], "the norms' bits depend on the instruction set"
+    assert embeddings["updates"] == expected_embedding_digest()
+    baseline = digests_of("baseline")
+    wanted = baseline["norms"], baseline["embeddings"]["norms"]
+    assert (norms, embeddings["norms"]) == wanted, "the norms' bits depend on the instruction set"
 
 
 def test_the_baseline_is_never_missing(run_python):

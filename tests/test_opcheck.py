@@ -84,6 +84,34 @@ CASES = {
     ),
 }
 
+INDEX, GRAD = torch.tensor([[1, 3, 1], [0, 3, 2]]), torch.ones(2, 3, 5, dtype=torch.bfloat16)
+CASES |= {
+    "embedding_sq_norm_": lambda: (OPS.embedding_sq_norm_, (slot(), [INDEX], [GRAD], [-1], None)),
+    "embedding_sq_norm_ of two": lambda: (
+        OPS.embedding_sq_norm_,
+        (slot(), [INDEX.t().int(), INDEX[0]], [GRAD.transpose(0, 1), GRAD[0].float()], [3, -1], number(0.5)),
+    ),
+    "embedding_sgd_": lambda: (
+        OPS.embedding_sgd_,
+        (tensor(20).view(4, 5), [INDEX], [GRAD], [-1], number(0.1), *[None] * 6, False, 0, 0, None),
+    ),
+    "embedding_sgd_ with everything": lambda: (
+        OPS.embedding_sgd_,
+        (
+            tensor(20, torch.bfloat16).view(5, 4).t().requires_grad_(),
+            [INDEX.t().int(), INDEX[0]],
+            [GRAD.transpose(0, 1), GRAD[0].float()],
+            [3, -1],
+            *[number(0.1), number(0.1), number(0.5, torch.float32), number(1.0), number(0.7), number(0.0)],
+            slot(),
+            True,
+            1,
+            2,
+            torch.tensor(3),
+        ),
+    ),
+}
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name):

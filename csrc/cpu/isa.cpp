@@ -10,6 +10,7 @@ namespace lomo {
 // Element by element, and products, which use fused multiply-adds and may have an instruction set of their own.
 #define LOMO_DECLARE(ELEMENTS, PRODUCTS) \
   namespace ELEMENTS {                   \
+  void install_embedding(Kernels&);      \
   void install_sgd(Kernels&);            \
   void install_sq_norm(Kernels&);        \
   }                                      \
@@ -30,6 +31,7 @@ namespace {
 #define LOMO_INSTALL(ELEMENTS, PRODUCTS) \
   [](Kernels& k) {                       \
     k.isa = #PRODUCTS;                   \
+    ELEMENTS::install_embedding(k);      \
     ELEMENTS::install_sgd(k);            \
     ELEMENTS::install_sq_norm(k);        \
     PRODUCTS::install_gram(k);           \

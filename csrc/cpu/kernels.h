@@ -45,6 +45,9 @@ struct Kernels {
   // Sum of float32(grad * inv_scale)^2 over n elements, within 1e-6 of float64; not finite exactly when a term is not.
   double (*sum_squares[kDTypes])(const void* grad, int64_t n, float inv_scale);
 
+  // Adds a row of n <= kTile elements to kTile float32 sums: sums[i] += row[i].
+  void (*add_row[kDTypes])(float* sums, const void* row, int64_t n);
+
   // The update of numerics.h on n elements: [parameter dtype][gradient dtype][0 nearest, 1 stochastic].
   void (*update[kDTypes][kDTypes][2])(void* param, const void* grad, int64_t n, const Scalars& scalars, Stream stream);
 

@@ -79,6 +79,7 @@ def embedding_sq_norm_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout or device; the slot is then unchanged.
+        RuntimeError: on the CPU, a negative index; the slot is then unchanged. (On a GPU such tokens are left out.)
     """
     op = "embedding_sq_norm_"
     index_list, grad_outputs = pair_lists(op, "indices", indices, grad_output)
@@ -123,8 +124,8 @@ def embedding_sgd_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `weight` share memory with each other; on the CPU, an index out of range. Nothing is
-            changed then. (On a GPU such tokens are left out, as nothing is read by the host.)
+        RuntimeError: elements of `weight` share memory with each other or with `grad_output`; on the CPU, an index out
+            of range. Nothing is changed then. (On a GPU such tokens are left out, as nothing is read by the host.)
     """
     op = "embedding_sgd_"
     index_list, grad_outputs = pair_lists(op, "indices", indices, grad_output)
