@@ -27,8 +27,8 @@ struct Rows {
 // Rows are taken in blocks of this many, pair by pair, for sums over the inner products of rows.
 constexpr int kGramBlock = 32;
 
-// A product is made in blocks of this many rows, from packed factors that stay in the second-level cache: this many steps
-// of tokens (pairs of them for bfloat16 instructions, else single ones), a block of rows and up to 48 columns.
+// A product is made in blocks of this many rows, from packed factors that stay in the second-level cache: this many
+// steps of tokens (pairs of them for bfloat16 instructions, else single ones), a block of rows and up to 48 columns.
 constexpr int64_t kProductRows = 256, kProductDepth = 256;
 constexpr int64_t kProductScratch = kProductDepth * (kProductRows + 48);  // words
 
@@ -53,8 +53,8 @@ struct Kernels {
 
   // With A = a a^T and B = b b^T: sums over the entries of the block that begins at row i and column j >= i, and of its
   // mirror image. a_lengths, b_lengths: the norms of all rows.
-  GramSums (*gram[kDTypes])(const Rows& a, const Rows& b, const double* a_lengths, const double* b_lengths,
-                            int64_t i, int64_t j);
+  GramSums (*gram[kDTypes])(const Rows& a, const Rows& b, const double* a_lengths, const double* b_lengths, int64_t i,
+                            int64_t j);
 
   // Rows [row, row + rows) and columns [column, column + columns) of out = a^T b, or out += where `add`. out: `stride`
   // elements from row to row. rows: at most kProductRows. scratch: kProductScratch words. Not for float32.
