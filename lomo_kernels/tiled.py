@@ -31,7 +31,7 @@ library.define("_product_(Tensor(a!) out, Tensor grad_output, Tensor input, bool
 #: A tile's memory: it should stay in the second-level cache, and be high enough for a matrix product to be fast.
 TILE_BYTES = 2 * 1024 * 1024
 #: Rows of a tile at least, however wide the weight is: below, matrix products are slow.
-LEAST_ROWS = 64
+LEAST_ROWS = 256
 
 #: Inner products of tokens are taken where they need at most this part of the gradient's multiplications. They run at
 #: the same speed, and are worth nothing where the error turns out too large.
