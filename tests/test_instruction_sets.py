@@ -12,7 +12,7 @@ from oracle import ARGUMENTS, DTYPES, ROUNDINGS, reference_arguments
 
 from lomo_kernels import ops, reference
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 SIZES = (0, 1, 7, 17, 33, 513, 4097, 10007, 70001)
 MESSAGE = "this processor and build offer"
 
