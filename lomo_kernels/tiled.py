@@ -34,8 +34,8 @@ library.define("_product_(Tensor(a!) out, Tensor grad_output, Tensor input, bool
 #: bfloat16 weight 1024 x 1024 for 256 tokens, as a multiple of `weight.addmm_`, one thread of Zen 4: 1.27 with 512 KiB,
 #: 1.21 with 1 MiB, 1.10 with 2 MiB, 1.14 with 4 MiB; float32: 1.19, 1.12, 1.14, 1.13.
 TILE_BYTES = 2 * 1024 * 1024
-#: Rows of a tile at least, however wide the weight is: one block of `_product_`. bfloat16 4096 x 4096, 2048 tokens: 1.21
-#: with 128 rows, 1.08 with 256.
+#: Rows of a tile at least, however wide the weight is: one block of `_product_`. bfloat16 4096 x 4096, 2048 tokens:
+#: 1.21 with 128 rows, 1.08 with 256.
 LEAST_ROWS = 256
 
 #: Inner products of tokens are taken where they need at most this part of the gradient's multiplications. They run at
