@@ -600,9 +600,7 @@ dimensions = st.integers(0, 70) | st.integers(0, 700)
 
 
 @settings(max_examples=100)
-@given(
-    st.integers(0, 300), dimensions, dimensions, st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.data()
-)
+@given(st.integers(0, 300), dimensions, dimensions, st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.data())
 def test_any_call(tokens, rows, columns, dtype, weight_dtype, data):
     x, gy = pair(tokens, rows, columns, dtype, data.draw(st.integers(0, 1000)), data.draw(st.sampled_from([1.0, 1e-3])))
     weight = oracle.ordinary(rows * columns, weight_dtype, 5).view(rows, columns)

@@ -25,7 +25,8 @@ LOMO_FN void add_lanes(double* to, const Vector* sums) {
   for (int j = 0; j < 4; ++j) {
 #if defined(__AVX512F__)
     const __m512 v = (__m512)sums[j];
-    const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, v, 0), _mm512_maskz_extractf32x8_ps(0xff, v, 1));
+    const __m256 half =
+        _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, v, 0), _mm512_maskz_extractf32x8_ps(0xff, v, 1));
     rows[j] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 #elif defined(__AVX2__)
     const __m256 v = (__m256)sums[j];

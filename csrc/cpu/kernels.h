@@ -28,7 +28,8 @@ struct Rows {
 constexpr int kGramBlock = 32;
 
 // A product is made in blocks of at most this many rows and columns, from packed factors that stay in the second-level
-// cache: steps of tokens, pairs of them for bfloat16 instructions, else single ones. Each is a word for a row or column.
+// cache: steps of tokens, pairs of them for bfloat16 instructions, else single ones. Each is a word for a row or
+// column.
 constexpr int64_t kProductRows = 256, kProductColumns = 528, kProductDepth = 128;
 constexpr int64_t kProductScratch = kProductDepth * (kProductRows + kProductColumns);  // words
 
@@ -50,8 +51,8 @@ struct Kernels {
 
   // With A = a a^T and B = b b^T: sums over the entries of the block that begins at row i and column j >= i, and of its
   // mirror image. a_lengths, b_lengths: the norms of all rows.
-  GramSums (*gram[kDTypes])(const Rows& a, const Rows& b, const double* a_lengths, const double* b_lengths,
-                            int64_t i, int64_t j);
+  GramSums (*gram[kDTypes])(const Rows& a, const Rows& b, const double* a_lengths, const double* b_lengths, int64_t i,
+                            int64_t j);
 
   // Rows [row, row + rows) and columns [column, column + columns) of out = a^T b, or out += where `add`. out: `stride`
   // elements from row to row. scratch: kProductScratch words. Not for float32.

@@ -1,4 +1,5 @@
-// Vectors of float32 and the operands of inner products, for the kernels of products. Included once per instruction set.
+// Vectors of float32 and the operands of inner products, for the kernels of products. Included once per instruction
+// set.
 //
 // These kernels are compiled with fused multiply-adds: a product's bits are not part of the contract.
 #pragma once
@@ -64,9 +65,7 @@ struct Operand<BFloat16> {
   Words pairs;
 };
 
-LOMO_FN Operand<BFloat16> load(const uint16_t* from, BFloat16) {
-  return {*reinterpret_cast<const LooseWords*>(from)};
-}
+LOMO_FN Operand<BFloat16> load(const uint16_t* from, BFloat16) { return {*reinterpret_cast<const LooseWords*>(from)}; }
 
 // Two fused multiply-adds a lane, in the time of one: 105e9 products a second on one thread of Zen 4. Subnormal
 // operands count as zero, and subnormal sums become zero.
