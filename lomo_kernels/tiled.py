@@ -148,7 +148,8 @@ def _embedding_tiles(
 
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
     if len(inputs) == 1 and inputs[0].is_cpu:
-        total = _sq_norm_by_gram(*_flat(inputs), *_flat(grad_outputs), inv_scale)
+        [x], [gy] = _flat(inputs), _flat(grad_outputs)
+        total = _sq_norm_by_gram(x, gy, inv_scale)
         if total is not None:
             slot += total
             return

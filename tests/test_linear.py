@@ -431,6 +431,21 @@ def check_estimates(dtype):
     assert 0 < refused < len(KINDS), refused
 
 
+def check_estimate_of_copies(dtype):
+    """Inner products of copies of one row, and of a row with itself, have one error: these do not average out."""
+    x, gy = pair(70, 90, 50, dtype)
+    for rows in (x, x[:1].expand(70, 50).contiguous()):
+        a, b = matrix(rows), matrix(gy)
+        from_a = torch.outer(a.norm(dim=1), a.norm(dim=1)) * (b @ b.T).abs()
+        from_b = torch.outer(b.norm(dim=1), b.norm(dim=1)) * (a @ a.T).abs()
+        variance = 2 * (from_a.square().sum() + from_b.square().sum())
+        variance -= from_a.diagonal().square().sum() + from_b.diagonal().square().sum()
+        common = (from_a.sum() if rows is not x else from_a.diagonal().sum()) + from_b.diagonal().sum()
+        expected = 2.0**-23 * (variance.sqrt() + common)
+        error = OPS._gram(rows, gy)[1]
+        assert abs(error - expected) <= 1e-5 * expected, (dtype, error, expected)
+
+
 def check_kernels():
     """Both kernels of the instruction set in force."""
     for shape in SHAPES:
@@ -440,6 +455,7 @@ def check_kernels():
                 check_product(*shape, dtype)
     for dtype in DTYPES:
         check_estimates(dtype)
+        check_estimate_of_copies(dtype)
 
 
 @needs_cpu_kernels
