@@ -27,10 +27,11 @@ struct Rows {
 // Rows are taken in blocks of this many, pair by pair, for sums over the inner products of rows.
 constexpr int kGramBlock = 32;
 
-// A product is made in blocks of this many rows, from packed factors that stay in the second-level cache: this many
-// steps of tokens (pairs of them for bfloat16 instructions, else single ones), a block of rows and up to 48 columns.
-constexpr int64_t kProductRows = 256, kProductDepth = 256;
-constexpr int64_t kProductScratch = kProductDepth * (kProductRows + 48);  // words
+// A product is made in blocks of at most this many rows and columns, from packed factors that stay in the second-level
+// cache: steps of tokens, pairs of them for bfloat16 instructions, else single ones. Each is a word for a row or
+// column.
+constexpr int64_t kProductRows = 256, kProductColumns = 528, kProductDepth = 128;
+constexpr int64_t kProductScratch = kProductDepth * (kProductRows + kProductColumns);  // words
 
 // Of A_ij B_ij, and of its error where that of A_ij is some part of |a_i| |a_j| and that of B_ij likewise. In units of
 // that part: the variance of errors that know nothing of each other, and the sum of those that may have one sign, for
@@ -57,7 +58,7 @@ struct Kernels {
                             int64_t j);
 
   // Rows [row, row + rows) and columns [column, column + columns) of out = a^T b, or out += where `add`. out: `stride`
-  // elements from row to row. rows: at most kProductRows. scratch: kProductScratch words. Not for float32.
+  // elements from row to row. scratch: kProductScratch words. Not for float32.
   void (*product[kDTypes])(float* out, int64_t stride, const Rows& a, const Rows& b, int64_t row, int64_t rows,
                            int64_t column, int64_t columns, bool add, uint32_t* scratch);
 };

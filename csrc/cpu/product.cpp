@@ -14,8 +14,8 @@
 namespace lomo {
 namespace {
 
-// Columns of one task, about: a multiple of every register tile's.
-constexpr int64_t kTaskColumns = 528, kWholeTiles = 48;
+// A multiple of every register tile's columns.
+constexpr int64_t kWholeTiles = 48;
 
 // This thread's memory for packed factors, aligned to cache lines.
 uint32_t* scratch() {
@@ -39,7 +39,7 @@ void product_(const Tensor& out, const Tensor& grad_output, const Tensor& input,
   float* to = static_cast<float*>(out.mutable_data_ptr());
   // An element's sum has the same order in whatever task it stands, so the result does not depend on the threads.
   const int64_t blocks = (a.columns + kProductRows - 1) / kProductRows;
-  const int64_t strips = (b.columns + kTaskColumns - 1) / kTaskColumns;
+  const int64_t strips = (b.columns + kProductColumns - 1) / kProductColumns;
   if (!blocks || !strips) return;
   const int64_t width = ((b.columns + strips - 1) / strips + kWholeTiles - 1) / kWholeTiles * kWholeTiles;
   const auto kernel = kernels().product[dtype];

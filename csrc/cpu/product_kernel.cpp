@@ -10,8 +10,7 @@ namespace {
 constexpr int kRows = kRegisters == 32 ? 8 : 4, kVectors = 3;
 constexpr int kColumns = kVectors * kLanes;
 
-static_assert(kProductRows % kRows == 0, "whole panels");
-static_assert(kProductScratch >= kProductDepth * (kProductRows + kColumns), "a block of a and a panel of b");
+static_assert(kProductRows % kRows == 0 && kProductColumns % kColumns == 0, "whole panels");
 
 // A word holds what a step multiplies: a bfloat16 pair, of two tokens, or a float32.
 #if defined(__AVX512BF16__)
@@ -44,24 +43,32 @@ LOMO_FN void pack_row(uint32_t* to, const typename T::Storage* from, const typen
   }
 }
 
-// Columns [column, column + n), n <= kN, of `steps` steps of tokens from `token` on; what lies outside is zero.
+// Columns [column, column + columns) in panels of kN, of `steps` steps of tokens from `token` on; what lies outside is
+// zero. A few steps at a time, so that whole cache lines of the tokens' rows are used while they are near.
 template <int kN, class T>
-LOMO_FN void pack(uint32_t* to, const Rows& m, int64_t token, int64_t steps, int64_t column, int64_t n) {
+LOMO_FN void pack(uint32_t* to, const Rows& m, int64_t token, int64_t steps, int64_t column, int64_t columns) {
   using Storage = typename T::Storage;
-  for (int64_t s = 0; s < steps; ++s, to += kN) {
-    Storage part[2][kN];
-    const Storage* rows[2] = {};
-    for (int half = 0; half < kTokens<T>; ++half) {
-      const int64_t t = token + s * kTokens<T> + half;
-      const Storage* row = static_cast<const Storage*>(m.data) + t * m.stride + column;
-      if (t < m.rows && n == kN) {
-        rows[half] = row;
-      } else {
-        for (int64_t i = 0; i < kN; ++i) part[half][i] = t < m.rows && i < n ? row[i] : Storage{0};
-        rows[half] = part[half];
+  constexpr int64_t kNear = 8;
+  for (int64_t first = 0; first < steps; first += kNear) {
+    const int64_t end = first + kNear < steps ? first + kNear : steps;
+    for (int64_t c = 0; c < columns; c += kN) {
+      const int64_t n = columns - c;
+      for (int64_t s = first; s < end; ++s) {
+        Storage part[2][kN];
+        const Storage* rows[2] = {};
+        for (int half = 0; half < kTokens<T>; ++half) {
+          const int64_t t = token + s * kTokens<T> + half;
+          const Storage* row = static_cast<const Storage*>(m.data) + t * m.stride + column + c;
+          if (t < m.rows && n >= kN) {
+            rows[half] = row;
+          } else {
+            for (int64_t i = 0; i < kN; ++i) part[half][i] = t < m.rows && i < n ? row[i] : Storage{0};
+            rows[half] = part[half];
+          }
+        }
+        pack_row<kN>(to + c * steps + s * kN, rows[0], rows[1], T{});
       }
     }
-    pack_row<kN>(to, rows[0], rows[1], T{});
   }
 }
 
@@ -93,28 +100,24 @@ LOMO_FN void tile(float* out, int64_t stride, const uint32_t* a, const uint32_t*
 template <class T>
 void product(float* out, int64_t stride, const Rows& a, const Rows& b, int64_t row, int64_t rows, int64_t column,
              int64_t columns, bool add, uint32_t* scratch) {
-  uint32_t* const packed_b = scratch;
-  uint32_t* const packed_a = scratch + kProductDepth * kColumns;
+  uint32_t *const packed_a = scratch, *const packed_b = scratch + kProductDepth * kProductRows;
   int64_t token = 0;
   do {  // once even without tokens: the product is zero then
     const int64_t left = (a.rows - token + kTokens<T> - 1) / kTokens<T>;
     const int64_t steps = left < kProductDepth ? left : kProductDepth;
-    for (int64_t i = 0; i < rows; i += kRows) {
-      const int64_t n = rows - i < kRows ? rows - i : kRows;
-      pack<kRows, T>(packed_a + i * steps, a, token, steps, row + i, n);
-    }
+    pack<kRows, T>(packed_a, a, token, steps, row, rows);
+    pack<kColumns, T>(packed_b, b, token, steps, column, columns);
     for (int64_t j = 0; j < columns; j += kColumns) {
       const int64_t n_j = columns - j < kColumns ? columns - j : kColumns;
-      pack<kColumns, T>(packed_b, b, token, steps, column + j, n_j);
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t n_i = rows - i < kRows ? rows - i : kRows;
         float* to = out + (row + i) * stride + column + j;
         if (n_i == kRows && n_j == kColumns) {
-          tile<T>(to, stride, packed_a + i * steps, packed_b, steps, add);
+          tile<T>(to, stride, packed_a + i * steps, packed_b + j * steps, steps, add);
           continue;
         }
         float whole[kRows * kColumns];  // the same tile, of which a part is wanted
-        tile<T>(whole, kColumns, packed_a + i * steps, packed_b, steps, false);
+        tile<T>(whole, kColumns, packed_a + i * steps, packed_b + j * steps, steps, false);
         for (int64_t r = 0; r < n_i; ++r) {
           for (int64_t c = 0; c < n_j; ++c) {
             const float sum = whole[r * kColumns + c];
