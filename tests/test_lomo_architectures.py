@@ -20,9 +20,9 @@ from lomo_kernels import Lomo
 from lomo_kernels.optim.graph import reentrant_checkpoints
 
 STEPS = 5
-VOCAB = 40
+VOCAB = 150  # so many that a tied weight is larger than what is kept of its uses
 WIDTH = 16
-BATCH, SEQ = 2, 7
+BATCH, SEQ = 2, 5
 
 # Norms of these gradients are between 1 and 30: the coefficient of clipping is well below 1 in every step.
 CLIP = {"clip_grad_norm": 0.2}
@@ -121,7 +121,7 @@ def t5() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    """Experts are three-dimensional parameters; 14 tokens on 8 experts leave some without any."""
+    """Experts are three-dimensional parameters; 10 tokens on 8 experts leave some without any."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     return MixtralForCausalLM(
@@ -172,7 +172,7 @@ def language(seed: int) -> Batch:
 def padded(seed: int) -> Batch:
     batch = language(seed)
     mask = torch.ones(BATCH, SEQ, dtype=torch.long)
-    mask[0, 4:] = 0
+    mask[0, 3:] = 0
     batch["input_ids"] = batch["input_ids"] * mask
     return batch | {"attention_mask": mask, "next_sentence_label": torch.tensor([seed % 2, 1])}
 
@@ -280,7 +280,9 @@ def test_summary_says_where_each_weight_goes(name: str) -> None:
         lines = dict(re.findall(r"^(?:\d+ x )?(\S+) .*?(never exists|freed in its hook)", optimizer.summary(), re.M))
         for key, param in model.named_parameters():
             line = re.sub(r"(?<![^.])\d+(?![^.])", "*", key)
-            assert lines[line] == ("never exists" if id(param) in fusable else "freed in its hook"), key
+            assert (lines.get(line) or lines[key]) == (
+                "never exists" if id(param) in fusable else "freed in its hook"
+            ), key
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -24,7 +24,10 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         if autocast:
             weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
-        return F.linear(input, weight, bias)
+        output = F.linear(input, weight, bias)
+        # With a bias and three dimensions it is a view of two; autograd forbids altering a Function's view in place, as
+        # nn.ReLU(inplace=True) does.
+        return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -34,6 +34,16 @@ class Held(NamedTuple):
                 )
 
 
+class _Open:
+    """The pairs of one weight until its hook is called."""
+
+    __slots__ = ("bytes", "held")
+
+    def __init__(self) -> None:
+        self.held: list[Held] = []
+        self.bytes = 0
+
+
 class Holdings:
     """The pairs of one pass, by weight.
 
@@ -46,7 +56,7 @@ class Holdings:
     def __init__(self, params: Iterable[Tensor] = (), *, until_the_end: bool = False) -> None:
         self._params = {_address(param) for param in params}
         self._until_the_end = until_the_end
-        self._open: dict[tuple[int, int], list[Held]] = {}
+        self._open: dict[tuple[int, int], _Open] = {}
         self._returned: set[tuple[int, int]] = set()  # weights whose gradient exists, so that no more is held
         self._users: Counter[int] = Counter()  # of each piece of memory: inputs are shared, as by query, key and value
 
@@ -56,40 +66,41 @@ class Holdings:
         Raises RuntimeError, which says `state`, where one of those was altered since it was taken.
         """
         key = _key(record)
-        held = self._open.setdefault(key, [])
+        ours = self._open.setdefault(key, _Open())
         if key not in self._returned:
             pair = Pair(self._own(pair.input), self._own(pair.grad_output), pair.padding_idx)
-            if self._fits(record, held, pair):
-                held.append(Held(pair, (pair.input._version, pair.grad_output._version)))
+            more = self._more_bytes(pair)
+            # One pair that is used before backward ends may be larger than the gradient: it exists anyway.
+            if ours.bytes + more <= record.bytes or not (ours.held or self._until_the_end):
+                ours.held.append(Held(pair, (pair.input._version, pair.grad_output._version)))
+                ours.bytes += more
                 self._users.update(_addresses(pair))
                 return ()
             self._returned.add(key)
-        for one in held:
+        for one in ours.held:
             one.check(record.name, state)
-        self._forget(held)
-        pairs = [one.pair for one in held]
-        held.clear()
+        self._forget(ours.held)
+        pairs = [one.pair for one in ours.held]
+        ours.held.clear()
         return [*pairs, pair]
 
     def close(self, record: Record) -> Sequence[Held]:
         """The weight's pairs: its hook was called. Those of other backwards, inside this one or around, stay."""
-        held = self._open.pop(_key(record), ())
+        ours = self._open.pop(_key(record), None)
+        if ours is None:
+            return ()
         if not self._until_the_end:
-            self._forget(held)
-        return held
+            self._forget(ours.held)
+        return ours.held
 
     def _forget(self, held: Sequence[Held]) -> None:
         for one in held:
             self._users.subtract(_addresses(one.pair))
 
-    def _fits(self, record: Record, held: Sequence[Held], pair: Pair) -> bool:
-        """Whether the weight's pairs with this one, but for what others hold anyway, fit in its gradient."""
-        if not held and not self._until_the_end:
-            return True
-        ours = Counter(address for one in held for address in _addresses(one.pair))
-        pieces = {_address(tensor): tensor for one in (*(h.pair for h in held), pair) for tensor in one[:2]}
-        alone = (t.untyped_storage().nbytes() for address, t in pieces.items() if self._users[address] == ours[address])
-        return sum(alone) <= record.bytes
+    def _more_bytes(self, pair: Pair) -> int:
+        """The memory that holding the pair adds to what is held; memory that is shared counts with its first holder."""
+        pieces = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in pair[:2]}
+        return sum(size for address, size in pieces.items() if not self._users[address])
 
     def _own(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy where its memory is a parameter's, or much larger and not to be kept."""
