@@ -52,7 +52,7 @@ class Case(NamedTuple):
         return f"{self.tokens} tokens" + (", checkpoints" if self.checkpoints else "")
 
 
-CASES = (Case(256, False, 15), Case(64, False, 9), Case(1024, False, 5), Case(256, True, 7), Case(1024, True, 5))
+CASES = (Case(256, False, 15), Case(64, False, 9), Case(1024, False, 3), Case(256, True, 7), Case(1024, True, 3))
 
 
 def _sgd(model: nn.Module, clip: bool) -> Callable[[torch.Tensor], None]:

@@ -22,6 +22,8 @@ LOMO_DECLARE(baseline, baseline)
 #if LOMO_HAVE_X86_ISAS
 LOMO_DECLARE(avx2, avx2)
 LOMO_DECLARE(avx512, avx512)
+#endif
+#if LOMO_HAVE_AVX512BF16
 LOMO_DECLARE(avx512, avx512bf16)
 #endif
 #undef LOMO_DECLARE
@@ -52,8 +54,10 @@ Kernels choose() {
 #endif
   const Isa isas[] = {
   // best first
-#if LOMO_HAVE_X86_ISAS
+#if LOMO_HAVE_AVX512BF16
       {"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), LOMO_INSTALL(avx512, avx512bf16)},
+#endif
+#if LOMO_HAVE_X86_ISAS
       {"avx512", avx512, LOMO_INSTALL(avx512, avx512)},
       {"avx2", avx2, LOMO_INSTALL(avx2, avx2)},
 #endif
