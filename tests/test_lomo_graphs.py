@@ -476,12 +476,12 @@ DETOURS: dict[str, Callable[[nn.Module], Any]] = {
 def test_detours_are_those_of_the_plain_model(detour: str, way: str) -> None:
     """Between a forward and its backward: the result is the plain model's, no weight changes, and the step is right."""
     model = net()
-    optimizer = Lomo(model, lr=0.3, fused_layers=True, **WAYS[way])
+    optimizer = Lomo(model, lr=0.1, fused_layers=True, **WAYS[way])
     for step in range(2):
         before, twin = weights_of(model), copy.deepcopy(model)
         loss = net_loss(model, step)
         expected = DETOURS[detour](twin)
-        torch.testing.assert_close(DETOURS[detour](model), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(DETOURS[detour](model), expected, rtol=1e-4, atol=1e-5)
         assert_same_bits(weights_of(model), before)
         assert all(param.grad is None for param in model.parameters())
         check_step(
