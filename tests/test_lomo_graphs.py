@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from lomo_kernels import Lomo
 from lomo_kernels.layers import takers
 
-WIDTH = 6
-VOCAB = 7
+WIDTH = 24  # weights larger than what is kept of one or two of their uses, and smaller than that of more
+VOCAB = 25
 
 Rule = dict[str, Any]
 #: Without clipping, and with it in one backward and in two.
@@ -144,7 +144,7 @@ class RandomGraph(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for param in self.parameters():
-                param.copy_(torch.randn(param.shape, generator=generator) * 0.4)
+                param.copy_(torch.randn(param.shape, generator=generator) * 0.2)
         self.frozen.weight.requires_grad_(False)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
@@ -357,9 +357,9 @@ def detached(model: nn.Module) -> dict[str, Tensor]:
 def penalty(model: nn.Module, of: str = "input", seed: int = 0) -> Tensor:
     """A loss that holds a gradient."""
     x, index = given_batch(seed, model, wants_grad=True)
-    out = model(x, index).square().sum() / 9
+    out = model(x, index).square().mean()
     wanted = [x] if of == "input" else [model.first.weight, model.embedding.weight]
-    return out + sum(g.square().sum() for g in torch.autograd.grad(out, wanted, create_graph=True)) / 9
+    return out + sum(g.square().sum() for g in torch.autograd.grad(out, wanted, create_graph=True))
 
 
 def _per_sample(model: nn.Module) -> Any:
@@ -476,12 +476,12 @@ DETOURS: dict[str, Callable[[nn.Module], Any]] = {
 def test_detours_are_those_of_the_plain_model(detour: str, way: str) -> None:
     """Between a forward and its backward: the result is the plain model's, no weight changes, and the step is right."""
     model = net()
-    optimizer = Lomo(model, lr=0.3, fused_layers=True, **WAYS[way])
+    optimizer = Lomo(model, lr=0.1, fused_layers=True, **WAYS[way])
     for step in range(2):
         before, twin = weights_of(model), copy.deepcopy(model)
         loss = net_loss(model, step)
         expected = DETOURS[detour](twin)
-        torch.testing.assert_close(DETOURS[detour](model), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(DETOURS[detour](model), expected, rtol=1e-4, atol=1e-5)
         assert_same_bits(weights_of(model), before)
         assert all(param.grad is None for param in model.parameters())
         check_step(
@@ -689,6 +689,52 @@ def test_a_fused_forward_whose_backward_is_another_optimizers(way: str) -> None:
     second.remove()
     third = Lomo(model, lr=0.3, fused_layers=True, **WAYS[way])
     check_step(model, third, WAYS[way], net_loss, step=lambda: third.backward(loss))
+
+
+class WithoutGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.embedding, self.other = nn.Linear(5, 5), nn.Embedding(5, 5), nn.Linear(5, 5)
+
+    def forward(self) -> Tensor:
+        x = self.embedding(torch.tensor([1, 2]))
+        return (
+            (_Undefined.apply(self.linear(torch.ones_like(x))) + _Undefined.apply(x) + self.other.bias).square().sum()
+        )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_output_without_a_gradient_leaves_its_weight_alone(way: str) -> None:
+    """Not even decayed: autograd gives it no gradient, not one of zeros."""
+    model = WithoutGradient()
+    before = weights_of(model)
+    rule = WAYS[way] | {"weight_decay": 0.5}
+    check_step(model, Lomo(model, lr=0.3, fused_layers=True, **rule), rule, lambda m: m())
+    del before["other.bias"]
+    assert_same_bits({name: model.get_parameter(name).detach() for name in before}, before)
+
+
+class PositionsThroughALayer(nn.Module):
+    """A parameter that is a layer's input, and is updated before that layer or after it."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(45, 400) * 0.01)  # no small one: those are updated last
+        self.linear, self.after = nn.Linear(400, 400), nn.Linear(400, 400)
+        self.early = early
+
+    def forward(self) -> Tensor:
+        first = torch.tanh(self.after(self.positions[:] * 2)) if self.early else 0
+        return (first + self.linear(self.positions[:])).square().sum()
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_inputs_that_are_views_of_parameters(way: str, early: bool) -> None:
+    model = PositionsThroughALayer(early)
+    optimizer = Lomo(model, lr=0.3, fused_layers=True, **WAYS[way])
+    for _ in range(2):
+        check_step(model, optimizer, WAYS[way], lambda m: m())
 
 
 # ---- Misuse ---------------------------------------------------------------------------------------------------------
