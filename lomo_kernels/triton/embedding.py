@@ -28,6 +28,7 @@ from .numerics import (
     stepped,
     stochastic,
     store,
+    slot_at,
     sum_of_squares,
     widen,
 )
@@ -116,15 +117,15 @@ def embedding_sgd_kernel(
     else:
         row = tl.load(keys + position)
         active = (row != nowhere) & is_first(keys, position, row)
-    total = 0.0
+    total = tl.zeros((), tl.float64)
     if active:
         scaled = tl.zeros((BLOCK,), tl.float32)
         if not DECAY:
             g = sum_of_run(keys, order, position, tokens, row, elements(gy, G) + first, stride, left, G, BLOCK, U)
             scaled = g * unscale
         start = row * columns + first
-        weight = elements(weight, P) + start
-        p_bits = load(weight, left, BLOCK)
+        there = elements(weight, P) + start
+        p_bits = load(there, left, BLOCK)
         p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
         if STOCHASTIC:
             stream = mix64((seed_key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
@@ -133,12 +134,11 @@ def embedding_sgd_kernel(
         else:
             rounded = nearest(p, P)
         if float64_of(found_inf, kinds, 5) == 0.0:
-            store(weight, tl.where(tl.abs(scaled) < float("inf"), rounded, p_bits), left, BLOCK)
+            store(there, tl.where(tl.abs(scaled) < float("inf"), rounded, p_bits), left, BLOCK)
         if NORM:
             total = sum_of_squares(scaled, BLOCK)
     if NORM:
-        slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
-        add_to_slot(total, slot, partials, counter, program, tl.num_programs(0))
+        add_to_slot(total, slot_at(slot), partials, counter, program, tl.num_programs(0))
 
 
 @triton.jit(do_not_specialize=["tokens", "columns", "stride", "nowhere", "inv_scale", "kinds", "slot"])
@@ -173,8 +173,7 @@ def embedding_sq_norm_kernel(
         left = tl.minimum(columns - first, BLOCK).to(tl.int32)
         g = sum_of_run(keys, order, position, tokens, row, elements(gy, G) + first, stride, left, G, BLOCK, U)
         total = sum_of_squares(g * float64_of(inv_scale, kinds, 0).to(tl.float32), BLOCK)
-    slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
-    add_to_slot(total, slot, partials, counter, program, tl.num_programs(0))
+    add_to_slot(total, slot_at(slot), partials, counter, program, tl.num_programs(0))
 
 
 # ---- Launchers -------------------------------------------------------------------------------------------------------

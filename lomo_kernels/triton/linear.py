@@ -34,6 +34,7 @@ from .numerics import (
     step_scalars,
     stepped,
     stochastic,
+    slot_at,
     sum_of_squares,
     widen,
 )
@@ -75,6 +76,18 @@ def tile_of(dtype: torch.dtype, gpu: int, much: bool) -> Tile:
         return Tile(128, 64 if much else 128, 32, 4, 2)
     # 96 KiB of shared memory, or where there are no more than 99 KiB (sm_86, 89, 120) 48 KiB.
     return Tile(128, 64 if much else 128, 64 if gpu in (80, 90, 100, 103) else 32, 8, 3)
+
+
+def is_much(weight: torch.dtype, stochastic: bool, norm: bool, aligned: bool) -> bool:
+    """What `tile_of` asks of an update: compiled with whole tiles, these kernels spill registers."""
+    return norm or not aligned or (stochastic and weight == torch.float16)
+
+
+def gram_tile_of(dtype: torch.dtype, gpu: int) -> Tile:
+    """Tokens by tokens, and elements per step, of `gram_kernel`."""
+    if dtype == torch.float32 or 0 < gpu < 80:
+        return Tile(32, 32, 16, 4, 2)
+    return Tile(64, 64, 64 if gpu else 32, 4, 3 if gpu else 2)
 
 
 def widened(dtype: torch.dtype, gpu: int) -> bool:
@@ -204,9 +217,8 @@ def linear_sgd_kernel(
     if float64_of(found_inf, kinds, 5) == 0.0:
         tl.store(weight, tl.where(tl.abs(scaled) < float("inf"), rounded, p_bits), mask=inside)
     if NORM:
-        slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
         total = sum_of_squares(tl.reshape(scaled, (BM * BN,)), BM * BN)
-        add_to_slot(total, slot, partials, counter, tl.program_id(0), tl.num_programs(0))
+        add_to_slot(total, slot_at(slot), partials, counter, tl.program_id(0), tl.num_programs(0))
 
 
 @triton.jit(do_not_specialize=[*SIZES, "inv_scale", "kinds", "slot"])
@@ -245,8 +257,7 @@ def linear_sq_norm_kernel(
         tile = product(gy, x, tokens, rows, columns, gy_stride, x_stride, row, column, G, BM, BN, BK, WIDEN, TOKENS)
         scaled = tile * float64_of(inv_scale, kinds, 0).to(tl.float32)
         total = sum_of_squares(tl.reshape(scaled, (BM * BN,)), BM * BN)
-        slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
-        add_to_slot(total, slot, partials, counter, tl.program_id(0), tl.num_programs(0))
+        add_to_slot(total, slot_at(slot), partials, counter, tl.program_id(0), tl.num_programs(0))
 
 
 # ---- The norm from inner products of tokens --------------------------------------------------------------------------
@@ -370,8 +381,7 @@ def gram_kernel(
         wrong = 2.0**-48 * tl.maximum(tl.maximum(rows, columns) // 16, 16).to(tl.float64) * squares
         good = (s > 0.0) & (total < largest) & (s < largest) & (wrong <= (s * s) * 2.5e-11)  # E <= 5e-6 S
         if good:
-            slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
-            tl.store(slot, tl.load(slot) + total)
+            tl.store(slot_at(slot), tl.load(slot_at(slot)) + total)
         tl.store(done, good.to(tl.int64))
 
 
@@ -382,7 +392,6 @@ LARGEST = 2**23
 #: How many times cheaper, in multiplications, inner products of tokens must be than the product of the factors: they
 #: come in few programs, each with a long way to go.
 GRAM_MARGIN = 4
-GRAM = Tile(64, 64, 64, 4, 3)  # tokens by tokens, and elements per step
 
 _lengths = launch.Workspaces(torch.float32, zeroed=False)
 _done = launch.Workspaces(torch.int64, zeroed=False)
@@ -491,7 +500,8 @@ def _gram(slot: Tensor, factors: Factors, number: int, kinds: int, gpu: int) -> 
             SIZE=size if known else None,
             **launch.options(4),
         )
-    across = triton.cdiv(tokens, GRAM.rows)
+    tile = gram_tile_of(dtype, gpu)
+    across = triton.cdiv(tokens, tile.rows)
     blocks = across * (across + 1) // 2
     gram_kernel[(blocks,)](
         slot.data_ptr(),
@@ -504,13 +514,13 @@ def _gram(slot: Tensor, factors: Factors, number: int, kinds: int, gpu: int) -> 
         launch.counters.get(device, 1),
         G=TYPES[dtype],
         ALIGNED=factors.aligned,
-        BT=GRAM.rows,
-        BK=16 if dtype == torch.float32 else GRAM.tokens,
+        BT=tile.rows,
+        BK=tile.tokens,
         WIDEN=widened(dtype, gpu),
         ROWS=factors.rows if known else None,
         COLUMNS=factors.columns if known else None,
-        num_stages=GRAM.stages,
-        **launch.options(GRAM.warps),
+        num_stages=tile.stages,
+        **launch.options(tile.warps),
     )
     return done
 
@@ -549,7 +559,7 @@ def linear_sgd_(
     stochastic = stochastic and weight.dtype != torch.float32
     factors, gpu = factors_of(inputs[0], grad_outputs[0]), generation(device)
     w = weight.detach().contiguous()
-    much = sq_norm is not None or not factors.aligned or (stochastic and weight.dtype == torch.float16)
+    much = is_much(weight.dtype, stochastic, sq_norm is not None, factors.aligned)
     blocks, constants = shape_of(factors, tile_of(factors.x.dtype, gpu, much), gpu)
     with launch.on(device):
         slot, partials, counter = 0, None, None

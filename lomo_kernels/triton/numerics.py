@@ -318,6 +318,12 @@ def add_up(partials, blocks):
 
 
 @triton.jit
+def slot_at(address):
+    """The address of a slot as a pointer."""
+    return address.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
+
+
+@triton.jit
 def add_to_slot(total, slot, partials, counter, block, blocks):
     """Adds the sums of all blocks of one tensor to its slot: the block that comes last adds them up, in fixed order.
 

@@ -29,6 +29,7 @@ from .numerics import (
     stepped,
     stochastic,
     store,
+    slot_at,
     sum_of_squares,
     widen,
 )
@@ -111,8 +112,7 @@ def sgd_kernel(
     if float64_of(found_inf, kinds, 5) == 0.0:
         store(param, tl.where(finite, rounded, p_bits), left, BLOCK)
     if NORM:
-        slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
-        add_to_slot(sum_of_squares(scaled, BLOCK), slot, partials, counters, block, tl.cdiv(numel, BLOCK))
+        add_to_slot(sum_of_squares(scaled, BLOCK), slot_at(slot), partials, counters, block, tl.cdiv(numel, BLOCK))
 
 
 def options(bfloat16: bool, stochastic: bool, rows: bool, norm: bool) -> dict[str, Any]:
