@@ -63,7 +63,7 @@ def _load_cpu() -> str:
 
 
 def _load_tiled(key: str, reason: str) -> dict[str, Choice]:
-    """Those of the layers' operators that nothing serves yet: made of torch's matrix product and the other operators."""
+    """Those of the layers' operators that nothing serves yet: made of torch's operators and of our others."""
     choice = Choice(key, "tiled", "torch's operators, and sgd_ or sq_norm_ tile by tile", reason)
     served = torch._C._dispatch_has_kernel_for_dispatch_key
     names = [name for name in tiled.IMPLEMENTATIONS if not served(f"lomo_kernels::{name}", key)]

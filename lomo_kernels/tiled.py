@@ -13,19 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: A tile's memory: it should stay in the second-level cache, and be high enough for a matrix product to be fast.
+#: A tile's memory: it should stay in the second-level cache, and be high enough for a matrix product to be fast. A GPU
+#: has more of both, and needs some hundred tiles of its own for a product to use all of it.
 TILE_BYTES = 2 * 1024 * 1024
+GPU_TILE_BYTES = 16 * 1024 * 1024
 #: Rows of a tile at least, however wide the weight is: below, matrix products are slow.
 LEAST_ROWS = 64
 
 
 class _Buffers(threading.local):
-    """One buffer for each device and thread, as large as the largest tile so far."""
+    """One buffer for each thread, as large as the largest tile so far. On GPUs torch keeps freed memory, and minds
+    streams and graphs, as a buffer of our own would have to."""
 
     def __init__(self) -> None:
         self.of: dict[torch.device, Tensor] = {}
 
     def get(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        if device.type != "cpu":
+            return torch.empty(rows, columns, dtype=torch.float32, device=device)
         numel = rows * columns
         buffer = self.of.get(device)
         if buffer is None or buffer.numel() < numel:
@@ -36,26 +41,40 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-def tile_rows(rows: int, columns: int) -> int:
-    """Rows of one tile of a gradient [rows, columns]."""
-    return min(rows, max(LEAST_ROWS, TILE_BYTES // (4 * max(columns, 1))))
+def tile_rows(rows: int, columns: int, size: int = TILE_BYTES) -> int:
+    """Rows of one tile of `size` bytes of a gradient [rows, columns]."""
+    return min(rows, max(LEAST_ROWS, size // (4 * max(columns, 1))))
 
 
 def _tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """(first row, buffer for the tile's rows) of each tile."""
-    height = tile_rows(rows, columns)
+    height = tile_rows(rows, columns, TILE_BYTES if device.type == "cpu" else GPU_TILE_BYTES)
     for first in range(0, rows, height):
         yield first, _buffers.get(min(height, rows - first), columns, device)
 
 
 def _add_product(tile: Tensor, grad_output: Tensor, input: Tensor, *, fresh: bool) -> None:
     """``tile (fresh: =, else +=) grad_output.T @ input``, float32."""
+    if _has_mixed_products(input):
+        if fresh:
+            torch.ops.aten.mm.dtype_out(grad_output.T, input, torch.float32, out=tile)
+        else:  # addmm.dtype would add, but torch 2.8 to 2.11 refuse it a first summand of float32
+            tile += torch.ops.aten.mm.dtype(grad_output.T, input, torch.float32)
+        return
     if input.dtype is not torch.float32:
         grad_output, input = grad_output.float(), input.float()
     if fresh:
         torch.mm(grad_output.T, input, out=tile)
     else:
         tile.addmm_(grad_output.T, input)
+
+
+def _has_mixed_products(input: Tensor) -> bool:
+    """Whether torch multiplies 16-bit matrices with a float32 result: for NVIDIA's GPUs, and not where it was told to
+    add float16 up in float16. For AMD's it may refuse (torch 2.9, ROCm 7.0): there the factors are converted."""
+    if not input.is_cuda or input.dtype is torch.float32 or torch.version.hip:
+        return False
+    return not (input.dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation)
 
 
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -24,11 +24,11 @@ from .numerics import (
     load,
     mix64,
     nearest,
+    slot_at,
     step_scalars,
     stepped,
     stochastic,
     store,
-    slot_at,
     sum_of_squares,
     widen,
 )
@@ -41,7 +41,9 @@ TOGETHER = 4
 
 
 @triton.jit
-def sum_of_run(keys, order, position, tokens, key, gy, stride, columns, G: tl.constexpr, BLOCK: tl.constexpr, U: tl.constexpr):
+def sum_of_run(
+    keys, order, position, tokens, key, gy, stride, columns, G: tl.constexpr, BLOCK: tl.constexpr, U: tl.constexpr
+):
     """The sum of gy[:columns] over the tokens from `position` on that have this key, float32, in fixed order."""
     place = tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((BLOCK,), tl.float32)
@@ -108,9 +110,7 @@ def embedding_sgd_kernel(
     position = program // across
     first = program % across * BLOCK
     left = tl.minimum(columns - first, BLOCK).to(tl.int32)
-    rate, decay, unscale, limit, coef = step_scalars(
-        lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP
-    )
+    rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
     if DECAY:
         row = position
         active = (tl.load(touched + row) == 0) & (decay != 1.0)
@@ -287,8 +287,8 @@ def embedding_sgd_(
             if not positions:
                 continue
             slot, partials, counter = 0, None, None
-            norm = sq_norm is not None and not decay
-            if norm:
+            norm = not decay and sq_norm is not None
+            if sq_norm is not None and norm:
                 slot = sq_norm.data_ptr()
                 partials, counter = launch.partials.get(device, positions * across), launch.counters.get(device, 1)
             embedding_sgd_kernel[(positions * across,)](

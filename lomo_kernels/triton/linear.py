@@ -31,10 +31,10 @@ from .numerics import (
     int64_of,
     mix64,
     nearest,
+    slot_at,
     step_scalars,
     stepped,
     stochastic,
-    slot_at,
     sum_of_squares,
     widen,
 )
@@ -201,14 +201,12 @@ def linear_sgd_kernel(
     inside = (r < rows - row) & (c < columns - column)
     weight = elements(weight, P) + first + (r * columns + c)
     p_bits = tl.load(weight, mask=inside, other=0)
-    rate, decay, unscale, limit, coef = step_scalars(
-        lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP
-    )
+    rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
     scaled = tile * unscale
     p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
     if STOCHASTIC:
         stream = mix64((key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
-        STEP: tl.constexpr = 2 if PAIRS and P == tl.bfloat16 else 1
+        STEP: tl.constexpr = 2 if PAIRS and tl.bfloat16 == P else 1
         place = r * columns + (tl.arange(0, BN // STEP) * STEP)[None, :]
         last = first + (BM - 1) * columns + BN
         rounded = stochastic(p, draw_at(stream, first, last, place, P, PAIRS), P)
@@ -267,7 +265,9 @@ SHORTEST = tl.constexpr(2.0**-40)
 
 
 @triton.jit(do_not_specialize=["size", "stride"])
-def lengths_kernel(x, size: tl.int32, stride: tl.int32, lengths, G: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+def lengths_kernel(
+    x, size: tl.int32, stride: tl.int32, lengths, G: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr
+):
     """A program measures one row of x: its Euclidean length, for the estimate of an error."""
     token = tl.program_id(0)
     x = elements(x, G) + token.to(tl.int64) * stride
@@ -282,7 +282,17 @@ def lengths_kernel(x, size: tl.int32, stride: tl.int32, lengths, G: tl.constexpr
 
 @triton.jit
 def inner_products(
-    x, stride, size, tokens, i, j, G: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr, SIZE: tl.constexpr
+    x,
+    stride,
+    size,
+    tokens,
+    i,
+    j,
+    G: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    WIDEN: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
     """x[i:i+BT] @ x[j:j+BT].T, float32; zero where there is no such token."""
     t, k = tl.arange(0, BT), tl.arange(0, BK)
@@ -343,7 +353,6 @@ def gram_kernel(
     if ALIGNED:
         rows, columns, gy_stride, x_stride = multiples_of_16(rows, columns, gy_stride, x_stride)
     program = tl.program_id(0)
-    across = tl.cdiv(tokens, BT)
     j = ((tl.sqrt_rn((8 * program + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
     j = tl.where(j * (j + 1) // 2 > program, j - 1, j)  # a square root in float32 may be one off
     j = tl.where((j + 1) * (j + 2) // 2 <= program, j + 1, j)
@@ -421,10 +430,8 @@ def factors_of(x: Tensor, gy: Tensor) -> Factors:
 
 def _rows_of(matrix: Tensor) -> Tensor:
     """The matrix, or a copy of it, with the elements of a row next to each other."""
-    if matrix.stride(1) == 1 or matrix.shape[1] == 1:
-        if 0 <= matrix.stride(0) < LARGEST:
-            return matrix
-    return matrix.contiguous()
+    near = matrix.stride(1) == 1 or matrix.shape[1] == 1
+    return matrix if near and matrix.stride(0) < LARGEST else matrix.contiguous()
 
 
 def by_tiles(inputs: list[Tensor], rows: int, columns: int) -> bool:

@@ -235,8 +235,8 @@ def draw(
 def draw_at(stream, first, last, place, dtype: tl.constexpr, PAIRS: tl.constexpr):
     """The random bits of the elements with index first + place, as `stochastic` takes them.
 
-    place: int32, any shape, below 2**31. Where PAIRS, and for bfloat16, even ones only, and `first` is even: each stands
-    for its neighbour, too, so that the last dimension of the result is twice as long. last: no index is larger.
+    place: int32, any shape, below 2**31. For bfloat16 with PAIRS, even ones only, and `first` is even: each stands for
+    its neighbour, too, so that the last dimension of the result is twice as long. last: no index is larger.
     """
     SHIFT: tl.constexpr = 1 if dtype == tl.bfloat16 else 0
     parity = (first & SHIFT).to(tl.int32)

@@ -25,11 +25,11 @@ from .numerics import (
     load,
     mix64,
     nearest,
+    slot_at,
     step_scalars,
     stepped,
     stochastic,
     store,
-    slot_at,
     sum_of_squares,
     widen,
 )
@@ -96,9 +96,7 @@ def sgd_kernel(
     TOGETHER: tl.constexpr = 4 if tl.float32 == P else 16
     p_bits = load(param, left, BLOCK)
     g_bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK, TOGETHER)
-    rate, decay, unscale, limit, coef = step_scalars(
-        lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP
-    )
+    rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
     scaled = widen(g_bits, G) * unscale
     finite = tl.abs(scaled) < float("inf")
     p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
