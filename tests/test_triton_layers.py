@@ -88,9 +88,14 @@ def lengths_of(gpu, g):
     return source(linear.lengths_kernel, POINTERS | {"x": f"*{g}"}, constants), launch.options(4), None
 
 
-def embedded(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True, decay=False, block=1024):
+def embedded(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True, decay=False):
     constants = {"P": TYPES[p], "G": TYPES[g], "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": pairs, "NORM": norm}
-    constants |= {"ALIGNED": aligned, "DECAY": decay, "BLOCK": block, "U": embedding.TOGETHER}
+    constants |= {
+        "ALIGNED": aligned,
+        "DECAY": decay,
+        "BLOCK": embedding.block_of(4096, aligned),
+        "U": embedding.TOGETHER,
+    }
     if not norm:
         constants |= {"partials": None, "counter": None}
     pointers = POINTERS | {"weight": f"*{p}", "gy": f"*{g}"}
@@ -98,7 +103,8 @@ def embedded(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, alig
 
 
 def embedded_norm(gpu, g, *, aligned=True):
-    constants = {"G": TYPES[g], "ALIGNED": aligned, "BLOCK": 1024, "U": embedding.TOGETHER}
+    constants = {"G": TYPES[g], "ALIGNED": aligned, "BLOCK": embedding.block_of(4096, aligned)}
+    constants["U"] = embedding.TOGETHER
     kernel = embedding.embedding_sq_norm_kernel
     return source(kernel, POINTERS | {"gy": f"*{g}"}, constants, aligned), launch.options(4), None
 

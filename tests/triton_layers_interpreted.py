@@ -289,14 +289,14 @@ def test_inner_products_are_tried_where_they_are_cheaper():
 def test_the_estimate_of_the_error_covers_the_error():
     """The further tokens are alike, the worse: as long as the sum is taken, it is within 2e-5."""
     tried = 0
-    for spread in torch.logspace(-3, 0, 13).tolist():
+    for spread in torch.logspace(-2, 0, 9).tolist():
         x = 1 + spread * matrix(64, 64, torch.float32)
         gy = matrix(64, 64, torch.float32, 1)
         gy = gy - (1 - spread) * gy.mean(0)
         made, by_inner_products = norm_of(x, gy, 0)
         tried += by_inner_products
         assert made == pytest.approx(exact(x, gy), rel=2e-5 if by_inner_products else 1e-6)
-    assert 2 <= tried <= 11
+    assert 2 <= tried <= 7
 
 
 # ---- Embedding -------------------------------------------------------------------------------------------------------
@@ -421,10 +421,10 @@ def test_embedding_sgd_of_several_uses_and_layouts(dtype):
 
 
 def test_embedding_sgd_adds_a_long_run_in_one_order():
-    gy = matrix(1000, 8, torch.float32)
-    indices = torch.zeros(1000, dtype=torch.int64)
+    gy = matrix(203, 8, torch.float32)
+    indices = torch.zeros(203, dtype=torch.int64)
     first = embedding_gradient(1, indices, gy)
-    assert_close_gradient(first, (gy, torch.ones(1000, 1)))
+    assert_close_gradient(first, (gy, torch.ones(203, 1)))
     assert_same_bits(embedding_gradient(3, indices + 2, gy)[2:], first)
 
 

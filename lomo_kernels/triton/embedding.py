@@ -179,9 +179,9 @@ def embedding_sq_norm_kernel(
 # ---- Launchers -------------------------------------------------------------------------------------------------------
 
 
-def block_of(columns: int) -> int:
-    """Elements of a row per program."""
-    return min(1024, max(512, triton.next_power_of_2(columns)))
+def block_of(columns: int, aligned: bool) -> int:
+    """Elements of a row per program. One by one, 1024 would take more registers than there are on sm_120."""
+    return 1024 if aligned and columns > 512 else 512
 
 
 def runs(
@@ -220,7 +220,8 @@ def embedding_sq_norm_(
         return
     with launch.on(device):
         keys, order, gy, nowhere = runs(indices, grad_outputs, padding_idx, None)
-        block = block_of(columns)
+        aligned = not (columns | gy.stride(0)) % 16
+        block = block_of(columns, aligned)
         blocks = keys.numel() * triton.cdiv(columns, block)
         embedding_sq_norm_kernel[(blocks,)](
             slot.data_ptr(),
@@ -236,7 +237,7 @@ def embedding_sq_norm_(
             launch.partials.get(device, blocks),
             launch.counters.get(device, 1),
             G=TYPES[gy.dtype],
-            ALIGNED=not (columns | gy.stride(0)) % 16,
+            ALIGNED=aligned,
             BLOCK=block,
             U=TOGETHER,
             **launch.options(4),
@@ -277,12 +278,13 @@ def embedding_sgd_(
     with launch.on(device):
         w = weight.detach().contiguous()
         keys, order, gy, nowhere = runs(indices, grad_outputs, padding_idx, rows)
-        block = block_of(columns)
+        aligned = not (columns | gy.stride(0)) % 16
+        block = block_of(columns, aligned)
         across = triton.cdiv(columns, block)
         touched = None
         if decays:
             touched = torch.zeros(rows + 1, dtype=torch.uint8, device=device)
-            touched.scatter_(0, keys, 1)
+            touched.index_fill_(0, keys, 1)
         for decay, positions in ((False, keys.numel()), (True, rows if decays else 0)):
             if not positions:
                 continue
@@ -309,7 +311,7 @@ def embedding_sgd_(
                 counter,
                 P=TYPES[weight.dtype],
                 G=TYPES[gy.dtype],
-                ALIGNED=not (columns | gy.stride(0)) % 16,
+                ALIGNED=aligned,
                 CLAMP=clip_value is not None,
                 STOCHASTIC=stochastic,
                 PAIRS=columns % 2 == 0,

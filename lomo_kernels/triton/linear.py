@@ -8,6 +8,8 @@ gradient is ever in memory.
 from __future__ import annotations
 
 import functools
+import threading
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -404,6 +406,7 @@ GRAM_MARGIN = 4
 
 _lengths = launch.Workspaces(torch.float32, zeroed=False)
 _done = launch.Workspaces(torch.int64, zeroed=False)
+_gram_lock = threading.Lock()
 
 
 class Factors(NamedTuple):
@@ -474,7 +477,8 @@ def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tenso
     gram = GRAM_MARGIN * factors.tokens * (rows + columns) < 2 * rows * columns
     tile = tile_of(factors.x.dtype, gpu, not factors.aligned)
     blocks, constants = shape_of(factors, tile, gpu)
-    with launch.on(device):
+    # Another thread may use the stream, too: no kernel of its own between those of one call, which share memory.
+    with launch.on(device), _gram_lock if gram else nullcontext():
         done = _gram(slot, factors, number, kinds, gpu) if gram else None
         linear_sq_norm_kernel[(blocks,)](
             slot.data_ptr(),
