@@ -13,7 +13,9 @@ if triton.knobs.runtime.interpret:
 
 import torch  # noqa: E402
 from test_triton import AMD, FUSED, HERE, INTERPRETED, NVIDIA, PYTEST, TYPES, compiled, resources  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from lomo_kernels.triton import embedding, launch, linear  # noqa: E402
 
@@ -179,3 +181,34 @@ def test_compiled_for_amd(name, record_property):
     assert kernel.metadata.shared <= SHARED[AMD] * 1024
     if not name.startswith(("gram", "lengths")):  # a square root is made of them; no bit depends on it
         assert not FUSED.search(code), "a multiplication and an addition are fused"
+
+
+KERNELS = [linear.linear_sgd_kernel, linear.linear_sq_norm_kernel, linear.gram_kernel, linear.lengths_kernel]
+KERNELS += [embedding.embedding_sgd_kernel, embedding.embedding_sq_norm_kernel]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+def test_no_number_makes_another_variant(kernel):
+    """Sizes, strides, addresses and the bits of scalars: a compilation for one would come in the midst of training."""
+    numbers = [p.name for p in kernel.params if not p.is_constexpr and p.annotation_type]
+    given = {p.name: 3 if p.is_constexpr or p.annotation_type else torch.zeros(64) for p in kernel.params}
+    backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    usual = binder(**given)[1]
+    assert len(numbers) >= 2
+    for name in numbers:
+        for value in (0, 1, 16, 2**20, -1):
+            assert binder(**given | {name: value})[1] == usual, (name, value)
+
+
+@pytest.mark.parametrize(
+    "name", ["gram bf16", "linear norm bf16", "embedding norm bf16", "linear bf16 by bf16 everything"]
+)
+def test_sums_are_stored_before_the_program_is_counted(name):
+    """The thread that stores them is the one that counts, with release and acquire: then no barrier is needed."""
+    code, options, _ = CASES[name](90)
+    ptx = compiled(90, (code, options)).asm["ptx"]
+    count = re.search(r"@(%p\d+) atom\.global\.gpu\.acq_rel\.add\.u64", ptx)
+    stores = re.findall(r"@(%p\d+) st\.global\.b64", ptx[: count.start()])
+    sums = 2 if name.startswith("gram") else 1
+    assert stores[-sums:] == [count[1]] * sums
