@@ -95,7 +95,7 @@ def embedded(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, alig
     constants |= {
         "ALIGNED": aligned,
         "DECAY": decay,
-        "BLOCK": embedding.block_of(4096, aligned),
+        "BLOCK": embedding.BLOCK,
         "U": embedding.TOGETHER,
     }
     if not norm:
@@ -105,7 +105,7 @@ def embedded(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, alig
 
 
 def embedded_norm(gpu, g, *, aligned=True):
-    constants = {"G": TYPES[g], "ALIGNED": aligned, "BLOCK": embedding.block_of(4096, aligned)}
+    constants = {"G": TYPES[g], "ALIGNED": aligned, "BLOCK": embedding.BLOCK}
     constants["U"] = embedding.TOGETHER
     kernel = embedding.embedding_sq_norm_kernel
     return source(kernel, POINTERS | {"gy": f"*{g}"}, constants, aligned), launch.options(4), None

@@ -286,6 +286,20 @@ def test_linear_sq_norm_shows_an_unscaled_gradient_that_overflows():
         assert math.isinf(norm_of(x, gy, margin, inv_scale=1e38 * 3)[0])
 
 
+def test_norms_that_triton_cannot_compile_go_by_tiles(monkeypatch):
+    assert not linear.sums_products(100, "3.6.0") and not linear.sums_products(103, "3.8.1")
+    assert linear.sums_products(100, "3.9.0") and linear.sums_products(90, "3.6.0") and linear.sums_products(0, "3.6.0")
+    x, gy = factors_of((20, 40, 30), torch.float32)
+    done = []
+    monkeypatch.setattr(linear, "sums_products", lambda *_: False)
+    for name in ("linear_sgd_", "linear_sq_norm_"):
+        monkeypatch.setattr(linear.tiled, name, lambda *_, name=name: done.append(name))
+    ops.linear_sq_norm_(slot_of(), x, gy)
+    ops.linear_sgd_(torch.zeros(40, 30), x, gy, lr=0.1, sq_norm=slot_of())
+    ops.linear_sgd_(torch.zeros(40, 30), x, gy, lr=0.1)
+    assert done == ["linear_sq_norm_", "linear_sgd_"]
+
+
 def test_inner_products_are_tried_where_they_are_cheaper():
     for tokens, expected in ((8, True), (31, True), (32, False), (200, False)):
         x, gy = factors_of((tokens, 128, 128), torch.bfloat16)

@@ -36,7 +36,9 @@ from .sgd import MISSING, SCALARS
 
 #: The index of tokens that count nothing, where the number of rows is not known.
 NOWHERE = 2**63 - 1
-#: Tokens of a run that are loaded at a time.
+#: Elements of a row per program, and tokens of a run that are loaded at a time. 1024 elements of float32 are spilled by
+#: sm_120.
+BLOCK = 512
 TOGETHER = 4
 
 
@@ -179,11 +181,6 @@ def embedding_sq_norm_kernel(
 # ---- Launchers -------------------------------------------------------------------------------------------------------
 
 
-def block_of(columns: int, aligned: bool) -> int:
-    """Elements of a row per program. One by one, 1024 would take more registers than there are on sm_120."""
-    return 1024 if aligned and columns > 512 else 512
-
-
 def runs(
     indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], rows: int | None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -221,8 +218,7 @@ def embedding_sq_norm_(
     with launch.on(device):
         keys, order, gy, nowhere = runs(indices, grad_outputs, padding_idx, None)
         aligned = not (columns | gy.stride(0)) % 16
-        block = block_of(columns, aligned)
-        blocks = keys.numel() * triton.cdiv(columns, block)
+        blocks = keys.numel() * triton.cdiv(columns, BLOCK)
         embedding_sq_norm_kernel[(blocks,)](
             slot.data_ptr(),
             gy,
@@ -238,7 +234,7 @@ def embedding_sq_norm_(
             launch.counters.get(device, 1),
             G=TYPES[gy.dtype],
             ALIGNED=aligned,
-            BLOCK=block,
+            BLOCK=BLOCK,
             U=TOGETHER,
             **launch.options(4),
         )
@@ -279,8 +275,7 @@ def embedding_sgd_(
         w = weight.detach().contiguous()
         keys, order, gy, nowhere = runs(indices, grad_outputs, padding_idx, rows)
         aligned = not (columns | gy.stride(0)) % 16
-        block = block_of(columns, aligned)
-        across = triton.cdiv(columns, block)
+        across = triton.cdiv(columns, BLOCK)
         touched = None
         if decays:
             touched = torch.zeros(rows + 1, dtype=torch.uint8, device=device)
@@ -317,7 +312,7 @@ def embedding_sgd_(
                 PAIRS=columns % 2 == 0,
                 NORM=norm,
                 DECAY=decay,
-                BLOCK=block,
+                BLOCK=BLOCK,
                 U=TOGETHER,
                 **launch.options(4),
             )

@@ -85,6 +85,12 @@ def is_much(weight: torch.dtype, stochastic: bool, norm: bool, aligned: bool) ->
     return norm or not aligned or (stochastic and weight == torch.float16)
 
 
+def sums_products(gpu: int, version: str) -> bool:
+    """Whether Triton can compile sums over a product: 3.6 fails for sm_100 ("parent layout must have at least rank >=
+    2", in its pass TritonNvidiaGPUOptimizeTMemLayouts), 3.9 does not."""
+    return not 100 <= gpu < 110 or tuple(map(int, version.split(".")[:2])) >= (3, 9)
+
+
 def gram_tile_of(dtype: torch.dtype, gpu: int) -> Tile:
     """Tokens by tokens, and elements per step, of `gram_kernel`."""
     if dtype == torch.float32 or 0 < gpu < 80:
@@ -437,8 +443,11 @@ def _rows_of(matrix: Tensor) -> Tensor:
     return matrix if near and matrix.stride(0) < LARGEST else matrix.contiguous()
 
 
-def by_tiles(inputs: list[Tensor], rows: int, columns: int) -> bool:
-    """Whether `tiled` does the work: several pairs, which are added up first, and sizes beyond what is said above."""
+def by_tiles(inputs: list[Tensor], rows: int, columns: int, norm: bool) -> bool:
+    """Whether `tiled` does the work: several pairs, which are added up first, sizes beyond what is said above, and norms
+    where Triton cannot compile them."""
+    if norm and not sums_products(generation(inputs[0].device), triton.__version__):
+        return True
     tokens = inputs[0].numel() // columns
     return len(inputs) > 1 or max(rows, columns) >= LARGEST or tokens >= 2**31 - 128
 
@@ -467,7 +476,7 @@ def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tenso
     rows, columns = grad_outputs[0].shape[-1], inputs[0].shape[-1]
     if rows == 0 or columns == 0:
         return
-    if by_tiles(inputs, rows, columns):
+    if by_tiles(inputs, rows, columns, norm=True):
         tiled.linear_sq_norm_(slot, inputs, grad_outputs, inv_scale)
         return
     factors = factors_of(inputs[0], grad_outputs[0])
@@ -563,7 +572,7 @@ def linear_sgd_(
     if weight.numel() == 0:
         return
     check_writable(op, weight, [*inputs, *grad_outputs])
-    if by_tiles(inputs, rows, columns):
+    if by_tiles(inputs, rows, columns, norm=sq_norm is not None):
         rest = (sq_norm, stochastic, seed, parameter_id, step)
         tiled.linear_sgd_(weight, inputs, grad_outputs, *scalars, *rest)
         return
