@@ -163,22 +163,22 @@ def views(tensor):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_linear_sgd_and_sq_norm_of_layouts(dtype):
-    x, gy = factors_of((18, 48, 64), dtype)
+    x, gy = factors_of((18, 40, 72), dtype)
     gradient = linear_gradient(x, gy)
     shown = dict(views(x))
     for name, other in views(gy):
         assert_same_bits(linear_gradient(shown[name], other), gradient, name)
-        weight, slot = torch.zeros(48, 64), slot_of()
+        weight, slot = torch.zeros(40, 72), slot_of()
         ops.linear_sgd_(weight, shown[name], other, lr=1.0, sq_norm=slot)
         oracle.assert_close_sum(slot, oracle.squares(gradient))
         for margin in (0, math.inf):
             made, by_inner_products = norm_of(shown[name], other, margin)
             assert made == pytest.approx(exact(x, gy), rel=1e-6) and by_inner_products == (margin == 0), name
-    expanded = gy[:1].expand(18, 48)
+    expanded = gy[:1].expand(18, 40)
     assert_same_bits(linear_gradient(x, expanded), linear_gradient(x, expanded.contiguous()))
-    ones = gy.new_ones(()).expand(18, 48)
+    ones = gy.new_ones(()).expand(18, 40)
     assert_same_bits(linear_gradient(x, ones), linear_gradient(x, ones.contiguous()))
-    for weight in (torch.zeros(64, 48).T, torch.zeros(48, 128)[:, ::2], torch.zeros(48, 72)[:, 5:69]):
+    for weight in (torch.zeros(72, 40).T, torch.zeros(40, 144)[:, ::2], torch.zeros(40, 80)[:, 5:77]):
         ops.linear_sgd_(weight, x, gy, lr=1.0)
         assert_same_bits(weight.contiguous(), -gradient)
 

@@ -444,8 +444,8 @@ def _rows_of(matrix: Tensor) -> Tensor:
 
 
 def by_tiles(inputs: list[Tensor], rows: int, columns: int, norm: bool) -> bool:
-    """Whether `tiled` does the work: several pairs, which are added up first, sizes beyond what is said above, and norms
-    where Triton cannot compile them."""
+    """Whether `tiled` does the work: several pairs, which are added up first, sizes beyond `LARGEST`, and norms where
+    Triton cannot compile them."""
     if norm and not sums_products(generation(inputs[0].device), triton.__version__):
         return True
     tokens = inputs[0].numel() // columns
