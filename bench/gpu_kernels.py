@@ -26,6 +26,8 @@ CACHE = 512 * 2**20  # bytes that a round of calls goes through, several times t
 CALLS = 10  # between two events, whose own cost is some microseconds
 LR = 1e-3
 SMALL, SMALL_SIZE = 500, 4096
+TOKENS, WIDTH, ROWS = (256, 1024, 2048, 8192), 4096, 128_256  # of a layer; rows of an embedding
+PAIRS = 4  # layers that take turns: weights of 128 MiB
 
 
 def on_device(call: Callable[[int], Any]) -> Callable[[int], float]:
@@ -122,6 +124,82 @@ def list_section() -> dict[str, Any]:
     return section
 
 
+def layer_section() -> dict[str, Any]:
+    """The layers' operators of the backend in force, and what they stand for: a product or a dense gradient in memory,
+    and `sgd_` or `sq_norm_` on it. The probe is the matrix product alone, into the weight's dtype."""
+    section: dict[str, Any] = {}
+    lr = torch.tensor(LR, dtype=torch.float64, device="cuda")
+    slot = torch.zeros(1, dtype=torch.float64, device="cuda")
+    for tokens in TOKENS:
+        inputs, grads = ([torch.randn(tokens, WIDTH, device="cuda").bfloat16() for _ in range(PAIRS)] for _ in range(2))
+        weights = [torch.randn(WIDTH, WIDTH, device="cuda").bfloat16() for _ in range(PAIRS)]
+        check_layer(inputs[0], grads[0])
+
+        def product(i: int, inputs: Any = inputs, grads: Any = grads) -> torch.Tensor:
+            return grads[i % PAIRS].T @ inputs[i % PAIRS]
+
+        def pair(i: int, inputs: Any = inputs, grads: Any = grads) -> tuple[torch.Tensor, torch.Tensor]:
+            return inputs[i % PAIRS], grads[i % PAIRS]
+
+        def weight(i: int, weights: Any = weights) -> torch.Tensor:
+            return weights[i % PAIRS]
+
+        calls: dict[str, Callable[[int], Any]] = {
+            "product": product,
+            "linear_sgd_ nearest": lambda i, w=weight, p=pair: ops.linear_sgd_(w(i), *p(i), lr=lr),
+            "linear_sgd_ stochastic": lambda i, w=weight, p=pair: ops.linear_sgd_(
+                w(i), *p(i), lr=lr, rounding="stochastic"
+            ),
+            "linear_sgd_ nearest, with its norm": lambda i, w=weight, p=pair: ops.linear_sgd_(
+                w(i), *p(i), lr=lr, sq_norm=slot
+            ),
+            "product + sgd_ nearest": lambda i, w=weight, g=product: ops.sgd_(w(i), g(i), lr=lr),
+            "linear_sq_norm_": lambda i, p=pair: ops.linear_sq_norm_(slot, *p(i)),
+            "product + sq_norm_": lambda i, g=product: ops.sq_norm_(slot, g(i)),
+        }
+        section[f"linear, {tokens} tokens"] = against("product", calls)
+    gy = torch.randn(TOKENS[-1], WIDTH, device="cuda").bfloat16()
+    indices = torch.randint(0, ROWS, (TOKENS[-1],), device="cuda")
+    table = torch.randn(ROWS, WIDTH, device="cuda").bfloat16()
+
+    def dense(_: int) -> torch.Tensor:
+        return torch.ops.aten.embedding_dense_backward(gy, indices, ROWS, -1, False)
+
+    calls = {
+        "dense gradient": dense,
+        "embedding_sgd_": lambda _: ops.embedding_sgd_(table, indices, gy, lr=lr),
+        "embedding_sgd_ with decay": lambda _: ops.embedding_sgd_(table, indices, gy, lr=lr, weight_decay=0.1),
+        "dense gradient + sgd_": lambda i: ops.sgd_(table, dense(i), lr=lr),
+        "embedding_sq_norm_": lambda _: ops.embedding_sq_norm_(slot, indices, gy),
+        "dense gradient + sq_norm_": lambda i: ops.sq_norm_(slot, dense(i)),
+    }
+    section[f"embedding, {ROWS} rows, {TOKENS[-1]} tokens"] = against("dense gradient", calls)
+    return section
+
+
+def check_layer(x: torch.Tensor, gy: torch.Tensor) -> None:
+    """A bench of wrong results is worth nothing."""
+    weight, slot = torch.zeros(WIDTH, WIDTH, device="cuda"), torch.zeros(1, dtype=torch.float64, device="cuda")
+    expected = reference.linear_gradient([x], [gy])
+    ops.linear_sgd_(weight, x, gy, lr=1.0)
+    assert ((weight + expected).abs() <= 1e-4 * expected.abs().max()).all()
+    ops.linear_sq_norm_(slot, x, gy)
+    assert abs(slot.sqrt() / expected.double().norm() - 1).item() <= 1e-5
+
+
+def against(probe: str, calls: dict[str, Callable[[int], Any]]) -> dict[str, Any]:
+    """Seconds of each call, and how many times the probe's, round by round."""
+    seconds = interleave({name: on_device(call) for name, call in calls.items()})
+    section: dict[str, Any] = {}
+    print(f"\n{WIDTH} wide, bfloat16: us, times the {probe} (quartiles)")
+    for name, samples in seconds.items():
+        times = ratios(samples, seconds[probe])
+        section[name] = {"seconds": statistics.median(samples), f"times_{probe.replace(' ', '_')}": times}
+        spread = f"{times['median']:.3f} ({times['low']:.3f}-{times['high']:.3f})"
+        print(f"{name:36} {section[name]['seconds'] * 1e6:9.1f}  {spread}")
+    return section
+
+
 def wall_seconds(call: Callable[[], Any], rounds: int = 21) -> float:
     """Median, from an idle GPU to an idle GPU."""
     samples = []
@@ -148,7 +226,7 @@ def gpu_seconds(call: Callable[[], Any]) -> float:
 def main() -> None:
     """Measures and prints; with a file name, writes JSON there, too."""
     print(f"{torch.cuda.get_device_name()}, backend {backends.choice('CUDA')}")
-    sections = {"kernels": kernel_section(), "lists": list_section()}
+    sections = {"kernels": kernel_section(), "lists": list_section(), "layers": layer_section()}
     if len(sys.argv) > 1:
         Path(sys.argv[1]).write_text(json.dumps(sections))
 

@@ -20,7 +20,8 @@ def info() -> int:
     print()
     rows = [("operator", "tensors", "backend", "detail", "why")]
     for choice in backends.choices():
-        rows += [(name, choice.key, choice.backend, choice.detail, choice.reason) for name in ops.__all__]
+        serving = {name: choice.of(name) for name in ops.__all__}
+        rows += [(name, one.key, one.backend, one.detail, one.reason) for name, one in serving.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -11,7 +11,8 @@ import ctypes
 import os
 import threading
 import warnings
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,9 +32,14 @@ class Choice:
     """The implementation that serves one dispatch key."""
 
     key: str  # "CPU" or "CUDA"
-    backend: str  # one of NAMES, or "none"
+    backend: str  # one of NAMES, "tiled" (for the layers' operators only), or "none"
     detail: str  # instruction set, targets, version; what to do where there is none
     reason: str
+    apart: Mapping[str, Choice] = field(default_factory=dict)  # operators that another one serves
+
+    def of(self, operator: str) -> Choice:
+        """The implementation of one operator."""
+        return self.apart.get(operator, self)
 
 
 # ---- Each backend: loads and registers itself, returns what `info` shows, raises ImportError with the reason ---------
@@ -53,15 +59,17 @@ def _load_cpu() -> str:
     name = isa(ctypes.byref(error))
     if name is None:
         raise ImportError((error.value or b"").decode())
-    _load_tiled("CPU")
     return str(name.decode())
 
 
-def _load_tiled(key: str) -> None:
-    """Those of the layers' operators that the compiled library has not: made of torch's and of the library's own."""
-    for name, function in tiled.IMPLEMENTATIONS.items():
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", key):
-            library.impl(name, function, key)
+def _load_tiled(key: str, reason: str) -> dict[str, Choice]:
+    """Those of the layers' operators that nothing serves yet: made of torch's operators and of our others."""
+    choice = Choice(key, "tiled", "torch's operators, and sgd_ or sq_norm_ tile by tile", reason)
+    served = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in tiled.IMPLEMENTATIONS if not served(f"lomo_kernels::{name}", key)]
+    for name in names:
+        library.impl(name, tiled.IMPLEMENTATIONS[name], key)
+    return dict.fromkeys(names, choice)
 
 
 def _load_cuda() -> str:
@@ -84,11 +92,11 @@ def _load_cuda() -> str:
     return str(library.lomo_kernels_cuda_targets().decode())
 
 
-def _load_triton(key: str) -> str:
-    """Returns Triton's version."""
+def _load_triton(key: str, names: Collection[str] | None = None) -> str:
+    """Registers the operators of these names, or all. Returns Triton's version."""
     from . import triton  # only here: Triton takes a second to import
 
-    return triton.register(key)
+    return triton.register(key, names)
 
 
 def _interpreted() -> bool:
@@ -111,7 +119,8 @@ def _choose_for_cpu(forced: str | None) -> Choice:
     if forced == "triton" and _interpreted():
         return Choice("CPU", "triton", _load_triton("CPU"), f"{VARIABLE}=triton with TRITON_INTERPRET=1")
     isa = os.environ.get("LOMO_KERNELS_ISA")
-    return Choice("CPU", "cpu", _load_cpu(), f"LOMO_KERNELS_ISA={isa}" if isa else "the best this processor has")
+    reason = f"LOMO_KERNELS_ISA={isa}" if isa else "the best this processor has"
+    return Choice("CPU", "cpu", _load_cpu(), reason, _load_tiled("CPU", "the compiled library has no kernel for it"))
 
 
 def _choose_for_cuda(forced: str | None) -> Choice:
@@ -125,17 +134,30 @@ def _choose_for_cuda(forced: str | None) -> Choice:
     if not torch.cuda.is_available():
         return _no_gpu(forced, "torch.cuda.is_available() is False", "check the GPU's driver")
     if forced == "cuda":
-        return Choice("CUDA", "cuda", _load_cuda(), f"{VARIABLE}=cuda")
+        reason = f"{VARIABLE}=cuda"
+        return Choice("CUDA", "cuda", _load_cuda(), reason, _load_tiled("CUDA", reason))
     if forced == "triton":
         return Choice("CUDA", "triton", _load_triton("CUDA"), f"{VARIABLE}=triton")
     try:
-        return Choice("CUDA", "cuda", _load_cuda(), "the compiled library has code for this GPU")
+        detail = _load_cuda()
     except ImportError as error:
         why_not_cuda = str(error)
+    else:
+        return Choice("CUDA", "cuda", detail, "the compiled library has code for this GPU", _choose_layers())
     try:
         return Choice("CUDA", "triton", _load_triton("CUDA"), why_not_cuda)
     except ImportError as error:
         return Choice("CUDA", "none", str(error), why_not_cuda)
+
+
+def _choose_layers() -> dict[str, Choice]:
+    """What serves the layers' operators beside the CUDA library, which has none of them."""
+    names = list(tiled.IMPLEMENTATIONS)
+    try:
+        choice = Choice("CUDA", "triton", _load_triton("CUDA", names), "the compiled library has no kernel for it")
+    except ImportError as error:
+        return _load_tiled("CUDA", str(error))
+    return dict.fromkeys(names, choice)
 
 
 def _no_gpu(forced: str | None, reason: str, remedy: str) -> Choice:

@@ -8,6 +8,7 @@ is read from a GPU by the host, and results are the same from run to run.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ library.define("_product_(Tensor(a!) out, Tensor grad_output, Tensor input, bool
 #: bfloat16 weight 1024 x 1024 for 256 tokens, as a multiple of `weight.addmm_`, one thread of Zen 4: 1.27 with 512 KiB,
 #: 1.21 with 1 MiB, 1.10 with 2 MiB, 1.14 with 4 MiB; float32: 1.19, 1.12, 1.14, 1.13.
 TILE_BYTES = 2 * 1024 * 1024
+#: A GPU has larger caches, and needs some hundred blocks of a tile for a product to use all of it. Not measured.
+GPU_TILE_BYTES = 16 * 1024 * 1024
 #: Rows of a tile at least, however wide the weight is: one block of `_product_`. bfloat16 4096 x 4096, 2048 tokens:
 #: 1.21 with 128 rows, 1.08 with 256.
 LEAST_ROWS = 256
@@ -51,12 +54,15 @@ LARGEST, SMALLEST = 1e76, 1e-60
 
 
 class _Buffers(threading.local):
-    """One buffer for each device and thread, as large as the largest tile so far."""
+    """One buffer for each thread, as large as the largest tile so far. On GPUs torch keeps freed memory, and minds
+    streams and graphs, as a buffer of our own would have to."""
 
     def __init__(self) -> None:
         self.of: dict[torch.device, Tensor] = {}
 
     def get(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        if device.type != "cpu":
+            return torch.empty(rows, columns, dtype=torch.float32, device=device)
         numel = rows * columns
         buffer = self.of.get(device)
         if buffer is None or buffer.numel() < numel:
@@ -67,23 +73,30 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-def tile_rows(rows: int, columns: int) -> int:
+def tile_rows(rows: int, columns: int, device: str = "cpu") -> int:
     """Rows of one tile of a gradient [rows, columns]."""
-    return max(1, min(rows, max(LEAST_ROWS, TILE_BYTES // (4 * max(columns, 1)))))
+    size = TILE_BYTES if device == "cpu" else GPU_TILE_BYTES
+    return max(1, min(rows, max(LEAST_ROWS, size // (4 * max(columns, 1)))))
 
 
 def _tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """(first row, buffer for the tile's rows) of each tile; none where the gradient has no element."""
     if not rows * columns:
         return
-    height = tile_rows(rows, columns)
+    height = tile_rows(rows, columns, device.type)
     for first in range(0, rows, height):
         yield first, _buffers.get(min(height, rows - first), columns, device)
 
 
+@functools.cache
+def _has_kernels_for_cpu() -> bool:
+    """Whether the compiled library serves CPU tensors; not so with ``LOMO_KERNELS_BACKEND=triton``, interpreted."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("lomo_kernels::_product_", "CPU"))
+
+
 def _has_kernels(tensor: Tensor) -> bool:
     """Whether `_product_` serves it. float32 is torch's."""
-    return tensor.is_cpu and tensor.dtype is not torch.float32
+    return tensor.is_cpu and tensor.dtype is not torch.float32 and _has_kernels_for_cpu()
 
 
 def _add_product(tile: Tensor, grad_output: Tensor, input: Tensor, *, fresh: bool) -> None:
@@ -91,12 +104,26 @@ def _add_product(tile: Tensor, grad_output: Tensor, input: Tensor, *, fresh: boo
     if _has_kernels(input):
         torch.ops.lomo_kernels._product_.default(tile, grad_output, input, not fresh)
         return
+    if _has_mixed_products(input):
+        if fresh:
+            torch.ops.aten.mm.dtype_out(grad_output.T, input, torch.float32, out=tile)
+        else:  # addmm.dtype would add, but torch 2.8 to 2.11 refuse it a first summand of float32
+            tile += torch.ops.aten.mm.dtype(grad_output.T, input, torch.float32)
+        return
     if input.dtype is not torch.float32:
         grad_output, input = grad_output.float(), input.float()
     if fresh:
         torch.mm(grad_output.T, input, out=tile)
     else:
         tile.addmm_(grad_output.T, input)
+
+
+def _has_mixed_products(input: Tensor) -> bool:
+    """Whether torch multiplies 16-bit matrices with a float32 result: for NVIDIA's GPUs, and not where it was told to
+    add float16 up in float16. For AMD's it may refuse (torch 2.9, ROCm 7.0): there the factors are converted."""
+    if not input.is_cuda or input.dtype is torch.float32 or torch.version.hip:
+        return False
+    return not (input.dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation)
 
 
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -186,7 +213,9 @@ class Estimate(NamedTuple):
 
 
 def estimate(input: Tensor, grad_output: Tensor) -> Estimate | None:
-    """Of ``grad_output.T @ input``, CPU tensors [..., features]; None where product tiles are cheaper."""
+    """Of ``grad_output.T @ input``, [..., features]; None where product tiles are cheaper, or there is no kernel."""
+    if not (input.is_cpu and _has_kernels_for_cpu()):
+        return None
     (x,), (gy,) = _flat([input]), _flat([grad_output])
     tokens, rows, columns = x.shape[0], gy.shape[1], x.shape[1]
     if tokens * (rows + columns) > GRAM_COST * 2 * rows * columns:
@@ -204,7 +233,7 @@ def _embedding_tiles(
 
 
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
-    if len(inputs) == 1 and inputs[0].is_cpu:
+    if len(inputs) == 1:
         found = estimate(inputs[0], grad_outputs[0])
         total = None if found is None else found.accepted(inv_scale, inputs[0].shape[-1] * grad_outputs[0].shape[-1])
         if total is not None:

@@ -10,7 +10,8 @@ import test_instruction_sets
 import torch
 
 import lomo_kernels
-from lomo_kernels import backends, ops
+import lomo_kernels.__main__
+from lomo_kernels import backends, ops, tiled
 
 SHOW = "from lomo_kernels import backends; print([(c.key, c.backend, c.reason) for c in backends.choices()])"
 
@@ -37,7 +38,16 @@ def test_every_key_has_one_choice_and_one_kernel_per_operator():
         assert choice.backend and choice.detail and choice.reason
         for name in ops.__all__:
             there = torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", choice.key)
-            assert there == (choice.backend != "none"), (name, choice)
+            assert there == (choice.of(name).backend != "none"), (name, choice)
+
+
+def test_info_says_what_serves_each_operator(monkeypatch, capsys):
+    apart = dict.fromkeys(tiled.IMPLEMENTATIONS, backends.Choice("CUDA", "triton", "Triton 9.9", "beside the library"))
+    monkeypatch.setitem(backends._chosen, "CUDA", backends.Choice("CUDA", "cuda", "sm_90", "has code", apart))
+    assert lomo_kernels.__main__.info() == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {row[0]: row[2] for row in rows if row[1:2] == ["CUDA"]}
+    assert shown == {name: "triton" if name in tiled.IMPLEMENTATIONS else "cuda" for name in ops.__all__}
 
 
 def test_an_unknown_backend_is_refused(run_python):
@@ -57,12 +67,13 @@ def test_a_forced_backend_that_is_missing_is_refused(run_python, name):
     assert line.startswith(f"ImportError: LOMO_KERNELS_BACKEND={name}: ") and len(line) > 60, line
 
 
-#: What there is: torch's CUDA and ROCm, a GPU, the compiled library, Triton. What is then chosen, forced or not.
+#: What there is: torch's CUDA and ROCm, a GPU, the compiled library, Triton. What is then chosen, forced or not; after
+#: a plus what serves the layers' operators, where that is something else.
 CUDA, ROCM, GPU, LIBRARY, TRITON = "CUDA", "ROCm", "GPU", "library", "Triton"
 BROKEN = "broken library"
 SITUATIONS = {
-    (CUDA, GPU, LIBRARY, TRITON): {None: "cuda", "cuda": "cuda", "triton": "triton", "cpu": "none"},
-    (CUDA, GPU, LIBRARY): {None: "cuda", "triton": "no Triton"},
+    (CUDA, GPU, LIBRARY, TRITON): {None: "cuda + triton", "cuda": "cuda + tiled", "triton": "triton", "cpu": "none"},
+    (CUDA, GPU, LIBRARY): {None: "cuda + tiled", "cuda": "cuda + tiled", "triton": "no Triton"},
     (CUDA, GPU, TRITON): {None: "triton", "cuda": "no library", "triton": "triton"},
     (CUDA, GPU, BROKEN, TRITON): {None: "triton, with a warning", "cuda": "no code for this GPU", "triton": "triton"},
     (CUDA, GPU): {None: "none"},
@@ -74,10 +85,13 @@ SITUATIONS = {
 
 @pytest.mark.parametrize("there", SITUATIONS, ids="+".join)
 def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
-    def load(what, missing):
-        def found(key=None):
+    registered = []  # (operator, key), of what registers itself and in what stands for it
+
+    def load(what, missing, operators):
+        def found(key="CUDA", names=None):
             if what not in there:
                 raise ImportError(missing)
+            registered.extend((name, key) for name in (operators if names is None else names))
             return f"the {what}"
 
         return found
@@ -85,13 +99,19 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
     def load_cuda():
         if torch.version.cuda is None:
             raise ImportError("torch is built without CUDA")
-        return load(LIBRARY, "no code for this GPU" if BROKEN in there else "no library")()
+        plain = set(ops.__all__) - set(tiled.IMPLEMENTATIONS)
+        return load(LIBRARY, "no code for this GPU" if BROKEN in there else "no library", plain)()
+
+    class Library:
+        def impl(self, name, function, key):
+            registered.append((name, key))
 
     monkeypatch.setattr(torch.version, "cuda", "13.0" if CUDA in there else None)
     monkeypatch.setattr(torch.version, "hip", "7.0" if ROCM in there else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: GPU in there)
     monkeypatch.setattr(backends, "_load_cuda", load_cuda)
-    monkeypatch.setattr(backends, "_load_triton", load(TRITON, "no Triton"))
+    monkeypatch.setattr(backends, "_load_triton", load(TRITON, "no Triton", ops.__all__))
+    monkeypatch.setattr(backends, "library", Library())
     file = tmp_path / "_cuda.so"
     monkeypatch.setattr(backends, "CUDA_LIBRARY", file)
     if LIBRARY in there or BROKEN in there:
@@ -99,6 +119,7 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
     for forced, outcome in SITUATIONS[there].items():
         monkeypatch.setattr(backends, "_forced", forced)
         monkeypatch.setattr(backends, "_chosen", {})
+        registered.clear()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -107,8 +128,13 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
                 assert outcome in str(error) and forced is not None, (forced, error)
                 continue
             assert backends.choice("CUDA") is choice
-        assert f"{choice.backend}{', with a warning' if caught else ''}" == outcome, choice
-        assert choice.detail and choice.reason
+        layers = {choice.of(name).backend for name in tiled.IMPLEMENTATIONS} - {choice.backend}
+        serving = " + ".join([choice.backend, *layers])
+        assert f"{serving}{', with a warning' if caught else ''}" == outcome, choice
+        expected = [] if choice.backend == "none" else [(name, "CUDA") for name in ops.__all__]
+        assert sorted(registered) == sorted(expected), "not one implementation for each operator"
+        for name in ops.__all__:
+            assert choice.of(name).key == "CUDA" and choice.of(name).detail and choice.of(name).reason
         if caught:
             assert len(caught) == 1 and "no code for this GPU" in str(caught[0].message)
 
@@ -150,7 +176,7 @@ def test_a_missing_library_says_how_to_get_it(run_python, tmp_path):
 REFERENCE = """
 import json, torch
 import test_instruction_sets
-from lomo_kernels import backends, ops
+from lomo_kernels import backends, ops, tiled
 assert {c.backend for c in backends.choices()} == {"reference"}
 param = torch.ones(5, requires_grad=True)
 loss = (param * param).sum()

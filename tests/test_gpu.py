@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from test_lomo import MODELS, RULES, scale_for
 from textbook import Textbook
 from torch import Tensor, nn
 
-from lomo_kernels import Lomo, ops, reference
+from lomo_kernels import Lomo, backends, ops, reference, tiled
 
 pytestmark = pytest.mark.gpu
 
@@ -292,6 +293,176 @@ def test_a_list_takes_few_launches() -> None:
     assert 1 <= launches(lambda: ops.sgd_list_(params, grads, lr=lr)) <= 3
     assert 1 <= launches(lambda: ops.sq_norm_list_(slots, grads)) <= 4
     assert launches(lambda: [ops.sgd_(p, g, lr=lr) for p, g in zip(params, grads, strict=True)]) >= 500
+
+
+# ---- Layers: for each form that serves them --------------------------------------------------------------------------
+
+
+def forms() -> dict[str, dict[str, Callable[..., None]]]:
+    """By name, what can serve the layers' operators here: tiles, and Triton's kernels."""
+    there = {"tiled": dict(tiled.IMPLEMENTATIONS)}
+    try:
+        from lomo_kernels.triton import embedding, linear
+    except ImportError:
+        return there
+    kernels = (linear.linear_sgd_, linear.linear_sq_norm_, embedding.embedding_sgd_, embedding.embedding_sq_norm_)
+    return there | {"triton": {kernel.__name__: kernel for kernel in kernels}}
+
+
+#: tokens, out_features, in_features: tiles cut off and not, aligned and not, few tokens and many.
+LAYERS = [(300, 1024, 512), (64, 4096, 4096), (2048, 384, 640), (77, 130, 257), (1, 1, 1), (0, 64, 64), (5, 1100, 48)]
+
+
+def number(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float64, device=CUDA)
+
+
+def layer(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    tokens, rows, columns = shape
+    x, gy = numbers(tokens * columns, dtype, 0), numbers(tokens * rows, dtype, 1)
+    return x.view(tokens, columns), gy.view(tokens, rows)
+
+
+def update(kernel: Callable[..., None], weight: Tensor, *factors: Any, **arguments: Any) -> None:
+    """Calls an update's implementation, past the wrapper."""
+    names = ("lr", "weight_decay", "inv_scale", "clip_value", "clip_coef", "found_inf")
+    scalars = [number(arguments[name]) if name in arguments else None for name in names]
+    stochastic, step = arguments.get("stochastic", False), torch.tensor([3], device=CUDA)
+    kernel(weight, *factors, *scalars, arguments.get("sq_norm"), stochastic, 5, 6, step)
+
+
+def check_update(kernel: Any, rows: int, columns: int, gradient: Tensor, slack: Tensor, *factors: Any) -> None:
+    """The gradient that a float32 weight of zeros shows is within `slack` of the exact one; every other update is that
+    of `reference.updated`, but for what another order of the sums may do, which one step of rounding bounds."""
+    zeros = torch.zeros(rows, columns, device=CUDA)
+    update(kernel, zeros, *factors, lr=1.0)
+    assert ((-zeros - gradient).abs().double() <= slack).all()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        before = numbers(rows * columns, dtype, 2).view(rows, columns)
+        for stochastic in (False, True):
+            weight, slot = before.clone(), number(0.0)
+            update(kernel, weight, *factors, **ARGUMENTS, stochastic=stochastic, sq_norm=slot)
+            keys = {"stochastic": stochastic, "seed": 5, "parameter_id": 6, "step": 3}
+            expected = reference.updated(before, -zeros, **ARGUMENTS, **keys)
+            step = torch.finfo(dtype).eps * expected.abs().double() + torch.finfo(dtype).smallest_normal
+            assert ((weight.double() - expected.double()).abs() <= step + slack).all()
+            if dtype != torch.float32:
+                assert (weight != expected).float().mean() <= 1e-2
+            assert slot.item() == pytest.approx(sum_of_squares(gradient.flatten(), 0.5), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["tiled", "triton"])
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_linear_layers(dtype: torch.dtype, shape: tuple[int, int, int], form: str) -> None:
+    kernels = forms().get(form) or pytest.skip("Triton cannot be imported")
+    x, gy = layer(shape, dtype)
+    gradient = reference.linear_gradient([x], [gy])
+    slack = 2.0**-20 * (gy.double().abs().T @ x.double().abs())
+    check_update(kernels["linear_sgd_"], *shape[1:], gradient, slack, [x], [gy])
+    slots = torch.zeros(20, dtype=torch.float64, device=CUDA)
+    for slot in slots:
+        kernels["linear_sq_norm_"](slot, [x], [gy], number(0.5))
+    exact = gradient.double().square().sum().item() / 4
+    assert len(set(slots.tolist())) == 1 and slots[0].sqrt().item() == pytest.approx(math.sqrt(exact), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["tiled", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_linear_norms_of_tokens_that_are_alike(dtype: torch.dtype, form: str) -> None:
+    kernels = forms().get(form) or pytest.skip("Triton cannot be imported")
+    x, gy = layer((256, 2048, 2048), torch.float32)
+    x, gy = (1 + 0.01 * x).to(dtype), (gy - gy.mean(0)).to(dtype)
+    slot = number(0.0)
+    kernels["linear_sq_norm_"](slot, [x], [gy], None)
+    exact = reference.linear_gradient([x], [gy]).double().norm().item()
+    assert slot.sqrt().item() == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["tiled", "triton"])
+@pytest.mark.parametrize(
+    "shape", [(4096, 999, 1024), (33, 50_000, 96), (70, 3, 257), (0, 4, 4), (3000, 1, 64)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_embeddings(dtype: torch.dtype, shape: tuple[int, int, int], form: str) -> None:
+    kernels = forms().get(form) or pytest.skip("Triton cannot be imported")
+    tokens, rows, columns = shape
+    indices = torch.randint(0, rows, (tokens,), device=CUDA)
+    gy = numbers(tokens * columns, dtype, 1).view(tokens, columns)
+    pairs = [indices], [gy], [2]
+    gradient = reference.embedding_gradient(rows, *pairs)
+    slack = 2.0**-20 * reference.embedding_gradient(rows, [indices], [gy.abs()], [2]).double()
+    check_update(kernels["embedding_sgd_"], rows, columns, gradient, slack, *pairs)
+    slots = torch.zeros(20, dtype=torch.float64, device=CUDA)
+    for slot in slots:
+        kernels["embedding_sq_norm_"](slot, *pairs, number(0.5))
+    assert len(set(slots.tolist())) == 1
+    assert slots[0].item() == pytest.approx(gradient.double().square().sum().item() / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["tiled", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_layers_never_synchronise_and_can_be_captured(dtype: torch.dtype, form: str) -> None:
+    kernels = forms().get(form) or pytest.skip("Triton cannot be imported")
+    uses = [layer((tokens, 512, 256), dtype) for tokens in (40, 900)]
+    xs, gys = [x for x, _ in uses], [gy for _, gy in uses]
+    weights = [numbers(512 * 256, dtype, 2).view(512, 256) for _ in range(2)]
+    indices, table = [torch.randint(0, 99, (40,), device=CUDA)], numbers(99 * 256, dtype, 3).view(99, 256)
+    slots = torch.zeros(5, dtype=torch.float64, device=CUDA)
+    scalars = (number(0.1), number(0.2), *[None] * 4)
+    rest = (True, 1, 2, torch.tensor([3], device=CUDA))
+
+    def calls() -> None:
+        kernels["linear_sgd_"](weights[0], xs[:1], gys[:1], *scalars, slots[0], *rest)
+        kernels["linear_sgd_"](weights[1], xs, gys, *scalars, None, *rest)
+        kernels["linear_sq_norm_"](slots[1], xs[:1], gys[:1], None)  # by inner products
+        kernels["linear_sq_norm_"](slots[2], xs, gys, None)
+        kernels["embedding_sgd_"](table, indices, xs[:1], [-1], *scalars, slots[3], *rest)
+        kernels["embedding_sq_norm_"](slots[4], indices, xs[:1], [-1], None)
+
+    side = torch.cuda.Stream(CUDA)
+    with torch.cuda.stream(side):
+        calls()
+    torch.cuda.synchronize()
+    state = [*weights, table, slots]
+    before = [tensor.clone() for tensor in state]
+    with no_synchronisation():
+        calls()
+    after = [tensor.clone() for tensor in state]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        calls()
+    for turn in range(3):
+        for tensor, start in zip(state, before, strict=True):
+            tensor.copy_(start)
+        graph.replay()
+        for tensor, expected in zip(state, after, strict=True):
+            assert torch.equal(tensor, expected), turn
+
+
+@pytest.mark.parametrize("form", ["tiled", "triton"])
+def test_linear_layers_allocate_no_gradient(form: str) -> None:
+    kernels = forms().get(form) or pytest.skip("Triton cannot be imported")
+    x, gy = layer((256, 8192, 8192), torch.bfloat16)
+    weight = numbers(8192 * 8192, torch.bfloat16, 2).view(8192, 8192)
+    slot = number(0.0)
+    for turn in range(2):
+        if turn:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        update(kernels["linear_sgd_"], weight, [x], [gy], lr=0.1, weight_decay=0.1, sq_norm=slot)
+        kernels["linear_sq_norm_"](slot, [x], [gy], None)
+    assert torch.cuda.max_memory_allocated() - before <= 33 * 2**20  # two tiles; the gradient would have 128 MiB
+
+
+def test_every_operator_has_one_kernel_and_info_names_it() -> None:
+    chosen = backends.choice("CUDA")
+    for name in ops.__all__:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", "CUDA")
+        expected = chosen.backend
+        if chosen.backend == "cuda" and name in tiled.IMPLEMENTATIONS:
+            expected = "tiled" if os.environ.get(backends.VARIABLE) == "cuda" or "triton" not in forms() else "triton"
+        assert chosen.of(name).backend == expected
 
 
 # ---- The optimizer --------------------------------------------------------------------------------------------------

@@ -484,7 +484,7 @@ def test_gram_matrices_that_underflow_or_overflow_are_refused(scale):
 @needs_cpu_kernels
 def test_few_tokens_take_inner_products_and_many_take_tiles(monkeypatch):
     made = []
-    monkeypatch.setattr(tiled, "_linear_tiles", lambda *pair: made.append(pair) or [])
+    monkeypatch.setattr(tiled, "linear_tiles", lambda *pair: made.append(pair) or [])
     for tokens, tiles in [(20, 0), (200, 1)]:
         made.clear()
         norm_of(*pair(tokens, 100, 100, torch.bfloat16))

@@ -33,7 +33,7 @@ class Terms(NamedTuple):
                 slot, *_factors(embedding), _paddings(embedding), inv_scale
             )
         else:
-            found = _tied(linear, embedding) if self.grad is None and len(linear) == 1 and slot.is_cpu else None
+            found = _tied(linear, embedding) if self.grad is None and len(linear) == 1 else None
             total = None if found is None else found.accepted(inv_scale, weight.numel())
             if total is not None:
                 slot += total

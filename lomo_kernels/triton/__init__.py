@@ -6,12 +6,17 @@ call must not be captured in a CUDA graph: run a step before, as for everything 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 #: The oldest version that the kernels were tried with.
 OLDEST = (3, 6)
 
 
-def register(key: str) -> str:
-    """Registers every operator for a dispatch key: "CUDA", or "CPU" where TRITON_INTERPRET=1 is set.
+def register(key: str, names: Collection[str] | None = None) -> str:
+    """Registers operators for a dispatch key: "CUDA", or "CPU" where TRITON_INTERPRET=1 is set.
+
+    Args:
+        names: of the operators; None for all of them.
 
     Returns:
         what is in force, as ``"Triton 3.6.0"`` or ``"Triton 3.6.0, interpreted"``.
@@ -31,9 +36,13 @@ def register(key: str) -> str:
         raise ImportError(f"Triton kernels cannot serve {key} tensors as things are: {advice}")
 
     from ..ops._arguments import library
+    from .embedding import embedding_sgd_, embedding_sq_norm_
+    from .linear import linear_sgd_, linear_sq_norm_
     from .sgd import sgd_, sgd_list_
     from .sq_norm import sq_norm_, sq_norm_list_
 
-    for function in (sgd_, sgd_list_, sq_norm_, sq_norm_list_):
-        library.impl(function.__name__, function, key)
+    layers = (linear_sgd_, linear_sq_norm_, embedding_sgd_, embedding_sq_norm_)
+    for function in (sgd_, sgd_list_, sq_norm_, sq_norm_list_, *layers):
+        if names is None or function.__name__ in names:
+            library.impl(function.__name__, function, key)
     return f"Triton {triton.__version__}" + (", interpreted" if interpreted else "")

@@ -77,7 +77,7 @@ def is_dense(tensor: Tensor) -> bool:
 _KINDS = {torch.float64: 1, torch.float32: 2, torch.int64: 1}
 
 
-def _is_number(tensor: Tensor) -> bool:
+def is_number(tensor: Tensor) -> bool:
     """Whether the host reads it. Python numbers come as float64 and int64 CPU tensors without dimensions; under the
     interpreter all tensors are CPU tensors, and whatever else comes is taken as a GPU's would be, by its address."""
     if INTERPRETED:
@@ -97,7 +97,7 @@ def scalars(op: str, device: torch.device, given: Iterable[tuple[str, Tensor | N
         if tensor is not None:
             if tensor.dtype not in dtypes or tensor.numel() != 1:
                 fail(f"{op}: {name} has shape {list(tensor.shape)} and dtype {tensor.dtype}, expected one of {dtypes}")
-            if not _is_number(tensor):
+            if not is_number(tensor):
                 arguments.append(_address(op, name, tensor, device))
                 kinds |= _KINDS[tensor.dtype] << 2 * place
                 continue

@@ -134,6 +134,31 @@ def int64_of(argument, kinds, PLACE: tl.constexpr):
     return value
 
 
+@triton.jit
+def step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP: tl.constexpr):
+    """The scalars of a step in float32, as `stepped` takes them, and the factor that unscales a gradient."""
+    rate = float64_of(lr, kinds, 0)
+    decay = (1.0 - rate * float64_of(weight_decay, kinds, 1)).to(tl.float32)
+    unscale = float64_of(inv_scale, kinds, 2).to(tl.float32)
+    limit = float("inf")
+    if CLAMP:
+        limit = float64_of(clip_value, kinds, 3).to(tl.float32)
+    coef = float64_of(clip_coef, kinds, 4).to(tl.float32)
+    return rate.to(tl.float32), decay, unscale, limit, coef
+
+
+@triton.jit
+def stepped(p, scaled, rate, decay, limit, coef, CLAMP: tl.constexpr):
+    """Parameters after the step, in float32. Where `scaled`, the unscaled gradient, is not finite they mean nothing:
+    the clamp drops NaN."""
+    g = scaled
+    if CLAMP:
+        g = tl.minimum(tl.maximum(g, -limit), limit)
+    g = g * coef
+    p = p * decay
+    return p - rate * g
+
+
 # ---- Random bits: a counter through a hash. --------------------------------------------------------------------------
 
 
@@ -194,27 +219,44 @@ def draw(
         later = next_row + row.to(tl.int64) * row_stride + (beyond - row * length)
         index = tl.where(place < before, first + place, later)
         counter = (index >> SHIFT).to(tl.uint32)
-        high = index >> (32 + SHIFT)
-        odd = index.to(tl.uint32) & 1
+        # One key to a block is common and costs nothing; several are in any number, and rare.
+        first_high = first >> (32 + SHIFT)
+        if last >> (32 + SHIFT) == first_high:
+            bits = random_bits(mix64(stream ^ first_high.to(tl.uint64)), counter)
+        else:
+            bits = random_bits(mix64(stream ^ (index >> (32 + SHIFT)).to(tl.uint64)), counter)
+        bits = share_of(bits, index.to(tl.uint32) & 1, dtype, PAIRS)
     else:
-        first = offset + start
-        last = first + left - 1
-        parity = (first & SHIFT).to(tl.int32)
-        counter = (first >> SHIFT).to(tl.uint32) + ((place + parity) >> SHIFT).to(tl.uint32)
-        odd = ((place + parity) & 1).to(tl.uint32)
+        bits = draw_at(stream, offset + start, offset + start + left - 1, place, dtype, PAIRS)
+    return bits
+
+
+@triton.jit
+def draw_at(stream, first, last, place, dtype: tl.constexpr, PAIRS: tl.constexpr):
+    """The random bits of the elements with index first + place, as `stochastic` takes them.
+
+    place: int32, any shape, below 2**31. For bfloat16 with PAIRS, even ones only, and `first` is even: each stands for
+    its neighbour, too, so that the last dimension of the result is twice as long. last: no index is larger.
+    """
+    SHIFT: tl.constexpr = 1 if dtype == tl.bfloat16 else 0
+    parity = (first & SHIFT).to(tl.int32)
+    counter = (first >> SHIFT).to(tl.uint32) + ((place + parity) >> SHIFT).to(tl.uint32)
     first_high = first >> (32 + SHIFT)
     last_high = last >> (32 + SHIFT)
     first_key = mix64(stream ^ first_high.to(tl.uint64))
-    # One key to a block is common and costs nothing: two would be a comparison and two selections for each hash.
+    # One key to all is common and costs nothing: two would be a comparison and two selections for each hash.
     if last_high == first_high:
         bits = random_bits(first_key, counter)
     else:
-        if ROWS:  # in any number, and rare
-            key = mix64(stream ^ high.to(tl.uint64))
-        else:
-            last_key = mix64(stream ^ last_high.to(tl.uint64))
-            key = tl.where(counter >= (first >> SHIFT).to(tl.uint32), first_key, last_key)
+        last_key = mix64(stream ^ last_high.to(tl.uint64))
+        key = tl.where(counter >= (first >> SHIFT).to(tl.uint32), first_key, last_key)
         bits = random_bits(key, counter)
+    return share_of(bits, ((place + parity) & 1).to(tl.uint32), dtype, PAIRS)
+
+
+@triton.jit
+def share_of(bits, odd, dtype: tl.constexpr, PAIRS: tl.constexpr):
+    """One hash serves two bfloat16 elements: what each element gets of it."""
     if dtype == tl.bfloat16:
         if PAIRS:
             bits = tl.interleave(bits & 0xFFFF, bits >> 16)
@@ -238,9 +280,11 @@ def fold(x, LEVELS: tl.constexpr):
 @triton.jit
 def sum_block(x, BLOCK: tl.constexpr):
     """The float64 sum of squares of BLOCK float32 numbers. 512 are added in float32, in nine levels: with the rounding
-    of the squares the error is below 10 * 2**-24 = 6.0e-7. Three levels in float64, which consumer GPUs do slowly."""
+    of the squares the error is below 10 * 2**-24 = 6.0e-7. The other levels (three of 4096 numbers) in float64, which
+    consumer GPUs do slowly."""
+    LEVELS: tl.constexpr = (BLOCK > 512) + (BLOCK > 1024) + (BLOCK > 2048) + (BLOCK > 4096) + (BLOCK > 8192)
     halves = tl.sum(tl.reshape(x * x, (2, BLOCK // 2)), axis=0)  # in one thread, however wide its loads are
-    return tl.sum(fold(fold(halves, 8).to(tl.float64), 3), axis=0)
+    return tl.sum(fold(fold(halves, 8).to(tl.float64), LEVELS), axis=0)
 
 
 @triton.jit
@@ -261,24 +305,36 @@ def sum_of_squares(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def add_up(partials, blocks):
+    """The sum of `blocks` numbers that other programs stored, in fixed order."""
+    WIDTH: tl.constexpr = 1024
+    place = tl.arange(0, WIDTH)
+    sums = tl.zeros((WIDTH,), tl.float64)
+    first = tl.zeros((), tl.int32)
+    while first < blocks:  # range() of a tensor fails in the interpreter of Triton 3.6 with numpy 2.4
+        sums += tl.load(partials + first + place, mask=place < blocks - first, other=0.0, cache_modifier=".cg")
+        first += WIDTH
+    return tl.sum(fold(sums, 10), axis=0)
+
+
+@triton.jit
+def slot_at(address):
+    """The address of a slot as a pointer."""
+    return address.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
+
+
+@triton.jit
 def add_to_slot(total, slot, partials, counter, block, blocks):
     """Adds the sums of all blocks of one tensor to its slot: the block that comes last adds them up, in fixed order.
 
     counter: int64, zero before and after. It orders the blocks' stores before the last one's loads (acq_rel).
     """
-    WIDTH: tl.constexpr = 1024
     last = True
     if blocks > 1:
         tl.store(partials + block, total)
         last = tl.atomic_add(counter, 1, sem="acq_rel") == blocks - 1
         if last:
             tl.store(counter, 0)
-            place = tl.arange(0, WIDTH)
-            sums = tl.zeros((WIDTH,), tl.float64)
-            first = tl.zeros((), tl.int32)
-            while first < blocks:  # range() of a tensor fails in the interpreter of Triton 3.6 with numpy 2.4
-                sums += tl.load(partials + first + place, mask=place < blocks - first, other=0.0, cache_modifier=".cg")
-                first += WIDTH
-            total = tl.sum(fold(sums, 10), axis=0)
+            total = add_up(partials, blocks)
     if last:
         tl.store(slot, tl.load(slot) + total)

@@ -25,6 +25,9 @@ from .numerics import (
     load,
     mix64,
     nearest,
+    slot_at,
+    step_scalars,
+    stepped,
     stochastic,
     store,
     sum_of_squares,
@@ -93,20 +96,10 @@ def sgd_kernel(
     TOGETHER: tl.constexpr = 4 if tl.float32 == P else 16
     p_bits = load(param, left, BLOCK)
     g_bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK, TOGETHER)
-    rate = float64_of(lr, kinds, 0)
-    decay = (1.0 - rate * float64_of(weight_decay, kinds, 1)).to(tl.float32)
-    unscale = float64_of(inv_scale, kinds, 2).to(tl.float32)
-    coef = float64_of(clip_coef, kinds, 4).to(tl.float32)
-
+    rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
     scaled = widen(g_bits, G) * unscale
-    finite = tl.abs(scaled) < float("inf")  # before the clamp, which drops NaN
-    g = scaled
-    if CLAMP:
-        limit = float64_of(clip_value, kinds, 3).to(tl.float32)
-        g = tl.minimum(tl.maximum(g, -limit), limit)
-    g = g * coef
-    p = widen(p_bits, P) * decay
-    p = p - rate.to(tl.float32) * g
+    finite = tl.abs(scaled) < float("inf")
+    p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
     if STOCHASTIC:
         stream = mix64((key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
         offset, row_length, row_stride = offset.to(tl.int64), row_length.to(tl.int64), row_stride.to(tl.int64)
@@ -117,8 +110,7 @@ def sgd_kernel(
     if float64_of(found_inf, kinds, 5) == 0.0:
         store(param, tl.where(finite, rounded, p_bits), left, BLOCK)
     if NORM:
-        slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
-        add_to_slot(sum_of_squares(scaled, BLOCK), slot, partials, counters, block, tl.cdiv(numel, BLOCK))
+        add_to_slot(sum_of_squares(scaled, BLOCK), slot_at(slot), partials, counters, block, tl.cdiv(numel, BLOCK))
 
 
 def options(bfloat16: bool, stochastic: bool, rows: bool, norm: bool) -> dict[str, Any]:

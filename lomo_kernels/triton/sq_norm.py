@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import launch
 from .launch import COLUMNS, TYPES, fail
-from .numerics import BLOCK, add_to_slot, elements, float64_of, load, sum_of_squares, widen
+from .numerics import BLOCK, add_to_slot, elements, float64_of, load, slot_at, sum_of_squares, widen
 
 
 @triton.jit(do_not_specialize=["numel", "slot", "inv_scale", "kinds", "owners", "first_block"])
@@ -45,8 +45,7 @@ def sq_norm_kernel(
     left = tl.minimum(numel - start, BLOCK).to(tl.int32)
     bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK)
     total = sum_of_squares(widen(bits, G) * float64_of(inv_scale, kinds, 0).to(tl.float32), BLOCK)
-    slot = slot.to(tl.int64).to(tl.pointer_type(tl.float64), bitcast=True)
-    add_to_slot(total, slot, partials, counters, block, tl.cdiv(numel, BLOCK))
+    add_to_slot(total, slot_at(slot), partials, counters, block, tl.cdiv(numel, BLOCK))
 
 
 def sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:

@@ -1,0 +1,320 @@
+# mypy: disable-error-code="no-untyped-def"
+"""`embedding_sgd_` and `embedding_sq_norm_` in Triton. What they do is documented in `lomo_kernels/ops/embedding.py`.
+
+Tokens are sorted by their index, and the tokens of one index, a run, are added up in registers and used up there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops._pairs import check_embedding, check_weight
+from . import launch
+from .launch import TYPES
+from .linear import check_writable
+from .numerics import (
+    add_to_slot,
+    draw,
+    elements,
+    float64_of,
+    int64_of,
+    load,
+    mix64,
+    nearest,
+    slot_at,
+    step_scalars,
+    stepped,
+    stochastic,
+    store,
+    sum_of_squares,
+    widen,
+)
+from .sgd import MISSING, SCALARS
+
+#: The index of tokens that count nothing, where the number of rows is not known.
+NOWHERE = 2**63 - 1
+#: Elements of a row per program, and tokens of a run that are loaded at a time. 1024 elements of float32 are spilled by
+#: sm_120.
+BLOCK = 512
+TOGETHER = 4
+
+
+@triton.jit
+def sum_of_run(
+    keys, order, position, tokens, key, gy, stride, columns, G: tl.constexpr, BLOCK: tl.constexpr, U: tl.constexpr
+):
+    """The sum of gy[:columns] over the tokens from `position` on that have this key, float32, in fixed order."""
+    place = tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((BLOCK,), tl.float32)
+    more = True
+    while more:
+        at = position + tl.arange(0, U)
+        here = tl.load(keys + at, mask=at < tokens, other=-1) == key
+        token = tl.load(order + at, mask=here, other=0)
+        bits = tl.load(gy + token[:, None] * stride + place, mask=here[:, None] & (place < columns), other=0)
+        total += tl.sum(widen(bits, G), axis=0)
+        position += U
+        more = tl.sum(here.to(tl.int32), axis=0) == U
+    return total
+
+
+@triton.jit
+def is_first(keys, position, key):
+    """Whether the token at `position` is the first with its key."""
+    return tl.load(keys + position - 1, mask=position > 0, other=-1) != key
+
+
+@triton.jit(do_not_specialize=["tokens", "columns", "stride", "nowhere", *SCALARS, "kinds", "seed_key", "slot"])
+def embedding_sgd_kernel(
+    weight,
+    gy,
+    keys,
+    order,
+    tokens: tl.int64,
+    columns: tl.int64,
+    stride: tl.int64,
+    nowhere: tl.int64,
+    lr: tl.int64,
+    weight_decay: tl.int64,
+    inv_scale: tl.int64,
+    clip_value: tl.int64,
+    clip_coef: tl.int64,
+    found_inf: tl.int64,
+    step: tl.int64,
+    kinds: tl.int32,
+    seed_key: tl.int64,
+    slot: tl.int64,
+    touched,
+    partials,
+    counter,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CLAMP: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NORM: tl.constexpr,
+    DECAY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    U: tl.constexpr,
+):
+    """A program updates BLOCK elements of the row whose run begins at its position; where none does, nothing.
+
+    DECAY: positions are rows instead, and those that no token has looked up decay, where there is any decay.
+    """
+    if ALIGNED:
+        columns, stride = columns // 16 * 16, stride // 16 * 16
+    across = tl.cdiv(columns, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    position = program // across
+    first = program % across * BLOCK
+    left = tl.minimum(columns - first, BLOCK).to(tl.int32)
+    rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
+    if DECAY:
+        row = position
+        active = (tl.load(touched + row) == 0) & (decay != 1.0)
+    else:
+        row = tl.load(keys + position)
+        active = (row != nowhere) & is_first(keys, position, row)
+    total = tl.zeros((), tl.float64)
+    if active:
+        scaled = tl.zeros((BLOCK,), tl.float32)
+        if not DECAY:
+            g = sum_of_run(keys, order, position, tokens, row, elements(gy, G) + first, stride, left, G, BLOCK, U)
+            scaled = g * unscale
+        start = row * columns + first
+        there = elements(weight, P) + start
+        p_bits = load(there, left, BLOCK)
+        p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
+        if STOCHASTIC:
+            stream = mix64((seed_key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
+            random = draw(stream, start, left, 0, 2**62, 2**62, P, False, PAIRS, BLOCK)
+            rounded = stochastic(p, random, P)
+        else:
+            rounded = nearest(p, P)
+        if float64_of(found_inf, kinds, 5) == 0.0:
+            store(there, tl.where(tl.abs(scaled) < float("inf"), rounded, p_bits), left, BLOCK)
+        if NORM:
+            total = sum_of_squares(scaled, BLOCK)
+    if NORM:
+        add_to_slot(total, slot_at(slot), partials, counter, program, tl.num_programs(0))
+
+
+@triton.jit(do_not_specialize=["tokens", "columns", "stride", "nowhere", "inv_scale", "kinds", "slot"])
+def embedding_sq_norm_kernel(
+    slot: tl.int64,
+    gy,
+    keys,
+    order,
+    tokens: tl.int64,
+    columns: tl.int64,
+    stride: tl.int64,
+    nowhere: tl.int64,
+    inv_scale: tl.int64,
+    kinds: tl.int32,
+    partials,
+    counter,
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    U: tl.constexpr,
+):
+    """A program adds up the squares of BLOCK elements of the run that begins at its position, if one does."""
+    if ALIGNED:
+        columns, stride = columns // 16 * 16, stride // 16 * 16
+    across = tl.cdiv(columns, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    position = program // across
+    first = program % across * BLOCK
+    row = tl.load(keys + position)
+    total = tl.zeros((), tl.float64)
+    if (row != nowhere) & is_first(keys, position, row):
+        left = tl.minimum(columns - first, BLOCK).to(tl.int32)
+        g = sum_of_run(keys, order, position, tokens, row, elements(gy, G) + first, stride, left, G, BLOCK, U)
+        total = sum_of_squares(g * float64_of(inv_scale, kinds, 0).to(tl.float32), BLOCK)
+    add_to_slot(total, slot_at(slot), partials, counter, program, tl.num_programs(0))
+
+
+# ---- Launchers -------------------------------------------------------------------------------------------------------
+
+
+def runs(
+    indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], rows: int | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Sorted indices, the tokens in that order, gradients [tokens, columns], and the index of what counts nothing:
+    padding, and indices out of range. It is the largest, and nothing here is read by the host."""
+    nowhere = NOWHERE if rows is None else rows
+    keys = []
+    for index, padding in zip(indices, padding_idx, strict=True):
+        index = index.detach().reshape(-1).long()
+        out = (index < 0) | (index == padding)
+        keys.append(index.masked_fill(out if rows is None else out | (index >= rows), nowhere))
+    columns = grad_outputs[0].shape[-1]
+    gys = [gy.detach().reshape(-1, columns) for gy in grad_outputs]
+    gy = gys[0] if len(gys) == 1 else torch.cat(gys)
+    if gy.stride(1) != 1:
+        gy = gy.contiguous()
+    sorted_keys, order = torch.sort(keys[0] if len(keys) == 1 else torch.cat(keys), stable=True)
+    return sorted_keys, order, gy, nowhere
+
+
+def embedding_sq_norm_(
+    slot: Tensor,
+    indices: list[Tensor],
+    grad_outputs: list[Tensor],
+    padding_idx: list[int],
+    inv_scale: Tensor | None,
+) -> None:
+    op, device = "embedding_sq_norm_", slot.device
+    launch.check_slot(op, "slot", slot, device)
+    check_embedding(op, indices, grad_outputs, padding_idx, slot)
+    (number,), kinds = launch.scalars(op, device, [("inv_scale", inv_scale, 1.0)])
+    columns = grad_outputs[0].shape[-1]
+    if not any(gy.numel() for gy in grad_outputs):
+        return
+    with launch.on(device):
+        keys, order, gy, nowhere = runs(indices, grad_outputs, padding_idx, None)
+        aligned = not (columns | gy.stride(0)) % 16
+        blocks = keys.numel() * triton.cdiv(columns, BLOCK)
+        embedding_sq_norm_kernel[(blocks,)](
+            slot.data_ptr(),
+            gy,
+            keys,
+            order,
+            keys.numel(),
+            columns,
+            gy.stride(0),
+            nowhere,
+            number,
+            kinds,
+            launch.partials.get(device, blocks),
+            launch.counters.get(device, 1),
+            G=TYPES[gy.dtype],
+            ALIGNED=aligned,
+            BLOCK=BLOCK,
+            U=TOGETHER,
+            **launch.options(4),
+        )
+
+
+def embedding_sgd_(
+    weight: Tensor,
+    indices: list[Tensor],
+    grad_outputs: list[Tensor],
+    padding_idx: list[int],
+    lr: Tensor,
+    weight_decay: Tensor | None,
+    inv_scale: Tensor | None,
+    clip_value: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
+    sq_norm: Tensor | None,
+    stochastic: bool,
+    seed: int,
+    parameter_id: int,
+    step: Tensor | None,
+) -> None:
+    op, device = "embedding_sgd_", weight.device
+    check_embedding(op, indices, grad_outputs, padding_idx, weight)
+    check_weight(op, weight, None, grad_outputs[0].shape[-1], "[num_embeddings, embedding_dim]")
+    given = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step)
+    numbers, kinds = launch.scalars(op, device, zip(SCALARS, given, MISSING, strict=True))
+    if sq_norm is not None:
+        launch.check_slot(op, "sq_norm", sq_norm, device)
+    if weight.numel() == 0:
+        return
+    check_writable(op, weight, [*indices, *grad_outputs])
+    stochastic = stochastic and weight.dtype != torch.float32
+    rows, columns = weight.shape
+    # No decay by a number: known here. By a tensor: every program of the second kernel sees it and ends.
+    decays = weight_decay is not None and not (launch.is_number(weight_decay) and weight_decay.item() == 0)
+    with launch.on(device):
+        w = weight.detach().contiguous()
+        keys, order, gy, nowhere = runs(indices, grad_outputs, padding_idx, rows)
+        aligned = not (columns | gy.stride(0)) % 16
+        across = triton.cdiv(columns, BLOCK)
+        touched = None
+        if decays:
+            touched = torch.zeros(rows + 1, dtype=torch.uint8, device=device)
+            touched.index_fill_(0, keys, 1)
+        for decay, positions in ((False, keys.numel()), (True, rows if decays else 0)):
+            if not positions:
+                continue
+            slot, partials, counter = 0, None, None
+            norm = not decay and sq_norm is not None
+            if sq_norm is not None and norm:
+                slot = sq_norm.data_ptr()
+                partials, counter = launch.partials.get(device, positions * across), launch.counters.get(device, 1)
+            embedding_sgd_kernel[(positions * across,)](
+                w,
+                gy,
+                keys,
+                order,
+                keys.numel(),
+                columns,
+                gy.stride(0),
+                nowhere,
+                *numbers,
+                kinds,
+                launch.parameter_key(seed, parameter_id) if stochastic else 0,
+                slot,
+                touched,
+                partials,
+                counter,
+                P=TYPES[weight.dtype],
+                G=TYPES[gy.dtype],
+                ALIGNED=aligned,
+                CLAMP=clip_value is not None,
+                STOCHASTIC=stochastic,
+                PAIRS=columns % 2 == 0,
+                NORM=norm,
+                DECAY=decay,
+                BLOCK=BLOCK,
+                U=TOGETHER,
+                **launch.options(4),
+            )
+        if w is not weight and not weight.is_contiguous():
+            weight.detach().copy_(w)

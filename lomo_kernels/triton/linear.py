@@ -1,0 +1,619 @@
+# mypy: disable-error-code="no-untyped-def"
+"""`linear_sgd_` and `linear_sq_norm_` in Triton. What they do is documented in `lomo_kernels/ops/linear.py`.
+
+A program forms one tile of the gradient ``grad_output.T @ input`` in registers and uses it up there: no part of the
+gradient is ever in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tiled
+from ..ops._arguments import overlaps_itself
+from ..ops._pairs import check_linear, check_weight
+from . import launch
+from .launch import TYPES, fail
+from .numerics import (
+    add_to_slot,
+    add_up,
+    bits_of,
+    draw_at,
+    elements,
+    float64_of,
+    float_of,
+    int64_of,
+    mix64,
+    nearest,
+    slot_at,
+    step_scalars,
+    stepped,
+    stochastic,
+    sum_of_squares,
+    widen,
+)
+from .sgd import MISSING, SCALARS
+
+SIZES = ("tokens", "rows", "columns", "gy_stride", "x_stride")
+
+
+class Tile(NamedTuple):
+    """How a product is divided: rows and columns of the gradient per program, tokens per step, and how it is run."""
+
+    rows: int
+    columns: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def generation(device: torch.device) -> int:
+    """Of NVIDIA's GPUs, 75 for sm_75; 0 for AMD's, and where Triton interprets."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tile_of(dtype: torch.dtype, gpu: int, much: bool) -> Tile:
+    """A fixed choice: trying several, as an autotuner does, would take several steps.
+
+    Args:
+        dtype: of the factors.
+        gpu: `generation`.
+        much: each element needs so many registers that a thread gets half the elements; else some would be spilled.
+    """
+    if dtype == torch.float32 or 0 < gpu < 80:  # multiplied by ordinary instructions
+        return Tile(64, 32 if much else 64, 16, 4, 2 if much or gpu < 80 else 3)
+    if gpu == 0:  # 64 KiB of shared memory
+        return Tile(128, 64 if much else 128, 32, 4, 2)
+    # 96 KiB of shared memory, or where there are no more than 99 KiB (sm_86, 89, 120) 48 KiB.
+    return Tile(128, 64 if much else 128, 64 if gpu in (80, 90, 100, 103) else 32, 8, 3)
+
+
+def is_much(weight: torch.dtype, stochastic: bool, norm: bool, aligned: bool) -> bool:
+    """What `tile_of` asks of an update: compiled with whole tiles, these kernels spill registers."""
+    return norm or not aligned or (stochastic and weight == torch.float16)
+
+
+def sums_products(gpu: int, version: str) -> bool:
+    """Whether Triton can compile sums over a product: 3.6 fails for sm_100 ("parent layout must have at least rank >=
+    2", in its pass TritonNvidiaGPUOptimizeTMemLayouts), 3.9 does not."""
+    return not 100 <= gpu < 110 or tuple(map(int, version.split(".")[:2])) >= (3, 9)
+
+
+def gram_tile_of(dtype: torch.dtype, gpu: int) -> Tile:
+    """Tokens by tokens, and elements per step, of `gram_kernel`."""
+    if dtype == torch.float32 or 0 < gpu < 80:
+        return Tile(32, 32, 16, 4, 2)
+    return Tile(64, 64, 64 if gpu else 32, 4, 3 if gpu else 2)
+
+
+def widened(dtype: torch.dtype, gpu: int) -> bool:
+    """Whether the factors are multiplied as float32, which is exact: Triton has no 16-bit products for sm_75, and its
+    interpreter multiplies the bits of bfloat16 as integers."""
+    return dtype != torch.float32 and (launch.INTERPRETED or 0 < gpu < 80)
+
+
+@triton.jit
+def corner(program, rows, columns, BM: tl.constexpr, BN: tl.constexpr):
+    """First row and column of a program's tile. Programs that run together take tiles of 8 rows of tiles: what they
+    read of both factors then fits the second-level cache."""
+    down, across = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
+    first = program // (8 * across) * 8
+    height = tl.minimum(down - first, 8)
+    within = program % (8 * across)
+    return (first + within % height) * BM, within // height * BN
+
+
+@triton.jit
+def product(
+    gy,
+    x,
+    tokens,
+    rows,
+    columns,
+    gy_stride,
+    x_stride,
+    row,
+    column,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """The tile [BM, BN] of gy.T @ x whose corner is (row, column), float32. Outside of the gradient it is zero."""
+    r, c, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    gy += row + r[:, None] + k[None, :] * gy_stride
+    x += column + k[:, None] * x_stride + c[None, :]
+    in_row, in_column = (r < rows - row)[:, None], (c < columns - column)[None, :]
+    tile = tl.zeros((BM, BN), tl.float32)
+    for first in range(0, tokens if TOKENS is None else TOKENS, BK):
+        in_token = k < tokens - first
+        a = tl.load(gy, mask=in_row & in_token[None, :], other=0.0)
+        b = tl.load(x, mask=in_token[:, None] & in_column, other=0.0)
+        if WIDEN:
+            a, b = widen(elements_of(a, G), G), widen(elements_of(b, G), G)
+        tile = tl.dot(a, b, tile, input_precision="ieee")
+        gy += BK * gy_stride
+        x += BK * x_stride
+    return tile
+
+
+@triton.jit
+def elements_of(x, dtype: tl.constexpr):
+    """The bits of loaded elements."""
+    return x.to(tl.uint32 if dtype == tl.float32 else tl.uint16, bitcast=True)
+
+
+@triton.jit
+def multiples_of_16(a, b, c, d):
+    """The same four, known to be multiples of 16: rows then begin where vectors do."""
+    return a // 16 * 16, b // 16 * 16, c // 16 * 16, d // 16 * 16
+
+
+@triton.jit(do_not_specialize=[*SIZES, *SCALARS, "kinds", "key", "slot"])
+def linear_sgd_kernel(
+    weight,
+    gy,
+    x,
+    tokens: tl.int32,
+    rows: tl.int32,
+    columns: tl.int32,
+    gy_stride: tl.int32,
+    x_stride: tl.int32,
+    lr: tl.int64,
+    weight_decay: tl.int64,
+    inv_scale: tl.int64,
+    clip_value: tl.int64,
+    clip_coef: tl.int64,
+    found_inf: tl.int64,
+    step: tl.int64,
+    kinds: tl.int32,
+    key: tl.int64,
+    slot: tl.int64,
+    partials,
+    counter,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CLAMP: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NORM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """A program updates one tile of the weight. ALIGNED: sizes and strides are multiples of 16."""
+    if ALIGNED:
+        rows, columns, gy_stride, x_stride = multiples_of_16(rows, columns, gy_stride, x_stride)
+    row, column = corner(tl.program_id(0), rows, columns, BM, BN)
+    tile = product(gy, x, tokens, rows, columns, gy_stride, x_stride, row, column, G, BM, BN, BK, WIDEN, TOKENS)
+
+    first = row.to(tl.int64) * columns + column
+    r, c = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    inside = (r < rows - row) & (c < columns - column)
+    weight = elements(weight, P) + first + (r * columns + c)
+    p_bits = tl.load(weight, mask=inside, other=0)
+    rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
+    scaled = tile * unscale
+    p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
+    if STOCHASTIC:
+        stream = mix64((key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
+        STEP: tl.constexpr = 2 if PAIRS and tl.bfloat16 == P else 1
+        place = r * columns + (tl.arange(0, BN // STEP) * STEP)[None, :]
+        last = first + (BM - 1) * columns + BN
+        rounded = stochastic(p, draw_at(stream, first, last, place, P, PAIRS), P)
+    else:
+        rounded = nearest(p, P)
+    if float64_of(found_inf, kinds, 5) == 0.0:
+        tl.store(weight, tl.where(tl.abs(scaled) < float("inf"), rounded, p_bits), mask=inside)
+    if NORM:
+        total = sum_of_squares(tl.reshape(scaled, (BM * BN,)), BM * BN)
+        add_to_slot(total, slot_at(slot), partials, counter, tl.program_id(0), tl.num_programs(0))
+
+
+@triton.jit(do_not_specialize=[*SIZES, "inv_scale", "kinds", "slot"])
+def linear_sq_norm_kernel(
+    slot: tl.int64,
+    gy,
+    x,
+    tokens: tl.int32,
+    rows: tl.int32,
+    columns: tl.int32,
+    gy_stride: tl.int32,
+    x_stride: tl.int32,
+    inv_scale: tl.int64,
+    kinds: tl.int32,
+    done,
+    partials,
+    counter,
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GRAM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """A program adds up the squares of one tile. GRAM: but only where `gram_kernel` has not done it."""
+    if GRAM:
+        needed = tl.load(done) == 0
+    else:
+        needed = True
+    if needed:
+        if ALIGNED:
+            rows, columns, gy_stride, x_stride = multiples_of_16(rows, columns, gy_stride, x_stride)
+        row, column = corner(tl.program_id(0), rows, columns, BM, BN)
+        tile = product(gy, x, tokens, rows, columns, gy_stride, x_stride, row, column, G, BM, BN, BK, WIDEN, TOKENS)
+        scaled = tile * float64_of(inv_scale, kinds, 0).to(tl.float32)
+        total = sum_of_squares(tl.reshape(scaled, (BM * BN,)), BM * BN)
+        add_to_slot(total, slot_at(slot), partials, counter, tl.program_id(0), tl.num_programs(0))
+
+
+# ---- The norm from inner products of tokens --------------------------------------------------------------------------
+
+#: Rows are never taken to be shorter than this: where products could be subnormal, the estimate is then too large.
+SHORTEST = tl.constexpr(2.0**-40)
+
+
+@triton.jit(do_not_specialize=["size", "stride"])
+def lengths_kernel(
+    x, size: tl.int32, stride: tl.int32, lengths, G: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr
+):
+    """A program measures one row of x: its Euclidean length, for the estimate of an error."""
+    token = tl.program_id(0)
+    x = elements(x, G) + token.to(tl.int64) * stride
+    place = tl.arange(0, BLOCK)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, size if SIZE is None else SIZE, BLOCK):
+        part = widen(tl.load(x + first + place, mask=place < size - first, other=0), G)
+        squares += part * part
+    length = tl.maximum(tl.sqrt_rn(tl.sum(squares, axis=0)), SHORTEST)
+    tl.store(lengths + token, length)
+
+
+@triton.jit
+def inner_products(
+    x,
+    stride,
+    size,
+    tokens,
+    i,
+    j,
+    G: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    WIDEN: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """x[i:i+BT] @ x[j:j+BT].T, float32; zero where there is no such token."""
+    t, k = tl.arange(0, BT), tl.arange(0, BK)
+    a_place = x + i.to(tl.int64) * stride + t[:, None] * stride + k[None, :]
+    b_place = x + j.to(tl.int64) * stride + t[None, :] * stride + k[:, None]
+    in_a, in_b = (t < tokens - i)[:, None], (t < tokens - j)[None, :]
+    tile = tl.zeros((BT, BT), tl.float32)
+    for first in range(0, size if SIZE is None else SIZE, BK):
+        in_size = k < size - first
+        a = tl.load(a_place + first, mask=in_a & in_size[None, :], other=0.0)
+        b = tl.load(b_place + first, mask=in_b & in_size[:, None], other=0.0)
+        if WIDEN:
+            a, b = widen(elements_of(a, G), G), widen(elements_of(b, G), G)
+        tile = tl.dot(a, b, tile, input_precision="ieee")
+    return tile
+
+
+@triton.jit
+def scaled_lengths(lengths, token, tokens):
+    """The lengths of some rows times a power of two that brings the longest to [1, 2), and that power."""
+    lengths = tl.load(lengths + token, mask=token < tokens, other=0.0)
+    scale = float_of((254 << 23) - (bits_of(tl.max(lengths, axis=0)) & 0x7F800000))
+    return lengths * scale, scale
+
+
+@triton.jit(do_not_specialize=[*SIZES, "inv_scale", "kinds", "slot"])
+def gram_kernel(
+    slot: tl.int64,
+    gy,
+    x,
+    tokens: tl.int32,
+    rows: tl.int32,
+    columns: tl.int32,
+    gy_stride: tl.int32,
+    x_stride: tl.int32,
+    inv_scale: tl.int64,
+    kinds: tl.int32,
+    lengths,
+    done,
+    partials,
+    counter,
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    WIDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """S = sum_ij (x x.T)_ij (gy gy.T)_ij is the sum of squares of gy.T @ x. A program adds up the products of BT tokens
+    with BT tokens, i <= j, and the squares of what rounding may have done to them, E**2. Where S is finite, larger than
+    zero and E is small beside it, the last program adds S to the slot and sets `done`.
+
+    An inner product is taken to be wrong by 2**-24 times both rows' lengths times the root of the number of additions:
+    16 products are added at a time, and each addition rounds, or cuts off; at least 16 are counted. Where tokens are
+    alike, or the gradient nearly vanishes, S is a small difference of large numbers, and E shows it.
+    """
+    if ALIGNED:
+        rows, columns, gy_stride, x_stride = multiples_of_16(rows, columns, gy_stride, x_stride)
+    program = tl.program_id(0)
+    j = ((tl.sqrt_rn((8 * program + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
+    j = tl.where(j * (j + 1) // 2 > program, j - 1, j)  # a square root in float32 may be one off
+    j = tl.where((j + 1) * (j + 2) // 2 <= program, j + 1, j)
+    i = program - j * (j + 1) // 2
+    twice = tl.where(i == j, 1.0, 2.0)
+    i, j = i * BT, j * BT
+    a = inner_products(x, x_stride, columns, tokens, i, j, G, BT, BK, WIDEN, COLUMNS)
+    b = inner_products(gy, gy_stride, rows, tokens, i, j, G, BT, BK, WIDEN, ROWS)
+
+    # Brought near 1 by powers of two, from the longest rows: nothing of weight overflows or vanishes.
+    t = tl.arange(0, BT)
+    x_i, x_i_scale = scaled_lengths(lengths, i + t, tokens)
+    x_j, x_j_scale = scaled_lengths(lengths, j + t, tokens)
+    gy_i, gy_i_scale = scaled_lengths(lengths + tokens, i + t, tokens)
+    gy_j, gy_j_scale = scaled_lengths(lengths + tokens, j + t, tokens)
+    a = a * x_i_scale * x_j_scale
+    b = b * gy_i_scale * gy_j_scale
+    of_a = x_i[:, None] * x_j[None, :] * b
+    of_b = gy_i[:, None] * gy_j[None, :] * a
+    scale = x_i_scale.to(tl.float64) * x_j_scale.to(tl.float64) * gy_i_scale.to(tl.float64) * gy_j_scale.to(tl.float64)
+    back = 1.0 / scale  # exact
+    s = tl.sum(tl.sum((a * b).to(tl.float64), axis=1), axis=0) * back * twice
+    squares = tl.sum(tl.sum(of_a * of_a + of_b * of_b, axis=1), axis=0).to(tl.float64) * back * back * twice
+
+    blocks = tl.num_programs(0)
+    tl.store(partials + program, s)
+    tl.store(partials + blocks + program, squares)
+    if tl.atomic_add(counter, 1, sem="acq_rel") == blocks - 1:
+        tl.store(counter, 0)
+        s, squares = add_up(partials, blocks), add_up(partials + blocks, blocks)
+        unscale = float64_of(inv_scale, kinds, 0).to(tl.float32).to(tl.float64)
+        total = s * unscale * unscale
+        # Above 2**250 an element of the gradient may not fit float32: the product shows whether it does.
+        largest = 1.8092513943330656e75
+        wrong = 2.0**-48 * tl.maximum(tl.maximum(rows, columns) // 16, 16).to(tl.float64) * squares
+        good = (s > 0.0) & (total < largest) & (s < largest) & (wrong <= (s * s) * 2.5e-11)  # E <= 5e-6 S
+        if good:
+            tl.store(slot_at(slot), tl.load(slot_at(slot)) + total)
+        tl.store(done, good.to(tl.int64))
+
+
+# ---- Launchers -------------------------------------------------------------------------------------------------------
+
+#: Strides and sizes that kernels multiply by up to 128 in 32 bits; what is larger goes by tiles.
+LARGEST = 2**23
+#: How many times cheaper, in multiplications, inner products of tokens must be than the product of the factors: they
+#: come in few programs, each with a long way to go.
+GRAM_MARGIN = 4
+
+_lengths = launch.Workspaces(torch.float32, zeroed=False)
+_done = launch.Workspaces(torch.int64, zeroed=False)
+_gram_lock = threading.Lock()
+
+
+class Factors(NamedTuple):
+    """One pair, as the kernels take it."""
+
+    gy: Tensor
+    x: Tensor
+    tokens: int
+    rows: int
+    columns: int
+    gy_stride: int
+    x_stride: int
+
+    @property
+    def aligned(self) -> bool:
+        addresses = self.gy.data_ptr() | self.x.data_ptr() | self.gy_stride | self.x_stride
+        return not (addresses | self.rows | self.columns) % 16
+
+
+def factors_of(x: Tensor, gy: Tensor) -> Factors:
+    x, gy = (_rows_of(tensor.detach().reshape(-1, tensor.shape[-1])) for tensor in (x, gy))
+    return Factors(gy, x, x.shape[0], gy.shape[1], x.shape[1], gy.stride(0), x.stride(0))
+
+
+def _rows_of(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy of it, with the elements of a row next to each other."""
+    near = matrix.stride(1) == 1 or matrix.shape[1] == 1
+    return matrix if near and matrix.stride(0) < LARGEST else matrix.contiguous()
+
+
+def by_tiles(inputs: list[Tensor], rows: int, columns: int, norm: bool) -> bool:
+    """Whether `tiled` does the work: several pairs, which are added up first, sizes beyond `LARGEST`, and norms where
+    Triton cannot compile them."""
+    if norm and not sums_products(generation(inputs[0].device), triton.__version__):
+        return True
+    tokens = inputs[0].numel() // columns
+    return len(inputs) > 1 or max(rows, columns) >= LARGEST or tokens >= 2**31 - 128
+
+
+def shape_of(factors: Factors, tile: Tile, gpu: int) -> tuple[int, dict[str, Any]]:
+    """Programs, and what a product's kernel is compiled for."""
+    constants = {
+        "G": TYPES[factors.x.dtype],
+        "ALIGNED": factors.aligned,
+        "BM": tile.rows,
+        "BN": tile.columns,
+        "BK": tile.tokens,
+        "WIDEN": widened(factors.x.dtype, gpu),
+        "TOKENS": factors.tokens if launch.INTERPRETED else None,  # range() of a tensor fails there, see `add_up`
+        "num_stages": tile.stages,
+        **launch.options(tile.warps),
+    }
+    return triton.cdiv(factors.rows, tile.rows) * triton.cdiv(factors.columns, tile.columns), constants
+
+
+def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
+    op, device = "linear_sq_norm_", slot.device
+    launch.check_slot(op, "slot", slot, device)
+    check_linear(op, inputs, grad_outputs, slot)
+    (number,), kinds = launch.scalars(op, device, [("inv_scale", inv_scale, 1.0)])
+    rows, columns = grad_outputs[0].shape[-1], inputs[0].shape[-1]
+    if rows == 0 or columns == 0:
+        return
+    if by_tiles(inputs, rows, columns, norm=True):
+        tiled.linear_sq_norm_(slot, inputs, grad_outputs, inv_scale)
+        return
+    factors = factors_of(inputs[0], grad_outputs[0])
+    if factors.tokens == 0:
+        return
+    gpu = generation(device)
+    gram = GRAM_MARGIN * factors.tokens * (rows + columns) < 2 * rows * columns
+    tile = tile_of(factors.x.dtype, gpu, not factors.aligned)
+    blocks, constants = shape_of(factors, tile, gpu)
+    # Another thread may use the stream, too: no kernel of its own between those of one call, which share memory.
+    with launch.on(device), _gram_lock if gram else nullcontext():
+        done = _gram(slot, factors, number, kinds, gpu) if gram else None
+        linear_sq_norm_kernel[(blocks,)](
+            slot.data_ptr(),
+            *factors,
+            number,
+            kinds,
+            done,
+            launch.partials.get(device, blocks),
+            launch.counters.get(device, 1),
+            GRAM=gram,
+            **constants,
+        )
+
+
+def _gram(slot: Tensor, factors: Factors, number: int, kinds: int, gpu: int) -> Tensor:
+    """Launches the sum from inner products. Returns where it says whether that was accurate enough."""
+    device, dtype, tokens = slot.device, factors.x.dtype, factors.tokens
+    lengths, done = _lengths.get(device, 2 * tokens), _done.get(device, 1)
+    known = launch.INTERPRETED
+    for part, (matrix, size, stride) in enumerate(
+        ((factors.x, factors.columns, factors.x_stride), (factors.gy, factors.rows, factors.gy_stride))
+    ):
+        lengths_kernel[(tokens,)](
+            matrix,
+            size,
+            stride,
+            lengths[part * tokens :],
+            G=TYPES[dtype],
+            BLOCK=1024,
+            SIZE=size if known else None,
+            **launch.options(4),
+        )
+    tile = gram_tile_of(dtype, gpu)
+    across = triton.cdiv(tokens, tile.rows)
+    blocks = across * (across + 1) // 2
+    gram_kernel[(blocks,)](
+        slot.data_ptr(),
+        *factors,
+        number,
+        kinds,
+        lengths,
+        done,
+        launch.partials.get(device, 2 * blocks),
+        launch.counters.get(device, 1),
+        G=TYPES[dtype],
+        ALIGNED=factors.aligned,
+        BT=tile.rows,
+        BK=tile.tokens,
+        WIDEN=widened(dtype, gpu),
+        ROWS=factors.rows if known else None,
+        COLUMNS=factors.columns if known else None,
+        num_stages=tile.stages,
+        **launch.options(tile.warps),
+    )
+    return done
+
+
+def linear_sgd_(
+    weight: Tensor,
+    inputs: list[Tensor],
+    grad_outputs: list[Tensor],
+    lr: Tensor,
+    weight_decay: Tensor | None,
+    inv_scale: Tensor | None,
+    clip_value: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
+    sq_norm: Tensor | None,
+    stochastic: bool,
+    seed: int,
+    parameter_id: int,
+    step: Tensor | None,
+) -> None:
+    op, device = "linear_sgd_", weight.device
+    check_linear(op, inputs, grad_outputs, weight)
+    rows, columns = grad_outputs[0].shape[-1], inputs[0].shape[-1]
+    check_weight(op, weight, rows, columns, "[out_features, in_features] of grad_output and input")
+    scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
+    numbers, kinds = launch.scalars(op, device, zip(SCALARS, (*scalars, step), MISSING, strict=True))
+    if sq_norm is not None:
+        launch.check_slot(op, "sq_norm", sq_norm, device)
+    if weight.numel() == 0:
+        return
+    check_writable(op, weight, [*inputs, *grad_outputs])
+    if by_tiles(inputs, rows, columns, norm=sq_norm is not None):
+        rest = (sq_norm, stochastic, seed, parameter_id, step)
+        tiled.linear_sgd_(weight, inputs, grad_outputs, *scalars, *rest)
+        return
+    stochastic = stochastic and weight.dtype != torch.float32
+    factors, gpu = factors_of(inputs[0], grad_outputs[0]), generation(device)
+    w = weight.detach().contiguous()
+    much = is_much(weight.dtype, stochastic, sq_norm is not None, factors.aligned)
+    blocks, constants = shape_of(factors, tile_of(factors.x.dtype, gpu, much), gpu)
+    with launch.on(device):
+        slot, partials, counter = 0, None, None
+        if sq_norm is not None:
+            slot = sq_norm.data_ptr()
+            partials, counter = launch.partials.get(device, blocks), launch.counters.get(device, 1)
+        linear_sgd_kernel[(blocks,)](
+            w,
+            *factors,
+            *numbers,
+            kinds,
+            launch.parameter_key(seed, parameter_id) if stochastic else 0,
+            slot,
+            partials,
+            counter,
+            P=TYPES[weight.dtype],
+            CLAMP=clip_value is not None,
+            STOCHASTIC=stochastic,
+            PAIRS=columns % 2 == 0,
+            NORM=sq_norm is not None,
+            **constants,
+        )
+        if not weight.is_contiguous():
+            weight.detach().copy_(w)
+
+
+def check_writable(op: str, weight: Tensor, read: list[Tensor]) -> None:
+    """Raises RuntimeError where programs would overwrite what others read, or write one place twice."""
+    if not weight.is_contiguous() and overlaps_itself(weight):
+        why = "(an expanded tensor?); it cannot be updated in place. Pass a contiguous parameter"
+        fail(op, ": several elements of weight share one place in memory ", why)
+    begin, end = launch.reach(weight)
+    for tensor in read:
+        if tensor.numel():
+            other_begin, other_end = launch.reach(tensor)
+            if begin < other_end and other_begin < end:
+                fail(op, ": weight shares memory with the tensors that its gradient is made of")

@@ -1,0 +1,214 @@
+"""The layers' operators in Triton without a GPU: interpreted, and compiled for GPUs. See test_triton.py."""
+
+import functools
+import re
+from collections import Counter
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are not checked")
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1: kernels cannot be compiled in this process", allow_module_level=True)
+
+import torch  # noqa: E402
+from test_triton import AMD, FUSED, HERE, INTERPRETED, NVIDIA, PYTEST, TYPES, compiled, resources  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from lomo_kernels.triton import embedding, launch, linear  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# ---- Under the interpreter -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["linear_sgd", "embedding", "not linear_sgd and not embedding"])
+def test_the_interpreted_kernels_pass_their_own_tests(run_python, part):
+    process = run_python(PYTEST, str(HERE / "triton_layers_interpreted.py"), "-k", part, **INTERPRETED)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr
+
+
+# ---- Compiled --------------------------------------------------------------------------------------------------------
+
+POINTERS = {"partials": "*fp64", "counter": "*i64", "keys": "*i64", "order": "*i64", "done": "*i64"}
+POINTERS |= {"touched": "*u8", "lengths": "*fp32"}
+
+
+def source(kernel, pointers, constants, aligned=True):
+    """`kernel` as a launch would specialise it."""
+    signature, values, hints = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr or constants.get(name, 0) is None:
+            signature[name], values[i,] = "constexpr", constants[name]
+        elif name in pointers:
+            signature[name] = pointers[name]
+            if aligned or name not in ("weight", "gy", "x"):
+                hints[i,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = parameter.annotation_type
+    return ASTSource(kernel, signature, values, hints)
+
+
+def product_constants(g, tile, gpu, aligned):
+    constants = {"G": TYPES[g], "ALIGNED": aligned, "BM": tile.rows, "BN": tile.columns, "BK": tile.tokens}
+    return constants | {"WIDEN": linear.widened(DTYPES[g], gpu), "TOKENS": None}
+
+
+def update(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True):
+    tile = linear.tile_of(DTYPES[g], gpu, linear.is_much(DTYPES[p], stochastic, norm, aligned))
+    constants = {"P": TYPES[p], "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": pairs, "NORM": norm}
+    constants |= product_constants(g, tile, gpu, aligned)
+    if not norm:
+        constants |= {"partials": None, "counter": None}
+    pointers = POINTERS | {"weight": f"*{p}", "gy": f"*{g}", "x": f"*{g}"}
+    options = launch.options(tile.warps) | {"num_stages": tile.stages}
+    return source(linear.linear_sgd_kernel, pointers, constants, aligned), options, tile
+
+
+def norm_of(gpu, g, *, gram=False, aligned=True):
+    tile = linear.tile_of(DTYPES[g], gpu, not aligned)
+    constants = product_constants(g, tile, gpu, aligned) | {"GRAM": gram} | ({} if gram else {"done": None})
+    pointers = POINTERS | {"gy": f"*{g}", "x": f"*{g}"}
+    options = launch.options(tile.warps) | {"num_stages": tile.stages}
+    return source(linear.linear_sq_norm_kernel, pointers, constants, aligned), options, tile
+
+
+def gram_of(gpu, g, *, aligned=True):
+    tile = linear.gram_tile_of(DTYPES[g], gpu)
+    constants = {"G": TYPES[g], "ALIGNED": aligned, "BT": tile.rows, "BK": tile.tokens, "ROWS": None, "COLUMNS": None}
+    constants["WIDEN"] = linear.widened(DTYPES[g], gpu)
+    pointers = POINTERS | {"gy": f"*{g}", "x": f"*{g}"}
+    options = launch.options(tile.warps) | {"num_stages": tile.stages}
+    return source(linear.gram_kernel, pointers, constants, aligned), options, tile
+
+
+def lengths_of(gpu, g):
+    constants = {"G": TYPES[g], "BLOCK": 1024, "SIZE": None}
+    return source(linear.lengths_kernel, POINTERS | {"x": f"*{g}"}, constants), launch.options(4), None
+
+
+def embedded(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True, decay=False):
+    constants = {"P": TYPES[p], "G": TYPES[g], "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": pairs, "NORM": norm}
+    constants |= {
+        "ALIGNED": aligned,
+        "DECAY": decay,
+        "BLOCK": embedding.BLOCK,
+        "U": embedding.TOGETHER,
+    }
+    if not norm:
+        constants |= {"partials": None, "counter": None}
+    pointers = POINTERS | {"weight": f"*{p}", "gy": f"*{g}"}
+    return source(embedding.embedding_sgd_kernel, pointers, constants, aligned), launch.options(4), None
+
+
+def embedded_norm(gpu, g, *, aligned=True):
+    constants = {"G": TYPES[g], "ALIGNED": aligned, "BLOCK": embedding.BLOCK}
+    constants["U"] = embedding.TOGETHER
+    kernel = embedding.embedding_sq_norm_kernel
+    return source(kernel, POINTERS | {"gy": f"*{g}"}, constants, aligned), launch.options(4), None
+
+
+#: Weight by factors.
+PAIRS = [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("bf16", "fp32")]
+
+
+def cases():
+    everything = {"norm": True, "clamp": True}
+    odd = everything | {"pairs": False, "aligned": False}
+    for p, g in PAIRS:
+        for name, make in (("linear", update), ("embedding", embedded)):
+            one = functools.partial(make, p=p, g=g, stochastic=p != "fp32")
+            yield f"{name} {p} by {g}", one
+            yield f"{name} {p} by {g} everything", functools.partial(one, **everything)
+            yield f"{name} {p} by {g} odd", functools.partial(one, **odd)
+    yield "linear bf16 by bf16 nearest", functools.partial(update, p="bf16", g="bf16", stochastic=False)
+    for g in ("fp32", "bf16"):
+        yield f"linear norm {g}", functools.partial(norm_of, g=g, gram=True)
+        yield f"linear norm {g} odd", functools.partial(norm_of, g=g, aligned=False)
+        yield f"gram {g}", functools.partial(gram_of, g=g)
+        yield f"gram {g} odd", functools.partial(gram_of, g=g, aligned=False)
+        yield f"lengths {g}", functools.partial(lengths_of, g=g)
+        yield f"embedding {g} decay", functools.partial(embedded, p=g, g=g, stochastic=g != "fp32", decay=True)
+        yield f"embedding norm {g}", functools.partial(embedded_norm, g=g)
+        yield f"embedding norm {g} odd", functools.partial(embedded_norm, g=g, aligned=False)
+
+
+CASES = dict(cases())
+#: Shared memory that a program may have, in KiB.
+SHARED = {75: 64, 80: 163, 90: 227, 100: 227, 120: 99, AMD: 64}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("target", NVIDIA)
+def test_compiled_for_nvidia(target, name, tmp_path, record_property):
+    code, options, tile = CASES[name](target)
+    kernel = compiled(target, (code, options))
+    ptx = kernel.asm["ptx"]
+    registers, stack, local = resources(kernel, tmp_path)
+    assert stack == local == 0, f"registers are spilled: {stack} bytes"
+    record_property("registers", (f"Triton, layers, sm_{target}", registers))
+    assert kernel.metadata.shared <= SHARED[target] * 1024
+    assert ".ftz" not in ptx and ".approx" not in ptx
+    fused = len(FUSED.findall(ptx))
+    if tile is not None and not re.search(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)", ptx):
+        # Only what forms the product itself, of float32.
+        step = tile.rows * tile.columns * tile.tokens // (32 * options["num_warps"])
+        assert 0 < fused <= 2 * step if name.startswith("gram") else fused == step
+        assert target < 80 or "fp32" in name.replace("linear fp32 by", "")
+    else:
+        assert fused == 0, "a multiplication and an addition are fused"
+    there = Counter(re.findall(r"\b(?:ld|st)\.global\.v4\.b32|cp\.async\.cg", ptx))
+    if name.startswith("linear") and "odd" not in name:
+        if target >= 80:
+            assert there["cp.async.cg"] >= 2, "factors are not read ahead, 16 bytes at a time"
+        if "norm" not in name:
+            size = DTYPES[name.split()[1]].itemsize * tile.rows * tile.columns // (32 * options["num_warps"] * 16)
+            assert there["st.global.v4.b32"] == size, "the weight is not written 16 bytes at a time"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_for_amd(name, record_property):
+    code, options, _ = CASES[name](0)
+    kernel = compiled(AMD, (code, options))
+    code = kernel.asm["amdgcn"]
+    (registers,) = re.findall(r"^\s+\.vgpr_count:\s+(\d+)", code, re.M)
+    record_property("registers", (f"Triton, layers, {AMD}", int(registers)))
+    for key in (".vgpr_spill_count", ".sgpr_spill_count", ".private_segment_fixed_size"):
+        assert re.findall(rf"{re.escape(key)}:\s+(\d+)", code) == ["0"], f"{key}: registers are spilled"
+    assert kernel.metadata.shared <= SHARED[AMD] * 1024
+    if not name.startswith(("gram", "lengths")):  # a square root is made of them; no bit depends on it
+        assert not FUSED.search(code), "a multiplication and an addition are fused"
+
+
+KERNELS = [linear.linear_sgd_kernel, linear.linear_sq_norm_kernel, linear.gram_kernel, linear.lengths_kernel]
+KERNELS += [embedding.embedding_sgd_kernel, embedding.embedding_sq_norm_kernel]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+def test_no_number_makes_another_variant(kernel):
+    """Sizes, strides, addresses and the bits of scalars: a compilation for one would come in the midst of training."""
+    numbers = [p.name for p in kernel.params if not p.is_constexpr and p.annotation_type]
+    given = {p.name: 3 if p.is_constexpr or p.annotation_type else torch.zeros(64) for p in kernel.params}
+    backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    usual = binder(**given)[1]
+    assert len(numbers) >= 2
+    for name in numbers:
+        for value in (0, 1, 16, 2**20, -1):
+            assert binder(**given | {name: value})[1] == usual, (name, value)
+
+
+@pytest.mark.parametrize(
+    "name", ["gram bf16", "linear norm bf16", "embedding norm bf16", "linear bf16 by bf16 everything"]
+)
+def test_sums_are_stored_before_the_program_is_counted(name):
+    """The thread that stores them is the one that counts, with release and acquire: then no barrier is needed."""
+    code, options, _ = CASES[name](90)
+    ptx = compiled(90, (code, options)).asm["ptx"]
+    count = re.search(r"@(%p\d+) atom\.global\.gpu\.acq_rel\.add\.u64", ptx)
+    stores = re.findall(r"@(%p\d+) st\.global\.b64", ptx[: count.start()])
+    sums = 2 if name.startswith("gram") else 1
+    assert stores[-sums:] == [count[1]] * sums
