@@ -30,6 +30,11 @@ def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
         yield "| " + " | ".join(row) + " |"
 
 
+def commit(about: dict[str, str]) -> str:
+    """Short, with "+" where the files measured differed from it."""
+    return about["commit"][:7] + "+" * about["commit"].endswith("+")
+
+
 def source(file: Path, up: str = "") -> str:
     return f"[{file.name}]({up}bench/results/{file.name})"
 
@@ -40,7 +45,7 @@ def cpu_figures(file: Path) -> Iterator[str]:
     update, norm = results["update"], results["norm"]
     yield (
         f"One thread of {about['device']} ({about['instruction_set']}), torch {about['torch']}, commit "
-        f"{about['commit'][:7]}: {source(file)}. Medians of ratios taken round by round in one process. The probe reads"
+        f"{commit(about)}: {source(file)}. Medians of ratios taken round by round in one process. The probe reads"
         " two streams and writes one, in place: no update of one parameter and one gradient moves fewer bytes."
     )
     yield ""
@@ -79,7 +84,7 @@ def gpu_figures(file: Path) -> Iterator[str]:
     about = results["environment"]
     yield (
         f"{about['device']}, driver {about['driver']}, nvcc {about['nvcc']}, torch {about['torch']}, Triton "
-        f"{about['triton']}, commit {about['commit'][:7]}: {source(file)}. Fractions of the speed of a copy on the "
+        f"{about['triton']}, commit {commit(about)}: {source(file)}. Fractions of the speed of a copy on the "
         "device (bytes moved over time), medians of ratios taken round by round."
     )
     yield ""
@@ -105,7 +110,7 @@ def step_figures(file: Path) -> Iterator[str]:
     yield (
         f"Llama shape, bfloat16: {model['layers']} layers, width {model['d_model']}, MLP {model['ffn']}, vocabulary "
         f"{model['vocab']}: {model['weight_bytes'] / 2**20:.0f} MiB of weights. Whole steps, one thread of "
-        f"{about['device']} ({about['instruction_set']}), torch {about['torch']}, commit {about['commit'][:7]}: "
+        f"{about['device']} ({about['instruction_set']}), torch {about['torch']}, commit {commit(about)}: "
         f"{source(file, '../')}. Times are medians of ratios to SGD with `clip_grad_norm_`, taken round by round; peaks"
         " are live bytes above the weights: activations, gradients, factors, copies."
     )

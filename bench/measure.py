@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -42,6 +43,21 @@ def ratios(limit: list[float], mine: list[float]) -> dict[str, float]:
     """Median and quartiles of limit / mine, round by round: the fraction of the limit's speed."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(limit, mine, strict=True)], n=4)
     return {"median": middle, "low": low, "high": high}
+
+
+def allocations(step: Callable[[], object]) -> list[int]:
+    """Bytes of every allocation (> 0) and free (< 0) of CPU memory by torch during `step`, in order, those inside
+    operators too."""
+    kind = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind], profile_memory=True, acc_events=False) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def peak_of(changes: list[int]) -> int:
+    """The most bytes alive above what was alive before."""
+    return max(itertools.accumulate(changes), default=0)
 
 
 def commit() -> str:

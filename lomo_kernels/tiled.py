@@ -8,20 +8,19 @@ is read from a GPU by the host, and results are the same from run to run.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import gram
+from .gram import flat, with_contiguous_rows
 from .ops._arguments import library
 
-# The two kernels under the layers' operators, for CPU tensors (csrc/cpu/). Matrices; rows contiguous, at any distance.
-#
-# _gram: input [T, in], grad_output [T, out], the same dtype -> float64 [2]: ||grad_output.T @ input||^2 from the inner
-# products of tokens, and about the standard deviation of that number's error.
+# The kernel under the layers' operators for CPU tensors (csrc/cpu/product.cpp). Matrices; rows contiguous, at any
+# distance.
 #
 # _product_: out float32 [rows, in], contiguous, = or (accumulate) += grad_output.T @ input, from grad_output [T, rows]
 # and input [T, in], both bfloat16 or float16: torch has no such product with a float32 result on CPUs. Sums are
@@ -30,7 +29,6 @@ from .ops._arguments import library
 # an element of the gradient may be off by T * 2^-126 in all. A weight notices only where it is itself that small, or
 # where inv_scale is large; a norm does not. On one thread of Zen 4 the product runs at oneDNN's bfloat16 speed, which
 # is why there is no other way by `weight.addmm_`; on processors with AMX that would be the faster one.
-library.define("_gram(Tensor input, Tensor grad_output) -> Tensor")
 library.define("_product_(Tensor(a!) out, Tensor grad_output, Tensor input, bool accumulate) -> ()")
 
 #: A tile's memory: large enough for products to be fast, small enough for the update to find it in a cache. Update of a
@@ -43,34 +41,24 @@ GPU_TILE_BYTES = 16 * 1024 * 1024
 #: 1.21 with 128 rows, 1.08 with 256.
 LEAST_ROWS = 256
 
-#: Inner products of tokens are taken where they need at most this part of the gradient's multiplications. They run at
-#: the same speed, and are worth nothing where the error turns out too large.
-GRAM_COST = 0.75
-#: Four standard deviations of the sum are then 2e-5 of it, of the norm 1e-5.
-GRAM_ERROR = 5e-6
-#: Sums of squares of gradients of which no element overflows in float32, and mean squares of those that lose nothing to
-#: underflow: for others, tiles find what `sq_norm_` would.
-LARGEST, SMALLEST = 1e76, 1e-60
 
-
-class _Buffers(threading.local):
-    """One buffer for each thread, as large as the largest tile so far. On GPUs torch keeps freed memory, and minds
-    streams and graphs, as a buffer of our own would have to."""
+class _Buffer(threading.local):
+    """One buffer for each thread's tiles on the CPU, as large as the largest tile so far. On GPUs, whose streams would
+    have to share it, torch's allocator does as well."""
 
     def __init__(self) -> None:
-        self.of: dict[torch.device, Tensor] = {}
+        self.memory = torch.empty(0)
 
-    def get(self, rows: int, columns: int, device: torch.device) -> Tensor:
+    def get(self, numel: int, device: torch.device) -> Tensor:
         if device.type != "cpu":
-            return torch.empty(rows, columns, dtype=torch.float32, device=device)
-        numel = rows * columns
-        buffer = self.of.get(device)
-        if buffer is None or buffer.numel() < numel:
-            buffer = self.of[device] = torch.empty(numel, dtype=torch.float32, device=device)
-        return buffer[:numel].view(rows, columns)
+            return torch.empty(numel, dtype=torch.float32, device=device)
+        if self.memory.numel() < numel:
+            self.memory = torch.empty(0)  # gone before the next is there
+            self.memory = torch.empty(max(numel, TILE_BYTES // 4), dtype=torch.float32)
+        return self.memory[:numel]
 
 
-_buffers = _Buffers()
+buffer = _Buffer()
 
 
 def tile_rows(rows: int, columns: int, device: str = "cpu") -> int:
@@ -84,24 +72,20 @@ def _tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int,
     if not rows * columns:
         return
     height = tile_rows(rows, columns, device.type)
+    memory = buffer.get(height * columns, device)
     for first in range(0, rows, height):
-        yield first, _buffers.get(min(height, rows - first), columns, device)
+        here = min(height, rows - first)
+        yield first, memory[: here * columns].view(here, columns)
 
 
-@functools.cache
-def _has_kernels_for_cpu() -> bool:
-    """Whether the compiled library serves CPU tensors; not so with ``LOMO_KERNELS_BACKEND=triton``, interpreted."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("lomo_kernels::_product_", "CPU"))
-
-
-def _has_kernels(tensor: Tensor) -> bool:
-    """Whether `_product_` serves it. float32 is torch's."""
-    return tensor.is_cpu and tensor.dtype is not torch.float32 and _has_kernels_for_cpu()
+def _product_serves(tensor: Tensor) -> bool:
+    """float32 is torch's."""
+    return tensor.is_cpu and tensor.dtype is not torch.float32 and gram.compiled()
 
 
 def _add_product(tile: Tensor, grad_output: Tensor, input: Tensor, *, fresh: bool) -> None:
     """``tile (fresh: =, else +=) grad_output.T @ input``, float32."""
-    if _has_kernels(input):
+    if _product_serves(input):
         torch.ops.lomo_kernels._product_.default(tile, grad_output, input, not fresh)
         return
     if _has_mixed_products(input):
@@ -126,20 +110,11 @@ def _has_mixed_products(input: Tensor) -> bool:
     return not (input.dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation)
 
 
-def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each as a matrix [tokens, features]. reshape(-1, 0) would not know how many tokens there are."""
-    return [tensor.detach()[None].flatten(0, -2) for tensor in tensors]
-
-
-def _with_contiguous_rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
 def linear_tiles(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """(first row, gradient of the tile's rows) of each tile. A tile is valid until the next is asked for."""
-    xs, gys = _flat(inputs), _flat(grad_outputs)
-    if any(map(_has_kernels, xs)):
-        xs, gys = [_with_contiguous_rows(x) for x in xs], [_with_contiguous_rows(gy) for gy in gys]
+    xs, gys = flat(inputs), flat(grad_outputs)
+    if any(map(_product_serves, xs)):
+        xs, gys = [with_contiguous_rows(x) for x in xs], [with_contiguous_rows(gy) for gy in gys]
     for first, tile in _tiles(gys[0].shape[1], xs[0].shape[1], xs[0].device):
         for use, (x, gy) in enumerate(zip(xs, gys, strict=True)):
             _add_product(tile, gy[:, first : first + len(tile)], x, fresh=use == 0)
@@ -153,15 +128,14 @@ def zero_tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[
 
 
 def add_rows(tile: Tensor, first: int, index: Tensor, grad_output: Tensor, padding_idx: int) -> None:
-    """Adds an embedding's rows to the tile that begins with row `first`; on a GPU in a fixed order (`index_put_`)."""
-    (row,), (gy,) = _rows_of([index], [padding_idx]), _flat([grad_output])
+    """Adds an embedding's rows to the tile that begins with row `first`, in a fixed order."""
+    (row,), (gy,) = _rows_of([index], [padding_idx]), flat([grad_output])
     here = (row >= first) & (row < first + len(tile))
     if _may_be_read(tile.device):
-        row, gy = row[here] - first, gy[here].float()
+        tile.index_add_(0, row[here] - first, gy[here].float())  # on a CPU one after the other; index_put_ is not
     else:  # the others add zeros, spread over the rows
         row = torch.where(here, row - first, torch.arange(len(row), device=row.device) % len(tile))
-        gy = torch.where(here[:, None], gy, 0).float()
-    tile.index_put_((row,), gy, accumulate=True)
+        tile.index_put_((row,), torch.where(here[:, None], gy, 0).float(), accumulate=True)  # sorts first
 
 
 def _may_be_read(device: torch.device) -> bool:
@@ -179,7 +153,7 @@ def _embedding_column_tiles(
     indices: Sequence[Tensor], grad_outputs: Sequence[Tensor], padding_idx: Sequence[int]
 ) -> Iterator[Tensor]:
     """Some columns of the gradient's rows that tokens looked up, and of zeros: as many rows as there are tokens."""
-    rows_of, gys = _rows_of(indices, padding_idx), _flat(grad_outputs)
+    rows_of, gys = _rows_of(indices, padding_idx), flat(grad_outputs)
     lengths = [len(row) for row in rows_of]
     tokens, columns = sum(lengths), gys[0].shape[1]
     row, order = torch.cat(rows_of).sort(stable=True)
@@ -187,40 +161,12 @@ def _embedding_column_tiles(
     number[1:] = row[1:] != row[:-1]
     spare = torch.full_like(row, tokens)  # a last row, for tokens that count nothing
     place = torch.empty_like(order).scatter_(0, order, torch.where(row >= 0, number.cumsum(0) - 1, spare))
-    width = tile_rows(columns, tokens + 1)
+    width = max(1, min(columns, GPU_TILE_BYTES // (4 * (tokens + 1))))
     for first in range(0, columns, width):
-        tile = _buffers.get(tokens + 1, min(width, columns - first), row.device).zero_()
+        tile = torch.zeros(tokens + 1, min(width, columns - first), device=row.device)
         for here, gy in zip(place.split(lengths), gys, strict=True):
             tile.index_put_((here,), gy[:, first : first + width].float(), accumulate=True)
         yield tile[:-1]
-
-
-class Estimate(NamedTuple):
-    """A gradient's sum of squares from inner products of tokens, and about the standard deviation of its error.
-
-    Inner products cancel where tokens have much in common: the error is then large beside the sum.
-    """
-
-    total: float
-    error: float
-
-    def accepted(self, inv_scale: Tensor | None, elements: int) -> float | None:
-        """What `sq_norm_` would add for this gradient times `inv_scale`; None where that is not known well enough."""
-        if not (0 < self.total <= LARGEST and self.error <= GRAM_ERROR * self.total):
-            return None
-        scaled = self.total * (1.0 if inv_scale is None else inv_scale.float().item()) ** 2
-        return scaled if SMALLEST * elements <= scaled <= LARGEST else None
-
-
-def estimate(input: Tensor, grad_output: Tensor) -> Estimate | None:
-    """Of ``grad_output.T @ input``, [..., features]; None where product tiles are cheaper, or there is no kernel."""
-    if not (input.is_cpu and _has_kernels_for_cpu()):
-        return None
-    (x,), (gy,) = _flat([input]), _flat([grad_output])
-    tokens, rows, columns = x.shape[0], gy.shape[1], x.shape[1]
-    if tokens * (rows + columns) > GRAM_COST * 2 * rows * columns:
-        return None
-    return Estimate(*torch.ops.lomo_kernels._gram.default(_with_contiguous_rows(x), _with_contiguous_rows(gy)).tolist())
 
 
 def _embedding_tiles(
@@ -234,7 +180,7 @@ def _embedding_tiles(
 
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
     if len(inputs) == 1:
-        found = estimate(inputs[0], grad_outputs[0])
+        found = gram.estimate(inputs[0], grad_outputs[0])
         total = None if found is None else found.accepted(inv_scale, inputs[0].shape[-1] * grad_outputs[0].shape[-1])
         if total is not None:
             slot += total

@@ -228,3 +228,23 @@ def test_a_device_without_a_backend_is_refused(kind):
 def test_devices_with_a_backend_are_not_refused():
     for kind in ("cpu", "meta"):
         backends.check_device(torch.device(kind))
+
+
+def test_a_tied_weight_on_the_reference(run_python):
+    """A sum of several kinds of factors is formed tile by tile, with kernels that the compiled library alone has."""
+    program = """
+import torch
+from torch import nn
+from lomo_kernels import Lomo
+for dtype in (torch.float32, torch.bfloat16):
+    table, head = nn.Embedding(300, 64, dtype=dtype), nn.Linear(64, 300, bias=False, dtype=dtype)
+    head.weight = table.weight
+    model = nn.ModuleList([table, head])
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=0.1, clip_passes="one", fused_layers=True)
+    before = table.weight.detach().clone()
+    optimizer.backward(head(table(torch.arange(9))).float().square().mean())
+    print(torch.equal(before, table.weight), optimizer.last_grad_norm.item() > 0)
+"""
+    process = run_python(program, LOMO_KERNELS_BACKEND="reference")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == ["False", "True"] * 2

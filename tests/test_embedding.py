@@ -614,10 +614,14 @@ def test_bad_input_is_refused_and_changes_nothing(name):
 def test_a_weight_that_shares_memory_with_a_gradient_is_refused():
     whole = torch.ones(12, 5)
     index = torch.tensor([0, 3, 3])
-    words = "weight and grad_output share memory"
+    words = "weight shares memory with a tensor that its gradient is formed from"
     for grads in ([whole[2:5]], [torch.ones(3, 5), whole[5:8]], [whole[5, :1].expand(3, 5)]):
         call = functools.partial(ops.embedding_sgd_, whole[:6], [index] * len(grads), grads, lr=0.1)
         refused(call, [whole], RuntimeError, words, "embedding_sgd_")
+        lr, paddings = torch.tensor(0.1, dtype=torch.float64), [-1] * len(grads)
+        raw = (whole[:6], [index] * len(grads), grads, paddings, lr, *[None] * 6, False, 0, 0, None)
+        call = functools.partial(OPS.embedding_sgd_.default, *raw)
+        refused(call, [whole], RuntimeError, "weight and grad_output share memory", "embedding_sgd_")
     ops.embedding_sgd_(whole[:6], index, whole[6:9], lr=0.1)
     assert (whole[3] != 1).all()
 

@@ -255,3 +255,14 @@ def test_a_layer_frozen_and_thawed() -> None:
         before = model.head.weight.detach().clone()
         optimizer.backward(loss_of(model, 0))
         assert same_bits(model.head.weight, before) != trainable
+
+
+def test_an_optimizer_that_goes_leaves_what_another_has_fused() -> None:
+    layer = nn.Linear(4, 4)
+    first = Lomo(layer, lr=0.1, fused_layers=True)
+    layer.weight = nn.Parameter(torch.randn(4, 4))
+    second = Lomo([layer.weight], lr=0.1, fused_layers=layer)
+    first.remove()
+    assert isinstance(layer, FusedLayer) and "never exists" in second.summary()
+    second.remove()
+    assert type(layer) is nn.Linear

@@ -630,3 +630,19 @@ def test_any_call(tokens, rows, columns, dtype, weight_dtype, data):
     }
     check_update(weight, x, gy, **{k: v for k, v in arguments.items() if v is not None})
     check_norm(x, gy)
+
+
+def test_a_weight_that_shares_memory_with_a_factor_is_refused():
+    """The second tile would be formed from rows that the first has updated."""
+    whole = torch.ones(2048, 64)
+    weight, words = whole[:1024], "weight shares memory with a tensor that its gradient is formed from"
+    for x, gy in (
+        (whole[1020:1028], torch.ones(8, 1024)),
+        (torch.ones(8, 64), whole[:128].view(8, 1024)),
+        (torch.ones(8, 64), whole[5, 3].expand(8, 1024)),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            ops.linear_sgd_(weight, x, gy, lr=0.5)
+    assert torch.equal(whole, torch.ones(2048, 64))
+    ops.linear_sgd_(weight, whole[1024:1032], torch.ones(8, 1024), lr=0.5)
+    assert (weight != 1).all()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lomo_kernels import Lomo, reference
+from lomo_kernels.layers import FusedLayer
 
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -226,7 +227,7 @@ def test_groups(rule: str) -> None:
 def test_a_group_added_later_is_fused_too() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = Lomo(list(model[0].parameters()), lr=0.1, fused_layers=model)
-    assert (isinstance(model[0], nn.Linear), type(model[1])) == (True, nn.Linear)
+    assert isinstance(model[0], FusedLayer) and type(model[1]) is nn.Linear
     optimizer.add_param_group({"params": list(model[1].parameters())})
     assert type(model[1]) is not nn.Linear
     optimizer.remove()
@@ -419,3 +420,49 @@ def test_misuse_raises_before_any_weight_changed(kind: str, rule: str) -> None:
         handle.remove()
     optimizer.backward(model(torch.randn(5, 32)).square().sum())  # and it goes on
     assert not same_bits(model[0].weight, before["0.weight"])
+
+
+# ---- What somebody else has in the same graph ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["one", "two", "plain"])
+def test_a_leaf_of_others_that_got_the_memory_of_a_factor(rule: str) -> None:
+    """Autograd gives the leaf a view of the layer's output gradient, which is kept."""
+    torch.manual_seed(0)
+    model = nn.Linear(60, 40)
+    textbook = Textbook64(model, lr=0.1, **RULES[rule])
+    optimizer = Lomo(model, lr=0.1, loss_scale=128.0, fused_layers=True, **RULES[rule])
+    x, factor = torch.randn(5, 60), torch.randn(5, 40)
+    leaf, other = torch.randn(200, requires_grad=True), torch.zeros(200, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        leaf.grad = None
+        optimizer.backward(((model(x) + leaf.view(5, 40)) * factor).sum())
+        textbook.step(((textbook.model(x.double()) + other.view(5, 40)) * factor).sum())
+        assert_close(model, textbook, optimizer)
+        torch.testing.assert_close(leaf.grad.view(5, 40), factor)
+
+
+@pytest.mark.parametrize("rule", ["one", "two", "plain"])
+def test_backward_inside_autocast(rule: str) -> None:
+    """A tied head, few tokens: the norm comes from inner products, which autocast would round."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(600, 120), nn.Linear(120, 600, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.table(tokens))).square().mean()
+
+    torch.manual_seed(0)
+    model = Tied()
+    textbook = Textbook64(model, lr=0.1, **RULES[rule])
+    optimizer = Lomo(model, lr=0.1, fused_layers=True, **RULES[rule])
+    tokens = torch.arange(40) % 13
+    for _ in range(3):
+        loss = model(tokens)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            optimizer.backward(loss)
+        textbook.step(textbook.model(tokens))
+        assert_close(model, textbook, optimizer)

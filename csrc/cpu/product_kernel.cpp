@@ -34,7 +34,7 @@ template <int kN, class T>
 LOMO_FN void pack_row(uint32_t* to, const typename T::Storage* from, const typename T::Storage* next, T) {
   if constexpr (kTokens<T> == 2) {
     for (int i = 0; i < kN; ++i) to[i] = from[i] | static_cast<uint32_t>(next[i]) << 16;
-  } else if constexpr (kN % 16 == 0) {
+  } else if constexpr (kN % kLanes == 0) {
     float wide[kN];
     widen<kN>(from, wide, T{});
     memcpy(to, wide, sizeof wide);

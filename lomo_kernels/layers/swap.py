@@ -14,6 +14,7 @@ from torch import nn
 from .embedding import Embedding, is_special
 from .fused import FusedLayer
 from .linear import Linear
+from .pairs import takers
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -48,9 +49,13 @@ def fuse(module: nn.Module) -> weakref.ref[nn.Module]:
 
 
 def unfuse(modules: Iterable[weakref.ref[nn.Module]]) -> None:
-    """Makes fused modules plain ones again. One whose class was exchanged once more since then is left alone: without
-    an optimizer it returns true gradients."""
+    """Makes fused modules plain ones again, but for those whose weight another optimizer manages by now.
+
+    One whose class was exchanged once more since then is left alone: without an optimizer it returns true gradients.
+    """
     for reference in modules:
         module = reference()
-        if module is not None and isinstance(module, FusedLayer) and "plain" in vars(type(module)):
+        if module is None or not isinstance(module, FusedLayer) or id(module._parameters.get("weight")) in takers:
+            continue
+        if "plain" in vars(type(module)):
             module.__class__ = module.plain  # type: ignore[assignment]

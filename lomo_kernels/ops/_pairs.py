@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ._arguments import as_list, check_element_type, check_lengths
 
@@ -42,6 +43,24 @@ def check_linear(op: str, inputs: Sequence[Tensor], grad_outputs: Sequence[Tenso
             )
         if x.shape[-1] != inputs[0].shape[-1] or gy.shape[-1] != grad_outputs[0].shape[-1]:
             raise ValueError(f"{op}: the pairs differ in their last dimensions, expected uses of one layer")
+
+
+def check_apart(op: str, weight: Tensor, factors: Sequence[Tensor]) -> None:
+    """Raises RuntimeError where a factor lies in the weight's memory: part of it would change before it is used."""
+    if torch.compiler.is_compiling() or isinstance(weight, FakeTensor) or not weight.numel():
+        return
+    begin, end = _reach(weight)
+    for factor in factors:
+        if factor.numel():
+            factor_begin, factor_end = _reach(factor)
+            if begin < factor_end and factor_begin < end:
+                raise RuntimeError(f"{op}: weight shares memory with a tensor that its gradient is formed from")
+
+
+def _reach(tensor: Tensor) -> tuple[int, int]:
+    """First and one past the last byte that the elements lie in. Strides of tensors are not negative."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def check_weight(op: str, weight: Tensor, rows: int | None, columns: int, expected: str) -> None:

@@ -22,7 +22,7 @@ from ._arguments import (
     scalar,
     step_tensor,
 )
-from ._pairs import check_embedding, check_weight, pair_lists
+from ._pairs import check_apart, check_embedding, check_weight, pair_lists
 from .sgd import SCALARS, increment_version, is_stochastic, sgd_scalars
 
 # padding_idx: one per pair, negative for none.
@@ -112,7 +112,7 @@ def embedding_sgd_(
     """`sgd_` on an embedding's weight, its gradient being the sum, per row, of the tokens that looked the row up.
 
     Only rows that occur in `indices` are touched, except for weight decay, which reaches every row. Rows of one index
-    are summed in float32, in the order of the tokens, and the result is rounded once.
+    are summed in float32, in a fixed order, and the result is rounded once.
 
     Args:
         weight: [num_embeddings, embedding_dim], float32, bfloat16 or float16. Its version counter is increased.
@@ -134,6 +134,7 @@ def embedding_sgd_(
     paddings = _padding(op, padding_idx, len(index_list))
     _check_sgd(weight, index_list, grad_outputs, paddings)
     check_served(weight)
+    check_apart(op, weight, grad_outputs)
     if sq_norm is not None:
         check_slot(op, "sq_norm", sq_norm, weight.device)
     torch.ops.lomo_kernels.embedding_sgd_.default(

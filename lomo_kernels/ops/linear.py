@@ -22,7 +22,7 @@ from ._arguments import (
     scalar,
     step_tensor,
 )
-from ._pairs import check_linear, check_weight, pair_lists
+from ._pairs import check_apart, check_linear, check_weight, pair_lists
 from .sgd import SCALARS, increment_version, is_stochastic, sgd_scalars
 
 library.define("linear_sq_norm_(Tensor(a!) slot, Tensor[] input, Tensor[] grad_output, Tensor? inv_scale) -> ()")
@@ -113,7 +113,7 @@ def linear_sgd_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `weight` share memory with each other; nothing is changed then.
+        RuntimeError: elements of `weight` share memory with each other or with a factor; nothing is changed then.
     """
     op = "linear_sgd_"
     inputs, grad_outputs = pair_lists(op, "input", input, grad_output)
@@ -121,6 +121,7 @@ def linear_sgd_(
         raise TypeError(f"{op}: weight is a {type(weight).__name__}, expected a tensor")
     _check_sgd(weight, inputs, grad_outputs)
     check_served(weight)
+    check_apart(op, weight, [*inputs, *grad_outputs])
     if sq_norm is not None:
         check_slot(op, "sq_norm", sq_norm, weight.device)
     torch.ops.lomo_kernels.linear_sgd_.default(

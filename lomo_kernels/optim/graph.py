@@ -110,5 +110,6 @@ def gradients_kept_apart(leaves: list[Tensor], scale: Tensor | None, *, wanted: 
             leaf.grad = grad
     for leaf, grad in zip(leaves, made, strict=bool(made)):
         if grad is not None:
-            grad = grad if scale is None else grad.div_(scale.to(grad.device))
+            # Not in place: autograd may have given the leaf the very memory of a gradient that a fused layer keeps.
+            grad = grad if scale is None else grad.div(scale.to(grad.device))
             leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)

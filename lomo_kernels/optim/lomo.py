@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..layers import FusedLayer, Pair, fuse, layers_of, takers, unfuse
+from ..layers import Pair, fuse, layers_of, takers, unfuse
 from ..ops.sgd import is_stochastic
 from .graph import (
     check_fused_weights,
@@ -575,12 +575,15 @@ class Lomo(torch.optim.Optimizer):
     def _fuse(self, model: nn.Module) -> None:
         """Fuses the layers of `model` whose weights are ours and that can be, unless they are."""
         records = {id(record.param): record for record in self._records}
+        known = {id(reference()) for reference in self._fused}
         for module, reason in layers_of(model, records):
             if reason is not None:
                 continue
-            if not isinstance(module, FusedLayer):  # another optimizer's, whose weight was exchanged, is one already
-                self._fused.append(fuse(module))
             record = records[id(module.weight)]
+            new = id(module) not in known
+            if new:  # also where another optimizer fused it, whose weight was exchanged since
+                self._fused.append(fuse(module))
+            record.reused |= record.fused and new
             if not record.fused:
                 record.fused = True
                 takers[id(record.param)] = _taker(weakref.ref(self), record)

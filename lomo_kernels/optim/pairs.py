@@ -21,6 +21,26 @@ class Held(NamedTuple):
 
     pair: Pair
     versions: tuple[int, int]
+    stream: torch.cuda.Stream | None = None  # on which grad_output was made
+    made: torch.cuda.Event | None = None  # when it was
+
+    @staticmethod
+    def now(pair: Pair) -> Held:
+        versions = pair.input._version, pair.grad_output._version
+        if not pair.grad_output.is_cuda:
+            return Held(pair, versions)
+        stream = torch.cuda.current_stream(pair.grad_output.device)
+        return Held(pair, versions, stream, stream.record_event())
+
+    def join(self) -> None:
+        """Makes the current stream wait for the pair: autograd makes it wait for gradients, and the weight has none."""
+        if self.stream is None or self.made is None:
+            return
+        current = torch.cuda.current_stream(self.pair.grad_output.device)
+        if current != self.stream:
+            current.wait_event(self.made)
+            for tensor in self.pair[:2]:
+                tensor.record_stream(current)
 
     def check(self, name: str, state: str) -> None:
         """Raises RuntimeError where the pair's tensors were altered in place since then."""
@@ -50,7 +70,7 @@ class Holdings:
     Args:
         params: a factor in their memory is copied: they may change before it is used.
         until_the_end: pairs are kept after their weight's hook was called, so even one must not be larger than the
-            gradient it stands for. Otherwise only several together must not.
+            gradient it stands for. Otherwise that holds only for weights that are used more than once.
     """
 
     def __init__(self, params: Iterable[Tensor] = (), *, until_the_end: bool = False) -> None:
@@ -70,15 +90,17 @@ class Holdings:
         if key not in self._returned:
             pair = Pair(self._own(pair.input), self._own(pair.grad_output), pair.padding_idx)
             more = self._more_bytes(pair)
-            # One pair that is used before backward ends may be larger than the gradient: it exists anyway.
-            if ours.bytes + more <= record.bytes or not (ours.held or self._until_the_end):
-                ours.held.append(Held(pair, (pair.input._version, pair.grad_output._version)))
+            record.reused |= bool(ours.held)
+            # The only pair of a weight, used at once, may be larger than the gradient: it exists anyway.
+            if ours.bytes + more <= record.bytes or not (record.reused or self._until_the_end):
+                ours.held.append(Held.now(pair))
                 ours.bytes += more
                 self._users.update(_addresses(pair))
                 return ()
             self._returned.add(key)
         for one in ours.held:
             one.check(record.name, state)
+            one.join()
         self._forget(ours.held)
         pairs = [one.pair for one in ours.held]
         ours.held.clear()

@@ -47,6 +47,8 @@ class Pass:
         scaled: whether the gradients carry the loss scale.
     """
 
+    #: Whether gradients are kept until backward has ended.
+    keeps = False
     #: Whether a gradient that comes a second time can still be refused before a weight has changed.
     changes_weights = False
 
@@ -56,7 +58,7 @@ class Pass:
         self._streams = Streams(devices)
         self._buffers: dict[tuple[GroupScalars, torch.cuda.Stream | None], _Buffer] = {}
         self._lock = threading.Lock()  # backward runs the hooks of each device in a thread of its own
-        self._holdings = Holdings(params)
+        self._holdings = Holdings(params, until_the_end=self.keeps)
 
     def take(self, record: Record) -> None:
         """Consumes the gradient: what stands in ``record.param.grad`` and what the weight's layers handed over.
@@ -101,6 +103,7 @@ class Pass:
         if pairs:
             for held in pairs:
                 held.check(record.name, self._outcome)
+                held.join()
             self._terms(record, grad, pairs)
             return
         assert grad is not None
@@ -182,9 +185,10 @@ class _Kept(NamedTuple):
 class KeepPass(NormPass):
     """Adds up norms as `NormPass` does and keeps every gradient, or its factors where they are smaller, for `apply`."""
 
+    keeps = True
+
     def __init__(self, devices: Iterable[torch.device], params: Iterable[Tensor] = (), *, scaled: bool) -> None:
-        super().__init__(devices, scaled=scaled)
-        self._holdings = Holdings(params, until_the_end=True)
+        super().__init__(devices, params, scaled=scaled)
         self._kept: list[_Kept] = []
 
     def add(self, record: Record, grad: Tensor | None, pairs: Sequence[Held] = ()) -> None:
@@ -233,17 +237,24 @@ class UpdatePass(Pass):
         self.stochastic = stochastic
         self.seed = seed
 
-    def _one(self, record: Record, grad: Tensor) -> None:
-        param, home, scalars = record.param, record.home, record.scalars
-        torch.ops.lomo_kernels.sgd_.default(
-            param,
-            grad,
+    def _scalars(self, record: Record) -> tuple[Tensor | None, ...]:
+        """From ``lr`` to ``found_inf``, as every update operator takes them."""
+        home, scalars = record.home, record.scalars
+        return (
             scalars.lr.tensor,
             scalars.weight_decay.tensor,
             home.inv_scale if self.scaled else None,
             scalars.clip_value.tensor,
             home.clip_coef if self.decided else None,
             home.found_inf if self.decided else None,
+        )
+
+    def _one(self, record: Record, grad: Tensor) -> None:
+        param, home = record.param, record.home
+        torch.ops.lomo_kernels.sgd_.default(
+            param,
+            grad,
+            *self._scalars(record),
             None if self.decided else record.slot,
             self.stochastic,
             self.seed,
@@ -254,15 +265,10 @@ class UpdatePass(Pass):
         torch.autograd.graph.increment_version(param)
 
     def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
-        param, home, scalars = record.param, record.home, record.scalars
+        param, home = record.param, record.home
         Terms([held.pair for held in pairs], grad).sgd_(
             param,
-            scalars.lr.tensor,
-            scalars.weight_decay.tensor,
-            home.inv_scale if self.scaled else None,
-            scalars.clip_value.tensor,
-            home.clip_coef if self.decided else None,
-            home.found_inf if self.decided else None,
+            *self._scalars(record),
             None if self.decided else record.slot,
             self.stochastic,
             self.seed,
@@ -272,22 +278,16 @@ class UpdatePass(Pass):
         torch.autograd.graph.increment_version(param)
 
     def _list(self, records: Sequence[Record], grads: list[Tensor]) -> None:
-        home, scalars = records[0].home, records[0].scalars
         params: list[Tensor] = [record.param for record in records]
         torch.ops.lomo_kernels.sgd_list_.default(
             params,
             grads,
-            scalars.lr.tensor,
-            scalars.weight_decay.tensor,
-            home.inv_scale if self.scaled else None,
-            scalars.clip_value.tensor,
-            home.clip_coef if self.decided else None,
-            home.found_inf if self.decided else None,
+            *self._scalars(records[0]),
             [] if self.decided else [record.slot for record in records],
             self.stochastic,
             self.seed,
             [record.index for record in records],
-            home.step,
+            records[0].home.step,
             [],
         )
         torch.autograd.graph.increment_version(params)

@@ -38,6 +38,7 @@ class Record:
         self.claimed = False  # noted as ours
         self.hooked = False  # a frozen parameter has no hook
         self.fused = False  # some of its layers hand over factors in place of its gradient
+        self.reused = False  # several layers have it, or one was used several times in a backward
         self.fired = -1  # the last pass in which its gradient came
         self.scaled_grad: weakref.ref[Tensor] | None = (
             None  # what accumulate() left in .grad, with the loss scale in it

@@ -1,0 +1,105 @@
+"""The norm of a gradient that does not exist, from inner products of tokens (Gram matrices), for CPU tensors.
+
+``||gy.T @ x||^2 = sum_ij (gy_i . gy_j) (x_i . x_j)``: for few tokens cheaper than the product itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layers.pairs import Pair
+from .ops._arguments import library
+
+# csrc/cpu/gram.cpp. input [T, in], grad_output [T, out], of one dtype; rows contiguous, at any distance -> float64 [2]:
+# ||grad_output.T @ input||^2, and about the standard deviation of that number's error.
+library.define("_gram(Tensor input, Tensor grad_output) -> Tensor")
+
+#: Inner products of tokens are taken where they need at most this part of the gradient's multiplications. They run at
+#: the same speed, and are worth nothing where the error turns out too large.
+GRAM_COST = 0.75
+#: Four standard deviations of the sum are then 2e-5 of it, of the norm 1e-5.
+GRAM_ERROR = 5e-6
+#: Sums of squares of gradients of which no element overflows in float32, and mean squares of those that lose nothing to
+#: underflow: for others, tiles find what `sq_norm_` would.
+LARGEST, SMALLEST = 1e76, 1e-60
+
+# Tokens of a tied head whose inner products are taken at a time.
+_TOKENS = 256
+# Error of a float32 inner product, as a part of the vectors' lengths, and of a sum of squares.
+_ERROR = 2.0**-22
+
+
+@functools.cache
+def compiled() -> bool:
+    """Whether the compiled library serves CPU tensors; `LOMO_KERNELS_BACKEND` may have chosen another backend."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("lomo_kernels::_gram", "CPU"))
+
+
+def flat(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each as a matrix [tokens, features]. reshape(-1, 0) would not know how many tokens there are."""
+    return [tensor.detach()[None].flatten(0, -2) for tensor in tensors]
+
+
+def with_contiguous_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+class Estimate(NamedTuple):
+    """A gradient's sum of squares from inner products of tokens, and about the standard deviation of its error.
+
+    Inner products cancel where tokens have much in common: the error is then large beside the sum.
+    """
+
+    total: float
+    error: float
+
+    def accepted(self, inv_scale: Tensor | None, elements: int) -> float | None:
+        """What `sq_norm_` would add for this gradient times `inv_scale`; None where that is not known well enough."""
+        if not (0 < self.total <= LARGEST and self.error <= GRAM_ERROR * self.total):
+            return None
+        scaled = self.total * (1.0 if inv_scale is None else inv_scale.float().item()) ** 2
+        return scaled if SMALLEST * elements <= scaled <= LARGEST else None
+
+
+def estimate(input: Tensor, grad_output: Tensor) -> Estimate | None:
+    """Of ``grad_output.T @ input``, [..., features]; None where product tiles are cheaper, or there is no kernel."""
+    if not (input.is_cpu and compiled()):
+        return None
+    (x,), (gy,) = flat([input]), flat([grad_output])
+    tokens, rows, columns = x.shape[0], gy.shape[1], x.shape[1]
+    if tokens * (rows + columns) > GRAM_COST * 2 * rows * columns:
+        return None
+    return Estimate(*torch.ops.lomo_kernels._gram.default(with_contiguous_rows(x), with_contiguous_rows(gy)).tolist())
+
+
+def tied(head: Pair, embedding: Sequence[Pair]) -> Estimate | None:
+    """Of the gradient of a head tied to an embedding: the squares of both parts, and twice their product, which is
+    ``sum_ij grad_output[i, index_j] (input_i . row_j)`` over the head's tokens i and the embedding's j. None as
+    `estimate`."""
+    own = estimate(head.input, head.grad_output)
+    if own is None:
+        return None
+    squares = torch.zeros(1, dtype=torch.float64)
+    product, variance = 0.0, 0.0
+    (x,), (gy,) = flat([head.input]), flat([head.grad_output])
+    paddings = [-1 if pair.padding_idx is None else pair.padding_idx for pair in embedding]
+    for pair, padding in zip(embedding, paddings, strict=True):
+        index, (rows,) = pair.input.reshape(-1), flat([pair.grad_output])
+        for some in range(0, len(index), _TOKENS):
+            here, row = index[some : some + _TOKENS], rows[some : some + _TOKENS].float()
+            row = row * here.ne(padding)[:, None]
+            for few in range(0, len(x), _TOKENS):
+                token, weight = x[few : few + _TOKENS].float(), gy[few : few + _TOKENS].index_select(1, here).double()
+                with torch.autocast("cpu", enabled=False):  # in force where backward is called inside autocast
+                    product += ((token @ row.T).double() * weight).sum().item()
+                lengths = torch.outer(token.double().square().sum(1), row.double().square().sum(1))
+                variance += (lengths * weight.square()).sum().item()
+    factors = [pair.input for pair in embedding], [pair.grad_output for pair in embedding]
+    torch.ops.lomo_kernels.embedding_sq_norm_.default(squares, *factors, paddings, None)
+    error = own.error + _ERROR * (squares.item() + 2 * variance**0.5)
+    return Estimate(own.total + squares.item() + 2 * product, error)
