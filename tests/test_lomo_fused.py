@@ -396,9 +396,9 @@ def test_misuse_raises_before_any_weight_changed(kind: str, rule: str) -> None:
     x = torch.randn(5, 32, requires_grad=True)
     loss = model(x).square().sum()
     handle = None
-    if kind == "weight changed":
+    if kind == "weight changed":  # of the layer that backward comes to last
         with torch.no_grad():
-            model[2].weight.mul_(1.01)
+            model[0].weight.mul_(1.01)
     elif kind == "backward twice":
         loss.backward()
         model.zero_grad()

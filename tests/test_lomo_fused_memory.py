@@ -154,29 +154,56 @@ def test_factors_die_as_they_are_applied() -> None:
     assert live.current < 4096
 
 
+def kept_by(optimizer: Lomo, step: Callable[[], None]) -> int:
+    """Bytes alive when backward has ended and the coefficient is formed."""
+    step()
+    at_the_end: list[int] = []
+    decide = optimizer._state.decide
+
+    def watched(clip: float | None) -> None:
+        at_the_end.append(live.current)
+        decide(clip)
+
+    optimizer._state.decide = watched  # type: ignore[method-assign]
+    with LiveBytes() as live:
+        step()
+    return at_the_end[0]
+
+
 @pytest.mark.parametrize("view", ["selected", "narrowed"])
 def test_a_factor_that_is_a_small_part_of_a_large_tensor_does_not_keep_it(view: str) -> None:
     """As BERT's pooler, which takes one token of each sequence."""
     torch.manual_seed(0)
-    first, pooler = nn.Linear(256, 256), nn.Linear(256, 256)
-    model = nn.ModuleList([first, pooler])
-    optimizer = Lomo(model, lr=1e-3, fused_layers=True, **ONE)
+    pooler, bias = nn.Linear(256, 256, bias=False), nn.Parameter(torch.randn(256))
+    optimizer = Lomo([pooler.weight, bias], lr=1e-3, fused_layers=pooler, **ONE)
     data = torch.randn(64, 512, 256)  # 32 MiB
 
     def step() -> None:
-        hidden = torch.tanh(data * first.bias)
-        part = hidden[:, 0] if view == "selected" else hidden[:, 3:5]
-        loss = pooler(part).square().sum() + first(data[0]).square().sum()
-        del hidden, part
+        hidden = torch.tanh(data * bias)
+        loss = pooler(hidden[:, 0] if view == "selected" else hidden[:, 3:4]).square().sum()
+        del hidden
+        optimizer.backward(loss)
+
+    factors = 4 * 64 * (256 + 256)  # half of the gradient
+    assert kept_by(optimizer, step) < factors + 4 * 256 + 4096
+
+
+def test_an_input_that_another_layer_keeps_costs_nothing() -> None:
+    """As in grouped-query attention: alone, the key's factors would be larger than its gradient."""
+    torch.manual_seed(0)
+    query, key, first = nn.Linear(1024, 1024, bias=False), nn.Linear(1024, 128, bias=False), nn.Linear(4, 1024)
+    optimizer = Lomo(nn.ModuleList([first, query, key]), lr=1e-3, fused_layers=True, **ONE)
+
+    def step() -> None:
+        x = torch.tanh(first(torch.ones(300, 4)))
+        loss = key(x).square().sum()
+        loss = query(x).square().sum() + loss  # backward comes to the query first
         optimizer.backward(loss)
 
     step()
-    at_the_end: list[int] = []
-    with LiveBytes() as live:
-        decide = optimizer._state.decide
-        optimizer._state.decide = lambda clip: (at_the_end.append(live.current), decide(clip))[1]  # type: ignore
-        step()
-    assert at_the_end[0] < 4 * 2**20, "the kept factors, not the 32 MiB that one of them came from"
+    kept = 4 * 300 * (1024 + 1024 + 128) + first.weight.nbytes + first.bias.nbytes
+    assert 4 * 300 * (1024 + 128) > key.weight.nbytes > 4 * 300 * 128
+    assert kept_by(optimizer, step) < kept + 4 * 300 * 4 + 4096
 
 
 def test_autocast_keeps_factors_of_16_bits() -> None:

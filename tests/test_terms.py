@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lomo_kernels import reference, tiled
+from lomo_kernels import gram, reference, tiled
 from lomo_kernels.layers import Pair
-from lomo_kernels.optim import terms
 from lomo_kernels.optim.terms import Terms
 
 VOCAB, WIDTH = 700, 130
@@ -57,7 +56,7 @@ def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tied_head_is_normed_without_tiles(
     dtype: torch.dtype, tokens: int, inv_scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terms, "_TOKENS", 16)  # several rounds of each loop
+    monkeypatch.setattr(gram, "_TOKENS", 16)  # several rounds of each loop
     parts = pairs(dtype, tokens)
     exact = (gradient(parts).square().sum() * (inv_scale or 1.0) ** 2).item()
     assert norm_of(parts, inv_scale) == pytest.approx(exact, rel=1e-6)
@@ -77,7 +76,7 @@ def test_where_the_parts_cancel_tiles_take_over(monkeypatch: pytest.MonkeyPatch)
     exact = gradient([head, table]).square().sum().item()
     assert norm_of([head, table]) == pytest.approx(exact, rel=2e-2)  # float32 leaves three digits of the difference
     assert used
-    estimate = terms._tied([head], [table])
+    estimate = gram.tied(head, [table])
     assert estimate is not None and estimate.accepted(None, VOCAB * WIDTH) is None
 
 
