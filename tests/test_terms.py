@@ -63,7 +63,7 @@ def test_a_tied_head_is_normed_without_tiles(
 
 
 def test_where_the_parts_cancel_tiles_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedding's rows undo the head's gradient, but for a ten thousandth."""
+    """The embedding's rows undo the head's gradient, but for a hundredth."""
     used: list[bool] = []
     tiles = Terms._tiles
     monkeypatch.setattr(Terms, "_tiles", lambda self, weight: used.append(True) or tiles(self, weight))
@@ -72,9 +72,9 @@ def test_where_the_parts_cancel_tiles_take_over(monkeypatch: pytest.MonkeyPatch)
     few[:, :12] = head.grad_output[:, :12]
     head = head._replace(grad_output=few)
     full = reference.linear_gradient([head.input], [few])
-    table = Pair(torch.arange(VOCAB), -full * (1 - 1e-4), -1)
+    table = Pair(torch.arange(VOCAB), -full * (1 - 1e-2), -1)
     exact = gradient([head, table]).square().sum().item()
-    assert norm_of([head, table]) == pytest.approx(exact, rel=2e-2)  # float32 leaves three digits of the difference
+    assert norm_of([head, table]) == pytest.approx(exact, rel=1e-4)  # float32 leaves five digits of the difference
     assert used
     estimate = gram.tied(head, [table])
     assert estimate is not None and estimate.accepted(None, VOCAB * WIDTH) is None
