@@ -138,13 +138,14 @@ def test_streams_side_by_side() -> None:
         assert len(set(slots[i].tolist())) == 1 and slots[i, 0].item() == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["plain", "norm"])
-def test_a_forward_on_another_stream(rule: str) -> None:
+@pytest.mark.parametrize(("rule", "fused"), [("plain", False), ("norm", False), ("plain", True), ("one", True)])
+def test_a_forward_on_another_stream(rule: str, fused: bool) -> None:
     """The hooks then run on that stream; hyperparameters and slots are set on the caller's. On the loss's device the
-    engine itself makes that stream wait for the caller's; for others see `test_a_side_stream_of_a_second_gpu`."""
+    engine itself makes that stream wait for the caller's; for others see `test_a_side_stream_of_a_second_gpu`. A fused
+    layer has no gradient for which the engine would make a hook's stream wait."""
     options = Options(dtype=torch.bfloat16, width=256, layers=4)
     models = [transformer(options).to(CUDA) for _ in range(2)]
-    one, other = (Lomo(model, lr=0.1, **RULES[rule]) for model in models)
+    one, other = (Lomo(model, lr=0.1, fused_layers=fused, **RULES[rule]) for model in models)
     side = torch.cuda.Stream(CUDA)
     for step in range(5):
         for optimizer in (one, other):
