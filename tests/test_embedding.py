@@ -541,13 +541,12 @@ def test_an_index_out_of_range_is_refused_and_changes_nothing(dtype, bad):
     weight, slot = torch.ones(6, 5), empty_slot(1.0)
     index = torch.tensor([[0, 1, 2], [3, bad, 4]], dtype=dtype)
     grad = torch.ones(2, 3, 5)
-    for padding in (None, *([bad] if bad >= 0 else [])):  # padding, too, must be a row
-        for indices, grads in ((index, grad), ([index[0], index[1]], [grad[0], grad[1]])):
-            arguments = {"padding_idx": padding, "lr": 0.1, "weight_decay": 0.1, "sq_norm": slot}
-            words = f"indices … {bad} … >= 0 … < 6 … rows"
-            for found_inf in (None, 1.0):
-                call = functools.partial(ops.embedding_sgd_, weight, indices, grads, **arguments, found_inf=found_inf)
-                refused(call, [weight, slot], RuntimeError, words, "embedding_sgd_")
+    for indices, grads in ((index, grad), ([index[0], index[1]], [grad[0], grad[1]])):
+        arguments = {"lr": 0.1, "weight_decay": 0.1, "sq_norm": slot}
+        words = f"indices … {bad} … >= 0 … < 6 … rows"
+        for found_inf in (None, 1.0):
+            call = functools.partial(ops.embedding_sgd_, weight, indices, grads, **arguments, found_inf=found_inf)
+            refused(call, [weight, slot], RuntimeError, words, "embedding_sgd_")
     if bad < 0:
         words = f"indices … {bad} … >= 0"
         refused(lambda: ops.embedding_sq_norm_(slot, index, grad), [slot], RuntimeError, words, "embedding_sq_norm_")
@@ -571,7 +570,11 @@ BAD = {
     "indices of another shape": ({"indices": torch.ones(4).long()}, ValueError, "indices … [4] … grad_output … [3, 5]"),
     "indices on meta": ({"indices": torch.ones(3, device="meta").long()}, ValueError, "indices … meta … cpu"),
     "no indices": ({"indices": [], "grad_output": []}, ValueError, "indices … empty … one tensor per use"),
-    "two indices for one grad_output": ({"indices": [torch.ones(3).long()] * 2}, ValueError, "grad_output … one each"),
+    "two indices for one grad_output": (
+        {"indices": [torch.ones(3).long()] * 2},
+        TypeError,
+        "one of indices and grad_output … two lists",
+    ),
     "grad_output of float64": ({"grad_output": torch.ones(3, 5).double()}, TypeError, "grad_output … float64"),
     "grad_output is a number": ({"grad_output": torch.ones(())}, ValueError, "grad_output … [] … embedding_dim"),
     "grad_output of another width": ({"grad_output": torch.ones(3, 4)}, ValueError, "weight … [6, 5] … [any, 4]"),
@@ -624,6 +627,17 @@ def test_a_weight_that_shares_memory_with_a_gradient_is_refused():
         refused(call, [whole], RuntimeError, "weight and grad_output share memory", "embedding_sgd_")
     ops.embedding_sgd_(whole[:6], index, whole[6:9], lr=0.1)
     assert (whole[3] != 1).all()
+
+
+def test_padding_beyond_the_rows_and_mixed_lists_are_refused():
+    weight, index, grad = torch.ones(4, 3), torch.tensor([1, 2]), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="padding_idx is 4, expected a row of weight, < 4"):
+        ops.embedding_sgd_(weight, index, grad, padding_idx=4, lr=0.1)
+    with pytest.raises(TypeError, match="one of indices and grad_output is a tensor and one is not"):
+        ops.embedding_sgd_(weight, [index], grad, lr=0.1)
+    with pytest.raises(TypeError, match="one of input and grad_output is a tensor and one is not"):
+        ops.linear_sgd_(weight, grad, [torch.ones(2, 4)], lr=0.1)
+    assert torch.equal(weight, torch.ones(4, 3))
 
 
 RAW = {

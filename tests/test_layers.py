@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -13,6 +14,7 @@ import torch
 from models import Options, assert_same_bits, loss_of, same_bits, transformer, weights_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from lomo_kernels import Lomo
 from lomo_kernels.layers import FusedLayer, takers
@@ -266,3 +268,40 @@ def test_an_optimizer_that_goes_leaves_what_another_has_fused() -> None:
     assert isinstance(layer, FusedLayer) and "never exists" in second.summary()
     second.remove()
     assert type(layer) is nn.Linear
+
+
+PATCHES: dict[str, Any] = {
+    "nn.Linear.forward": (nn.Linear, "forward", lambda old: lambda self, x: old(self, x) * 2),
+    "F.linear": (torch.nn.functional, "linear", lambda old: lambda x, weight, bias=None: old(x, weight * 2, bias)),
+    "nn.Embedding.forward": (nn.Embedding, "forward", lambda old: lambda self, x: old(self, x) * 2),
+    "F.embedding": (torch.nn.functional, "embedding", lambda old: lambda x, weight, *rest: old(x, weight * 2, *rest)),
+}
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func in (torch.nn.functional.linear, torch.nn.functional.embedding) else result
+
+
+@pytest.mark.parametrize("patch", [*PATCHES, "a function mode"])
+def test_who_replaces_the_plain_layer_is_heard(patch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 20), nn.Linear(20, 30))
+    plain = copy.deepcopy(model)
+    one, other = Lomo(model, lr=0.1, fused_layers=True), Lomo(plain, lr=0.1)
+    if patch in PATCHES:
+        owner, name, new = PATCHES[patch]
+        monkeypatch.setattr(owner, name, new(getattr(owner, name)))
+    for net, optimizer in ((model, one), (plain, other)):
+        with Doubled() if patch not in PATCHES else contextlib.nullcontext():
+            loss = net(torch.tensor([1, 2, 2])).square().sum()
+        optimizer.backward(loss)
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_default_device_keeps_layers_fused() -> None:
+    layer = nn.Linear(4, 4)
+    with Lomo(layer, lr=0.1, fused_layers=True), torch.device("cpu"):
+        assert type(layer(torch.ones(2, 4)).grad_fn).__name__ == "_LinearBackward"

@@ -740,3 +740,30 @@ def test_distributed_data_parallel_is_refused(process_group: None) -> None:
     for refused in (wrapped, nn.Sequential(wrapped)):
         with pytest.raises(RuntimeError, match="DistributedDataParallel"):
             Lomo(refused)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda w: w.data.t(), lambda w: w.data, lambda w: w.data[1:]], ids=["t", "same", "part"]
+)
+def test_two_parameters_in_one_memory(view: Any) -> None:
+    a = nn.Linear(8, 8, bias=False)
+    b = nn.Linear(8, 8, bias=False)
+    b.weight = nn.Parameter(view(a.weight))
+    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight share memory .* make them one parameter"):
+        Lomo(nn.Sequential(a, b))
+    optimizer = Lomo(a)
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.add_param_group({"params": [b.weight]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_parameters_side_by_side_in_one_memory() -> None:
+    flat = torch.zeros(30)
+    optimizer = Lomo([nn.Parameter(flat[:10]), nn.Parameter(flat[10:20]), nn.Parameter(flat[20:].view(2, 5))], lr=1.0)
+    optimizer.backward(sum(p.sum() for p in optimizer.param_groups[0]["params"]))
+    assert torch.equal(flat, torch.full((30,), -1.0))
+
+
+def test_fused_layers_of_another_model() -> None:
+    with pytest.raises(ValueError, match="none of the parameters given"):
+        Lomo([vector(1.0)], fused_layers=nn.Linear(2, 2))

@@ -32,6 +32,9 @@ class _Embedding(torch.autograd.Function):
         return None, gradient_of(pairs, ctx.weight) if pairs else None, None
 
 
+_PLAIN = nn.Embedding.forward, F.embedding  # see linear.py
+
+
 class Embedding(FusedLayer, nn.Embedding):
     """Stands in for `nn.Embedding` while a `Lomo` with ``fused_layers=True`` manages its weight."""
 
@@ -39,7 +42,7 @@ class Embedding(FusedLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self._parameters.get("weight")
-        if not takes_part(weight, input) or is_special(self):
+        if not takes_part(weight, input) or is_special(self) or (nn.Embedding.forward, F.embedding) != _PLAIN:
             return super().forward(input)
         return _Embedding.apply(input, weight, self.padding_idx)
 

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 
 class FusedLayer(nn.Module):
@@ -25,7 +27,8 @@ def takes_part(weight: Any, input: Tensor) -> bool:
 
     Not under torch.compile, torch.func, forward-mode differentiation or tracing, which cannot see through our backward;
     not with a weight exchanged for something that is no plain parameter (a DTensor, a parametrization), nor with an
-    input that is no plain tensor (nested, or without storage); not where there is no gradient.
+    input that is no plain tensor (nested, or without storage); not where there is no gradient, nor where somebody's
+    function mode is to see `F.linear` (one that only sets the default device does not).
     """
     return (
         not torch.compiler.is_compiling()
@@ -39,4 +42,5 @@ def takes_part(weight: Any, input: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and not torch._C._is_tracing()
+        and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
     )

@@ -47,6 +47,9 @@ class _Linear(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None
 
 
+_PLAIN = nn.Linear.forward, F.linear  # who has replaced one of them (a quantiser, say) gets the plain layer
+
+
 class Linear(FusedLayer, nn.Linear):
     """Stands in for `nn.Linear` while a `Lomo` with ``fused_layers=True`` manages its weight."""
 
@@ -54,7 +57,7 @@ class Linear(FusedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self._parameters.get("weight")
-        if not takes_part(weight, input):
+        if not takes_part(weight, input) or (nn.Linear.forward, F.linear) != _PLAIN:
             return super().forward(input)
         kind = input.device.type
         if not torch.is_autocast_enabled(kind) or input.dtype is torch.float64 or not input.is_floating_point():

@@ -120,6 +120,12 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def reach(tensor: Tensor) -> tuple[int, int]:
+    """First and one past the last byte that the elements lie in. Strides of tensors are not negative."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
 def check_slot(op: str, name: str, slot: Tensor, device: torch.device) -> None:
     """Raises TypeError or ValueError unless `slot` can take a sum of squares."""
     if not isinstance(slot, Tensor):

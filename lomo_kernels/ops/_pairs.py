@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ._arguments import as_list, check_element_type, check_lengths
+from ._arguments import as_list, check_element_type, check_lengths, reach
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 def pair_lists(op: str, name: str, first: Any, grad_output: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Both as lists of equal length, at least one. A single tensor is a list of one."""
+    if {isinstance(one, Tensor) for one in (first, grad_output) if isinstance(one, (Tensor, list, tuple))} == {
+        True,
+        False,
+    }:
+        raise TypeError(
+            f"{op}: one of {name} and grad_output is a tensor and one is not, expected two tensors or two lists"
+        )
     firsts = [first] if isinstance(first, Tensor) else as_list(op, name, first)
     grads = [grad_output] if isinstance(grad_output, Tensor) else as_list(op, "grad_output", grad_output)
     check_lengths(op, f"{name} tensors", len(firsts), grad_output=len(grads))
@@ -49,18 +56,12 @@ def check_apart(op: str, weight: Tensor, factors: Sequence[Tensor]) -> None:
     """Raises RuntimeError where a factor lies in the weight's memory: part of it would change before it is used."""
     if torch.compiler.is_compiling() or isinstance(weight, FakeTensor) or not weight.numel():
         return
-    begin, end = _reach(weight)
+    begin, end = reach(weight)
     for factor in factors:
         if factor.numel():
-            factor_begin, factor_end = _reach(factor)
+            factor_begin, factor_end = reach(factor)
             if begin < factor_end and factor_begin < end:
                 raise RuntimeError(f"{op}: weight shares memory with a tensor that its gradient is formed from")
-
-
-def _reach(tensor: Tensor) -> tuple[int, int]:
-    """First and one past the last byte that the elements lie in. Strides of tensors are not negative."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def check_weight(op: str, weight: Tensor, rows: int | None, columns: int, expected: str) -> None:

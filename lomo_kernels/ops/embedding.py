@@ -133,6 +133,8 @@ def embedding_sgd_(
         raise TypeError(f"{op}: weight is a {type(weight).__name__}, expected a tensor")
     paddings = _padding(op, padding_idx, len(index_list))
     _check_sgd(weight, index_list, grad_outputs, paddings)
+    if padding_idx is not None and padding_idx >= weight.shape[0]:
+        raise ValueError(f"{op}: padding_idx is {padding_idx}, expected a row of weight, < {weight.shape[0]}")
     check_served(weight)
     check_apart(op, weight, grad_outputs)
     if sq_norm is not None:

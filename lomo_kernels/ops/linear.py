@@ -59,8 +59,8 @@ def linear_sq_norm_(
     """Adds the sum of ``(gradient * inv_scale) ** 2`` to `slot`, the gradient being ``grad_output.T @ input``.
 
     Products are added up in float32. For few tokens the sum is formed from the tokens' inner products (Gram matrices),
-    ``sum_ij (grad_output @ grad_output.T)_ij (input @ input.T)_ij``, where an estimate of its error allows that: it is
-    within 1e-5 of the float64 norm either way.
+    ``sum_ij (grad_output @ grad_output.T)_ij (input @ input.T)_ij``, where an estimate of its error allows that. The
+    norm is within 1e-5 of float64's, unless the gradient's own float32 sums cancel to less than that.
 
     Args:
         slot: float64, one element, on the gradient's device.

@@ -23,7 +23,7 @@ from .graph import (
     run_backward,
 )
 from .hyperparameters import check_group, check_positive
-from .parameters import check_parameter, claim, name_of, named_groups, release
+from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .records import Record
 from .scaling import LossScale
@@ -129,6 +129,8 @@ class Lomo(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
         super().__init__(named_groups(model_or_params), defaults)
         self._state = State(self._records, self.param_groups, loss_scale)
+        if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
+            raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
         self._attach()
         self._attached = True
         # An optimizer that is dropped without remove() leaves no hooks behind.
@@ -147,8 +149,8 @@ class Lomo(torch.optim.Optimizer):
             loss: one floating-point element, not scaled.
 
         Raises:
-            TypeError, ValueError, RuntimeError: `loss` is no such tensor or depends on no parameter; a parameter's
-                gradient is sparse or comes twice; a hyperparameter is not usable.
+            TypeError, ValueError, RuntimeError: `loss` is no such tensor or needs no gradient; a parameter's gradient
+                is sparse or comes twice; a hyperparameter is not usable.
             FloatingPointError: the gradient is not finite and ``nonfinite="raise"``.
         """
         with self._exclusive():
@@ -280,6 +282,7 @@ class Lomo(torch.optim.Optimizer):
                 raise ValueError(f"Lomo: {name} is given twice; each parameter has one place in one group")
             known.add(id(param))
             records.append(Record(param, index, name))
+        check_apart((record.name, record.param) for record in (*self._records, *records))
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
         super().add_param_group(group)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import check_device
-from ..ops._arguments import DTYPES, overlaps_itself
+from ..ops._arguments import DTYPES, overlaps_itself, reach
 
 #: The optimizer that manages a parameter: two would both consume its gradient. Entries die with the parameter.
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -93,6 +95,27 @@ def check_parameter(name: str, param: Any, optimizer: object) -> None:
             f"Lomo: {name} is managed by another Lomo optimizer, and both would consume its gradient; call remove() on "
             "that one first"
         )
+
+
+def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises ValueError where two parameters share memory: each update would be of a weight the other has changed.
+
+    Strided parameters that interleave without sharing an element cannot be told apart; those with gaps are left out.
+    """
+    ranges = []
+    for name, param in named:
+        if isinstance(param, FakeTensor) or param.is_meta or not param.numel():
+            continue
+        begin, end = reach(param)
+        if end - begin == param.nbytes:
+            ranges.append((param.device.index, begin, end, name))
+    ranges.sort(key=lambda one: (one[0] is not None, one[:3]))
+    for (device, _, end, name), (other_device, begin, _, other) in itertools.pairwise(ranges):
+        if device == other_device and begin < end:
+            raise ValueError(
+                f"Lomo: {name} and {other} share memory but are two parameters, and each update would meet what the "
+                "other made of it; make them one parameter (tie the modules to the same nn.Parameter)"
+            )
 
 
 def claim(param: Tensor, optimizer: object) -> None:
