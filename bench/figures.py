@@ -104,12 +104,31 @@ def gpu_figures(file: Path) -> Iterator[str]:
     yield from table(["500 tensors of 4096, microseconds", *(f"{backend}, {clock}" for backend, clock in clocks)], rows)
 
 
+def _llama(model: dict[str, Any]) -> str:
+    return (
+        f"Llama shape, bfloat16: {model['layers']} layers, width {model['d_model']}, MLP {model['ffn']}, vocabulary "
+        f"{model['vocab']}: {model['weight_bytes'] / 2**20:.0f} MiB of weights."
+    )
+
+
+def short_step_figures(file: Path) -> Iterator[str]:
+    """The first case of `step_figures`."""
+    results = json.loads(file.read_text())
+    case, steps = next(iter(results["steps"].items()))
+    yield (
+        f"Whole training steps. {_llama(results['model'])} Commit {commit(results['environment'])}: {source(file)}; "
+        "more of it in [docs/one_backward.md](docs/one_backward.md)."
+    )
+    yield ""
+    rows = [[name, _time(one), _peak(one)] for name, one in steps.items()]
+    yield from table([case, "time, SGD with `clip_grad_norm_` = 1", "peak above the weights, MiB"], rows)
+
+
 def step_figures(file: Path) -> Iterator[str]:
     results = json.loads(file.read_text())
-    about, model = results["environment"], results["model"]
+    about = results["environment"]
     yield (
-        f"Llama shape, bfloat16: {model['layers']} layers, width {model['d_model']}, MLP {model['ffn']}, vocabulary "
-        f"{model['vocab']}: {model['weight_bytes'] / 2**20:.0f} MiB of weights. Whole steps, one thread of "
+        f"{_llama(results['model'])} Whole steps, one thread of "
         f"{about['device']} ({about['instruction_set']}), torch {about['torch']}, commit {commit(about)}: "
         f"{source(file, '../')}. Times are medians of ratios to SGD with `clip_grad_norm_`, taken round by round; peaks"
         " are live bytes above the weights: activations, gradients, factors, copies."
@@ -142,6 +161,8 @@ def readme() -> str:
     files = newest("bench", "update")
     for device, file in files.items():
         lines += ["", *(cpu_figures(file) if device.startswith("cpu") else gpu_figures(file))]
+    for file in newest("steps").values():
+        lines += ["", *short_step_figures(file)]
     if all(device.startswith("cpu") for device in files):
         lines += ["", "No GPU was measured."]
     return "\n".join(lines) + "\n\n"
