@@ -66,6 +66,15 @@ class Estimate(NamedTuple):
         return scaled if SMALLEST * elements <= scaled <= LARGEST else None
 
 
+def add_to(slot: Tensor, found: Estimate | None, inv_scale: Tensor | None, elements: int) -> bool:
+    """Adds an estimate that is accepted to `slot`. Returns whether: otherwise tiles have to find the norm."""
+    total = None if found is None else found.accepted(inv_scale, elements)
+    if total is None:
+        return False
+    slot += total
+    return True
+
+
 def estimate(input: Tensor, grad_output: Tensor) -> Estimate | None:
     """Of ``grad_output.T @ input``, [..., features]; None where product tiles are cheaper, or there is no kernel."""
     if not (input.is_cpu and compiled()):

@@ -180,10 +180,8 @@ def _embedding_tiles(
 
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
     if len(inputs) == 1:
-        found = gram.estimate(inputs[0], grad_outputs[0])
-        total = None if found is None else found.accepted(inv_scale, inputs[0].shape[-1] * grad_outputs[0].shape[-1])
-        if total is not None:
-            slot += total
+        elements = inputs[0].shape[-1] * grad_outputs[0].shape[-1]
+        if gram.add_to(slot, gram.estimate(inputs[0], grad_outputs[0]), inv_scale, elements):
             return
     for _, tile in linear_tiles(inputs, grad_outputs):
         torch.ops.lomo_kernels.sq_norm_.default(slot, tile, inv_scale)

@@ -20,10 +20,9 @@ from ._arguments import (
     integer,
     library,
     scalar,
-    step_tensor,
 )
 from ._pairs import check_apart, check_embedding, check_weight, pair_lists
-from .sgd import SCALARS, increment_version, is_stochastic, sgd_scalars
+from .sgd import SCALARS, increment_version, sgd_arguments
 
 # padding_idx: one per pair, negative for none.
 library.define(
@@ -137,18 +136,12 @@ def embedding_sgd_(
         raise ValueError(f"{op}: padding_idx is {padding_idx}, expected a row of weight, < {weight.shape[0]}")
     check_served(weight)
     check_apart(op, weight, grad_outputs)
-    if sq_norm is not None:
-        check_slot(op, "sq_norm", sq_norm, weight.device)
+    scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
     torch.ops.lomo_kernels.embedding_sgd_.default(
         weight,
         index_list,
         grad_outputs,
         paddings,
-        *sgd_scalars(op, weight.device, lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf),
-        sq_norm,
-        is_stochastic(op, rounding),
-        integer(op, "seed", seed),
-        integer(op, "parameter_id", parameter_id),
-        step_tensor(op, step, weight.device),
+        *sgd_arguments(op, weight.device, scalars, sq_norm, rounding, seed, parameter_id, step),
     )
     increment_version([weight])

@@ -17,13 +17,11 @@ from ._arguments import (
     Scalar,
     check_served,
     check_slot,
-    integer,
     library,
     scalar,
-    step_tensor,
 )
 from ._pairs import check_apart, check_linear, check_weight, pair_lists
-from .sgd import SCALARS, increment_version, is_stochastic, sgd_scalars
+from .sgd import SCALARS, increment_version, sgd_arguments
 
 library.define("linear_sq_norm_(Tensor(a!) slot, Tensor[] input, Tensor[] grad_output, Tensor? inv_scale) -> ()")
 library.define(
@@ -122,17 +120,11 @@ def linear_sgd_(
     _check_sgd(weight, inputs, grad_outputs)
     check_served(weight)
     check_apart(op, weight, [*inputs, *grad_outputs])
-    if sq_norm is not None:
-        check_slot(op, "sq_norm", sq_norm, weight.device)
+    scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
     torch.ops.lomo_kernels.linear_sgd_.default(
         weight,
         inputs,
         grad_outputs,
-        *sgd_scalars(op, weight.device, lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf),
-        sq_norm,
-        is_stochastic(op, rounding),
-        integer(op, "seed", seed),
-        integer(op, "parameter_id", parameter_id),
-        step_tensor(op, step, weight.device),
+        *sgd_arguments(op, weight.device, scalars, sq_norm, rounding, seed, parameter_id, step),
     )
     increment_version([weight])

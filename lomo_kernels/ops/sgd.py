@@ -96,17 +96,11 @@ def sgd_(
     """
     check_pair("sgd_", param, grad)
     check_served(param)
-    if sq_norm is not None:
-        check_slot("sgd_", "sq_norm", sq_norm, param.device)
+    scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
     torch.ops.lomo_kernels.sgd_.default(
         param,
         grad,
-        *sgd_scalars("sgd_", param.device, lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf),
-        sq_norm,
-        is_stochastic("sgd_", rounding),
-        integer("sgd_", "seed", seed),
-        integer("sgd_", "parameter_id", parameter_id),
-        step_tensor("sgd_", step, param.device),
+        *sgd_arguments("sgd_", param.device, scalars, sq_norm, rounding, seed, parameter_id, step),
         None if shard is None else check_shard("sgd_", shard, param.numel()),
     )
     increment_version([param])
@@ -206,6 +200,30 @@ def sgd_scalars(
         scalar(op, "clip_value", clip_value, device, open_=True, high=math.inf),
         scalar(op, "clip_coef", clip_coef, device, high=FINITE),
         scalar(op, "found_inf", found_inf, device, high=math.inf),
+    ]
+
+
+def sgd_arguments(
+    op: str,
+    device: torch.device,
+    scalars: tuple[Any, ...],
+    sq_norm: Tensor | None,
+    rounding: str,
+    seed: int,
+    parameter_id: int,
+    step: int | Tensor,
+) -> list[Any]:
+    """What every update of one parameter takes after its tensors, from ``lr`` to ``step``, checked. `scalars`: those of
+    `sgd_scalars`."""
+    if sq_norm is not None:
+        check_slot(op, "sq_norm", sq_norm, device)
+    return [
+        *sgd_scalars(op, device, *scalars),
+        sq_norm,
+        is_stochastic(op, rounding),
+        integer(op, "seed", seed),
+        integer(op, "parameter_id", parameter_id),
+        step_tensor(op, step, device),
     ]
 
 

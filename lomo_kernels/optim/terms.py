@@ -29,9 +29,7 @@ class Terms(NamedTuple):
             )
         else:
             found = gram.tied(linear[0], embedding) if self.grad is None and len(linear) == 1 else None
-            total = None if found is None else found.accepted(inv_scale, weight.numel())
-            if total is not None:
-                slot += total
+            if gram.add_to(slot, found, inv_scale, weight.numel()):
                 return
             for _, tile in self._tiles(weight):
                 torch.ops.lomo_kernels.sq_norm_.default(slot, tile, inv_scale)
