@@ -53,15 +53,6 @@ def check_slot(op: str, name: str, slot: Tensor, device: torch.device) -> None:
         fail(op, ": ", name, " has ", what, ", expected one element of dtype float64 on ", device)
 
 
-def reach(tensor: Tensor) -> tuple[int, int]:
-    """First and one past the last byte that the elements of a tensor that is not empty lie in."""
-    begin, size = tensor.data_ptr(), tensor.element_size()
-    if tensor.is_contiguous():
-        return begin, begin + tensor.numel() * size
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return begin, begin + (last + 1) * size
-
-
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, in some order of the dimensions."""
     expected = 1

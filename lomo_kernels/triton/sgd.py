@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops._arguments import overlaps_itself
+from ..ops._arguments import overlaps_itself, reach
 from . import launch
 from .launch import COLUMNS, TYPES, fail
 from .numerics import (
@@ -131,14 +131,14 @@ def check(op: str, param: Tensor, grad: Tensor, device: torch.device) -> None:
     if not param.is_contiguous() and overlaps_itself(param):
         why = "(an expanded tensor?); it cannot be updated in place. Pass a contiguous parameter"
         fail(op, ": several elements of param share one place in memory ", why)
-    (p_begin, p_end), (g_begin, g_end) = launch.reach(param), launch.reach(grad)
+    (p_begin, p_end), (g_begin, g_end) = reach(param), reach(grad)
     if p_begin < g_end and g_begin < p_end:
         fail(op, ": param and grad share memory")
 
 
 def check_apart(op: str, params: list[Tensor]) -> None:
     """Two names of one parameter would update it twice. Strided views may interleave: those with gaps are left out."""
-    ranges = sorted(launch.reach(param) for param in params if param.numel() and launch.is_dense(param))
+    ranges = sorted(reach(param) for param in params if param.numel() and launch.is_dense(param))
     for (_, end), (begin, _) in itertools.pairwise(ranges):
         if end > begin:
             fail(op, ": two params share memory; it would be updated twice")
