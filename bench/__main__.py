@@ -1,63 +1,118 @@
-"""``python -m bench``: kernels and hooks, interleaved, in one thread; prints tables and writes ``bench/results/``."""
+"""``python -m bench [QUESTION …] [--full] [--device …]``: measures, and writes ``bench/results/<device>-<date>.json``.
+
+Each question is a file ``bench_<question>.py``, which pytest runs alone, too. What only a fresh process can be set to
+(instruction set, allocator, backend) is set here: `RUNS` says which questions run in which settings. A question's
+measurements take the place of those that the file has of it.
+"""
 
 from __future__ import annotations
 
-import statistics
-from typing import Any
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
-import torch
+from . import results
+from .measure import ROOT, file_name
 
-from . import hooks, kernels
-from .measure import interleave, ratios, write
-
-
-def kernel_section(title: str, make: Any, streams: int) -> dict[str, Any]:
-    """Every contestant's median, GB/s and fraction of the probe's speed."""
-    section: dict[str, Any] = {}
-    print(f"\n{title}, {kernels.SIDE} x {kernels.SIDE}, one thread: ms, GB/s, fraction of the probe (quartiles)")
-    for name, dtype in kernels.DTYPES.items():
-        seconds = interleave(make(dtype))
-        bytes_moved = streams * kernels.SIDE**2 * dtype.itemsize
-        section[name] = {}
-        for contestant, samples in seconds.items():
-            median, fraction = statistics.median(samples), ratios(seconds["probe"], samples)
-            section[name][contestant] = {"seconds": median, "fraction_of_probe": fraction}
-            spread = f"{fraction['median']:.2f} ({fraction['low']:.2f}-{fraction['high']:.2f})"
-            print(f"{name:9} {contestant:27} {median * 1e3:7.2f} {bytes_moved / median / 1e9:6.1f}  {spread}")
-    return section
+QUESTIONS = ("update", "norm", "lists", "linear", "embedding", "hooks", "step", "memory")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+# Freed memory stays with the process: no page is given back to the system and faulted in again.
+TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
-def hook_section() -> dict[str, Any]:
-    """Microseconds per parameter above bare autograd, in the same round."""
-    section: dict[str, Any] = {}
-    print("\nBackward + update, microseconds per parameter above bare autograd: median (lowest quartile)")
-    for count in hooks.COUNTS:
-        for shape, size in hooks.SHAPES.items():
-            for dtype in (torch.float32, torch.bfloat16):
-                seconds = interleave(hooks.contestants(size, dtype, count), rounds=41)
-                bare = seconds.pop("bare")
-                for name, samples in seconds.items():
-                    above = [(mine - base) / count * 1e6 for mine, base in zip(samples, bare, strict=True)]
-                    low, median, _ = statistics.quantiles(above, n=4)
-                    key = f"{count} x {shape}, {str(dtype).removeprefix('torch.')}, {name}"
-                    section[key] = {"median_us": median, "lowest_quartile_us": low}
-                    print(f"{key:45} {median:6.2f} ({low:.2f})")
-    return section
+class Run(NamedTuple):
+    """One process: a question, its environment, and which of its tests (pytest's -k)."""
+
+    question: str
+    environment: Mapping[str, str] = MappingProxyType({})
+    select: str = ""
 
 
-def main() -> None:
-    """Runs everything: some two minutes."""
-    torch.set_num_threads(1)
-    sections = {
-        "hooks": hook_section(),  # first: what the others leave in the allocator shows in microseconds
-        "update": kernel_section("Update", kernels.update_contestants, 3),
-        "norm": kernel_section("Norm", kernels.norm_contestants, 1),
-        "norm_errors": {name: kernels.norm_errors(dtype) for name, dtype in kernels.DTYPES.items()},
-    }
-    for dtype, errors in sections["norm_errors"].items():
-        print(f"norm of 2^25 elements, {dtype}: " + ", ".join(f"{k} off by {v:.1e}" for k, v in errors.items()))
-    print(f"\nwritten to {write(sections).name}")
+def runs(question: str, device: str) -> list[Run]:
+    """The settings that a question is asked in."""
+    if device == "cuda":
+        if question == "memory":
+            return [Run(question)]
+        return [Run(question, {"LOMO_KERNELS_BACKEND": backend}) for backend in ("cuda", "triton")]
+    own = [Run(question)]
+    if question in ("update", "norm"):  # the best instruction set was measured with the rivals
+        own += [Run(question, {"LOMO_KERNELS_ISA": isa}, "sgd_ or sq_norm_") for isa in ISAS if lower(isa)]
+    if question in ("update", "norm"):
+        own.append(Run(question, TUNED, "lomo_optim"))  # the one that allocates
+    if question == "step":
+        own.append(Run(question, TUNED))
+    return own
+
+
+def lower(isa: str) -> bool:
+    """Whether this is not the instruction set in force without being asked for, and this processor has it."""
+    from lomo_kernels import backends  # not at import: bench/gpu.py builds it first
+
+    best = backends.choice("CPU").detail
+    return best in ISAS and ISAS.index(isa) < ISAS.index(best)
+
+
+def main() -> int:
+    """Returns 1 where a measurement failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("question", nargs="*", help=f"{', '.join(QUESTIONS)} (default: all)")
+    parser.add_argument("--full", action="store_true", help="every size and case: an hour, the short selection minutes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write (default: bench/results/…)")
+    parser.add_argument("-k", dest="select", default="", help="only these tests, as pytest's -k selects them")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.question) - set(QUESTIONS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(QUESTIONS)}")
+    file = arguments.output or results.RESULTS / file_name(arguments.device, str(datetime.date.today()))
+    failed = []
+    for question in arguments.question or QUESTIONS:
+        found = []
+        for run in runs(question, arguments.device):
+            select = " and ".join(f"({part})" for part in (run.select, arguments.select) if part)
+            options = [f"--device={arguments.device}"] + ["--full"] * arguments.full + ["-k", select] * bool(select)
+            measured, status = measure(run, options)
+            found += [measured] * (measured is not None)
+            if status not in (0, 5):  # 5: -k left nothing
+                failed.append(f"{question} {run.environment or ''}".strip())
+        if found:
+            one = results.Results(
+                found[0].environment,
+                {name: reason for each in found for name, reason in each.missing.items()},
+                [measurement for each in found for measurement in each.measurements],
+            )
+            results.write(
+                file, results.merged(results.read(file), one) if file.exists() else one
+            )  # after each: the next may be cut off
+    print(f"\nwritten to {file}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
+    return bool(failed)
+
+
+def measure(run: Run, options: list[str]) -> tuple[results.Results | None, int]:
+    """What one process measured, and its exit status."""
+    print(
+        "+",
+        *(f"{name}={value}" for name, value in run.environment.items()),
+        f"bench_{run.question}",
+        *options,
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "measured.json"
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-enable"]
+        table = ["--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname", f"--record={file}"]
+        command = [*pytest, *table, f"bench/bench_{run.question}.py", *options]
+        status = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **run.environment}
+        ).returncode
+        return (results.read(file) if file.exists() else None), status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

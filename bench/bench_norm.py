@@ -1,20 +1,56 @@
-"""How fast, and how exact, is the sum of squares? (`python -m bench` gives paired ratios.)"""
+"""How fast, and how exact, is the sum of squares?"""
 
-import itertools
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from .kernels import DTYPES, norm_contestants
+from lomo_kernels import ops
+
+from .buffers import Buffers
+
+ELEMENTSS = {"short": [2**16, 2**24], "full": [2**power for power in range(10, 29, 2)]}
 
 
-@pytest.fixture(scope="module", params=DTYPES)
-def contestants(request):
-    torch.set_num_threads(1)
-    return norm_contestants(DTYPES[request.param])
+#: Each call adds the squared norm of a gradient to a slot, or returns the norm.
+NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "vector_norm": torch.linalg.vector_norm,
+    "vector_norm, float32": lambda grad: torch.linalg.vector_norm(grad, dtype=torch.float32),
+    "foreach_norm": lambda grad: torch._foreach_norm([grad])[0],  # clip_grad_norm_(foreach=True)
+    "lomo_optim": lambda grad: torch.norm(grad.to(torch.float32), 2.0),  # its hook's very line
+}
+CONTESTANTS = ("sq_norm_", *NORMS)
 
 
-@pytest.mark.parametrize("name", ["probe", "sq_norm_", "vector_norm"])
-def test_norm(benchmark, contestants, name):
-    numbers = itertools.count()
-    benchmark.pedantic(lambda: contestants[name](next(numbers)), rounds=15, warmup_rounds=1)
+@pytest.fixture(scope="module")
+def buffers(elements, dtype_name, device):
+    try:
+        return Buffers(getattr(torch, dtype_name), elements, device)
+    except MemoryError as error:
+        return error
+
+
+def test_norm(paired, missing, buffers, contestant, dtype_name, elements, device):
+    if isinstance(buffers, MemoryError):
+        missing(f"{elements} elements, {dtype_name}", str(buffers))
+    slot = torch.zeros(1, dtype=torch.float64, device=device)
+    grad = buffers.grads[0]
+    exact = sum(chunk.double().square().sum() for chunk in grad.split(2**24)).sqrt()
+    if contestant == "sq_norm_":
+        ops.sq_norm_(slot, grad)
+        error = abs(slot.sqrt() / exact - 1).item()
+        assert error <= 1e-6
+
+        def call(number):
+            ops.sq_norm_(slot, buffers.pair(number)[1])
+    else:
+        norm = NORMS[contestant]
+        error = abs(norm(grad).double() / exact - 1).item()
+
+        def call(number):
+            norm(buffers.pair(number)[1])
+
+    case = {"dtype": dtype_name, "elements": elements}
+    paired(contestant, case, call, buffers.probe(1), bytes_moved=buffers.nbytes, error=error)

@@ -1,26 +1,69 @@
-"""Interleaved timing, and results that say what they were measured on."""
+"""Timing in rounds, so that what is compared ran side by side; and what it ran on."""
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import json
+import math
 import os
 import platform
 import re
-import statistics
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = 5e-4  # seconds that a sample takes at least: short calls are repeated, the clock and its call cost 0.1 us
+BUDGET = 0.6  # seconds that a contestant's rounds take together, within the limits of ROUNDS
+ROUNDS = (9, 41)
 
 
-def interleave(contestants: dict[str, Callable[[int], Any]], rounds: int = 61) -> dict[str, list[float]]:
+class Clock:
+    """pytest-benchmark's timer. It stands but for the seconds that samples add, so its table shows single calls."""
+
+    seconds = 0.0
+
+    @classmethod
+    def read(cls) -> float:
+        return cls.seconds
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def repeated(call: Callable[[int], Any], device: str = "cpu") -> Callable[[], float]:
+    """A function that calls `call`, with a running number to rotate its buffers, as often as a sample takes, and
+    returns the seconds of one call. On a GPU calls are queued and the last one is waited for."""
+    numbers = itertools.count()
+    times = 1
+
+    def sample() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(times):
+            call(next(numbers))
+        synchronize(device)
+        return (time.perf_counter() - start) / times
+
+    sample()  # the first call sets up
+    while (spent := sample() * times) < SAMPLE:
+        times = max(2 * times, min(math.ceil(SAMPLE / spent * times), 100 * times))
+    return sample
+
+
+def rounds_for(seconds: float, budget: float = BUDGET) -> int:
+    """How many rounds of so many seconds fit into the budget."""
+    return min(max(int(budget / seconds), ROUNDS[0]), ROUNDS[1])
+
+
+def interleave(contestants: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each contestant in each round. Every round runs all, in rotated order; the first round is not counted.
 
     A contestant is called with a running number, to rotate its buffers, and may return the seconds itself.
@@ -37,12 +80,6 @@ def interleave(contestants: dict[str, Callable[[int], Any]], rounds: int = 61) -
             if turn:
                 seconds[name].append(spent)
     return seconds
-
-
-def ratios(limit: list[float], mine: list[float]) -> dict[str, float]:
-    """Median and quartiles of limit / mine, round by round: the fraction of the limit's speed."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(limit, mine, strict=True)], n=4)
-    return {"median": middle, "low": low, "high": high}
 
 
 def allocations(step: Callable[[], object]) -> list[int]:
@@ -65,36 +102,58 @@ def commit() -> str:
 
     def git(*arguments: str) -> str:
         try:
-            return subprocess.run(["git", *arguments], cwd=RESULTS, capture_output=True, text=True).stdout.strip()
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         except FileNotFoundError:
             return ""
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!*.md")
     return os.environ.get("LOMO_COMMIT") or git("rev-parse", "HEAD") + ("+" if changed else "") or "unknown"
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions, commit and settings of this process."""
-    import lomo_kernels  # not before: bench/gpu.py builds it
+def installed(package: str) -> str:
+    """The version of a package, or "none"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
+
+def environment(device: str) -> dict[str, Any]:
+    """Device ("cpu" or "cuda"), driver, versions and commit."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
+    about: dict[str, Any] = {
         "device": cpu[1] if cpu else platform.machine(),
-        "instruction_set": lomo_kernels.backends.choice("CPU").detail,
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": 1,
+    }
+    if device == "cuda":
+        about["device"] = torch.cuda.get_device_name()
+        about["capability"] = list(torch.cuda.get_device_capability())
+        about["driver"] = _said(r"([\d.]+)", "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        about["nvcc"] = _said(r"V([\d.]+)", "nvcc", "--version")
+    return about | {
         "torch": torch.__version__,
+        "triton": installed("triton"),
         "python": platform.python_version(),
-        "lomo_kernels": lomo_kernels.__version__,
+        "lomo_kernels": installed("lomo_kernels"),
+        "peers": {package: installed(package) for package in ("lomo-optim", "torch-optimi")},
         "commit": commit(),
-        "malloc": os.environ.get("MALLOC_MMAP_THRESHOLD_", "stock"),
     }
 
 
-def write(sections: dict[str, Any], kind: str = "cpu") -> Path:
-    """Writes one run's results to ``bench/results/<kind>-<instruction set>-<date>.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    about = environment()
-    path = RESULTS / f"{kind}-{about['instruction_set']}-{datetime.date.today()}.json"
-    path.write_text(json.dumps({"environment": about, **sections}, indent=1) + "\n")
-    return path
+def _said(pattern: str, *command: str) -> str:
+    """What a program says of itself, or "none"."""
+    if not shutil.which(command[0]):
+        return "none"
+    found = re.search(pattern, subprocess.run(command, capture_output=True, text=True).stdout)
+    return found[1] if found else "none"
+
+
+def file_name(device: str, date: str) -> str:
+    """Of the results: ``<device>-<date>.json``; for a processor with its best instruction set."""
+    name = environment(device)["device"]
+    if device == "cpu":
+        from lomo_kernels import backends  # not before: bench/gpu.py builds it
+
+        name = f"{name} {backends.choice('CPU').detail}"
+    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{date}.json"

@@ -1,0 +1,72 @@
+"""Parameters and gradients for kernels, more of them than a cache holds, and the probes of memory bandwidth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+CACHE = {"cpu": 2**28, "cuda": 2**29}  # bytes that the calls go through: several times the largest last-level caches
+VIEWS = 2**14  # at most so many buffers: below 4 Ki elements of 16 bits they stay in the last-level cache
+
+
+class Probe(NamedTuple):
+    """The limit of memory bandwidth: its time is that of `call`, times `scale` where that moves other bytes."""
+
+    name: str
+    call: Callable[[int], object]
+    scale: float = 1.0
+
+
+class Buffers:
+    """Pairs of a parameter and its gradient, each of `elements` numbers, to be used in turn."""
+
+    def __init__(self, dtype: torch.dtype, elements: int, device: str) -> None:
+        """
+        Raises:
+            MemoryError: they would take more than half of the free memory.
+        """
+        pair = 2 * elements * dtype.itemsize
+        count = min(max(-(-CACHE[device] // pair), 1), VIEWS)
+        if 2 * count * pair > free_memory(device):
+            raise MemoryError(f"{count * pair / 2**30:.1f} GiB of buffers are more than half of the free memory")
+        generator = torch.Generator(device).manual_seed(0)
+        random = torch.randn(2, min(2**22, count * elements), device=device, generator=generator).to(dtype)
+
+        def filled(numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            memory = torch.empty(count * elements, dtype=dtype, device=device)
+            for chunk in memory.split(numbers.numel()):
+                chunk.copy_(numbers[: chunk.numel()])
+            return memory.split(elements)
+
+        self.device, self.elements, self.dtype = device, elements, dtype
+        self.params, self.grads = filled(random[0]), filled(random[1])
+        self.nbytes = elements * dtype.itemsize
+
+    def pair(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        number %= len(self.params)
+        return self.params[number], self.grads[number]
+
+    def probe(self, streams: int) -> Probe:
+        """What moves as many bytes as an update (3 streams) or a norm (1), and does nothing else."""
+        if self.device == "cuda":
+            return Probe("copy", lambda number: torch.Tensor.copy_(*self.pair(number)), streams / 2)
+        import lomo_kernels_testing as native  # built by `make testing`
+
+        def read_2_write_1(number: int) -> None:
+            param, grad = self.pair(number)
+            native.read_2_write_1(param.data_ptr(), grad.data_ptr(), self.nbytes)
+
+        def read_1(number: int) -> None:
+            native.read_1(self.pair(number)[1].data_ptr(), self.nbytes)
+
+        return {3: Probe("read 2, write 1", read_2_write_1), 1: Probe("read 1", read_1)}[streams]
+
+
+def free_memory(device: str) -> int:
+    """Bytes."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

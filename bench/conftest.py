@@ -1,0 +1,117 @@
+"""What the benches share: the device, the extent, and a record of what was measured."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lomo_kernels import backends
+
+from . import results
+from .measure import Clock, environment, repeated, rounds_for
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("measurements of lomo_kernels")
+    group.addoption("--full", action="store_true", help="every size and case, not the short selection")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels are measured")
+    group.addoption("--record", metavar="FILE", type=Path, help="write the measurements there")
+
+
+def pytest_configure(config):
+    config.measurements, config.missing = [], {}
+    torch.set_num_threads(1)  # the probe of memory bandwidth has one, and a thread of two is not measured well
+
+
+def pytest_generate_tests(metafunc):
+    """Parameters named `<NAME>S` in the module, {"short": …, "full": …}; dtypes where asked for."""
+    extent = "full" if metafunc.config.getoption("full") else "short"
+    for name in metafunc.fixturenames:
+        if values := getattr(metafunc.module, f"{name.upper()}S", None):
+            scope = "function" if name == "contestant" else "module"  # contestants share what a case sets up
+            metafunc.parametrize(name, values[extent] if isinstance(values, dict) else values, ids=str, scope=scope)
+        elif name == "dtype_name":
+            metafunc.parametrize(name, DTYPES, scope="module")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=Clock.read))
+
+
+def pytest_sessionfinish(session):
+    if file := session.config.getoption("record"):
+        about = environment(session.config.getoption("device"))
+        results.write(file, results.Results(about, session.config.missing, session.config.measurements))
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    name = request.config.getoption("device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--device cuda needs a GPU: torch.cuda.is_available() is False")
+    return name
+
+
+@pytest.fixture(scope="session")
+def setting(device):
+    """What the process is set to, part of every case."""
+    serving = backends.choice(device.upper())
+    tuned = os.environ.get("MALLOC_MMAP_MAX_") == "0"
+    allocator = {"malloc": "tuned" if tuned else "stock"} if device == "cpu" else {}
+    return {"backend": serving.backend, "detail": serving.detail, **allocator}
+
+
+@pytest.fixture
+def missing(request):
+    """missing(name, reason): names a contestant that cannot run here, and skips the test."""
+
+    def skip(name, reason):
+        request.config.missing[name] = reason
+        pytest.skip(f"{name}: {reason}")
+
+    return skip
+
+
+@pytest.fixture
+def record(request, setting):
+    """record(contestant, case, …): keeps a `results.Measurement` of this file's question."""
+    question = request.module.__name__.split("bench_")[-1]
+
+    def keep(contestant, case, **measured):
+        one = results.Measurement(question, contestant, {**setting, **case}, **measured)
+        request.config.measurements.append(one)
+        return one
+
+    return keep
+
+
+@pytest.fixture
+def paired(benchmark, record, device):
+    """paired(contestant, case, call, other, …): times `call`, and the probe `other` right before it in every round."""
+
+    def run(contestant, case, call, other, **more):
+        if benchmark.disabled:
+            other.call(0)
+            benchmark.pedantic(call, args=(0,))
+            return
+        mine, beside = repeated(call, device), repeated(other.call, device)
+        seconds, beside_seconds = [], []
+
+        def sample():
+            seconds.append(mine())
+            Clock.seconds += seconds[-1]
+
+        def before():
+            beside_seconds.append(beside() * other.scale)
+
+        rounds = rounds_for(mine() + beside())
+        benchmark.pedantic(sample, setup=before, rounds=rounds)
+        record(contestant, case, seconds=seconds, beside=other.name, beside_seconds=beside_seconds, **more)
+
+    return run

@@ -1,0 +1,67 @@
+"""The optimizers that Lomo is measured against, each at its best setting, and those that are not installed.
+
+`PEERS` says how each is set, for the page of results. `foreach` and `fused` are torch's fast paths.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+PEERS = {
+    "add_": "`param.add_(grad, alpha=-lr)`, what a hook of one's own does",
+    "mul_, add_": "the same with decoupled weight decay: `param.mul_(1 - lr * wd).add_(grad, alpha=-lr)`",
+    "SGD foreach": "`torch.optim.SGD(foreach=True)`",
+    "SGD fused": "`torch.optim.SGD(fused=True)`, where its results are right",
+    "optimi SGD": "`optimi.SGD` with Kahan summation, its default for 16-bit weights (it keeps one more tensor of the "
+    "weight's size, and is the more exact for it); `foreach=True` on CPUs, its Triton kernels on GPUs",
+    "optimi SGD, no Kahan": "`optimi.SGD(kahan_sum=False)`, otherwise the same",
+    "lomo_optim": "`lomo_optim.Lomo`, the paper's authors' code, its update alone (with float32 copies)",
+}
+NEEDS = {"optimi": ("optimi",), "lomo_optim": ("lomo_optim", "transformers")}  # lomo_optim does not say so itself
+EXTRA = "pip install 'lomo_kernels[bench]'"
+
+
+def missing(peer: str) -> str:
+    """Why a peer ("optimi", "lomo_optim") cannot run; empty where it can."""
+    lacking = [name for name in NEEDS[peer] if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(lacking)} not installed: {EXTRA}" if lacking else ""
+
+
+class OneAtATime:
+    """An optimizer's step on one parameter after the other: `step(param)`, with its gradient in `.grad`.
+
+    One optimizer for all, so that thousands of small parameters do not need thousands of optimizers.
+    """
+
+    def __init__(self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], param: nn.Parameter) -> None:
+        self.optimizer = make([param])
+        self.group = self.optimizer.param_groups[0]
+
+    def step(self, param: nn.Parameter) -> None:
+        self.group["params"] = [param]
+        self.optimizer.step()
+
+
+class LomoOptim:
+    """lomo_optim's update of one parameter: what its hook does with the first gradient that it finds."""
+
+    def __init__(self, lr: float) -> None:
+        from lomo_optim import Lomo
+
+        self.held: list[tuple[str, nn.Parameter]] = [("weight", nn.Parameter(torch.zeros(1)))]
+        self.update: Callable[[Any], Any] = Lomo(self, lr=lr).grad_func
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return self.held
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [param for _, param in self.held]
+
+    def step(self, param: nn.Parameter) -> None:
+        self.held[0] = ("weight", param)
+        self.update(None)

@@ -1,0 +1,143 @@
+"""The format of measured results, and its one reader.
+
+A file ``bench/results/<device>-<date>.json`` holds what one device gave on one day:
+
+- ``environment``: device, driver, versions, commit, threads.
+- ``missing``: contestants that could not run, by name, with the reason.
+- ``measurements``: a list of `Measurement`, raw samples included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Spread(NamedTuple):
+    """Median, and the tenth and ninetieth percentile: four samples of five lie between these."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Spread:
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0])
+        deciles = statistics.quantiles(samples, n=10, method="inclusive")
+        return cls(statistics.median(samples), deciles[0], deciles[-1])
+
+    def apart(self, other: Spread) -> bool:
+        """Whether the two ranges have nothing in common."""
+        return self.high < other.low or other.high < self.low
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One contestant in one case of one question (`bench/bench_<question>.py`).
+
+    `seconds` are the raw samples, each of one call, step or backward. `beside` names what was run next to it in every
+    round, and `beside_seconds` are its samples: the limit, the rival or the bare run that a sample is compared with.
+    `bytes_moved` is what one call has to read and write, `memory` holds bytes by category, `error` is relative to
+    float64.
+    """
+
+    question: str
+    contestant: str
+    case: dict[str, Any]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    beside: str = ""
+    beside_seconds: list[float] = dataclasses.field(default_factory=list)
+    bytes_moved: int | None = None
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    error: float | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes it the same measurement in two files."""
+        return self.question, self.contestant, *sorted(self.case.items())
+
+    @property
+    def time(self) -> Spread:
+        """Seconds."""
+        return Spread.of(self.seconds)
+
+    @property
+    def ratio(self) -> Spread:
+        """Its time over that of what ran beside it, round by round."""
+        return Spread.of([mine / other for mine, other in zip(self.seconds, self.beside_seconds, strict=True)])
+
+    @property
+    def fraction(self) -> Spread:
+        """Its speed as a fraction of that of what ran beside it, round by round."""
+        return Spread.of([other / mine for mine, other in zip(self.seconds, self.beside_seconds, strict=True)])
+
+    @property
+    def above(self) -> Spread:
+        """Seconds above what ran beside it, round by round."""
+        return Spread.of([mine - other for mine, other in zip(self.seconds, self.beside_seconds, strict=True)])
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        assert self.bytes_moved is not None, "moves no known number of bytes"
+        return self.bytes_moved / self.time.median / 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What one file holds."""
+
+    environment: dict[str, Any]
+    missing: dict[str, str]
+    measurements: list[Measurement]
+
+    def of(self, question: str, **case: Any) -> list[Measurement]:
+        """The measurements of a question whose case has these values."""
+        return [
+            one
+            for one in self.measurements
+            if one.question == question and all(one.case.get(name) == value for name, value in case.items())
+        ]
+
+    def questions(self) -> set[str]:
+        return {one.question for one in self.measurements}
+
+
+def read(file: Path) -> Results:
+    content = json.loads(file.read_text())
+    measurements = [Measurement(**one) for one in content["measurements"]]
+    return Results(content["environment"], content["missing"], measurements)
+
+
+def write(file: Path, results: Results) -> None:
+    """One line per measurement: a readable difference, and a file that is not mostly line breaks."""
+    lines = ",\n".join("  " + json.dumps(_rounded(dataclasses.asdict(one))) for one in results.measurements)
+    head = {"environment": results.environment, "missing": results.missing}
+    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "measurements": [\n{lines}\n ]\n}}\n'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def _rounded(one: dict[str, Any]) -> dict[str, Any]:
+    """Without what is empty, and samples with four digits: the clock has no more."""
+    for name in ("seconds", "beside_seconds"):
+        one[name] = [float(f"{sample:.4g}") for sample in one[name]]
+    return {name: value for name, value in one.items() if value not in (None, "", [], {})}
+
+
+def merged(old: Results, new: Results) -> Results:
+    """`old` with the questions of `new` in place of its own."""
+    kept = [one for one in old.measurements if one.question not in new.questions()]
+    return Results(new.environment, old.missing | new.missing, kept + new.measurements)
+
+
+def newest() -> Iterator[Path]:
+    """The newest file of each device, by name."""
+    files = sorted(RESULTS.glob("*.json"), key=lambda file: file.stem[-10:])
+    yield from sorted({file.stem[:-11]: file for file in files}.values())
