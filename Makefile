@@ -82,10 +82,10 @@ clean:           ## remove what was built; VENV stays
 	rm -rf build dist *.egg-info lomo_kernels/*.so
 
 $(stamps)/demo: extras := demo
-$(stamps)/test: extras := demo,test$(cuda_build)
-$(stamps)/bench: extras := test,bench
+# Tests run the benches' rivals and draw their plots.
+$(stamps)/test: extras := demo,test,bench$(cuda_build)
 $(stamps)/lint: extras := demo,lint
-$(stamps)/demo $(stamps)/test $(stamps)/bench $(stamps)/lint: $(stamps)/environment $(sources)
+$(stamps)/demo $(stamps)/test $(stamps)/lint: $(stamps)/environment $(sources)
 	@$(need_compiler)
 	@echo "Building lomo_kernels and installing it with [$(extras)] into $(VENV)"
 	@$(pip) install -e '.[$(extras)]'

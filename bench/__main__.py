@@ -23,6 +23,7 @@ from .measure import ROOT, file_name
 
 QUESTIONS = ("update", "norm", "lists", "linear", "embedding", "hooks", "step", "memory")
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+OURS = "sgd_ or sq_norm_"
 # Freed memory stays with the process: no page is given back to the system and faulted in again.
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
@@ -36,19 +37,21 @@ class Run(NamedTuple):
 
 
 def runs(question: str, device: str) -> list[Run]:
-    """The settings that a question is asked in."""
+    """The settings that a question is asked in. What the first one measured of rivals is not measured again."""
     if device == "cuda":
-        if question == "memory":
-            return [Run(question)]
-        return [Run(question, {"LOMO_KERNELS_BACKEND": backend}) for backend in ("cuda", "triton")]
-    own = [Run(question)]
-    if question in ("update", "norm"):  # the best instruction set was measured with the rivals
-        own += [Run(question, {"LOMO_KERNELS_ISA": isa}, "sgd_ or sq_norm_") for isa in ISAS if lower(isa)]
+        if question in ("update", "norm", "lists"):
+            return [
+                Run(question, {"LOMO_KERNELS_BACKEND": "cuda"}),
+                Run(question, {"LOMO_KERNELS_BACKEND": "triton"}, OURS),
+            ]
+        return [Run(question)]
+    settings = [Run(question)]
     if question in ("update", "norm"):
-        own.append(Run(question, TUNED, "lomo_optim"))  # the one that allocates
+        settings += [Run(question, {"LOMO_KERNELS_ISA": isa}, OURS) for isa in ISAS if lower(isa)]
+        settings.append(Run(question, TUNED, "lomo_optim"))  # the one that allocates
     if question == "step":
-        own.append(Run(question, TUNED))
-    return own
+        settings.append(Run(question, TUNED))
+    return settings
 
 
 def lower(isa: str) -> bool:
@@ -81,15 +84,10 @@ def main() -> int:
             found += [measured] * (measured is not None)
             if status not in (0, 5):  # 5: -k left nothing
                 failed.append(f"{question} {run.environment or ''}".strip())
-        if found:
-            one = results.Results(
-                found[0].environment,
-                {name: reason for each in found for name, reason in each.missing.items()},
-                [measurement for each in found for measurement in each.measurements],
-            )
-            results.write(
-                file, results.merged(results.read(file), one) if file.exists() else one
-            )  # after each: the next may be cut off
+        if found:  # after each question: the next may be cut off
+            missing = {name: reason for each in found for name, reason in each.missing.items()}
+            measurements = [measurement for each in found for measurement in each.measurements]
+            results.add(file, results.Results(found[0].environment, missing, measurements))
     print(f"\nwritten to {file}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
     return bool(failed)
 

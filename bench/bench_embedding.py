@@ -1,41 +1,52 @@
-"""What does an embedding's update from indices cost, next to a dense gradient?"""
+"""What do an embedding's update and norm from indices cost, next to its dense gradient?"""
+
+from __future__ import annotations
 
 import pytest
 import torch
 
 from lomo_kernels import ops, reference
 
-ROWS, WIDTH = 32_000, 1024
+from .buffers import Probe
+
+ROWS = {"cpu": 32_000, "cuda": 128_256}  # vocabularies of Llama 1 and 3
+WIDTH = {"cpu": 1024, "cuda": 4096}
+TOKENS = {"short": [256], "full": [256, 1024, 4096]}
+CONTESTANTS = (
+    "dense gradient, sgd_",
+    "dense gradient, sq_norm_",
+    "embedding_sgd_",
+    "embedding_sgd_, decay",
+    "embedding_sq_norm_",
+)
 
 
-@pytest.fixture(scope="module", params=[256, 4096], ids="{} tokens".format)
-def contestants(request):
-    """Each for one bfloat16 embedding of ROWS x WIDTH."""
-    torch.set_num_threads(1)
+@pytest.fixture(scope="module")
+def calls(tokens, device):
+    """By contestant, each for one bfloat16 embedding; and the probe, the making of its dense gradient."""
     torch.manual_seed(0)
-    weight = torch.randn(ROWS, WIDTH).bfloat16()
-    index, gy = torch.randint(ROWS, (request.param,)), torch.randn(request.param, WIDTH).bfloat16()
-    few, rows = weight[:100].clone(), index % 100  # a bench of wrong results is worth nothing
-    expected = reference.updated(few, reference.embedding_gradient(100, [rows], [gy], [-1]), lr=0.5)
-    ops.embedding_sgd_(few, rows, gy, lr=0.5)
+    rows, width = ROWS[device], WIDTH[device]
+    weight = torch.randn(rows, width, device=device).bfloat16()
+    index = torch.randint(rows, (tokens,), device=device)
+    gy = torch.randn(tokens, width, device=device).bfloat16()
+    lr, slot = (torch.tensor([value], dtype=torch.float64, device=device) for value in (1e-9, 0.0))
+    few, some = weight[:100].clone(), index % 100  # a bench of wrong results is worth nothing
+    expected = reference.updated(few, reference.embedding_gradient(100, [some], [gy], [-1]), lr=0.5)
+    ops.embedding_sgd_(few, some, gy, lr=0.5)
     torch.testing.assert_close(few, expected)
-    slot = torch.zeros(1, dtype=torch.float64)
 
-    def dense():
-        return torch.ops.aten.embedding_dense_backward(gy, index, ROWS, -1, False)
+    def dense(_):
+        return torch.ops.aten.embedding_dense_backward(gy, index, rows, -1, False)
 
-    return {
-        "dense gradient": dense,
-        "dense gradient, sgd_": lambda: ops.sgd_(weight, dense(), lr=1e-9),
-        "embedding_sgd_": lambda: ops.embedding_sgd_(weight, index, gy, lr=1e-9),
-        "embedding_sgd_, decay": lambda: ops.embedding_sgd_(weight, index, gy, lr=1e-9, weight_decay=0.1),
-        "embedding_sq_norm_": lambda: ops.embedding_sq_norm_(slot, index, gy),
+    return Probe("dense gradient", dense), {
+        "dense gradient, sgd_": lambda _: ops.sgd_(weight, dense(_), lr=lr),
+        "dense gradient, sq_norm_": lambda _: ops.sq_norm_(slot, dense(_)),
+        "embedding_sgd_": lambda _: ops.embedding_sgd_(weight, index, gy, lr=lr),
+        "embedding_sgd_, decay": lambda _: ops.embedding_sgd_(weight, index, gy, lr=lr, weight_decay=0.1),
+        "embedding_sq_norm_": lambda _: ops.embedding_sq_norm_(slot, index, gy),
     }
 
 
-NAMES = ["dense gradient", "dense gradient, sgd_", "embedding_sgd_", "embedding_sgd_, decay", "embedding_sq_norm_"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_embedding(benchmark, contestants, name):
-    benchmark.pedantic(contestants[name], rounds=15, warmup_rounds=2)
+def test_embedding(paired, calls, contestant, tokens):
+    probe, contestants = calls
+    paired(contestant, {"dtype": "bfloat16", "tokens": tokens}, contestants[contestant], probe)

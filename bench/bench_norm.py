@@ -11,7 +11,7 @@ from lomo_kernels import ops
 
 from .buffers import Buffers
 
-ELEMENTSS = {"short": [2**16, 2**24], "full": [2**power for power in range(10, 29, 2)]}
+ELEMENTS = {"short": [2**16, 2**24], "full": [2**power for power in range(10, 29, 2)]}
 
 
 #: Each call adds the squared norm of a gradient to a slot, or returns the norm.

@@ -14,7 +14,7 @@ from lomo_kernels import ops, reference
 from . import peers
 from .buffers import Buffers
 
-ELEMENTSS = {"short": [2**16, 2**24], "full": [2**power for power in range(10, 29, 2)]}
+ELEMENTS = {"short": [2**16, 2**24], "full": [2**power for power in range(10, 29, 2)]}
 LR = 1e-3
 EVERY = {"weight_decay": 0.01, "inv_scale": 0.5, "clip_value": 3.0, "clip_coef": 0.5}
 STREAMS = 3  # reads the parameter and the gradient, writes the parameter
@@ -69,8 +69,6 @@ def sgd(buffers: Buffers, lr: float, **options: bool) -> Call:
 def optimi(buffers: Buffers, lr: float, **options: bool) -> Call:
     from optimi import SGD
 
-    if buffers.device == "cpu":
-        options["foreach"] = True
     return stepped(buffers, lambda param: peers.OneAtATime(partial(SGD, lr=lr, **options), param))
 
 

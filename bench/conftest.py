@@ -29,10 +29,11 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """Parameters named `<NAME>S` in the module, {"short": …, "full": …}; dtypes where asked for."""
+    """Arguments named as a constant of the module (`tokens`: TOKENS, `contestant`: CONTESTANTS), which may differ by
+    extent: {"short": …, "full": …}; dtypes where asked for."""
     extent = "full" if metafunc.config.getoption("full") else "short"
     for name in metafunc.fixturenames:
-        if values := getattr(metafunc.module, f"{name.upper()}S", None):
+        if values := getattr(metafunc.module, f"{name.upper().rstrip('S')}S", None):
             scope = "function" if name == "contestant" else "module"  # contestants share what a case sets up
             metafunc.parametrize(name, values[extent] if isinstance(values, dict) else values, ids=str, scope=scope)
         elif name == "dtype_name":

@@ -1,30 +1,27 @@
 """``make gpu``: what needs a GPU, in stages: ``build``, ``test``, ``sanitize``, ``bench``; all of them, or those named.
 
 Uses the interpreter it runs in, whose torch must have CUDA, and installs nothing but this package (editable, without
-its dependencies). Each stage's outcome goes into ``bench/results/<device>-<date>.json`` beside those of the stages
-before it. ``LOMO_COMMIT`` names the commit where there is no git repository.
+its dependencies). Each stage's outcome goes into the ``checks`` of ``bench/results/<device>-<date>.json``, measurements
+beside them (``python -m bench --device cuda`` alone measures, too). ``LOMO_COMMIT`` names the commit where there is no
+git repository.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .measure import RESULTS, commit
+from . import results
+from .measure import ROOT, environment, file_name
 
-ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("cuda", "triton")
 # The tools see every access of every thread: some hundred times slower, so small cases of each kernel.
 SANITIZED = "every_key_of_the_random or in_the_same_pass and (33] or 65537]) or list_form or accumulates"
@@ -74,40 +71,13 @@ def sanitize() -> dict[str, Any]:
 
 
 def bench() -> dict[str, Any]:
-    outcome = {}
-    for backend in BACKENDS:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "figures.json"
-            measured = run([sys.executable, "-m", "bench.gpu_kernels", str(file)], LOMO_KERNELS_BACKEND=backend)
-            outcome[backend] = measured | (json.loads(file.read_text()) if file.exists() else {})
-    return outcome
+    command = [sys.executable, "-m", "bench", "--full", "--device", "cuda", "--output", str(file())]
+    return {"measured": run(command)}
 
 
-def about() -> dict[str, Any]:
-    """Device, driver, versions and commit."""
-    smi = shutil.which("nvidia-smi")
-    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] if smi else "unknown"
-    nvcc = shutil.which("nvcc")
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
-    release = re.search(r"V([\d.]+)", said)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "capability": list(torch.cuda.get_device_capability()),
-        "driver": driver,
-        "nvcc": release[1] if release else "none",
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": commit(),
-        "date": str(datetime.date.today()),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
+def file() -> Path:
+    """The results of today."""
+    return results.RESULTS / file_name("cuda", str(datetime.date.today()))
 
 
 STAGES = {stage.__name__: stage for stage in (build, test, sanitize, bench)}
@@ -120,19 +90,13 @@ def main() -> int:
         sys.exit(f"unknown stages: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     if not torch.cuda.is_available():
         sys.exit("make gpu needs a GPU, and torch.cuda.is_available() is False in this environment")
-    environment = about()
-    name = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
-    file = RESULTS / f"{name}-{environment['date']}.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    if results.get("environment", {}).get("commit") != environment["commit"] or environment["commit"] == "unknown":
-        results = {}
-    results["environment"] = environment
     failed = []
     for stage in stages:
-        results[stage] = STAGES[stage]()
-        failed += [f"{stage} {name}" for name, outcome in results[stage].items() if outcome["status"]]
-        file.write_text(json.dumps(results, indent=1) + "\n")  # after each: the next may be cut off
-    print(f"\nwritten to {file.relative_to(ROOT)}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
+        outcome = STAGES[stage]()
+        failed += [f"{stage} {name}" for name, one in outcome.items() if one["status"]]
+        # After each stage: the next may be cut off.
+        results.add(file(), results.Results(environment("cuda"), checks={stage: outcome}))
+    print(f"\nwritten to {file().relative_to(ROOT)}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
     return bool(failed)
 
 

@@ -153,7 +153,7 @@ def file_name(device: str, date: str) -> str:
     """Of the results: ``<device>-<date>.json``; for a processor with its best instruction set."""
     name = environment(device)["device"]
     if device == "cpu":
-        from lomo_kernels import backends  # not before: bench/gpu.py builds it
+        from lomo_kernels import backends  # not at import: bench/gpu.py builds it
 
         name = f"{name} {backends.choice('CPU').detail}"
     return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{date}.json"

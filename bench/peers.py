@@ -18,7 +18,7 @@ PEERS = {
     "SGD foreach": "`torch.optim.SGD(foreach=True)`",
     "SGD fused": "`torch.optim.SGD(fused=True)`, where its results are right",
     "optimi SGD": "`optimi.SGD` with Kahan summation, its default for 16-bit weights (it keeps one more tensor of the "
-    "weight's size, and is the more exact for it); `foreach=True` on CPUs, its Triton kernels on GPUs",
+    "weight's size, and is the more exact for it); on GPUs its Triton kernels",
     "optimi SGD, no Kahan": "`optimi.SGD(kahan_sum=False)`, otherwise the same",
     "lomo_optim": "`lomo_optim.Lomo`, the paper's authors' code, its update alone (with float32 copies)",
 }

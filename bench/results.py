@@ -5,6 +5,7 @@ A file ``bench/results/<device>-<date>.json`` holds what one device gave on one 
 - ``environment``: device, driver, versions, commit, threads.
 - ``missing``: contestants that could not run, by name, with the reason.
 - ``measurements``: a list of `Measurement`, raw samples included.
+- ``checks``: on a GPU, how its build, tests and sanitizers ended (bench/gpu.py).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Measurement:
 
     question: str
     contestant: str
-    case: dict[str, Any]
+    case: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: list[float] = dataclasses.field(default_factory=list)
     beside: str = ""
     beside_seconds: list[float] = dataclasses.field(default_factory=list)
@@ -94,8 +95,9 @@ class Results:
     """What one file holds."""
 
     environment: dict[str, Any]
-    missing: dict[str, str]
-    measurements: list[Measurement]
+    missing: dict[str, str] = dataclasses.field(default_factory=dict)
+    measurements: list[Measurement] = dataclasses.field(default_factory=list)
+    checks: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def of(self, question: str, **case: Any) -> list[Measurement]:
         """The measurements of a question whose case has these values."""
@@ -112,13 +114,13 @@ class Results:
 def read(file: Path) -> Results:
     content = json.loads(file.read_text())
     measurements = [Measurement(**one) for one in content["measurements"]]
-    return Results(content["environment"], content["missing"], measurements)
+    return Results(content["environment"], content["missing"], measurements, content.get("checks", {}))
 
 
 def write(file: Path, results: Results) -> None:
     """One line per measurement: a readable difference, and a file that is not mostly line breaks."""
     lines = ",\n".join("  " + json.dumps(_rounded(dataclasses.asdict(one))) for one in results.measurements)
-    head = {"environment": results.environment, "missing": results.missing}
+    head = {"environment": results.environment, "missing": results.missing, "checks": results.checks}
     text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "measurements": [\n{lines}\n ]\n}}\n'
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
@@ -131,10 +133,14 @@ def _rounded(one: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in one.items() if value not in (None, "", [], {})}
 
 
-def merged(old: Results, new: Results) -> Results:
-    """`old` with the questions of `new` in place of its own."""
+def add(file: Path, new: Results) -> None:
+    """Writes `new` into a file. What that holds of other questions and checks stays, and its commit with it:
+    ``environment["commits"]`` says which commit each question and check was asked of."""
+    old = read(file) if file.exists() else Results({})
+    asked = dict.fromkeys(sorted(new.questions() | new.checks.keys()), new.environment["commit"])
+    about = new.environment | {"commits": old.environment.get("commits", {}) | asked}
     kept = [one for one in old.measurements if one.question not in new.questions()]
-    return Results(new.environment, old.missing | new.missing, kept + new.measurements)
+    write(file, Results(about, old.missing | new.missing, kept + new.measurements, old.checks | new.checks))
 
 
 def newest() -> Iterator[Path]:
