@@ -130,7 +130,15 @@ def test_a_missing_peer_is_named_in_the_results(tmp_path):
         "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     )
     file = tmp_path / "measured.json"
-    options = ["-q", "-p", "no:cacheprovider", "--benchmark-enable", "-k", "65536 and bfloat16 and not sgd_", f"--record={file}"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-enable",
+        "-k",
+        "65536 and bfloat16 and not sgd_",
+        f"--record={file}",
+    ]
     command = [sys.executable, "-c", code, "bench/bench_norm.py", "bench/bench_update.py", *options]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "build" / "testing")])
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
