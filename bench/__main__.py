@@ -21,6 +21,9 @@ from typing import NamedTuple
 from . import results
 from .measure import ROOT, file_name
 
+# Other pages of memory, another minute: two processes differ by more than two rounds of one. So each question is asked
+# by three, some minutes apart, and their samples are pooled.
+PROCESSES = 3
 QUESTIONS = ("update", "norm", "lists", "linear", "embedding", "hooks", "step", "memory")
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 OURS = "sgd_ or sq_norm_"
@@ -75,19 +78,19 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(QUESTIONS)}")
     file = arguments.output or results.RESULTS / file_name(arguments.device, str(datetime.date.today()))
     failed = []
-    for question in arguments.question or QUESTIONS:
-        found = []
-        for run in runs(question, arguments.device):
-            select = " and ".join(f"({part})" for part in (run.select, arguments.select) if part)
-            options = [f"--device={arguments.device}"] + ["--full"] * arguments.full + ["-k", select] * bool(select)
-            measured, status = measure(run, options)
-            found += [measured] * (measured is not None)
-            if status not in (0, 5):  # 5: -k left nothing
-                failed.append(f"{question} {run.environment or ''}".strip())
-        if found:  # after each question: the next may be cut off
-            missing = {name: reason for each in found for name, reason in each.missing.items()}
-            measurements = [measurement for each in found for measurement in each.measurements]
-            results.add(file, results.Results(found[0].environment, missing, measurements))
+    answers: dict[str, results.Results] = {}
+    for _ in range(PROCESSES):
+        for question in arguments.question or QUESTIONS:
+            for run in runs(question, arguments.device):
+                select = " and ".join(f"({part})" for part in (run.select, arguments.select) if part)
+                options = [f"--device={arguments.device}", f"--processes={PROCESSES}"]
+                measured, status = measure(run, options + ["--full"] * arguments.full + ["-k", select] * bool(select))
+                if measured:
+                    answers[question] = answers[question].pooled(measured) if question in answers else measured
+                if status not in (0, 5):  # 5: -k left nothing
+                    failed.append(f"{question} {dict(run.environment) or ''}".strip())
+            if question in answers:  # after each question: the next may be cut off
+                results.add(file, answers[question])
     print(f"\nwritten to {file}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
     return bool(failed)
 

@@ -20,6 +20,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("measurements of lomo_kernels")
     group.addoption("--full", action="store_true", help="every size and case, not the short selection")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels are measured")
+    group.addoption("--processes", type=int, default=1, help="this many share the rounds (set by python -m bench)")
     group.addoption("--record", metavar="FILE", type=Path, help="write the measurements there")
 
 
@@ -93,7 +94,7 @@ def record(request, setting):
 
 
 @pytest.fixture
-def paired(benchmark, record, device):
+def paired(benchmark, record, device, request):
     """paired(contestant, case, call, other, …): times `call`, and the probe `other` right before it in every round."""
 
     def run(contestant, case, call, other, **more):
@@ -111,7 +112,7 @@ def paired(benchmark, record, device):
         def before():
             beside_seconds.append(beside() * other.scale)
 
-        rounds = rounds_for(mine() + beside())
+        rounds = rounds_for(mine() + beside(), request.config.getoption("processes"))
         benchmark.pedantic(sample, setup=before, rounds=rounds)
         record(contestant, case, seconds=seconds, beside=other.name, beside_seconds=beside_seconds, **more)
 

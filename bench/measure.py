@@ -58,9 +58,9 @@ def repeated(call: Callable[[int], Any], device: str = "cpu") -> Callable[[], fl
     return sample
 
 
-def rounds_for(seconds: float, budget: float = BUDGET) -> int:
-    """How many rounds of so many seconds fit into the budget."""
-    return min(max(int(budget / seconds), ROUNDS[0]), ROUNDS[1])
+def rounds_for(seconds: float, processes: int) -> int:
+    """How many rounds of so many seconds each of some processes runs, to fill the budget together."""
+    return -(-min(max(int(BUDGET / seconds), ROUNDS[0]), ROUNDS[1]) // processes)
 
 
 def interleave(contestants: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:

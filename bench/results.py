@@ -107,6 +107,19 @@ class Results:
             if one.question == question and all(one.case.get(name) == value for name, value in case.items())
         ]
 
+    def pooled(self, other: Results) -> Results:
+        """The samples of both: the same contestants in two processes."""
+        more = {one.key: one for one in other.measurements}
+        both = []
+        for one in self.measurements:
+            two = more.pop(one.key, Measurement(one.question, one.contestant))
+            both.append(
+                dataclasses.replace(
+                    one, seconds=one.seconds + two.seconds, beside_seconds=one.beside_seconds + two.beside_seconds
+                )
+            )
+        return Results(self.environment, self.missing | other.missing, both + list(more.values()))
+
     def questions(self) -> set[str]:
         return {one.question for one in self.measurements}
 

@@ -67,6 +67,25 @@ def test_compare_sees_a_slower_kernel(tmp_path, capsys, factor, verdict):
     assert "add_" not in said
 
 
+def test_samples_of_several_processes_are_pooled():
+    old = Results({}, {"a": "x"}, [measurement([1.0], elements=1), measurement([2.0], elements=2)])
+    new = Results({}, {"b": "y"}, [measurement([3.0], elements=2), measurement([4.0], elements=3)])
+    both = old.pooled(new)
+    assert [(one.case["elements"], one.seconds) for one in both.measurements] == [
+        (1, [1.0]),
+        (2, [2.0, 3.0]),
+        (3, [4.0]),
+    ]
+    assert all(len(one.seconds) == len(one.beside_seconds) for one in both.measurements)
+    assert both.missing == {"a": "x", "b": "y"}
+
+
+def test_processes_share_the_rounds():
+    assert measure.rounds_for(10.0, 1) == 9
+    assert measure.rounds_for(10.0, 3) == 3
+    assert measure.rounds_for(1e-6, 3) * 3 >= measure.ROUNDS[1]
+
+
 def test_compare_refuses_files_with_nothing_in_common(tmp_path):
     for name, size in (("old", 1), ("new", 2)):
         results.write(tmp_path / name, Results({"commit": name}, {}, [measurement([1.0], elements=size)]))

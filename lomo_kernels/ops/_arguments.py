@@ -79,10 +79,10 @@ def integer(op: str, name: str, value: int) -> int:
     return value
 
 
-def step_tensor(op: str, step: int | Tensor, device: torch.device) -> Tensor:
-    """`step` as the one-element int64 tensor that an operator takes."""
+def step_tensor(op: str, step: int | Tensor, device: torch.device) -> Tensor | None:
+    """`step` as the one-element int64 tensor that an operator takes; None for 0, which saves the making of one."""
     if not isinstance(step, Tensor):
-        return torch.scalar_tensor(integer(op, "step", step), dtype=torch.int64)
+        return torch.scalar_tensor(step, dtype=torch.int64) if integer(op, "step", step) else None
     if step.numel() != 1 or step.dtype != torch.int64:
         raise ValueError(f"{op}: step has shape {list(step.shape)} and dtype {step.dtype}, expected one int64 element")
     if step.device != device:

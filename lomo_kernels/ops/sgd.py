@@ -193,9 +193,10 @@ def sgd_scalars(
     """The checked scalars of an update, in the order of the operators' schemas."""
     if lr is None:
         raise TypeError(f"{op}: lr is None, expected a number or a one-element tensor")
+    no_decay = not isinstance(weight_decay, Tensor) and weight_decay == 0  # saves the making of a tensor
     return [
         scalar(op, "lr", lr, device, high=FINITE),
-        scalar(op, "weight_decay", weight_decay, device, high=FINITE),
+        None if no_decay else scalar(op, "weight_decay", weight_decay, device, high=FINITE),
         scalar(op, "inv_scale", inv_scale, device, open_=True, high=FINITE),
         scalar(op, "clip_value", clip_value, device, open_=True, high=math.inf),
         scalar(op, "clip_coef", clip_coef, device, high=FINITE),
