@@ -19,11 +19,14 @@ cuda_build := $(if $(CI),$(if $(nvcc),,$(comma)cuda-build))
 need_compiler := for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/dev/null && exit; done; \
   echo "A C++17 compiler is needed: install one (Debian, Ubuntu: apt install g++) or set CXX." >&2; exit 1
 
-.PHONY: help demo test sanitize bench gpu lint format testing clean environment FORCE
+after := echo "Next: '$(bin)/python -m bench.report' writes bench/results/README.md and the documents' tables from it;" \
+  "'$(bin)/python -m bench.compare OLD NEW' says what became faster or slower."
+
+.PHONY: help demo test sanitize bench bench-full gpu lint format testing clean environment FORCE
 .NOTPARALLEL:
 
 help:            ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
 	@echo 'Settings: VENV=$(VENV) PYTHON=$(PYTHON) TORCH="$(TORCH)" WORKERS=$(WORKERS) ARGS="$(ARGS)"'
 
 demo: $(stamps)/demo   ## watch an optimizer step with and without LOMO
@@ -32,8 +35,13 @@ demo: $(stamps)/demo   ## watch an optimizer step with and without LOMO
 test: testing    ## all tests; ARGS="-k sgd" selects
 	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests -n $(WORKERS) $(ARGS)
 
-bench: testing $(stamps)/bench   ## all measurements
-	$(bin)/python -m pytest bench --benchmark-enable --benchmark-only $(ARGS)
+bench: testing   ## measure a short selection; ARGS="update norm" selects questions
+	@$(bin)/python -m bench $(ARGS)
+	@$(after)
+
+bench-full: testing   ## measure every size and case, which takes an hour
+	@$(bin)/python -m bench --full $(ARGS)
+	@$(after)
 
 gpu:             ## build, tests, sanitizers and measurements on a GPU, with PYTHON's own torch; ARGS="bench" selects
 	@$(PYTHON) -c 'import torch, pytest, hypothesis, pytest_timeout, pytest_benchmark' || { echo "make gpu runs in your own" \

@@ -13,6 +13,12 @@ import torch
 from torch import nn
 
 PEERS = {
+    "vector_norm": "`torch.linalg.vector_norm(grad)`",
+    "vector_norm, float32": "`torch.linalg.vector_norm(grad, dtype=torch.float32)`",
+    "foreach_norm": "`torch._foreach_norm`, what `clip_grad_norm_(foreach=True)` calls",
+    "_foreach_norm": "the same",
+    "_foreach_add_": "`torch._foreach_add_(params, grads, alpha=-lr)`, what `torch.optim.SGD(foreach=True)` calls",
+    "addmm_": "`weight.addmm_(grad_output.T, input, alpha=-lr)`, no gradient either; it rounds as torch's product does",
     "add_": "`param.add_(grad, alpha=-lr)`, what a hook of one's own does",
     "mul_, add_": "the same with decoupled weight decay: `param.mul_(1 - lr * wd).add_(grad, alpha=-lr)`",
     "SGD foreach": "`torch.optim.SGD(foreach=True)`",
@@ -20,7 +26,8 @@ PEERS = {
     "optimi SGD": "`optimi.SGD` with Kahan summation, its default for 16-bit weights (it keeps one more tensor of the "
     "weight's size, and is the more exact for it); on GPUs its Triton kernels",
     "optimi SGD, no Kahan": "`optimi.SGD(kahan_sum=False)`, otherwise the same",
-    "lomo_optim": "`lomo_optim.Lomo`, the paper's authors' code, its update alone (with float32 copies)",
+    "lomo_optim": "`lomo_optim.Lomo`, the paper's authors' code, its update alone (with float32 copies); of norms its "
+    "hook's very line",
 }
 NEEDS = {"optimi": ("optimi",), "lomo_optim": ("lomo_optim", "transformers")}  # lomo_optim does not say so itself
 EXTRA = "pip install 'lomo_kernels[bench]'"

@@ -45,8 +45,8 @@ class Measurement:
 
     `seconds` are the raw samples, each of one call, step or backward. `beside` names what was run next to it in every
     round, and `beside_seconds` are its samples: the limit, the rival or the bare run that a sample is compared with.
-    `bytes_moved` is what one call has to read and write, `memory` holds bytes by category, `error` is relative to
-    float64.
+    `bytes_moved` is what one call has to read and write. `memory` holds bytes: a peak by category, or the "weights"
+    and the "peak" above them. `error` is relative to float64.
     """
 
     question: str
@@ -83,6 +83,13 @@ class Measurement:
     def above(self) -> Spread:
         """Seconds above what ran beside it, round by round."""
         return Spread.of([mine - other for mine, other in zip(self.seconds, self.beside_seconds, strict=True)])
+
+    @property
+    def peak(self) -> int:
+        """Bytes: the weights and the peak above them, or all categories of a peak together."""
+        if "peak" in self.memory:
+            return self.memory["weights"] + self.memory["peak"]
+        return sum(self.memory.values())
 
     @property
     def gigabytes_per_second(self) -> float:
