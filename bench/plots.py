@@ -159,9 +159,7 @@ def update(results: Results) -> Figure:
 
 def norm(results: Results) -> Figure:
     figure = bars(results, "norm")
-    figure.suptitle(
-        _at_size(results, "norm", "How much of the memory's speed a norm reaches, and its error against float64")
-    )
+    figure.suptitle(_at_size(results, "norm", "Speed, and error against float64, of the sum of squares"))
     return figure
 
 
