@@ -123,6 +123,8 @@ SHORT = {"update": short_update, "norm": short_norm, "hooks": short_hooks, "step
 
 def one_backward(devices: list[Device]) -> str:
     lines = [""]
+    if not any("step" in device.results.questions() for device in devices):
+        lines += ["`python -m bench step` measures it; no results of it are committed yet.", ""]
     for device in devices:
         if "step" not in device.results.questions():
             continue

@@ -7,6 +7,8 @@ import re
 import pytest
 
 from bench import page, paper, report, results, rivals, tables
+from bench.__main__ import QUESTIONS
+from bench.measure import ROOT
 from bench.peers import PEERS
 from bench.results import Measurement, Results
 
@@ -87,6 +89,16 @@ def test_every_picture_that_a_document_shows_is_there_and_no_other():
         for path in re.findall(r"!\[.*?\]\((?:.*/)?(.*?)\)", text)
     }
     assert shown == {file.name for file in results.RESULTS.glob("*.svg")}
+
+
+def test_every_command_of_the_readme_selects_tests_and_questions():
+    text = (ROOT / "README.md").read_text()
+    selected = [word for words in re.findall(r"""-k '?([\w ]+)""", text) for word in words.split(" or ")]
+    assert len(selected) > 10
+    for word in selected:
+        assert (ROOT / "tests" / f"{word}.py").exists(), word
+    asked = re.findall(r"make bench ARGS=(\w+)|python -m bench (\w+)", text)
+    assert asked and {one or other for one, other in asked} <= set(QUESTIONS)
 
 
 def test_of_every_rival_that_was_measured_the_page_says_how_it_is_set():
