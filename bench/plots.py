@@ -341,44 +341,49 @@ def hooks(results: Results) -> Figure:
 
 
 def step(results: Results) -> Figure:
-    """Time against peak memory above the weights, without and with checkpointing: the first case measured of each."""
+    """Time against peak memory above the weights, without and with checkpointing: the first case measured of each.
+    Who clips by the global norm and who does not have a panel each."""
     cases = tables.step_cases(results)
     first = [next((case for case in cases if case["checkpointing"] is saved), None) for saved in (False, True)]
-    panels = [case for case in first if case]
-    figure, column = plt.subplots(len(panels), 1, figsize=(10, 4.8 * len(panels)), squeeze=False)
-    figure.subplots_adjust(left=0.07, right=0.98, top=1 - 0.16 / len(panels), bottom=0.1 / len(panels), hspace=0.25)
-    for axes, case in zip(column[:, 0], panels, strict=True):
-        points = [one for one in results.of("step", **case) if one.beside_seconds and not limit(one)]
+    panels = []
+    for case, clipping in itertools.product(filter(None, first), (True, False)):
+        measured = [one for one in results.of("step", **case) if one.beside_seconds and not limit(one)]
+        if points := [one for one in measured if clips(one.contestant) is clipping]:
+            panels.append((case, clipping, points))
+    figure, column = plt.subplots(len(panels), 1, figsize=(10, 3.9 * len(panels)), squeeze=False)
+    figure.subplots_adjust(left=0.07, right=0.98, top=1 - 0.19 / len(panels), bottom=0.14 / len(panels), hspace=0.3)
+    for axes, (case, clipping, points) in zip(column[:, 0], panels, strict=True):
+        unit, size = ("GiB", 2**30) if max(one.memory["peak"] for one in points) >= 2**30 else ("MiB", 2**20)
         for one in points:
-            shade = BLUE if ours(one.contestant) else RED
             axes.errorbar(
-                one.memory["peak"] / 2**30,
+                one.memory["peak"] / size,
                 one.ratio.median,
                 yerr=error_bars(one.ratio),
                 elinewidth=0.9,
                 fmt="o" if ours(one.contestant) else "s",
                 markersize=7,
-                color=shade,
+                color=BLUE if ours(one.contestant) else RED,
                 zorder=3,
-                markerfacecolor=shade if clips(one.contestant) else "white",
             )
-        axes.set_xlim(0, max(one.memory["peak"] for one in points) / 2**30 * 1.1)
-        axes.set_ylim(max(min(one.ratio.low for one in points) - 0.25, 0), max(one.ratio.high for one in points) + 0.15)
+        axes.set_xlim(0, max(one.memory["peak"] for one in points) / size * 1.1)
+        low, high = min(one.ratio.low for one in points), max(one.ratio.high for one in points)
+        margin = 0.3 * (high - low) + 0.05
+        axes.set_ylim(max(low - margin, 0), high + margin)
         axes.axhline(1, color=GREY, linewidth=1, zorder=1)
-        axes.set_title(tables.step_words(case))
-        axes.set_xlabel("peak memory above the weights, GiB")
-        axes.set_ylabel(f"time of a step, {tables.BASE} = 1")
+        axes.set_title(f"{tables.step_words(case)}; {'clipping by the global norm' if clipping else 'no clipping'}")
+        axes.set_xlabel(f"peak memory above the weights, {unit}")
+        axes.set_ylabel(f"time, {tables.BASE} = 1", fontsize=9)
         axes.annotate(
             "better",
             (0.01, 0.03),
-            (0.06, 0.1),
+            (0.06, 0.12),
             xycoords="axes fraction",
             textcoords="axes fraction",
             color=GREY,
             arrowprops={"arrowstyle": "->", "color": GREY},
         )
-        name_points(axes, [(one.memory["peak"] / 2**30, one.ratio.median, one.contestant) for one in points])
-    figure.suptitle("Time against memory (blue: ours; filled: clips by the global norm)")
+        name_points(axes, [(one.memory["peak"] / size, one.ratio.median, one.contestant) for one in points])
+    figure.suptitle("Time of a training step against its memory (blue: ours)")
     return figure
 
 

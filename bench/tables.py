@@ -41,7 +41,8 @@ def folded(summary: str, lines: Iterable[str]) -> Lines:
 
 
 def spread(of: Spread, digits: int = 2) -> str:
-    """Median, and the range of four fifths of the samples."""
+    """Median, and the range of four fifths of the samples. Small ones have two digits more."""
+    digits += 2 * (of.median < 0.1)
     return f"{of.median:.{digits}f} ({of.low:.{digits}f}-{of.high:.{digits}f})"
 
 
@@ -62,7 +63,7 @@ def count(number: int) -> str:
 
 
 def gib(number: float) -> str:
-    return f"{number / 2**30:.2f}"
+    return f"{number / 2**30:.{2 if number >= 2**30 else 3}f}"
 
 
 def distinct(measurements: Iterable[Measurement], name: str) -> list[Any]:
