@@ -47,7 +47,7 @@ def runs(question: str, device: str) -> list[Run]:
     if question in ("update", "norm"):
         own.append(Run(question, TUNED, "lomo_optim"))  # the one that allocates
     if question == "step":
-        own.append(Run(question, TUNED))
+        own.append(Run(question, TUNED, "256 and not checkpointing"))  # where weights outweigh activations
     return own
 
 
