@@ -47,7 +47,7 @@ def runs(question: str, device: str) -> list[Run]:
     if question in ("update", "norm"):
         own.append(Run(question, TUNED, "lomo_optim"))  # the one that allocates
     if question == "step":
-        own.append(Run(question, TUNED, "256 and not checkpointing"))  # where weights outweigh activations
+        own.append(Run(question, TUNED, "107M and 256 and not checkpointing"))  # full only, where weights weigh most
     return own
 
 
