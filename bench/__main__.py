@@ -53,7 +53,8 @@ def runs(question: str, device: str) -> list[Run]:
         settings += [Run(question, {"LOMO_KERNELS_ISA": isa}, OURS) for isa in ISAS if lower(isa)]
         settings.append(Run(question, TUNED, "lomo_optim"))  # the one that allocates
     if question == "step":
-        settings.append(Run(question, TUNED))
+        # Only in full, where weights weigh most.
+        settings.append(Run(question, TUNED, "107M and 256 and not checkpointing"))
     return settings
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,9 @@ class Buffers:
 
 
 def free_memory(device: str) -> int:
-    """Bytes."""
+    """Bytes that can be had without swapping."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found, "no MemAvailable in /proc/meminfo"
+    return int(found[1]) * 1024

@@ -31,10 +31,12 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     """Arguments named as a constant of the module (`tokens`: TOKENS, `contestant`: CONTESTANTS), which may differ by
-    extent: {"short": …, "full": …}; dtypes where asked for."""
+    extent: {"short": …, "full": …}, under the device where they differ; dtypes where asked for."""
     extent = "full" if metafunc.config.getoption("full") else "short"
     for name in metafunc.fixturenames:
         if values := getattr(metafunc.module, f"{name.upper().rstrip('S')}S", None):
+            if isinstance(values, dict):
+                values = values.get(metafunc.config.getoption("device"), values)
             scope = "function" if name == "contestant" else "module"  # contestants share what a case sets up
             metafunc.parametrize(name, values[extent] if isinstance(values, dict) else values, ids=str, scope=scope)
         elif name == "dtype_name":
@@ -117,3 +119,20 @@ def paired(benchmark, record, device, request):
         record(contestant, case, seconds=seconds, beside=other.name, beside_seconds=beside_seconds, **more)
 
     return run
+
+
+@pytest.fixture
+def reported(benchmark, record):
+    """reported(contestant, case, seconds, …): records samples that were taken in rounds with others, and shows them."""
+
+    def report(contestant, case, seconds, **more):
+        samples = iter(seconds)
+
+        def replay():
+            Clock.seconds += next(samples, 0.0)
+
+        benchmark.pedantic(replay, rounds=max(len(seconds), 1))
+        if seconds:
+            record(contestant, case, seconds=seconds, **more)
+
+    return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -58,9 +59,9 @@ def repeated(call: Callable[[int], Any], device: str = "cpu") -> Callable[[], fl
     return sample
 
 
-def rounds_for(seconds: float, processes: int) -> int:
+def rounds_for(seconds: float, processes: int, budget: float = BUDGET) -> int:
     """How many rounds of so many seconds each of some processes runs, to fill the budget together."""
-    return -(-min(max(int(BUDGET / seconds), ROUNDS[0]), ROUNDS[1]) // processes)
+    return -(-min(max(int(budget / seconds), ROUNDS[0]), ROUNDS[1]) // processes)
 
 
 def interleave(contestants: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
@@ -95,6 +96,18 @@ def allocations(step: Callable[[], object]) -> list[int]:
 def peak_of(changes: list[int]) -> int:
     """The most bytes alive above what was alive before."""
     return max(itertools.accumulate(changes), default=0)
+
+
+def memory_of(step: Callable[[], object], device: str) -> tuple[int, int]:
+    """Bytes of tensors that `step` leaves behind, and the most alive during it, above what was there before."""
+    gc.collect()
+    if device == "cpu":
+        changes = allocations(step)
+        return sum(changes), peak_of(changes)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
 
 
 def commit() -> str:

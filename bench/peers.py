@@ -1,6 +1,7 @@
 """The optimizers that Lomo is measured against, each at its best setting, and those that are not installed.
 
-`PEERS` says how each is set, for the page of results. `foreach` and `fused` are torch's fast paths.
+`PEERS` says how each is set, for the page of results; `methods.py` sets those of whole steps. `foreach` and `fused` are
+torch's fast paths.
 """
 
 from __future__ import annotations
@@ -26,8 +27,18 @@ PEERS = {
     "optimi SGD": "`optimi.SGD` with Kahan summation, its default for 16-bit weights (it keeps one more tensor of the "
     "weight's size, and is the more exact for it); on GPUs its Triton kernels",
     "optimi SGD, no Kahan": "`optimi.SGD(kahan_sum=False)`, otherwise the same",
-    "lomo_optim": "`lomo_optim.Lomo`, the paper's authors' code, its update alone (with float32 copies); of norms its "
-    "hook's very line",
+    "lomo_optim": "`lomo_optim.Lomo`, the paper's authors' code, with float32 copies; among kernels its update alone, "
+    "of norms its hook's very line",
+    # Whole steps and hooks. All train 16-bit weights with no others beside them.
+    "SGD": "`torch.optim.SGD(fused=True)` where its results are right, else `foreach=True`",
+    "AdamW": "`torch.optim.AdamW`, likewise; both moments in the weights' dtype",
+    "clip_grad_norm_": "`torch.nn.utils.clip_grad_norm_(foreach=True)` before the step",
+    "optimi SGD, release": "`optimi.SGD` with `prepare_for_gradient_release`; Kahan summation, its default for 16-bit "
+    "weights (one more tensor of the weight's size, and the more exact for it); on GPUs its Triton kernels; it cannot "
+    "clip by the norm",
+    "optimi AdamW, release": "`optimi.AdamW`, likewise, with the betas, eps and weight decay that are torch's defaults",
+    "hook, add_": "`register_post_accumulate_grad_hook` with `param.add_(grad, alpha=-lr)`; it cannot clip by the norm",
+    "lomo_optim, clipping": "`grad_norm(loss)`, then `fused_backward(loss, lr)`: two backwards",
 }
 NEEDS = {"optimi": ("optimi",), "lomo_optim": ("lomo_optim", "transformers")}  # lomo_optim does not say so itself
 EXTRA = "pip install 'lomo_kernels[bench]'"

@@ -1,0 +1,217 @@
+"""What does a whole training step cost, in time and memory, next to SGD with `clip_grad_norm_`?
+
+Llama shapes in bfloat16 on synthetic tokens, one sequence, forward to update.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from lomo_kernels import tiled
+from lomo_kernels.demo.model import ByteLlama, Config
+
+from .buffers import free_memory
+from .measure import ROUNDS, interleave, memory_of, synchronize
+from .methods import ADAM, BASE, METHODS, SGD, Step, cannot, fused_is_wrong, wrong
+
+pytestmark = pytest.mark.timeout(1800)  # the first contestant's test runs the rounds of all
+
+LR = 1e-6  # weights stay as they are, more or less: one set of them serves every contestant
+FORWARD = "forward alone"  # what computing every block's inputs once more would cost at least
+CONTESTANTS = (*METHODS, FORWARD)
+DTYPE = torch.bfloat16
+
+#: By their number of parameters. The last two are TinyLlama and LLaMA-7B.
+MODELS = {
+    "17M": Config(layers=1, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048),
+    "30M": Config(layers=2, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048),
+    "107M": Config(layers=8, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048),
+    "1.1B": Config(layers=22, d_model=2048, heads=32, kv_heads=4, ffn=5632, vocab=32000),
+    "6.7B": Config(layers=32, d_model=4096, heads=32, kv_heads=32, ffn=11008, vocab=32000),
+}
+#: Who runs at 1024 and 4096 tokens on a CPU, and on smaller models: all of them on 107M would take two hours.
+FEW = (
+    BASE,
+    "AdamW, clip_grad_norm_",
+    "lomo_optim, clipping",
+    "Lomo, fused",
+    "Lomo, clipping, two passes, fused",
+    "Lomo, clipping, one pass, fused",
+)
+FEWEST = tuple(name for name in FEW if "clip" in name and "AdamW" not in name)
+
+
+class Case(NamedTuple):
+    model: str
+    tokens: int
+    checkpointing: bool = False
+    contestants: tuple[str, ...] = CONTESTANTS
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.tokens} tokens" + (", checkpointing" if self.checkpointing else "")
+
+
+CASES = {
+    "cpu": {
+        "short": [Case("17M", 256)],
+        "full": [
+            Case("107M", 256),
+            Case("107M", 256, True),
+            Case("30M", 1024, False, FEW),
+            Case("30M", 1024, True, FEW),
+            Case("17M", 4096, False, FEWEST),
+        ],
+    },
+    "cuda": {
+        "short": [Case("1.1B", 256)],
+        "full": [
+            Case(model, tokens, checkpointing)
+            for model in ("1.1B", "6.7B")
+            for tokens in (256, 1024, 4096)
+            for checkpointing in (False, True)
+        ],
+    },
+}
+
+
+class Outcome(NamedTuple):
+    seconds: list[float]
+    beside_seconds: list[float]  # of BASE, in the same rounds
+    memory: dict[str, int]
+
+
+def built(config: Config, device: str) -> ByteLlama:
+    """A model of random weights, made where it is wanted: drawing 6.7B numbers on a CPU takes minutes."""
+    with torch.device("meta"):
+        model = ByteLlama(config).to(DTYPE)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_(std=0.02) if param.ndim == 2 else param.fill_(1.0)
+    return model
+
+
+def sharing(model: ByteLlama) -> ByteLlama:
+    """A model with parameters of its own, whose memory is the other's."""
+    return copy.deepcopy(model, {id(param): nn.Parameter(param.detach()) for param in model.parameters()})
+
+
+def heats(names: Iterable[str], weights: int, free: int) -> list[list[str]]:
+    """Who runs in common rounds, beside BASE: all, unless what they keep between steps fills half of the memory."""
+    heats: list[list[str]] = []
+    room = 0
+    for name in names:
+        kept = METHODS[name].states * weights if name in METHODS else 0
+        if not heats or (kept > room and heats[-1]):
+            heats.append([])
+            room = free // 2
+        heats[-1].append(name)
+        room -= kept
+    return heats
+
+
+def needs(name: str) -> int:
+    """Multiples of the weights that stand beside them."""
+    return METHODS[name].states + METHODS[name].gradients if name in METHODS else 0
+
+
+class Contest:
+    """The contestants of one case. Afterwards each has an `Outcome`, or a reason why it could not run."""
+
+    def __init__(self, case: Case, config: Config, device: str, rounds: int) -> None:
+        self.case, self.device = case, device
+        self.outcomes: dict[str, Outcome] = {}
+        self.missing: dict[str, tuple[str, str]] = {}  # what it lacks, and why
+        free = free_memory(device)
+        with torch.device("meta"):
+            self.weights = sum(param.numel() * DTYPE.itemsize for param in ByteLlama(config).parameters())
+        for name in case.contestants:
+            if name in METHODS and (lacking := cannot(name, DTYPE, device))[1]:
+                self.missing[name] = lacking
+            elif (needed := self.weights + needs(name) * self.weights) > free:
+                self.missing[name] = (
+                    f"{name}, {case}",
+                    f"weights, gradients and states take {gib(needed)}, {gib(free)} are free",
+                )
+        able = [name for name in case.contestants if name not in self.missing]
+        if not able:
+            return
+        self.model = built(config, device)
+        generator = torch.Generator().manual_seed(0)
+        self.windows = [
+            torch.randint(config.vocab, (1, case.tokens + 1), generator=generator).to(device) for _ in range(4)
+        ]
+        base = [BASE] * (BASE in able)
+        for heat in heats((name for name in able if name != BASE), self.weights, free - self.weights) or [[]]:
+            self.run(base + heat, rounds)
+
+    def run(self, names: list[str], rounds: int) -> None:
+        steps, memory = {}, {}
+        for name in names:
+            try:
+                steps[name], memory[name] = self.entered(name)
+            except torch.OutOfMemoryError as error:
+                self.missing[name] = f"{name}, {self.case}", str(error).splitlines()[0]
+                gc.collect()
+        seconds = interleave(steps, rounds)
+        for name in steps:
+            self.outcomes.setdefault(name, Outcome(seconds[name], seconds.get(BASE, []), memory[name]))
+
+    def entered(self, name: str) -> tuple[Step, dict[str, int]]:
+        """A contestant's step, forward to update, on a model of its own; and what it needs above the weights."""
+        model = sharing(self.model)
+        model.checkpoint_blocks = self.case.checkpointing
+        after: Step = METHODS[name].make(model, LR) if name in METHODS else lambda loss: None
+
+        def step(number: int) -> float:
+            synchronize(self.device)
+            start = time.perf_counter()
+            after(model.loss(self.windows[number % len(self.windows)]))
+            synchronize(self.device)
+            return time.perf_counter() - start
+
+        tiled.buffer.memory = torch.empty(0)  # a tile that stays counts too
+        states, _ = memory_of(lambda: step(0), self.device)
+        left, peak = memory_of(lambda: step(1), self.device)
+        assert abs(left) < max(0.01 * self.weights, 2**20), f"{name}: each step leaves {left} bytes behind"
+        return step, {"weights": self.weights, "states": states, "peak": states + peak}
+
+
+def gib(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB"
+
+
+@pytest.fixture(scope="module")
+def contest(case, device, request):
+    dtype = str(DTYPE).removeprefix("torch.")
+    for kind in (SGD, ADAM):
+        if reason := fused_is_wrong(kind, DTYPE, device):
+            request.config.missing[f"{kind.__name__} fused, {dtype}, {device}"] = reason
+    if left_out := [name for name in CONTESTANTS if name not in case.contestants]:
+        request.config.missing[f"{case}: {'; '.join(left_out)}"] = "left out: with them it would take too long"
+    rounds = (
+        -(-ROUNDS[0] // request.config.getoption("processes")) if request.config.getoption("benchmark_enable") else 0
+    )
+    yield Contest(case, MODELS[case.model], device, rounds)
+    gc.collect()  # hooks and models refer to each other
+
+
+def test_step(reported, missing, device, case, contest, contestant):
+    if contestant not in case.contestants:
+        pytest.skip("left out of this case, as the results' list of what is missing says")
+    if contestant.startswith("Lomo") and (reason := wrong(METHODS[contestant], DTYPE, device)):
+        pytest.fail(reason)
+    if contestant in contest.missing:
+        missing(*contest.missing[contestant])
+    outcome = contest.outcomes[contestant]
+    described = {"model": case.model, "tokens": case.tokens, "checkpointing": case.checkpointing}
+    beside = {"beside": BASE, "beside_seconds": outcome.beside_seconds} if outcome.beside_seconds else {}
+    reported(contestant, described, outcome.seconds, memory=outcome.memory, **beside)

@@ -1,0 +1,187 @@
+"""Ways to train a model, each at its best setting: what follows a forward, from backward to update.
+
+`PEERS` in `peers.py` says how each is set. All compute SGD, or AdamW with torch's defaults.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lomo_kernels import Lomo
+from lomo_kernels.demo.model import ByteLlama, Config
+
+from . import peers
+
+CLIP = 1.0
+ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+
+Step = Callable[[Tensor], object]  # takes the loss
+
+
+class Method(NamedTuple):
+    """`make(model, lr)` attaches it. `states` are tensors of the weights' size that it keeps between steps, in the
+    weights' dtype where they have 16 bits; `gradients`: those of all weights stand at once."""
+
+    make: Callable[[nn.Module, float], Step]
+    states: int = 0
+    gradients: bool = False
+    clips: bool = False
+    adamw: bool = False
+
+
+def fused_is_wrong(kind: type[torch.optim.Optimizer], dtype: torch.dtype, device: str) -> str:
+    """What is wrong with the fused path of one of torch's optimizers on 10,007 elements; empty where nothing is."""
+    generator = torch.Generator().manual_seed(0)
+    before, grad = torch.randn(2, 10_007, generator=generator).to(device, dtype)
+    exact, fused = (nn.Parameter(before.to(of, copy=True)) for of in (torch.float64, dtype))
+    for param, options in ((exact, {"foreach": False}), (fused, {"fused": True})):
+        param.grad = grad.to(param.dtype)
+        try:
+            kind([param], lr=0.5, **options).step()
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+    differ = (fused.double() - exact).abs() > 4 * torch.finfo(dtype).eps * (1 + exact.abs())
+    return f"{int(differ.sum())} of 10007 elements are off by more than four units" if differ.any() else ""
+
+
+@functools.cache
+def fastest(kind: type[torch.optim.Optimizer], dtype: torch.dtype, device: str) -> dict[str, bool]:
+    return {"foreach": True} if fused_is_wrong(kind, dtype, device) else {"fused": True}
+
+
+def stepped(kind: type[torch.optim.Optimizer], *, clip: bool = False) -> Callable[[nn.Module, float], Step]:
+    def make(model: nn.Module, lr: float) -> Step:
+        params = list(model.parameters())
+        optimizer = kind(params, lr=lr, **fastest(kind, params[0].dtype, params[0].device.type))  # type: ignore[call-arg]
+
+        def step(loss: Tensor) -> None:
+            loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    return make
+
+
+def hooked(model: nn.Module, lr: float) -> Step:
+    @torch.no_grad()
+    def update(param: Tensor) -> None:
+        assert param.grad is not None
+        param.add_(param.grad, alpha=-lr)
+        param.grad = None
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(update)
+    return Tensor.backward
+
+
+def released(kind: str, **options: Any) -> Callable[[nn.Module, float], Step]:
+    """An optimizer of optimi's, which its hooks step: they neither clip nor, unless asked, use its Triton kernels."""
+
+    def make(model: nn.Module, lr: float) -> Step:
+        import optimi
+
+        triton = next(model.parameters()).is_cuda
+        optimizer = getattr(optimi, kind)(model.parameters(), lr=lr, gradient_release=True, triton=triton, **options)
+        optimi.prepare_for_gradient_release(model, optimizer)
+        return Tensor.backward
+
+    return make
+
+
+def lomo_optim(model: nn.Module, lr: float, *, clip: float | None = None) -> Step:
+    from lomo_optim import Lomo as Original
+
+    optimizer = Original(model, lr=lr, clip_grad_norm=clip)
+
+    def step(loss: Tensor) -> None:
+        if clip:
+            optimizer.grad_norm(loss)
+        optimizer.fused_backward(loss, lr)
+
+    return step
+
+
+def ours(**options: Any) -> Callable[[nn.Module, float], Step]:
+    return lambda model, lr: Lomo(model, lr=lr, **options).backward
+
+
+def ours_clipping(**options: Any) -> Callable[[nn.Module, float], Step]:
+    return ours(clip_grad_norm=CLIP, **options)
+
+
+BASE = "SGD, clip_grad_norm_"
+SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
+
+METHODS = {
+    BASE: Method(stepped(SGD, clip=True), gradients=True, clips=True),
+    "SGD": Method(stepped(SGD), gradients=True),
+    "AdamW, clip_grad_norm_": Method(stepped(ADAM, clip=True), states=2, gradients=True, clips=True, adamw=True),
+    "AdamW": Method(stepped(ADAM), states=2, gradients=True, adamw=True),
+    "optimi SGD, release": Method(released("SGD"), states=1),
+    "optimi AdamW, release": Method(released("AdamW", **ADAMW), states=3, adamw=True),
+    "hook, add_": Method(hooked),
+    "lomo_optim": Method(lomo_optim),
+    "lomo_optim, clipping": Method(functools.partial(lomo_optim, clip=CLIP), clips=True),
+    "Lomo": Method(ours()),
+    "Lomo, fused": Method(ours(fused_layers=True)),
+    "Lomo, clipping, two passes": Method(ours_clipping(), clips=True),
+    "Lomo, clipping, two passes, fused": Method(ours_clipping(fused_layers=True), clips=True),
+    "Lomo, clipping, one pass": Method(ours_clipping(clip_passes="one"), gradients=True, clips=True),
+    "Lomo, clipping, one pass, fused": Method(ours_clipping(clip_passes="one", fused_layers=True), clips=True),
+    "Lomo, clipping, one pass, fused, stochastic": Method(
+        ours_clipping(clip_passes="one", fused_layers=True, rounding="stochastic"), clips=True
+    ),
+}
+
+TINY = Config(layers=2, d_model=64, heads=4, kv_heads=2, ffn=96, vocab=64)
+
+
+@functools.cache
+def wrong(method: Method, dtype: torch.dtype, device: str) -> str:
+    """What is wrong with a method's first step on a tiny model; empty where nothing is. A bench of wrong results is
+    worth nothing.
+
+    Expected is the step in float64 from the gradients of a plain backward in `dtype`, within four units of the last
+    place of `dtype`: a coefficient, a gradient and a weight are each rounded to it.
+    """
+    model = ByteLlama(TINY).to(device, dtype)
+    windows = torch.randint(TINY.vocab, (1, 33), generator=torch.Generator().manual_seed(0)).to(device)
+    params = dict(model.named_parameters())
+    before = {name: param.detach().double() for name, param in params.items()}
+    # A steep loss, which clipping makes a difference to, and steps of the size of weights.
+    grads = torch.autograd.grad(64 * model.loss(windows), list(params.values()))
+    lr = 4.0
+    coefficient = 1.0
+    if method.clips:
+        norm = sum(grad.double().square().sum() for grad in grads) ** 0.5
+        assert norm > 2 * CLIP, "nothing to clip"
+        coefficient = CLIP / (norm + 1e-6)
+    method.make(model, lr)(64 * model.loss(windows))
+    unit = torch.finfo(dtype).eps
+    for (name, param), grad in zip(params.items(), grads, strict=True):
+        change = coefficient * grad.double()
+        if method.adamw:  # the first step: both moments are the gradient's own
+            change = change / (change.abs() + ADAMW["eps"]) + ADAMW["weight_decay"] * before[name]
+        expected = before[name] - lr * change
+        differ = (param.double() - expected).abs() > 4 * unit * (before[name].abs() + lr * change.abs().max())
+        if differ.any() or not param.isfinite().all():
+            return f"{int(differ.sum())} of {param.numel()} elements of {name} are off by more than four units"
+    return ""
+
+
+def cannot(name: str, dtype: torch.dtype, device: str) -> tuple[str, str]:
+    """What is missing, a peer or a right result, and why; twice nothing where the method can run."""
+    for peer in peers.NEEDS:
+        if name.startswith(peer) and (reason := peers.missing(peer)):
+            return peer, reason
+    reason = wrong(METHODS[name], dtype, device)
+    return (f"{name}, {str(dtype).removeprefix('torch.')}, {device}", reason) if reason else ("", "")
