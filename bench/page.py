@@ -75,7 +75,7 @@ PICTURES = {
     "norm": [Picture("norm", "Speed and error of the sum of squares: ours and rivals")],
     "hooks": [Picture("hooks", "Time per parameter over the number of parameters")],
     "step": [Picture("step", "Time of a training step against its peak memory, one point for each method")],
-    "memory": [Picture("memory", "Memory by category, the paper's Table 1 beside ours")],
+    "memory": [Picture("memory", "What the peak is made of, the paper's Table 1 beside ours")],
 }
 
 ASKS = {
@@ -108,8 +108,12 @@ EXPLAINED = {
         "bytes: activations, gradients, states, factors, copies."
     ),
     "memory": (
-        "Live bytes at the peak of a step. “simulated” is by FakeTensor, without a GPU; “measured” on one. The paper's "
-        "rows are its own numbers; “not named” is what its totals have beyond its categories."
+        "Live bytes of a step, simulated without a GPU (`lomo_kernels.plan`: the real model, optimizer and hooks on "
+        "tensors without memory). As in the paper's Table 1, each category is its own maximum; the peak is of all at "
+        "one time. "
+        "The paper's rows are its own numbers; “not named” is what its totals have beyond its categories. “kernels of "
+        "2023” has the attention that kept its softmax in float32, as the paper's models had; today's keeps one number "
+        "per row."
     ),
 }
 

@@ -46,7 +46,7 @@ class Measurement:
     `seconds` are the raw samples, each of one call, step or backward. `beside` names what was run next to it in every
     round, and `beside_seconds` are its samples: the limit, the rival or the bare run that a sample is compared with.
     `bytes_moved` is what one call has to read and write. `memory` holds bytes: a peak by category, or the "weights"
-    and the "peak" above them. `error` is relative to float64.
+    and the "peak" above them; `most` each category's own maximum, at whatever time. `error` is relative to float64.
     """
 
     question: str
@@ -57,6 +57,7 @@ class Measurement:
     beside_seconds: list[float] = dataclasses.field(default_factory=list)
     bytes_moved: int | None = None
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    most: dict[str, int] = dataclasses.field(default_factory=dict)
     error: float | None = None
 
     @property

@@ -317,13 +317,19 @@ def is_papers(case: tuple[str, int, int]) -> bool:
     return (case[0].lower(), *case[1:]) == (paper.MODEL, paper.SEQUENCE, paper.BATCH)
 
 
-def memory_rows(results: Results, case: tuple[str, int, int], checkpointing: bool) -> dict[str, dict[str, float]]:
-    """GiB by category of each method, the paper's own first where it has this case."""
+def memory_rows(
+    results: Results, case: tuple[str, int, int], checkpointing: bool, most: bool = False
+) -> dict[str, dict[str, float]]:
+    """GiB by category of each method, at the peak or the `most` of each; the paper's own first where it has this case.
+    Without those whose loss is in chunks, which the paper's is not."""
     model, sequence, batch = case
     found = results.of("memory", model=model, sequence=sequence, batch=batch, checkpointing=checkpointing)
     rows = {f"{one}, the paper": row for one, row in paper.rows(checkpointing).items()} if is_papers(case) else {}
     for one in found:
-        rows[f"{one.contestant}, {one.case['how']}"] = {key: value / 2**30 for key, value in one.memory.items()}
+        if "chunk" not in one.case:
+            label = f"{one.contestant}, {one.case['how']}" + ", kernels of 2023" * ("kernels" in one.case)
+            bytes_ = one.most if most and one.most else one.memory
+            rows[label] = {key: value / 2**30 for key, value in bytes_.items()}
     return rows
 
 
@@ -334,21 +340,81 @@ def categories(rows: Iterable[dict[str, float]]) -> list[str]:
 
 
 def memory(results: Results, question: str = "memory") -> Lines:
-    for case, checkpointing in itertools.product(memory_cases(results), (False, True)):
+    for case, checkpointing in itertools.product(filter(is_papers, memory_cases(results)), (False, True)):
         if not results.of("memory", model=case[0], sequence=case[1], batch=case[2], checkpointing=checkpointing):
             continue
-        rows = memory_rows(results, case, checkpointing)
+        rows = memory_rows(results, case, checkpointing, most=True)
+        totals = memory_rows(results, case, checkpointing)
         columns = categories(rows.values())
         head = f"{case[0]}, sequence {case[1]}, batch {case[2]}, {_word('checkpointing', checkpointing)}; GiB"
         yield from table(
-            [head, *columns, "total"],
+            [head, *columns, "peak"],
             (
                 [f"**{label}**" if ours(label) else label]
                 + [f"{row.get(column, 0):.2f}" for column in columns]
-                + [f"{sum(row.values()):.2f}"]
+                + [f"{sum(totals[label].values()):.2f}"]
                 for label, row in rows.items()
             ),
         )
+    yield from ablation(results)
+    yield from simulation_errors(results)
+
+
+#: Each leaves out one more thing than the one before.
+COMPONENTS = {
+    "AdamW, fp32 master": "",
+    "AdamW": "float32 master weights; moments in bfloat16",
+    "SGD": "optimizer states",
+    "lomo_optim": "the set of gradients: each is used in backward",
+    "Lomo": "float32 copies of weight and gradient",
+    "Lomo, fused": "gradients of linear layers and embeddings",
+}
+#: What exact clipping by the global norm costs on top, by the way it is done.
+CLIPPING = (
+    "lomo_optim, clipping",
+    "Lomo, clipping, two passes",
+    "Lomo, clipping, two passes, fused",
+    "Lomo, clipping, one pass",
+    "Lomo, clipping, one pass, fused",
+)
+
+
+def ablation(results: Results) -> Lines:
+    """Which part saved what: the peak of the paper's case as one thing after the other is left out."""
+    cases = [one for one in results.of("memory", model=paper.MODEL) if "kernels" not in one.case]
+    settings = list(dict.fromkeys((one.case["checkpointing"], one.case.get("chunk")) for one in cases))
+    if not settings:
+        return
+    peaks = {(one.contestant, one.case["checkpointing"], one.case.get("chunk")): one.peak for one in cases}
+    rows, before = [], dict.fromkeys(settings, 0)
+    for contestant, less in (*COMPONENTS.items(), *((name, "(clips exactly)") for name in CLIPPING)):
+        row = [f"**{contestant}**" if ours(contestant) else contestant, less or "-"]
+        for setting in settings:
+            peak = peaks.get((contestant, *setting))
+            change = (
+                f" ({(peak - before[setting]) / 2**30:+.2f})"
+                if peak and before[setting] and not less.startswith("(")
+                else ""
+            )
+            row.append(f"{peak / 2**30:.2f}{change}" if peak else "-")
+            before[setting] = peak or 0
+        rows.append(row)
+    words = [_word("checkpointing", saved) + f", loss in chunks of {chunk}" * bool(chunk) for saved, chunk in settings]
+    yield from table(["Which part saves what: peak, GiB", "without", *words], rows)
+
+
+def simulation_errors(results: Results) -> Lines:
+    """What was simulated and then really run."""
+    rows = []
+    for real in results.of("memory", how="measured"):
+        same = {key: real.case[key] for key in ("model", "sequence", "batch", "checkpointing")}
+        one = next(one for one in results.of("memory", how="simulated", **same) if one.contestant == real.contestant)
+        peaks = [f"{peak / 2**20:.1f}" for peak in (real.peak, one.peak)]
+        name_ = f"{real.contestant}, {_word('checkpointing', real.case['checkpointing'])}"
+        rows.append([f"**{name_}**" if ours(name_) else name_, *peaks, f"{one.peak / real.peak:.3f}"])
+    if rows:
+        head = f"{real.case['model']}, {real.case['sequence']} tokens, really run: peak, MiB"
+        yield from folded("Is the simulation right?", table([head, "measured", "simulated", "ratio"], rows))
 
 
 # --- where a rival is faster -----------------------------------------------------------------------------------------

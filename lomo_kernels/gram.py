@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .layers.pairs import Pair
 from .ops._arguments import library
@@ -76,8 +77,9 @@ def add_to(slot: Tensor, found: Estimate | None, inv_scale: Tensor | None, eleme
 
 
 def estimate(input: Tensor, grad_output: Tensor) -> Estimate | None:
-    """Of ``grad_output.T @ input``, [..., features]; None where product tiles are cheaper, or there is no kernel."""
-    if not (input.is_cpu and compiled()):
+    """Of ``grad_output.T @ input``, [..., features]; None where product tiles are cheaper, there is no kernel,
+    or nothing in the factors to read (a simulation)."""
+    if not (input.is_cpu and compiled()) or isinstance(input, FakeTensor):
         return None
     (x,), (gy,) = flat([input]), flat([grad_output])
     tokens, rows, columns = x.shape[0], gy.shape[1], x.shape[1]

@@ -31,6 +31,12 @@ from .ops._arguments import library
 # is why there is no other way by `weight.addmm_`; on processors with AMX that would be the faster one.
 library.define("_product_(Tensor(a!) out, Tensor grad_output, Tensor input, bool accumulate) -> ()")
 
+
+@torch.library.register_fake("lomo_kernels::_product_")
+def _(out: Tensor, grad_output: Tensor, input: Tensor, accumulate: bool) -> None:
+    pass
+
+
 #: A tile's memory: large enough for products to be fast, small enough for the update to find it in a cache. Update of a
 #: bfloat16 weight 1024 x 1024 for 256 tokens, as a multiple of `weight.addmm_`, one thread of Zen 4: 1.27 with 512 KiB,
 #: 1.21 with 1 MiB, 1.10 with 2 MiB, 1.14 with 4 MiB; float32: 1.19, 1.12, 1.14, 1.13.
@@ -65,6 +71,16 @@ def tile_rows(rows: int, columns: int, device: str = "cpu") -> int:
     """Rows of one tile of a gradient [rows, columns]."""
     size = TILE_BYTES if device == "cpu" else GPU_TILE_BYTES
     return max(1, min(rows, max(LEAST_ROWS, size // (4 * max(columns, 1)))))
+
+
+def workspace_bytes(rows: int, columns: int, pairs: int, device: str = "cpu") -> int:
+    """Most bytes that an update or a norm of a weight [rows, columns] takes beside its arguments, whichever backend
+    serves it: a tile, and where a GPU adds up several pairs, the summand of one. (Triton's kernels have their tiles in
+    registers: of one pair they take a float64 per tile. What an embedding needs by token is less than a tile.)"""
+    tile = 4 * columns * tile_rows(rows, columns, device)
+    if device == "cpu":
+        return max(tile, TILE_BYTES)
+    return tile * (2 if pairs > 1 else 1)
 
 
 def _tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:

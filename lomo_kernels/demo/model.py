@@ -130,6 +130,10 @@ class ByteLlama(nn.Module):
                 nn.init.normal_(parameter, std=std, generator=generator)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.head(self.hidden(tokens)))
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the head reads, [batch, seq, d_model]."""
         x = self.embedding(tokens)
         angles = rotary_angles(tokens.shape[1], self.config.head_dim, x.device).repeat(1, 2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -138,7 +142,7 @@ class ByteLlama(nn.Module):
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin)
-        return cast(torch.Tensor, self.head(self.norm(x)))
+        return cast(torch.Tensor, self.norm(x))
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy in nats per byte, a float32 scalar, of windows int64 [batch, seq + 1]."""

@@ -7,8 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+
+#: Plain tensors and parameters; those of a simulation (`lomo_kernels.plan`) are FakeTensors, both.
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
+PLAIN_PARAMETER = (nn.Parameter, FakeTensor)
 
 
 class FusedLayer(nn.Module):
@@ -32,10 +37,10 @@ def takes_part(weight: Any, input: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and type(weight) is nn.Parameter
+        and type(weight) in PLAIN_PARAMETER
         and weight.requires_grad
         and torch.is_grad_enabled()
-        and type(input) in (Tensor, nn.Parameter)
+        and type(input) in PLAIN
         and input.layout is torch.strided
         and not input.is_nested
         and not input.is_meta

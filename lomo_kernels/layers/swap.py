@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Iterator
 from torch import nn
 
 from .embedding import Embedding, is_special
-from .fused import FusedLayer
+from .fused import PLAIN_PARAMETER, FusedLayer
 from .linear import Linear
 from .pairs import takers
 
@@ -28,7 +28,7 @@ def why_not(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its module has a forward of its own"
     weight = module._parameters.get("weight")
-    if type(weight) is not nn.Parameter:
+    if weight is None or type(weight) not in PLAIN_PARAMETER:
         return "not a plain parameter"
     if weight.dim() != 2 or not weight.numel():
         return "not a matrix, or without elements"

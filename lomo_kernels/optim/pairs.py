@@ -129,7 +129,7 @@ class Holdings:
         tensor = tensor.detach()
         storage = tensor.untyped_storage()
         roomy = self._until_the_end and storage.nbytes() > ROOMY * tensor.numel() * tensor.itemsize
-        if roomy or storage.data_ptr() in self._params:
+        if roomy or _address(tensor) in self._params:
             return tensor.clone(memory_format=torch.contiguous_format)
         return tensor
 
@@ -140,7 +140,8 @@ def _key(record: Record) -> tuple[int, int]:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Of the storage, not of its memory, which a simulated tensor has none of (`lomo_kernels.plan`)."""
+    return tensor.untyped_storage()._cdata
 
 
 def _addresses(pair: Pair) -> tuple[int, int]:

@@ -1,0 +1,100 @@
+"""What memory does each method need, and which part saved what?
+
+The paper's Table 1: LLaMA-7B, sequence 512, batch 8, simulated without its memory (`lomo_kernels.plan`), by category;
+and a model that really runs here beside its simulation.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+from lomo_kernels import tiled
+from lomo_kernels.demo.model import Config
+from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, simulate
+
+from . import paper, peers
+from .measure import allocations, peak_of
+
+CONTESTANTS = tuple(METHODS)
+CHUNK = 256  # tokens whose logits exist at a time, where the loss is in chunks
+#: With checkpointing, and with the loss in chunks.
+SETTINGS = {
+    "short": [{"checkpointing": True}],
+    "full": [
+        {"checkpointing": False},
+        {"checkpointing": True},
+        {"checkpointing": True, "chunk": CHUNK},
+        {"checkpointing": False, "kernels": "of 2023"},
+        {"checkpointing": True, "kernels": "of 2023"},
+    ],
+}
+#: The paper's three rows: they are what is simulated with the attention and the RMSNorm that transformers had then.
+OF_2023 = ("AdamW, fp32 master", "SGD, fp32 master", "lomo_optim")
+
+#: What really runs: on a CPU a small model, on a GPU one that fits.
+RUN = {
+    "cpu": ("8 layers, width 512", Config(layers=8, d_model=512, heads=8, kv_heads=8, ffn=1408, vocab=4096), 256),
+    "cuda": ("llama-1b", SHAPES["llama-1b"], 512),
+}
+
+
+def case_of(model: str, sequence: int, batch: int, how: str, setting: dict[str, Any]) -> dict[str, Any]:
+    return {"model": model, "sequence": sequence, "batch": batch, "how": how, **setting}
+
+
+def simulated(
+    contestant: str, config: Config, sequence: int, batch: int, setting: dict[str, Any], kernels: str = "gpu"
+) -> Peak:
+    build = llama(config, checkpointing=setting["checkpointing"])
+    kernels = "unfused" if "kernels" in setting else kernels
+    return simulate(build, loss_of(batch, sequence, setting.get("chunk")), METHODS[contestant], kernels=kernels)
+
+
+def measured(contestant: str, config: Config, sequence: int, setting: dict[str, Any], device: str) -> int:
+    """The peak of a step that is really taken, after a first one: on the CPU torch's profiler sees every allocation,
+    also inside operators; on a GPU it is `torch.cuda.max_memory_allocated`."""
+    build, loss = llama(config, checkpointing=setting["checkpointing"]), loss_of(1, sequence)
+    gc.collect()
+    with torch.device(device):
+        model = build()
+        attached = METHODS[contestant].attach(model)
+        attached.update(loss(model))
+        gc.collect()
+        if device == "cpu":
+            tiled.buffer.memory = torch.empty(0)  # a tile that stayed counts too
+            there = sum(tensor.nbytes for tensor in (*model.parameters(), *attached.states()))
+            return there + peak_of(allocations(lambda: attached.update(loss(model))))
+        torch.cuda.reset_peak_memory_stats()
+        attached.update(loss(model))
+        return torch.cuda.max_memory_allocated()
+
+
+@pytest.fixture(autouse=True)
+def _installed(contestant, missing):
+    for peer in peers.NEEDS:
+        if contestant.startswith(peer) and (reason := peers.missing(peer)):
+            missing(peer, reason)
+
+
+def test_table_1(record, contestant, setting):
+    if "kernels" in setting and contestant not in OF_2023:
+        pytest.skip("only the paper's rows are simulated with the kernels of 2023")
+    config = SHAPES[paper.MODEL]
+    peak = simulated(contestant, config, paper.SEQUENCE, paper.BATCH, setting)
+    case = case_of(paper.MODEL, paper.SEQUENCE, paper.BATCH, "simulated", setting)
+    record(contestant, case, memory=peak.at_peak, most=peak.most)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
+def test_a_real_run_takes_what_was_simulated(record, contestant, checkpointing, device):
+    name, config, sequence = RUN[device]
+    setting = {"checkpointing": checkpointing}
+    peak = simulated(contestant, config, sequence, 1, setting, "cpu" if device == "cpu" else "gpu")
+    real = measured(contestant, config, sequence, setting, device)
+    record(contestant, case_of(name, sequence, 1, "simulated", setting), memory=peak.at_peak, most=peak.most)
+    record(contestant, case_of(name, sequence, 1, "measured", setting), memory={"all": real})
+    assert 0.97 * (peak.peak - peak.at_peak["workspace"]) <= real <= 1.03 * peak.peak

@@ -1,0 +1,137 @@
+"""Ways to train, as classes that exist: each is attached to a model and takes a step from a loss."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..optim import Lomo
+
+LR = 1e-3  # no figure depends on it
+CLIP = 1.0
+
+
+class Attached(NamedTuple):
+    """A method on one model."""
+
+    update: Callable[[Tensor], Any]  # from the loss to the changed weights
+    states: Callable[[], Iterable[Tensor]]  # what stays between steps
+
+
+class Method(NamedTuple):
+    """A way to train any model. `steps` shows all there is to see: two, where the first one makes optimizer states."""
+
+    attach: Callable[[nn.Module], Attached]
+    steps: int = 1
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    states = optimizer.state.values()
+    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+
+def plain(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[nn.Module], Attached]:
+    """A torch optimizer on the model's own weights."""
+
+    def attach(model: nn.Module) -> Attached:
+        optimizer = make(model.parameters(), lr=LR, **options)
+
+        def update(loss: Tensor) -> None:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return Attached(update, lambda: _tensors(optimizer))
+
+    return attach
+
+
+def with_master_weights(make: Callable[..., torch.optim.Optimizer]) -> Callable[[nn.Module], Attached]:
+    """A torch optimizer on float32 copies of 16-bit weights: mixed precision training, the paper's AdamW and SGD.
+
+    A gradient is widened, used and freed, one weight after the other: no way that keeps master weights and gradients
+    takes less.
+    """
+
+    def attach(model: nn.Module) -> Attached:
+        entries = []
+        for param in model.parameters():
+            master = nn.Parameter(param.detach().float())
+            entries.append((param, master, make([master], lr=LR)))
+
+        @torch.no_grad()
+        def step() -> None:
+            for param, master, optimizer in entries:
+                if param.grad is not None:
+                    master.grad = param.grad.float()
+                    param.grad = None
+                    optimizer.step()
+                    master.grad = None
+                    param.copy_(master)
+
+        def update(loss: Tensor) -> None:
+            loss.backward()
+            step()
+
+        def states() -> list[Tensor]:
+            masters = [master for _, master, _ in entries]
+            return [*masters, *(tensor for *_, optimizer in entries for tensor in _tensors(optimizer))]
+
+        return Attached(update, states)
+
+    return attach
+
+
+def lomo(**options: Any) -> Callable[[nn.Module], Attached]:
+    """`Lomo` with these options."""
+
+    def attach(model: nn.Module) -> Attached:
+        return Attached(Lomo(model, lr=LR, **options).backward, lambda: [])
+
+    return attach
+
+
+def lomo_optim(clip: bool) -> Callable[[nn.Module], Attached]:
+    """The paper's own code, where it is installed."""
+
+    def attach(model: nn.Module) -> Attached:
+        from lomo_optim import Lomo as Original
+
+        optimizer = Original(model, lr=LR, clip_grad_norm=CLIP if clip else None)
+
+        def update(loss: Tensor) -> None:
+            if clip:
+                optimizer.grad_norm(loss)
+            optimizer.fused_backward(loss, LR)
+
+        return Attached(update, lambda: [])
+
+    return attach
+
+
+def missing() -> list[str]:
+    """What `lomo_optim` needs and is not installed."""
+    return [name for name in ("lomo_optim", "transformers") if importlib.util.find_spec(name) is None]
+
+
+_clip: dict[str, Any] = {"clip_grad_norm": CLIP}
+
+METHODS: dict[str, Method] = {
+    "AdamW, fp32 master": Method(with_master_weights(torch.optim.AdamW), steps=2),
+    "SGD, fp32 master": Method(with_master_weights(torch.optim.SGD)),
+    "AdamW": Method(plain(torch.optim.AdamW, fused=True), steps=2),
+    "AdamW, foreach": Method(plain(torch.optim.AdamW, foreach=True), steps=2),
+    "SGD": Method(plain(torch.optim.SGD, foreach=True)),
+    "lomo_optim": Method(lomo_optim(clip=False)),
+    "lomo_optim, clipping": Method(lomo_optim(clip=True), steps=2),
+    "Lomo": Method(lomo()),
+    "Lomo, fused": Method(lomo(fused_layers=True)),
+    "Lomo, clipping, two passes": Method(lomo(**_clip)),
+    "Lomo, clipping, two passes, fused": Method(lomo(**_clip, fused_layers=True)),
+    "Lomo, clipping, one pass": Method(lomo(**_clip, clip_passes="one")),
+    "Lomo, clipping, one pass, fused": Method(lomo(**_clip, clip_passes="one", fused_layers=True)),
+}
