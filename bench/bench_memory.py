@@ -22,7 +22,7 @@ from .measure import allocations, peak_of
 CONTESTANTS = tuple(METHODS)
 CHUNK = 256  # tokens whose logits exist at a time, where the loss is in chunks
 #: With checkpointing, and with the loss in chunks.
-SETTINGS = {
+MODES = {
     "short": [{"checkpointing": True}],
     "full": [
         {"checkpointing": False},
@@ -42,22 +42,22 @@ RUN = {
 }
 
 
-def case_of(model: str, sequence: int, batch: int, how: str, setting: dict[str, Any]) -> dict[str, Any]:
-    return {"model": model, "sequence": sequence, "batch": batch, "how": how, **setting}
+def case_of(model: str, sequence: int, batch: int, how: str, mode: dict[str, Any]) -> dict[str, Any]:
+    return {"model": model, "sequence": sequence, "batch": batch, "how": how, **mode}
 
 
 def simulated(
-    contestant: str, config: Config, sequence: int, batch: int, setting: dict[str, Any], kernels: str = "gpu"
+    contestant: str, config: Config, sequence: int, batch: int, mode: dict[str, Any], kernels: str = "gpu"
 ) -> Peak:
-    build = llama(config, checkpointing=setting["checkpointing"])
-    kernels = "unfused" if "kernels" in setting else kernels
-    return simulate(build, loss_of(batch, sequence, setting.get("chunk")), METHODS[contestant], kernels=kernels)
+    build = llama(config, checkpointing=mode["checkpointing"])
+    kernels = "unfused" if "kernels" in mode else kernels
+    return simulate(build, loss_of(batch, sequence, mode.get("chunk")), METHODS[contestant], kernels=kernels)
 
 
-def measured(contestant: str, config: Config, sequence: int, setting: dict[str, Any], device: str) -> int:
+def measured(contestant: str, config: Config, sequence: int, mode: dict[str, Any], device: str) -> int:
     """The peak of a step that is really taken, after a first one: on the CPU torch's profiler sees every allocation,
     also inside operators; on a GPU it is `torch.cuda.max_memory_allocated`."""
-    build, loss = llama(config, checkpointing=setting["checkpointing"]), loss_of(1, sequence)
+    build, loss = llama(config, checkpointing=mode["checkpointing"]), loss_of(1, sequence)
     gc.collect()
     with torch.device(device):
         model = build()
@@ -80,21 +80,21 @@ def _installed(contestant, missing):
             missing(peer, reason)
 
 
-def test_table_1(record, contestant, setting):
-    if "kernels" in setting and contestant not in OF_2023:
+def test_table_1(record, contestant, mode):
+    if "kernels" in mode and contestant not in OF_2023:
         pytest.skip("only the paper's rows are simulated with the kernels of 2023")
     config = SHAPES[paper.MODEL]
-    peak = simulated(contestant, config, paper.SEQUENCE, paper.BATCH, setting)
-    case = case_of(paper.MODEL, paper.SEQUENCE, paper.BATCH, "simulated", setting)
+    peak = simulated(contestant, config, paper.SEQUENCE, paper.BATCH, mode)
+    case = case_of(paper.MODEL, paper.SEQUENCE, paper.BATCH, "simulated", mode)
     record(contestant, case, memory=peak.at_peak, most=peak.most)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
 def test_a_real_run_takes_what_was_simulated(record, contestant, checkpointing, device):
     name, config, sequence = RUN[device]
-    setting = {"checkpointing": checkpointing}
-    peak = simulated(contestant, config, sequence, 1, setting, "cpu" if device == "cpu" else "gpu")
-    real = measured(contestant, config, sequence, setting, device)
-    record(contestant, case_of(name, sequence, 1, "simulated", setting), memory=peak.at_peak, most=peak.most)
-    record(contestant, case_of(name, sequence, 1, "measured", setting), memory={"all": real})
+    mode = {"checkpointing": checkpointing}
+    peak = simulated(contestant, config, sequence, 1, mode, "cpu" if device == "cpu" else "gpu")
+    real = measured(contestant, config, sequence, mode, device)
+    record(contestant, case_of(name, sequence, 1, "simulated", mode), memory=peak.at_peak, most=peak.most)
+    record(contestant, case_of(name, sequence, 1, "measured", mode), memory={"all": real})
     assert 0.97 * (peak.peak - peak.at_peak["workspace"]) <= real <= 1.03 * peak.peak
