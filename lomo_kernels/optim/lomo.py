@@ -25,6 +25,7 @@ from .graph import (
 from .hyperparameters import check_group, check_positive
 from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
+from .ranks import Ranks, ranks_of
 from .records import Record
 from .scaling import LossScale
 from .state import State
@@ -67,13 +68,16 @@ class Lomo(torch.optim.Optimizer):
         fused_layers: True: the weights of the model's `nn.Linear` and `nn.Embedding` get no gradient; their updates are
             formed from its factors, tile by tile. With parameters or groups in place of the model, the model itself.
             `summary` says which weights that concerns.
-        process_group: not in this version.
+        process_group: data parallel without a wrapper: gradients are averaged over this `torch.distributed.ProcessGroup`
+            inside backward, and parameters and buffers are those of its first rank at the start. Not for DTensor
+            parameters (FSDP2, tensor parallel), which need nothing: make the optimizer after ``fully_shard`` or
+            ``parallelize_module``. `docs/distributed.md` has both.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above.
-        RuntimeError: a parameter is managed by another `Lomo`; the model is wrapped in DistributedDataParallel.
-        NotImplementedError: an option or a kind of parameter that this version does not have.
+        RuntimeError: a parameter is managed by another `Lomo`; the model is wrapped in DistributedDataParallel or FSDP1.
+        NotImplementedError: a kind of parameter that this version does not have.
     """
 
     def __init__(
@@ -92,7 +96,6 @@ class Lomo(torch.optim.Optimizer):
         process_group: Any = None,
         seed: int = 0,
     ) -> None:
-        _refuse_missing(process_group)
         if clip_passes not in ("one", "two"):
             raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
         model = _model_of(model_or_params, fused_layers)
@@ -107,6 +110,9 @@ class Lomo(torch.optim.Optimizer):
         self._stochastic = is_stochastic("Lomo", rounding)
         self._raise = nonfinite == "raise"
         self._seed = _check_seed(seed)
+
+        self._process_group = process_group
+        self._ranks: Ranks | None = None
 
         self._records: list[Record] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -124,11 +130,14 @@ class Lomo(torch.optim.Optimizer):
         self._warned = False
         self._removed = False
         self._attached = False
+        # Until the first step, which asks whether its parameters are still these.
+        self._whole = weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else None
         self._busy = threading.Lock()
         self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
         super().__init__(named_groups(model_or_params), defaults)
-        self._state = State(self._records, self.param_groups, loss_scale)
+        self._join_ranks()
+        self._state = State(self._records, self.param_groups, loss_scale, ranks=self._ranks)
         if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
             raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
         self._attach()
@@ -289,6 +298,7 @@ class Lomo(torch.optim.Optimizer):
         self._records.extend(records)
         self._ids = known
         if self._attached:
+            self._join_ranks()
             self._place()
             self._attach()
 
@@ -354,9 +364,11 @@ class Lomo(torch.optim.Optimizer):
         if not after_grad_norm:
             self._drop_norm()
         self._refresh(lr)
+        if self._whole is not None:
+            self._check_model()
         known, self._norm_is_known = self._norm_is_known, False
         kept = self._kept()
-        if self._accumulating or kept:
+        if self._accumulating or kept or self._unreduced():
             self._add_to_kept(loss, kept)
             if not self._accumulating:
                 self._apply_kept(keep=False)
@@ -365,7 +377,12 @@ class Lomo(torch.optim.Optimizer):
         scaled = scale is not None
         if self._needs_norm_first and self._one_pass and not known:
             self._state.zero_slots()
-            gradients = KeepPass(self._state.devices, self._params_of_fused(), scaled=scaled)
+            gradients = KeepPass(
+                self._state.devices,
+                self._params_of_fused(),
+                scaled=scaled or self._state.divides,
+                ranks=self._ranks,
+            )
             self._sweep(gradients, loss, scale, retain_graph=False)
             gradients.check()
             self._state.decide(self._clip_grad_norm)
@@ -382,20 +399,19 @@ class Lomo(torch.optim.Optimizer):
                 check_fused_weights(loss)
             self._check_reentrancy(loss, scale)
             self._state.zero_slots()
-        self._sweep(self._update_pass(scaled), loss, scale, retain_graph=False)
+        self._sweep(self._update_pass(scaled, self._ranks), loss, scale, retain_graph=False)
         self._finish(scaled)
 
     def _start_scale(self, loss: Tensor) -> Tensor | None:
         """The loss scale for a backward from `loss`, which the kernels are told to take out again. None: no scaling."""
-        if not self._state.scale.used:
-            return None
-        scale = self._state.scale.of(loss)
+        scale = self._state.scale.of(loss) if self._state.scale.used else None
         self._state.unscale_by(scale)
         return scale
 
     def _find_norm(self, loss: Tensor, scale: Tensor | None) -> None:
         self._state.zero_slots()
-        self._sweep(NormPass(self._state.devices, scaled=scale is not None), loss, scale, retain_graph=True)
+        scaled = scale is not None or self._state.divides
+        self._sweep(NormPass(self._state.devices, scaled=scaled, ranks=self._ranks), loss, scale, retain_graph=True)
         self._state.decide(self._clip_grad_norm)
 
     def _drop_norm(self) -> None:
@@ -424,6 +440,13 @@ class Lomo(torch.optim.Optimizer):
             sweep.flush()
         finally:
             self._run = None
+        if not any(record.fired == sweep.serial for record in self._records):
+            raise RuntimeError(
+                "Lomo: no gradient came: the loss depends on none of the optimizer's parameters, or only on copies of "
+                "them. Make the optimizer after fully_shard, parallelize_module, deepcopy and whatever else exchanges "
+                "parameters; FSDP1 (FullyShardedDataParallel) is not served, fully_shard is; under "
+                "set_requires_gradient_sync(False) use optimizer.accumulate()"
+            )
 
     def _add_to_kept(self, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
         """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
@@ -448,15 +471,16 @@ class Lomo(torch.optim.Optimizer):
         self._drop_norm()
         kept = self._kept()
         scaled = self._carries_scale(kept)
-        if scaled:
-            assert self._kept_scale is not None
-            self._state.unscale_by(self._kept_scale)
+        assert not scaled or self._kept_scale is not None
+        self._state.unscale_by(self._kept_scale if scaled else None)
         if not keep:
             for record, _ in kept:
                 record.param.grad = None
+        if self._ranks is not None:
+            kept = self._ranks.kept(kept, copy=keep)
         self._state.zero_slots()
         if self._needs_norm_first:
-            norm = NormPass(self._state.devices, scaled=scaled)
+            norm = NormPass(self._state.devices, scaled=scaled or self._state.divides)
             for record, grad in kept:
                 norm.add(record, grad)
             norm.flush()
@@ -472,6 +496,18 @@ class Lomo(torch.optim.Optimizer):
         """The gradients that plain backwards left in ``.grad``."""
         return [(record, grad) for record in self._records if (grad := record.param.grad) is not None]
 
+    def _unreduced(self) -> bool:
+        """Whether FSDP2 holds gradients of backwards without synchronisation. Only the first of two passes would see
+        them: they need one backward into ``.grad``. Raises RuntimeError where they may not carry the loss scale."""
+        if self._ranks is None or not self._ranks.unreduced():
+            return False
+        if self._state.scale.used:
+            raise RuntimeError(
+                "Lomo: gradients of backwards under set_requires_gradient_sync(False) wait in FSDP2, with or without a "
+                "loss scale. With one, leave synchronisation on and use optimizer.accumulate()"
+            )
+        return self._needs_norm_first
+
     def _carries_scale(self, kept: list[tuple[Record, Tensor]]) -> bool:
         """Whether gradients in ``.grad`` carry the loss scale. Raises RuntimeError where only some do."""
         if self._kept_scale is None:
@@ -484,11 +520,12 @@ class Lomo(torch.optim.Optimizer):
             )
         return True in kinds
 
-    def _update_pass(self, scaled: bool) -> UpdatePass:
+    def _update_pass(self, scaled: bool, ranks: Ranks | None = None) -> UpdatePass:
         return UpdatePass(
             self._state.devices,
             self._params_of_fused(),
-            scaled=scaled,
+            scaled=scaled or self._state.divides,
+            ranks=ranks,
             decided=self._needs_norm_first,
             stochastic=self._stochastic,
             seed=self._seed,
@@ -513,7 +550,8 @@ class Lomo(torch.optim.Optimizer):
             names = [record.name for record in self._records if not record.slot.isfinite().item()]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             self._end(scaled)
-            raise FloatingPointError(f"Lomo: the gradient is not finite in {', '.join(names[:5])}{more}; {outcome}")
+            where = f"in {', '.join(names[:5])}{more}" if names else "on another rank"
+            raise FloatingPointError(f"Lomo: the gradient is not finite {where}; {outcome}")
 
     def _end(self, scaled: bool) -> None:
         """Counts the step, moves the loss scale, and tells schedulers and autocast."""
@@ -544,7 +582,9 @@ class Lomo(torch.optim.Optimizer):
         for record, param in zip(self._records, params, strict=True):
             if param is not record.param:
                 raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_BY_HAND}")
-            if param.dtype is not record.dtype or param.device != record.device:
+            if self._ranks is not None:
+                self._ranks.place(record)
+            if record.local.dtype is not record.dtype or record.local.device != record.device:
                 self._place()
             if not record.hooked and param.requires_grad:
                 self._attach()
@@ -559,7 +599,50 @@ class Lomo(torch.optim.Optimizer):
         for record in self._records:
             check_parameter(record.name, record.param, self)
         self._drop_norm()
-        self._state = State(self._records, self.param_groups, self._wanted_scale, before=self._state)
+        self._state = State(
+            self._records, self.param_groups, self._wanted_scale, ranks=self._ranks, before=self._state
+        )
+
+    def _join_ranks(self) -> None:
+        """Finds the processes that take part in training these parameters, and starts from the same everywhere."""
+        ranks = ranks_of(self._records, self._process_group, stochastic=self._stochastic)
+        if ranks is None:
+            return
+        if self._model is not None:
+            raise ValueError(
+                "Lomo: fused_layers apply a weight's gradient from its factors, which are this rank's own; over several "
+                "ranks the gradient has to be summed first, and so to exist. Use fused_layers=False"
+            )
+        for record in self._records:
+            ranks.place(record)
+        ranks.agree(
+            {
+                "parameters": [(*layout, one.param.dtype) for layout, one in zip(self._layout(), self._records)],
+                "which of them are frozen": [record.param.requires_grad for record in self._records],
+                "options": (self._clip_grad_norm, self._one_pass, self._wanted_scale, self._stochastic, self._raise),
+                "seeds": self._seed,
+            }
+        )
+        ranks.start(self._records, None if self._whole is None else self._whole())
+        self._ranks = ranks
+
+    def _check_model(self) -> None:
+        """Asks once, before the first step, whether the model still has the parameters that the hooks are on.
+
+        FSDP2 exchanges its own for others while it runs, so where they are ours there is nothing to compare.
+        """
+        model = None if self._whole is None else self._whole()
+        self._whole = None
+        if model is None or self._ranks is not None:
+            return
+        theirs = {id(param): param for param in model.parameters()}
+        lost = [record.name for record in self._records if id(record.param) not in theirs]
+        if lost and any(param.requires_grad and key not in self._ids for key, param in theirs.items()):
+            raise RuntimeError(
+                f"Lomo: the model's {lost[0]} is another parameter than when the optimizer was made, and the hook on the "
+                "old one will not be called. Make the optimizer after fully_shard, parallelize_module and whatever else "
+                "exchanges parameters. No weight was changed"
+            )
 
     def _attach(self) -> None:
         """Puts hooks on trainable parameters that have none yet, and keeps other optimizers off all of them."""
@@ -668,9 +751,3 @@ def _check_seed(seed: Any) -> int:
     return seed
 
 
-def _refuse_missing(process_group: Any) -> None:
-    if process_group is not None:
-        raise NotImplementedError(
-            "Lomo: process_group is not in this version; use process_group=None, on one process, or plain backwards "
-            "under DistributedDataParallel with torch.optim.SGD"
-        )
