@@ -18,14 +18,14 @@ import torch.distributed as dist
 
 # A forked server imports torch once for all of them: seconds less per process.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "lomo_kernels"])
+_context.set_forkserver_preload(["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "lomo_kernels"])
 
 #: Of a collective operation, until a rank that waits for another gives up; and of one call, until the test fails.
 GROUP_TIMEOUT, CALL_TIMEOUT = 30.0, 90.0
 
 
 class Processes:
-    """`world` processes with a default group. Use as a context manager."""
+    """`world` processes with a default group."""
 
     def __init__(self, world: int) -> None:
         self.world = world
@@ -42,10 +42,7 @@ class Processes:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def __enter__(self) -> Processes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -64,7 +61,7 @@ class Processes:
         results = self.outcomes(function, *args)
         failed = [(rank, result) for rank, result in enumerate(results) if isinstance(result, Failed)]
         if failed:
-            self.__exit__()
+            self.close()
             # What the others say is mostly that they lost one of them.
             raise AssertionError("".join(f"\nrank {rank}: {result.text}" for rank, result in failed))
         return results

@@ -27,7 +27,7 @@ from .parameters import check_apart, check_parameter, claim, name_of, named_grou
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, ranks_of
 from .records import Record
-from .scaling import LossScale
+from .scaling import KINDS, LossScale
 from .state import State
 from .summary import summary
 
@@ -68,15 +68,15 @@ class Lomo(torch.optim.Optimizer):
         fused_layers: True: the weights of the model's `nn.Linear` and `nn.Embedding` get no gradient; their updates are
             formed from its factors, tile by tile. With parameters or groups in place of the model, the model itself.
             `summary` says which weights that concerns.
-        process_group: data parallel without a wrapper: gradients are averaged over this `torch.distributed.ProcessGroup`
-            inside backward, and parameters and buffers are those of its first rank at the start. Not for DTensor
-            parameters (FSDP2, tensor parallel), which need nothing: make the optimizer after ``fully_shard`` or
-            ``parallelize_module``. `docs/distributed.md` has both.
+        process_group: data parallel without a wrapper: gradients are averaged over this
+            `torch.distributed.ProcessGroup` inside backward, and parameters and buffers start as its first rank's. Not
+            for DTensor parameters (FSDP2, tensor parallel), which need nothing but that the optimizer is made after
+            ``fully_shard`` or ``parallelize_module``. `docs/distributed.md` has both.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
 
     Raises:
-        TypeError, ValueError: an argument or a parameter is not as above.
-        RuntimeError: a parameter is managed by another `Lomo`; the model is wrapped in DistributedDataParallel or FSDP1.
+        TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
+        RuntimeError: a parameter is managed by another `Lomo`; the model is in DistributedDataParallel or FSDP1.
         NotImplementedError: a kind of parameter that this version does not have.
     """
 
@@ -136,8 +136,9 @@ class Lomo(torch.optim.Optimizer):
         self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
         super().__init__(named_groups(model_or_params), defaults)
-        self._join_ranks()
+        self._ranks = self._join_ranks(self._records)
         self._state = State(self._records, self.param_groups, loss_scale, ranks=self._ranks)
+        self._repeat_state()
         if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
             raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
         self._attach()
@@ -294,17 +295,23 @@ class Lomo(torch.optim.Optimizer):
         check_apart((record.name, record.param) for record in (*self._records, *records))
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
+        if self._attached:
+            self._ranks = self._join_ranks([*self._records, *records])
         super().add_param_group(group)
         self._records.extend(records)
         self._ids = known
         if self._attached:
-            self._join_ranks()
             self._place()
             self._attach()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters."""
+        """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters.
+
+        ``"state"`` repeats the numbers for each parameter: `torch.distributed.checkpoint` keeps nothing else.
+        """
         state: dict[str, Any] = super().state_dict()
+        for numbers in state["state"].values():  # torch's own copies of the dicts hold the live tensors
+            numbers |= {key: value.clone() for key, value in numbers.items() if isinstance(value, Tensor)}
         state[_STATE] = self._state.export() | {"seed": self._seed, "parameters": self._layout()}
         return state
 
@@ -315,7 +322,10 @@ class Lomo(torch.optim.Optimizer):
             ValueError: it is not a Lomo's, or of other parameters (their order, names and shapes count: a parameter's
                 place keys its random bits), or of another kind of loss scaling; nothing is loaded then.
         """
-        ours = state_dict.get(_STATE, {})
+        ours: dict[str, Any] = state_dict.get(_STATE, {})
+        if not ours and state_dict.get("state"):  # from torch.distributed.checkpoint, which goes by names
+            ours = next(iter(state_dict["state"].values()))
+            ours = ours | {"parameters": self._layout(), "scaling": KINDS[int(ours["scaling"])]}
         missing = self.state_dict()[_STATE].keys() - ours.keys()
         if missing:
             raise ValueError(
@@ -331,10 +341,19 @@ class Lomo(torch.optim.Optimizer):
         seed = _check_seed(ours["seed"])
         for index, group in enumerate(state_dict["param_groups"]):
             check_group({**self.defaults, **group}, f"Lomo: param_groups[{index}] of the state dict")
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != _STATE})
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self._state.load(ours)
         self._seed = seed
+        self._repeat_state()
         self._norm_is_known = False
+
+    def _repeat_state(self) -> None:
+        """Puts our numbers where torch looks for a parameter's state.
+
+        `torch.distributed.checkpoint` would take an empty one as a reason to make gradients for all and do a step.
+        """
+        for record in self._records:
+            self.state[record.param] = self._state.by_parameter() | {"seed": self._seed}
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("Lomo: an optimizer with hooks on its parameters cannot be copied or pickled; use state_dict()")
@@ -599,32 +618,31 @@ class Lomo(torch.optim.Optimizer):
         for record in self._records:
             check_parameter(record.name, record.param, self)
         self._drop_norm()
-        self._state = State(
-            self._records, self.param_groups, self._wanted_scale, ranks=self._ranks, before=self._state
-        )
+        self._state = State(self._records, self.param_groups, self._wanted_scale, ranks=self._ranks, before=self._state)
+        self._repeat_state()
 
-    def _join_ranks(self) -> None:
+    def _join_ranks(self, records: Sequence[Record]) -> Ranks | None:
         """Finds the processes that take part in training these parameters, and starts from the same everywhere."""
-        ranks = ranks_of(self._records, self._process_group, stochastic=self._stochastic)
+        ranks = ranks_of(records, self._process_group, stochastic=self._stochastic)
         if ranks is None:
-            return
+            return None
         if self._model is not None:
             raise ValueError(
-                "Lomo: fused_layers apply a weight's gradient from its factors, which are this rank's own; over several "
-                "ranks the gradient has to be summed first, and so to exist. Use fused_layers=False"
+                "Lomo: fused_layers apply a weight's gradient from its factors, which are this rank's own; over "
+                "several ranks the gradient has to be summed first, and so to exist. Use fused_layers=False"
             )
-        for record in self._records:
+        for record in records:
             ranks.place(record)
         ranks.agree(
             {
-                "parameters": [(*layout, one.param.dtype) for layout, one in zip(self._layout(), self._records)],
-                "which of them are frozen": [record.param.requires_grad for record in self._records],
+                "parameters": [(one.name, tuple(one.param.shape), one.param.dtype) for one in records],
+                "frozen parameters": [one.param.requires_grad for one in records],
                 "options": (self._clip_grad_norm, self._one_pass, self._wanted_scale, self._stochastic, self._raise),
                 "seeds": self._seed,
             }
         )
-        ranks.start(self._records, None if self._whole is None else self._whole())
-        self._ranks = ranks
+        ranks.start(records, None if self._whole is None else self._whole())
+        return ranks
 
     def _check_model(self) -> None:
         """Asks once, before the first step, whether the model still has the parameters that the hooks are on.
@@ -639,9 +657,9 @@ class Lomo(torch.optim.Optimizer):
         lost = [record.name for record in self._records if id(record.param) not in theirs]
         if lost and any(param.requires_grad and key not in self._ids for key, param in theirs.items()):
             raise RuntimeError(
-                f"Lomo: the model's {lost[0]} is another parameter than when the optimizer was made, and the hook on the "
-                "old one will not be called. Make the optimizer after fully_shard, parallelize_module and whatever else "
-                "exchanges parameters. No weight was changed"
+                f"Lomo: the model's {lost[0]} is another parameter than when the optimizer was made, and the hook on "
+                "the old one will not be called. Make the optimizer after fully_shard, parallelize_module and whatever "
+                "else exchanges parameters. No weight was changed"
             )
 
     def _attach(self) -> None:
@@ -749,5 +767,3 @@ def _check_seed(seed: Any) -> int:
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"Lomo: seed is {seed!r}, expected an integer of 64 bits")
     return seed
-
-

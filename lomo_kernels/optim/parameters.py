@@ -81,7 +81,7 @@ def check_parameter(name: str, param: Any, optimizer: object) -> None:
         raise ValueError(f"Lomo: {name} is not initialised yet; run the lazy module once before making the optimizer")
     if not param.is_leaf:
         raise ValueError(f"Lomo: {name} is not a leaf tensor; pass the parameter it was computed from")
-    if type(param).__name__ == "FlatParameter":
+    if getattr(param, "_is_flat_param", False):
         raise RuntimeError(f"Lomo: {name} is FSDP1's, which calls no hooks. {_INSTEAD[True]}")
     given, param = param, local_of(param)
     if param.dtype not in DTYPES:

@@ -5,11 +5,11 @@ the optimizer has one `Ranks`, chosen when it is made (`ranks_of`), which answer
 
 1. What local tensor and what local gradient does a parameter's hook work on? `place` sets ``record.local`` (what the
    kernels update), ``record.shard`` (where it lies in the whole parameter, as the operators take it; of all records or
-   of none) and ``record.weight``. `reduced` takes what autograd left in ``.grad`` and gives pairs of record and local gradient, of
-   this parameter or of earlier ones, now or later; `rest` gives those that are left when backward has ended.
+   of none) and ``record.weight``. `reduced` takes what autograd left in ``.grad`` and gives pairs of record and local
+   gradient, of this parameter or of earlier ones, now or later; `rest` gives those that are left when backward ends.
 2. How are norms combined? Each parameter's slot holds the sum of squares of its local gradient; the sum of slot times
-   weight goes through `sum_`, after which every rank has the same number, hence the same overflow flag, clip coefficient
-   and decision to skip.
+   weight goes through `sum_`, after which every rank has the same number, hence the same overflow flag, clip
+   coefficient and decision to skip.
 
 Every method is called by all ranks in the same order, inside `no_grad`, and may communicate. Nothing here reads a
 device tensor on the host, and nothing knows which ranks share a host.
@@ -24,7 +24,6 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -82,7 +81,7 @@ class Ranks:
                 if different:
                     raise ValueError(
                         f"Lomo: {' and '.join(different)} on rank {dist.get_global_rank(group, rank)} and on rank "
-                        f"{dist.get_global_rank(group, 0)} differ; make the same optimizer for the same model everywhere"
+                        f"{dist.get_global_rank(group, 0)} differ; make the same optimizer of the same model everywhere"
                     )
 
 
@@ -108,8 +107,8 @@ def ranks_of(records: Sequence[Record], process_group: Any, *, stochastic: bool)
             )
         if sharded:
             raise ValueError(
-                f"Lomo: {sharded[0].name} is a DTensor, whose gradients its engine reduces; leave process_group out. Data "
-                "parallel over shards: fully_shard with a mesh of two dimensions"
+                f"Lomo: {sharded[0].name} is a DTensor, whose gradients its engine reduces; leave process_group out. "
+                "Data parallel over shards: fully_shard with a mesh of two dimensions"
             )
         return Averaged(process_group, records)
     if not sharded:

@@ -1,17 +1,17 @@
 """Data parallel over a process group: every rank has the whole model, and gradients are averaged inside the hooks.
 
-A large gradient starts its own all-reduce when it comes, and is applied and freed when that is done, which is waited for
-while later gradients are computed; small ones travel together. What travels is the sum: the kernels divide it, with the
-loss scale, so averaging costs no pass over memory.
+A large gradient starts its own all-reduce when it comes, which goes on while later ones are computed, and is then
+applied and freed; small ones travel together. What travels is the sum: the kernels divide it, with the loss scale, so
+averaging costs no pass over memory.
 
 Ranks must start the same reductions in the same order, but a graph that depends on data (a skipped layer, an expert not
 chosen) brings gradients in another order, or not at all. So the order is agreed on: the parameters' own, from the last,
-at first, as `DistributedDataParallel` has it; after the first backward that in which they came on rank 0. A gradient that
-comes early waits, one that does not come counts as zero.
+at first, as `DistributedDataParallel` has it; after the first backward that in which they came on rank 0. A gradient
+that comes early waits, one that does not come counts as zero.
 
-Two-pass clipping reduces in both backwards: exact, for the second's reductions are the first's again, and only what is in
-flight is in memory. ``clip_passes="one"`` reduces once and keeps the reduced gradients: half the traffic, a whole
-gradient of memory.
+Two-pass clipping reduces in both backwards: exact, for the second's reductions are the first's again, and only what is
+in flight is in memory. ``clip_passes="one"`` reduces once and keeps the reduced gradients: half the traffic, for the
+memory of all gradients.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Averaged(Ranks):
         if len(places) > 1:
             raise ValueError(
                 f"Lomo: with process_group every rank's parameters lie on one device, these are on "
-                f"{', '.join(sorted(str(place) for place in places))}; autograd runs the hooks of each device in a thread "
-                "of its own, in which reductions have no common order"
+                f"{', '.join(sorted(str(place) for place in places))}; autograd runs the hooks of each device in a "
+                "thread of its own, among which reductions have no order"
             )
         self.groups = [group]
         self.divisor = dist.get_world_size(group)

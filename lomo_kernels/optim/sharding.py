@@ -42,7 +42,9 @@ class Sharded(Ranks):
         for record in records:
             if isinstance(record.param, DTensor):
                 if any(placement.is_partial() for placement in record.param.placements):
-                    raise ValueError(f"Lomo: {record.name} is placed as {record.param.placements}: a sum is no parameter")
+                    raise ValueError(
+                        f"Lomo: {record.name} is placed as {record.param.placements}; expected Shard and Replicate only"
+                    )
                 root = record.param.device_mesh._get_root_mesh()
                 if root not in roots:
                     roots.append(root)
@@ -50,7 +52,9 @@ class Sharded(Ranks):
         self._size = root.size()
         # The root mesh's ranks hold the model. Its own groups reach all of them, one dimension after the other, without
         # a group made for it, in which ranks that have no part in this model would have to join.
-        self.groups = [dist.group.WORLD] if self._size == dist.get_world_size() else root.get_all_groups()
+        world = dist.group.WORLD
+        assert world is not None  # there is a mesh
+        self.groups = [world] if self._size == dist.get_world_size() else root.get_all_groups()
         if len(roots) > 1 and self._size != dist.get_world_size():
             raise NotImplementedError(
                 f"Lomo: the parameters lie on the meshes {roots}, which are not parts of one; slice them from one "
@@ -59,13 +63,13 @@ class Sharded(Ranks):
         self._device_type = root.device_type
 
     def start(self, records: Sequence[Record], model: nn.Module | None) -> None:
-        self._fsdp = list(_fsdp_parameters({id(record.param) for record in records}))
+        self._fsdp = list(_fsdp_groups({id(record.param) for record in records}))
         in_model = model is not None and any(isinstance(module, FSDPModule) for module in model.modules())
         for record in records if self._fsdp or in_model else ():
             if record.param.requires_grad and not isinstance(record.param, DTensor):
                 raise ValueError(
-                    f"Lomo: {record.name} is a plain parameter beside FSDP2's, which no one reduces the gradient of. Call "
-                    "fully_shard on the whole model too, after its parts, or freeze it; after a forward without a "
+                    f"Lomo: {record.name} is a plain parameter beside FSDP2's, which no one reduces the gradient of. "
+                    "Call fully_shard on the whole model too, after its parts, or freeze it; after a forward without a "
                     "backward call model.reshard() first"
                 )
 
@@ -93,8 +97,9 @@ class Sharded(Ranks):
     def reduced(self, record: Record, grad: Tensor) -> Iterable[tuple[Record, Tensor]]:
         if not isinstance(grad, DTensor):
             return ((record, grad),)
-        if grad.placements != record.param.placements:
-            grad = grad.redistribute(placements=record.param.placements)
+        placements = record.param.placements  # type: ignore[attr-defined]
+        if grad.placements != placements:
+            grad = grad.redistribute(placements=placements)
         local = grad._local_tensor
         if isinstance(local, AsyncCollectiveTensor):
             local = local.wait()
@@ -114,7 +119,15 @@ class Sharded(Ranks):
             total.copy_(there)
 
     def unreduced(self) -> bool:
-        return any(param.unsharded_accumulated_grad is not None for param in self._fsdp)
+        return any(
+            group._partial_reduce_output is not None
+            or any(
+                param.unsharded_accumulated_grad is not None
+                or getattr(getattr(param, "_unsharded_param", None), "grad", None) is not None
+                for param in group.fsdp_params
+            )
+            for group in self._fsdp
+        )
 
 
 def shard_of(param: DTensor) -> Shard | None:
@@ -142,13 +155,12 @@ def _whole(tensor: Tensor) -> Shard:
     return 0, elements, elements
 
 
-def _fsdp_parameters(ids: set[int]) -> Iterator[Any]:
-    """FSDP2's own records of the parameters with these ids, wherever their modules are."""
+def _fsdp_groups(ids: set[int]) -> Iterator[Any]:
+    """FSDP2's own records of what has parameters with these ids, wherever their modules are."""
     for module in list(_module_state_mapping):
         if isinstance(module, FSDPModule):
             state = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None)
             for group in [state._fsdp_param_group] if groups is None else groups:
-                for param in () if group is None else group.fsdp_params:
-                    if id(param.sharded_param) in ids:
-                        yield param
+                if group is not None and any(id(param.sharded_param) in ids for param in group.fsdp_params):
+                    yield group

@@ -12,7 +12,7 @@ from ..reference import clip_coefficient
 from .hyperparameters import GroupScalars, check_group
 from .ranks import Ranks
 from .records import Device, Record
-from .scaling import LossScale
+from .scaling import KINDS, LossScale
 
 
 def _send(number: Tensor, to: Tensor) -> None:
@@ -82,7 +82,7 @@ class State:
         return self._ranks is not None and self._ranks.divisor != 1
 
     def unscale_by(self, scale: Tensor | None) -> None:
-        """The gradients to come carry `scale`: has its inverse, in float64, on every device; over the ranks' divisor."""
+        """The gradients to come carry `scale`, and the ranks' divisor: has the inverse, in float64, on every device."""
         if scale is None and not self.divides:
             return
         divisor = 1 if self._ranks is None else self._ranks.divisor
@@ -129,10 +129,21 @@ class State:
         """Copies of what a resumed run needs."""
         return {"step": self.home.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export()
 
+    def by_parameter(self) -> dict[str, Any]:
+        """The same numbers, live, as `torch.distributed.checkpoint` can keep them with a parameter: no string, and at
+        least one dimension."""
+        tensors = {
+            "step": self.home.step,
+            "skipped_steps": self.skipped,
+            "loss_scale": self.scale.scale,
+            "growth_tracker": self.scale.growth_tracker,
+        }
+        return {name: tensor.view(1) for name, tensor in tensors.items()} | {"scaling": KINDS.index(self.scale.kind)}
+
     def load(self, exported: dict[str, Any]) -> None:
-        """Takes over what `export` gave."""
+        """Takes over what `export` or `by_parameter` gave."""
         for device in self.devices.values():
-            device.step.copy_(exported["step"])
-        self.skipped.copy_(exported["skipped_steps"])
-        self.scale.scale.copy_(exported["loss_scale"])
-        self.scale.growth_tracker.copy_(exported["growth_tracker"])
+            device.step.copy_(exported["step"].reshape(()))
+        self.skipped.copy_(exported["skipped_steps"].reshape(()))
+        self.scale.scale.copy_(exported["loss_scale"].reshape(()))
+        self.scale.growth_tracker.copy_(exported["growth_tracker"].reshape(()))
