@@ -20,23 +20,24 @@ import torch.distributed as dist
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "lomo_kernels"])
 
-#: Of a collective operation, until a rank that waits for another gives up; and of one call, until the test fails.
+#: Seconds: of a collective operation, until a rank gives up waiting for another; of a call, until the test fails.
 GROUP_TIMEOUT, CALL_TIMEOUT = 30.0, 90.0
+#: Seconds for the others to end once one has raised.
+GRACE = 2.0
 
 
 class Processes:
     """`world` processes with a default group."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, timeout: float = GROUP_TIMEOUT) -> None:
         self.world = world
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world):
             ours, theirs = _context.Pipe()
-            process = _context.Process(
-                target=_serve, args=(rank, world, os.path.join(self._folder.name, "store"), theirs), daemon=True
-            )
+            store = os.path.join(self._folder.name, "store")
+            process = _context.Process(target=_serve, args=(rank, world, timeout, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -66,13 +67,13 @@ class Processes:
             raise AssertionError("".join(f"\nrank {rank}: {result.text}" for rank, result in failed))
         return results
 
-    def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float = CALL_TIMEOUT) -> list[Any]:
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """As `call`, with a `Failed` for each rank that raised, died or was still at it when time was up."""
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__qualname__, args))
         results: list[Any] = [Failed("still at it")] * self.world
         open_ = {pipe: rank for rank, pipe in enumerate(self._pipes)}
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + CALL_TIMEOUT
         while open_ and (ready := wait(list(open_), max(0.0, deadline - time.monotonic()))):
             for pipe in ready:
                 rank = open_.pop(pipe)
@@ -80,6 +81,8 @@ class Processes:
                     results[rank] = pipe.recv()
                 except EOFError:
                     results[rank] = Failed("died")
+                if isinstance(results[rank], Failed) and results[rank].text != "died":
+                    deadline = min(deadline, time.monotonic() + GRACE)
         return results
 
 
@@ -88,14 +91,14 @@ class Failed:
         self.text = text
 
 
-def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, world: int, timeout: float, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=GROUP_TIMEOUT),
+        timeout=datetime.timedelta(seconds=timeout),
     )
     while True:
         module, name, args = pipe.recv()
