@@ -129,7 +129,7 @@ def shared_memory(rank: int) -> None:
     """Autograd gives `bias` a view of the gradient that `x` gets too: the reduction must not work in it."""
     x, bias = nn.Parameter(torch.ones(160, 160)), nn.Parameter(torch.ones(160 * 160))
     weight = torch.linspace(1, 2, 160 * 160).view(160, 160) * (rank + 1)
-    optimizer = Lomo([bias, x], lr=1.0, process_group=dist.group.WORLD)
+    optimizer = Lomo([x, bias], lr=1.0, process_group=dist.group.WORLD)  # the last one is reduced first
     optimizer.backward(((x * 2 + bias.view(160, 160)) * weight).sum())
     mean = torch.linspace(1, 2, 160 * 160).view(160, 160) * 1.5
     assert torch.allclose(bias.view(160, 160), 1 - mean) and torch.allclose(x, 1 - 2 * mean)
