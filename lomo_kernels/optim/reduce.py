@@ -17,7 +17,7 @@ memory of all gradients.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from .ranks import Kept, Ranks
 from .records import Record
-from .streams import Streams
 
 # Small gradients that travel together: as much as their list call takes (passes.BUFFER_BYTES).
 BUCKET_BYTES = 1024 * 1024
@@ -79,7 +78,7 @@ class Averaged(Ranks):
     def begin(self) -> None:
         self._plan([self._records[index] for index in self._order if self._records[index].param.requires_grad])
         self._came: list[int] = []
-        self._waiting: list[dict[int, Tensor]] = [{} for _ in self._messages]
+        self._waiting: list[dict[int, tuple[Tensor, torch.cuda.Stream | None]]] = [{} for _ in self._messages]
         self._next = 0
         self._sent: deque[_Sent] = deque()
         self._bytes = 0
@@ -91,7 +90,7 @@ class Averaged(Ranks):
                 "build the layer with sparse=False"
             )
         self._came.append(record.index)
-        self._waiting[self._message_of[record.index]][record.index] = grad
+        self._waiting[self._message_of[record.index]][record.index] = grad, _current(grad)
         del grad
         while self._next < len(self._messages) and len(self._waiting[self._next]) == len(self._messages[self._next]):
             self._send()
@@ -101,7 +100,8 @@ class Averaged(Ranks):
         while self._next < len(self._messages):
             for record in self._messages[self._next]:
                 if record.index not in self._waiting[self._next]:
-                    self._waiting[self._next][record.index] = torch.zeros_like(record.param)
+                    zeros = torch.zeros_like(record.param)
+                    self._waiting[self._next][record.index] = zeros, _current(zeros)
             self._send()
             yield from self._received(IN_FLIGHT_BYTES)
         yield from self._received(-1)
@@ -138,12 +138,12 @@ class Averaged(Ranks):
 
     def _send(self) -> None:
         """Starts the next reduction, whose gradients are all there."""
-        records, grads = self._messages[self._next], self._waiting[self._next]
+        records, waiting = self._messages[self._next], self._waiting[self._next]
         self._next += 1
-        tensor = _own(grads.popitem()[1]) if len(records) == 1 else _joined([grads.pop(one.index) for one in records])
-        stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        grads = [_here(*waiting.pop(record.index)) for record in records]
+        tensor = torch.cat([grad.reshape(-1) for grad in grads]) if len(grads) > 1 else _own(grads[0])
         work = dist.all_reduce(tensor, group=self._group, async_op=True)
-        self._sent.append(_Sent(records, tensor, work, stream))
+        self._sent.append(_Sent(records, tensor, work, _current(tensor)))
         self._bytes += tensor.nbytes
 
     def _received(self, limit: int) -> Iterator[tuple[Record, Tensor]]:
@@ -151,8 +151,8 @@ class Averaged(Ranks):
         while self._sent and self._bytes - self._sent[-1].tensor.nbytes > limit:
             records, tensor, work, stream = self._sent.popleft()
             self._bytes -= tensor.nbytes
-            work.wait()
-            Streams.lend([tensor], tensor.device, stream)
+            work.wait()  # on a GPU the current stream does
+            _here(tensor, stream)
             if len(records) == 1:
                 yield records[0], tensor.view(records[0].param.shape)
                 continue
@@ -179,5 +179,13 @@ def _own(grad: Tensor) -> Tensor:
     return grad.contiguous()
 
 
-def _joined(grads: Iterable[Tensor]) -> Tensor:
-    return torch.cat([grad.reshape(-1) for grad in grads])
+def _current(tensor: Tensor) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
+def _here(tensor: Tensor, made_on: torch.cuda.Stream | None) -> Tensor:
+    """`tensor`, for use on the current stream: what another one does to it is waited for, and its memory is kept."""
+    if made_on is not None and (current := torch.cuda.current_stream(tensor.device)) != made_on:
+        current.wait_stream(made_on)
+        tensor.record_stream(current)
+    return tensor
