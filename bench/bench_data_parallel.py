@@ -1,8 +1,8 @@
 """What does averaging inside the hooks cost, and save, against DistributedDataParallel and SGD?
 
-``python -m bench.bench_data_parallel`` measures whole steps of a small Llama in float32, two processes over gloo with one
-thread each: seconds on rank 0 from a barrier on, interleaved round by round, and the peak of live bytes above what is
-alive between steps (beyond the weights that is, for DistributedDataParallel, its buckets: shown apart). Writes
+``python -m bench.bench_data_parallel`` measures whole steps of a small Llama in float32, two processes over gloo with
+one thread each, interleaved round by round: seconds on rank 0 from a barrier on, the peak of live bytes in a step above
+what is alive between steps, and what that is beyond the weights (DistributedDataParallel's buckets). Writes
 ``bench/results/data_parallel-<instruction set>-<date>.json``.
 """
 

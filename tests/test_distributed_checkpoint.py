@@ -58,7 +58,7 @@ def loss_of_rank(model: nn.Module, step: int) -> Tensor:
 
 
 def run(rank: int, way: str, folder: str, first: int, last: int) -> None:
-    """Steps `first` to `last` of a run that a schedule drives, from the checkpoint that stands there unless the first."""
+    """Steps `first` to `last` of a run with a schedule, from the checkpoint that stands there unless `first` is 0."""
     torch.manual_seed(0)
     model = transformer_of_vectors()
     book = Textbook(model, lr=0.3, clip_grad_norm=0.3)

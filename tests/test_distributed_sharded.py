@@ -127,7 +127,7 @@ WAYS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], None], str]
     "tensor": (transformer, lambda model: tensor_parallel(model, line()), "one"),
     "sequence": (Perceptrons, lambda model: sequence_parallel(model, line()), "one"),
     "tensor-fsdp": (transformer_of_vectors, two_and_two, "half"),
-    # Two replicas that nothing ties but the same batches: norms must count each element once.
+    # Two replicas that nothing ties but the same batches.
     "fsdp-in-part-of-a-mesh": (transformer_of_vectors, lambda model: fsdp(model, square("a", "b")["b"]), "half of"),
 }
 
@@ -542,6 +542,17 @@ def group_beside_dtensors(rank: int) -> None:
 )
 def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
     ranks(2).call(check)
+
+
+def meshes_apart(rank: int) -> None:
+    mesh = square("a", "b")
+    params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh[name], [Shard(0)])) for name in ("a", "b")]
+    with pytest.raises(NotImplementedError, match="neither contains the other"):
+        Lomo(params)
+
+
+def test_meshes_apart(ranks: Any) -> None:
+    ranks(4).call(meshes_apart)
 
 
 def some_ranks(rank: int) -> None:

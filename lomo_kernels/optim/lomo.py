@@ -295,11 +295,11 @@ class Lomo(torch.optim.Optimizer):
         check_apart((record.name, record.param) for record in (*self._records, *records))
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
-        if self._attached:
-            self._ranks = self._join_ranks([*self._records, *records])
+        ranks = self._join_ranks([*self._records, *records]) if self._attached else None
         super().add_param_group(group)
         self._records.extend(records)
         self._ids = known
+        self._ranks = ranks
         if self._attached:
             self._place()
             self._attach()
@@ -650,8 +650,8 @@ class Lomo(torch.optim.Optimizer):
         FSDP2 exchanges its own for others while it runs, so where they are ours there is nothing to compare.
         """
         model = None if self._whole is None else self._whole()
-        self._whole = None
         if model is None or self._ranks is not None:
+            self._whole = None
             return
         theirs = {id(param): param for param in model.parameters()}
         lost = [record.name for record in self._records if id(record.param) not in theirs]
@@ -661,6 +661,7 @@ class Lomo(torch.optim.Optimizer):
                 "the old one will not be called. Make the optimizer after fully_shard, parallelize_module and whatever "
                 "else exchanges parameters. No weight was changed"
             )
+        self._whole = None
 
     def _attach(self) -> None:
         """Puts hooks on trainable parameters that have none yet, and keeps other optimizers off all of them."""

@@ -31,36 +31,38 @@ class Sharded(Ranks):
 
     Raises:
         ValueError: a placement is Partial.
-        NotImplementedError: the parameters' meshes have no common root, and none holds all ranks; or rounding is
-            stochastic and a shard is cut in a way that the random bits' indices cannot follow.
+        NotImplementedError: no parameter's mesh contains all others'; or rounding is stochastic and a shard is cut in a
+            way that the random bits' indices cannot follow.
     """
 
     def __init__(self, records: Sequence[Record], *, stochastic: bool) -> None:
         self._stochastic = stochastic
         self._places: dict[int, tuple[Any, Shard]] = {}
-        roots = []
+        meshes = []
         for record in records:
             if isinstance(record.param, DTensor):
                 if any(placement.is_partial() for placement in record.param.placements):
                     raise ValueError(
                         f"Lomo: {record.name} is placed as {record.param.placements}; expected Shard and Replicate only"
                     )
-                root = record.param.device_mesh._get_root_mesh()
-                if root not in roots:
-                    roots.append(root)
-        root = max(roots, key=lambda mesh: mesh.size())
-        self._size = root.size()
-        # The root mesh's ranks hold the model. Its own groups reach all of them, one dimension after the other, without
-        # a group made for it, in which ranks that have no part in this model would have to join.
+                if record.param.device_mesh not in meshes:
+                    meshes.append(record.param.device_mesh)
+        # The largest mesh's ranks hold the model; a parameter on a part of it has copies on the others.
+        largest = max(meshes, key=lambda mesh: mesh.size())
+        holders = set(largest.mesh.flatten().tolist())
+        for mesh in meshes:
+            if not holders.issuperset(mesh.mesh.flatten().tolist()):
+                raise NotImplementedError(
+                    f"Lomo: parameters lie on {mesh} and on {largest}, of which neither contains the other; "
+                    "use a mesh of two dimensions and its slices"
+                )
+        self._size = largest.size()
+        # A mesh's own groups reach all of it, one dimension after the other, without a group made for it, which ranks
+        # that have no part in this model would have to make too.
         world = dist.group.WORLD
         assert world is not None  # there is a mesh
-        self.groups = [world] if self._size == dist.get_world_size() else root.get_all_groups()
-        if len(roots) > 1 and self._size != dist.get_world_size():
-            raise NotImplementedError(
-                f"Lomo: the parameters lie on the meshes {roots}, which are not parts of one; slice them from one "
-                "init_device_mesh"
-            )
-        self._device_type = root.device_type
+        self.groups = [world] if self._size == dist.get_world_size() else largest.get_all_groups()
+        self._device_type = largest.device_type
 
     def start(self, records: Sequence[Record], model: nn.Module | None) -> None:
         self._fsdp = list(_fsdp_groups({id(record.param) for record in records}))
