@@ -72,6 +72,23 @@ def threads():
 
 
 @pytest.fixture(scope="session")
+def ranks():
+    """ranks(world): `processes.Processes` that stay for the session; after a failure, new ones."""
+    from processes import Processes
+
+    running = {}
+
+    def get(world):
+        if world not in running or not running[world].usable:
+            running[world] = Processes(world)
+        return running[world]
+
+    yield get
+    for some in running.values():
+        some.close()
+
+
+@pytest.fixture(scope="session")
 def run_python():
     """Runs Python code in a fresh process, where this folder can be imported and no LOMO_KERNELS_* is set but `env`.
 

@@ -113,8 +113,8 @@ def test_learning_rate_of_fused_backward(value: Any) -> None:
     assert (w.item(), optimizer.step_count.item()) == (1.0, 0)
 
 
-def test_what_is_not_there_yet_says_what_to_use() -> None:
-    with pytest.raises(NotImplementedError, match="process_group=None"):
+def test_process_group_that_is_no_group() -> None:
+    with pytest.raises(TypeError, match=r"process_group is a object, expected a torch\.distributed\.ProcessGroup"):
         Lomo([vector(1.0)], process_group=object())
 
 

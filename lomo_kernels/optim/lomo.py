@@ -25,8 +25,9 @@ from .graph import (
 from .hyperparameters import check_group, check_positive
 from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
+from .ranks import Ranks, ranks_of
 from .records import Record
-from .scaling import LossScale
+from .scaling import KINDS, LossScale
 from .state import State
 from .summary import summary
 
@@ -67,13 +68,16 @@ class Lomo(torch.optim.Optimizer):
         fused_layers: True: the weights of the model's `nn.Linear` and `nn.Embedding` get no gradient; their updates are
             formed from its factors, tile by tile. With parameters or groups in place of the model, the model itself.
             `summary` says which weights that concerns.
-        process_group: not in this version.
+        process_group: data parallel without a wrapper: gradients are averaged over this
+            `torch.distributed.ProcessGroup` inside backward, and parameters and buffers start as its first rank's. Not
+            for DTensor parameters (FSDP2, tensor parallel), which need nothing but that the optimizer is made after
+            ``fully_shard`` or ``parallelize_module``. `docs/distributed.md` has both.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
 
     Raises:
-        TypeError, ValueError: an argument or a parameter is not as above.
-        RuntimeError: a parameter is managed by another `Lomo`; the model is wrapped in DistributedDataParallel.
-        NotImplementedError: an option or a kind of parameter that this version does not have.
+        TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
+        RuntimeError: a parameter is managed by another `Lomo`; the model is in DistributedDataParallel or FSDP1.
+        NotImplementedError: a kind of parameter that this version does not have.
     """
 
     def __init__(
@@ -92,7 +96,6 @@ class Lomo(torch.optim.Optimizer):
         process_group: Any = None,
         seed: int = 0,
     ) -> None:
-        _refuse_missing(process_group)
         if clip_passes not in ("one", "two"):
             raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
         model = _model_of(model_or_params, fused_layers)
@@ -107,6 +110,9 @@ class Lomo(torch.optim.Optimizer):
         self._stochastic = is_stochastic("Lomo", rounding)
         self._raise = nonfinite == "raise"
         self._seed = _check_seed(seed)
+
+        self._process_group = process_group
+        self._ranks: Ranks | None = None
 
         self._records: list[Record] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -124,11 +130,15 @@ class Lomo(torch.optim.Optimizer):
         self._warned = False
         self._removed = False
         self._attached = False
+        # Until the first step, which asks whether its parameters are still these.
+        self._whole = weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else None
         self._busy = threading.Lock()
         self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
         super().__init__(named_groups(model_or_params), defaults)
-        self._state = State(self._records, self.param_groups, loss_scale)
+        self._ranks = self._join_ranks(self._records)
+        self._state = State(self._records, self.param_groups, loss_scale, ranks=self._ranks)
+        self._repeat_state()
         if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
             raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
         self._attach()
@@ -285,16 +295,23 @@ class Lomo(torch.optim.Optimizer):
         check_apart((record.name, record.param) for record in (*self._records, *records))
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
+        ranks = self._join_ranks([*self._records, *records]) if self._attached else None
         super().add_param_group(group)
         self._records.extend(records)
         self._ids = known
+        self._ranks = ranks
         if self._attached:
             self._place()
             self._attach()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters."""
+        """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters.
+
+        ``"state"`` repeats the numbers for each parameter: `torch.distributed.checkpoint` keeps nothing else.
+        """
         state: dict[str, Any] = super().state_dict()
+        for numbers in state["state"].values():  # torch's own copies of the dicts hold the live tensors
+            numbers |= {key: value.clone() for key, value in numbers.items() if isinstance(value, Tensor)}
         state[_STATE] = self._state.export() | {"seed": self._seed, "parameters": self._layout()}
         return state
 
@@ -305,7 +322,10 @@ class Lomo(torch.optim.Optimizer):
             ValueError: it is not a Lomo's, or of other parameters (their order, names and shapes count: a parameter's
                 place keys its random bits), or of another kind of loss scaling; nothing is loaded then.
         """
-        ours = state_dict.get(_STATE, {})
+        ours: dict[str, Any] = state_dict.get(_STATE, {})
+        if not ours and state_dict.get("state"):  # from torch.distributed.checkpoint, which goes by names
+            ours = next(iter(state_dict["state"].values()))
+            ours = ours | {"parameters": self._layout(), "scaling": KINDS[int(ours["scaling"])]}
         missing = self.state_dict()[_STATE].keys() - ours.keys()
         if missing:
             raise ValueError(
@@ -321,10 +341,19 @@ class Lomo(torch.optim.Optimizer):
         seed = _check_seed(ours["seed"])
         for index, group in enumerate(state_dict["param_groups"]):
             check_group({**self.defaults, **group}, f"Lomo: param_groups[{index}] of the state dict")
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != _STATE})
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self._state.load(ours)
         self._seed = seed
+        self._repeat_state()
         self._norm_is_known = False
+
+    def _repeat_state(self) -> None:
+        """Puts our numbers where torch looks for a parameter's state.
+
+        `torch.distributed.checkpoint` would take an empty one as a reason to make gradients for all and do a step.
+        """
+        for record in self._records:
+            self.state[record.param] = self._state.by_parameter() | {"seed": self._seed}
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("Lomo: an optimizer with hooks on its parameters cannot be copied or pickled; use state_dict()")
@@ -354,9 +383,11 @@ class Lomo(torch.optim.Optimizer):
         if not after_grad_norm:
             self._drop_norm()
         self._refresh(lr)
+        if self._whole is not None:
+            self._check_model()
         known, self._norm_is_known = self._norm_is_known, False
         kept = self._kept()
-        if self._accumulating or kept:
+        if self._accumulating or kept or self._unreduced():
             self._add_to_kept(loss, kept)
             if not self._accumulating:
                 self._apply_kept(keep=False)
@@ -365,7 +396,12 @@ class Lomo(torch.optim.Optimizer):
         scaled = scale is not None
         if self._needs_norm_first and self._one_pass and not known:
             self._state.zero_slots()
-            gradients = KeepPass(self._state.devices, self._params_of_fused(), scaled=scaled)
+            gradients = KeepPass(
+                self._state.devices,
+                self._params_of_fused(),
+                scaled=scaled or self._state.divides,
+                ranks=self._ranks,
+            )
             self._sweep(gradients, loss, scale, retain_graph=False)
             gradients.check()
             self._state.decide(self._clip_grad_norm)
@@ -382,20 +418,19 @@ class Lomo(torch.optim.Optimizer):
                 check_fused_weights(loss)
             self._check_reentrancy(loss, scale)
             self._state.zero_slots()
-        self._sweep(self._update_pass(scaled), loss, scale, retain_graph=False)
+        self._sweep(self._update_pass(scaled, self._ranks), loss, scale, retain_graph=False)
         self._finish(scaled)
 
     def _start_scale(self, loss: Tensor) -> Tensor | None:
         """The loss scale for a backward from `loss`, which the kernels are told to take out again. None: no scaling."""
-        if not self._state.scale.used:
-            return None
-        scale = self._state.scale.of(loss)
+        scale = self._state.scale.of(loss) if self._state.scale.used else None
         self._state.unscale_by(scale)
         return scale
 
     def _find_norm(self, loss: Tensor, scale: Tensor | None) -> None:
         self._state.zero_slots()
-        self._sweep(NormPass(self._state.devices, scaled=scale is not None), loss, scale, retain_graph=True)
+        scaled = scale is not None or self._state.divides
+        self._sweep(NormPass(self._state.devices, scaled=scaled, ranks=self._ranks), loss, scale, retain_graph=True)
         self._state.decide(self._clip_grad_norm)
 
     def _drop_norm(self) -> None:
@@ -424,6 +459,13 @@ class Lomo(torch.optim.Optimizer):
             sweep.flush()
         finally:
             self._run = None
+        if not any(record.fired == sweep.serial for record in self._records):
+            raise RuntimeError(
+                "Lomo: no gradient came: the loss depends on none of the optimizer's parameters, or only on copies of "
+                "them. Make the optimizer after fully_shard, parallelize_module, deepcopy and whatever else exchanges "
+                "parameters; FSDP1 (FullyShardedDataParallel) is not served, fully_shard is; under "
+                "set_requires_gradient_sync(False) use optimizer.accumulate()"
+            )
 
     def _add_to_kept(self, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
         """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
@@ -448,15 +490,16 @@ class Lomo(torch.optim.Optimizer):
         self._drop_norm()
         kept = self._kept()
         scaled = self._carries_scale(kept)
-        if scaled:
-            assert self._kept_scale is not None
-            self._state.unscale_by(self._kept_scale)
+        assert not scaled or self._kept_scale is not None
+        self._state.unscale_by(self._kept_scale if scaled else None)
         if not keep:
             for record, _ in kept:
                 record.param.grad = None
+        if self._ranks is not None:
+            kept = self._ranks.kept(kept, copy=keep)
         self._state.zero_slots()
         if self._needs_norm_first:
-            norm = NormPass(self._state.devices, scaled=scaled)
+            norm = NormPass(self._state.devices, scaled=scaled or self._state.divides)
             for record, grad in kept:
                 norm.add(record, grad)
             norm.flush()
@@ -472,6 +515,18 @@ class Lomo(torch.optim.Optimizer):
         """The gradients that plain backwards left in ``.grad``."""
         return [(record, grad) for record in self._records if (grad := record.param.grad) is not None]
 
+    def _unreduced(self) -> bool:
+        """Whether FSDP2 holds gradients of backwards without synchronisation. Only the first of two passes would see
+        them: they need one backward into ``.grad``. Raises RuntimeError where they may not carry the loss scale."""
+        if self._ranks is None or not self._ranks.unreduced():
+            return False
+        if self._state.scale.used:
+            raise RuntimeError(
+                "Lomo: gradients of backwards under set_requires_gradient_sync(False) wait in FSDP2, with or without a "
+                "loss scale. With one, leave synchronisation on and use optimizer.accumulate()"
+            )
+        return self._needs_norm_first
+
     def _carries_scale(self, kept: list[tuple[Record, Tensor]]) -> bool:
         """Whether gradients in ``.grad`` carry the loss scale. Raises RuntimeError where only some do."""
         if self._kept_scale is None:
@@ -484,11 +539,12 @@ class Lomo(torch.optim.Optimizer):
             )
         return True in kinds
 
-    def _update_pass(self, scaled: bool) -> UpdatePass:
+    def _update_pass(self, scaled: bool, ranks: Ranks | None = None) -> UpdatePass:
         return UpdatePass(
             self._state.devices,
             self._params_of_fused(),
-            scaled=scaled,
+            scaled=scaled or self._state.divides,
+            ranks=ranks,
             decided=self._needs_norm_first,
             stochastic=self._stochastic,
             seed=self._seed,
@@ -513,7 +569,8 @@ class Lomo(torch.optim.Optimizer):
             names = [record.name for record in self._records if not record.slot.isfinite().item()]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             self._end(scaled)
-            raise FloatingPointError(f"Lomo: the gradient is not finite in {', '.join(names[:5])}{more}; {outcome}")
+            where = f"in {', '.join(names[:5])}{more}" if names else "on another rank"
+            raise FloatingPointError(f"Lomo: the gradient is not finite {where}; {outcome}")
 
     def _end(self, scaled: bool) -> None:
         """Counts the step, moves the loss scale, and tells schedulers and autocast."""
@@ -544,7 +601,9 @@ class Lomo(torch.optim.Optimizer):
         for record, param in zip(self._records, params, strict=True):
             if param is not record.param:
                 raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_BY_HAND}")
-            if param.dtype is not record.dtype or param.device != record.device:
+            if self._ranks is not None:
+                self._ranks.place(record)
+            if record.local.dtype is not record.dtype or record.local.device != record.device:
                 self._place()
             if not record.hooked and param.requires_grad:
                 self._attach()
@@ -559,7 +618,50 @@ class Lomo(torch.optim.Optimizer):
         for record in self._records:
             check_parameter(record.name, record.param, self)
         self._drop_norm()
-        self._state = State(self._records, self.param_groups, self._wanted_scale, before=self._state)
+        self._state = State(self._records, self.param_groups, self._wanted_scale, ranks=self._ranks, before=self._state)
+        self._repeat_state()
+
+    def _join_ranks(self, records: Sequence[Record]) -> Ranks | None:
+        """Finds the processes that take part in training these parameters, and starts from the same everywhere."""
+        ranks = ranks_of(records, self._process_group, stochastic=self._stochastic)
+        if ranks is None:
+            return None
+        if self._model is not None:
+            raise ValueError(
+                "Lomo: fused_layers apply a weight's gradient from its factors, which are this rank's own; over "
+                "several ranks the gradient has to be summed first, and so to exist. Use fused_layers=False"
+            )
+        for record in records:
+            ranks.place(record)
+        ranks.agree(
+            {
+                "parameters": [(one.name, tuple(one.param.shape), one.param.dtype) for one in records],
+                "frozen parameters": [one.param.requires_grad for one in records],
+                "options": (self._clip_grad_norm, self._one_pass, self._wanted_scale, self._stochastic, self._raise),
+                "seeds": self._seed,
+            }
+        )
+        ranks.start(records, None if self._whole is None else self._whole())
+        return ranks
+
+    def _check_model(self) -> None:
+        """Asks once, before the first step, whether the model still has the parameters that the hooks are on.
+
+        FSDP2 exchanges its own for others while it runs, so where they are ours there is nothing to compare.
+        """
+        model = None if self._whole is None else self._whole()
+        if model is None or self._ranks is not None:
+            self._whole = None
+            return
+        theirs = {id(param): param for param in model.parameters()}
+        lost = [record.name for record in self._records if id(record.param) not in theirs]
+        if lost and any(param.requires_grad and key not in self._ids for key, param in theirs.items()):
+            raise RuntimeError(
+                f"Lomo: the model's {lost[0]} is another parameter than when the optimizer was made, and the hook on "
+                "the old one will not be called. Make the optimizer after fully_shard, parallelize_module and whatever "
+                "else exchanges parameters. No weight was changed"
+            )
+        self._whole = None
 
     def _attach(self) -> None:
         """Puts hooks on trainable parameters that have none yet, and keeps other optimizers off all of them."""
@@ -666,11 +768,3 @@ def _check_seed(seed: Any) -> int:
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"Lomo: seed is {seed!r}, expected an integer of 64 bits")
     return seed
-
-
-def _refuse_missing(process_group: Any) -> None:
-    if process_group is not None:
-        raise NotImplementedError(
-            "Lomo: process_group is not in this version; use process_group=None, on one process, or plain backwards "
-            "under DistributedDataParallel with torch.optim.SGD"
-        )

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import check_device
 from ..ops._arguments import DTYPES, overlaps_itself, reach
+from .ranks import local_of
 
 #: The optimizer that manages a parameter: two would both consume its gradient. Entries die with the parameter.
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -42,13 +43,19 @@ def named_groups(model_or_params: Any) -> list[Any]:
     return found
 
 
+_INSTEAD = (
+    "Pass the plain module, and process_group=torch.distributed.group.WORLD in the wrapper's place",
+    "Use FSDP2: torch.distributed.fsdp.fully_shard(model), then Lomo(model)",
+)
+
+
 def _refuse_wrappers(model: nn.Module) -> None:
     for module in model.modules():
         kind = type(module).__name__
         if isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
             raise RuntimeError(
                 f"Lomo: the model holds a {kind}. Gradients reach the hooks before it has reduced them (or not at "
-                "all), and the ranks would drift apart without a word. Train on one process with the plain module"
+                f"all), and the ranks would drift apart without a word. {_INSTEAD[kind == 'FullyShardedDataParallel']}"
             )
 
 
@@ -65,7 +72,7 @@ def check_parameter(name: str, param: Any, optimizer: object) -> None:
     Raises:
         TypeError: not a tensor, or of a dtype the kernels do not take.
         ValueError: not a leaf, sparse, uninitialised, or with elements that share memory.
-        NotImplementedError: a DTensor, or on a device no backend serves.
+        NotImplementedError: on a device no backend serves.
         RuntimeError: managed by another optimizer already.
     """
     if not isinstance(param, Tensor):
@@ -74,11 +81,9 @@ def check_parameter(name: str, param: Any, optimizer: object) -> None:
         raise ValueError(f"Lomo: {name} is not initialised yet; run the lazy module once before making the optimizer")
     if not param.is_leaf:
         raise ValueError(f"Lomo: {name} is not a leaf tensor; pass the parameter it was computed from")
-    if hasattr(param, "placements"):
-        raise NotImplementedError(
-            f"Lomo: {name} is a DTensor (FSDP2 or tensor parallel), which this version cannot train; "
-            "use the plain module on one process"
-        )
+    if getattr(param, "_is_flat_param", False):
+        raise RuntimeError(f"Lomo: {name} is FSDP1's, which calls no hooks. {_INSTEAD[True]}")
+    given, param = param, local_of(param)
     if param.dtype not in DTYPES:
         raise TypeError(f"Lomo: {name} has dtype {param.dtype}, expected float32, bfloat16 or float16")
     if param.layout != torch.strided:
@@ -89,7 +94,7 @@ def check_parameter(name: str, param: Any, optimizer: object) -> None:
             "updated in place; pass a contiguous parameter"
         )
     check_device(param.device)
-    owner = _owners[param]() if param in _owners else None
+    owner = _owners[given]() if given in _owners else None
     if owner is not None and owner is not optimizer:
         raise RuntimeError(
             f"Lomo: {name} is managed by another Lomo optimizer, and both would consume its gradient; call remove() on "
@@ -103,7 +108,7 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
     Strided parameters that interleave without sharing an element cannot be told apart; those with gaps are left out.
     """
     ranges = []
-    for name, param in named:
+    for name, param in ((name, local_of(param)) for name, param in named):
         if isinstance(param, FakeTensor) or param.is_meta or not param.numel():
             continue
         begin, end = reach(param)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..layers import Pair
 from .hyperparameters import GroupScalars
 from .pairs import Held, Holdings
+from .ranks import Ranks
 from .records import Record
 from .streams import Streams
 from .terms import Terms
@@ -45,6 +46,7 @@ class Pass:
         devices: those of the parameters.
         params: in whose memory a fused layer's factors may lie, and change before they are used.
         scaled: whether the gradients carry the loss scale.
+        ranks: the processes whose gradients the hooks' have to be combined with; None: what comes is a local gradient.
     """
 
     #: Whether gradients are kept until backward has ended.
@@ -52,8 +54,18 @@ class Pass:
     #: Whether a gradient that comes a second time can still be refused before a weight has changed.
     changes_weights = False
 
-    def __init__(self, devices: Iterable[torch.device], params: Iterable[Tensor] = (), *, scaled: bool) -> None:
+    def __init__(
+        self,
+        devices: Iterable[torch.device],
+        params: Iterable[Tensor] = (),
+        *,
+        scaled: bool,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.scaled = scaled
+        self._ranks = ranks
+        if ranks is not None:
+            ranks.begin()
         self.serial = next(_serials)
         self._streams = Streams(devices)
         self._buffers: dict[tuple[GroupScalars, torch.cuda.Stream | None], _Buffer] = {}
@@ -79,7 +91,14 @@ class Pass:
         param.grad = None
         self._check_first_time(record)
         record.fired = self.serial
-        self.add(record, grad, pairs)
+        if self._ranks is None:
+            self.add(record, grad, pairs)
+            return
+        assert grad is not None  # no layer is fused
+        ready = self._ranks.reduced(record, grad)
+        del grad
+        for one, local in ready:
+            self.add(one, local)
 
     def take_pair(self, record: Record, pair: Pair) -> Sequence[Pair]:
         """Takes what a fused layer has in place of a gradient, until the weight's hook is called.
@@ -125,6 +144,9 @@ class Pass:
 
     def flush(self) -> None:
         """Hands on what still waits. Called when backward has ended, on the caller's streams."""
+        if self._ranks is not None:
+            for record, grad in self._ranks.rest():
+                self.add(record, grad)
         while self._buffers:
             (_, stream), buffer = self._buffers.popitem()
             Streams.lend(buffer.grads, buffer.records[0].device, stream)
@@ -187,8 +209,15 @@ class KeepPass(NormPass):
 
     keeps = True
 
-    def __init__(self, devices: Iterable[torch.device], params: Iterable[Tensor] = (), *, scaled: bool) -> None:
-        super().__init__(devices, params, scaled=scaled)
+    def __init__(
+        self,
+        devices: Iterable[torch.device],
+        params: Iterable[Tensor] = (),
+        *,
+        scaled: bool,
+        ranks: Ranks | None = None,
+    ) -> None:
+        super().__init__(devices, params, scaled=scaled, ranks=ranks)
         self._kept: list[_Kept] = []
 
     def add(self, record: Record, grad: Tensor | None, pairs: Sequence[Held] = ()) -> None:
@@ -231,8 +260,9 @@ class UpdatePass(Pass):
         decided: bool,
         stochastic: bool,
         seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(devices, params, scaled=scaled)
+        super().__init__(devices, params, scaled=scaled, ranks=ranks)
         self.decided = decided
         self.stochastic = stochastic
         self.seed = seed
@@ -250,9 +280,9 @@ class UpdatePass(Pass):
         )
 
     def _one(self, record: Record, grad: Tensor) -> None:
-        param, home = record.param, record.home
+        local, home = record.local, record.home
         torch.ops.lomo_kernels.sgd_.default(
-            param,
+            local,
             grad,
             *self._scalars(record),
             None if self.decided else record.slot,
@@ -260,9 +290,11 @@ class UpdatePass(Pass):
             self.seed,
             record.index,
             home.step,
-            None,
+            record.shard,
         )
-        torch.autograd.graph.increment_version(param)
+        torch.autograd.graph.increment_version(local)
+        if record.shard is not None:
+            torch.autograd.graph.increment_version(record.param)
 
     def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
         param, home = record.param, record.home
@@ -278,7 +310,8 @@ class UpdatePass(Pass):
         torch.autograd.graph.increment_version(param)
 
     def _list(self, records: Sequence[Record], grads: list[Tensor]) -> None:
-        params: list[Tensor] = [record.param for record in records]
+        params = [record.local for record in records]
+        sharded = records[0].shard is not None
         torch.ops.lomo_kernels.sgd_list_.default(
             params,
             grads,
@@ -288,6 +321,8 @@ class UpdatePass(Pass):
             self.seed,
             [record.index for record in records],
             records[0].home.step,
-            [],
+            [number for record in records for number in record.shard or ()] if sharded else [],
         )
         torch.autograd.graph.increment_version(params)
+        if sharded:
+            torch.autograd.graph.increment_version([record.param for record in records])

@@ -22,10 +22,14 @@ class Device:
             return torch.zeros((), dtype=dtype, device=device)
 
         self.slots = torch.zeros(parameters, dtype=torch.float64, device=device)
+        self.weights: Tensor | None = None  # of the slots; None: all 1
         self.inv_scale = scalar(torch.float64).fill_(1.0)
         self.clip_coef = scalar(torch.float64).fill_(1.0)
         self.found_inf = scalar(torch.float64)
         self.step = scalar(torch.int64)
+
+    def sum_of_squares(self) -> Tensor:
+        return self.slots.sum() if self.weights is None else self.slots.dot(self.weights)
 
 
 class Record:
@@ -44,6 +48,10 @@ class Record:
             None  # what accumulate() left in .grad, with the loss scale in it
         )
         self.dtype: torch.dtype | None = None
+        # What `Ranks.place` sets anew where several processes take part.
+        self.local: Tensor = param  # what the kernels update
+        self.shard: tuple[int, int, int] | None = None  # where `local` lies in the whole parameter, for its random bits
+        self.weight = 1.0  # of its squared norm in the sum over all ranks: one over the number of copies
 
     @property
     def scaled(self) -> bool:
@@ -52,9 +60,9 @@ class Record:
 
     def place(self, home: Device, scalars: GroupScalars) -> None:
         """Binds the record to where its parameter is now."""
-        self.device, self.dtype = self.param.device, self.param.dtype
+        self.device, self.dtype = self.local.device, self.local.dtype
         self.on_gpu = self.device.type == "cuda"
         self.home, self.scalars = home, scalars
         self.slot = home.slots[self.index]
-        self.bytes = self.param.numel() * self.param.element_size()
+        self.bytes = self.local.numel() * self.local.element_size()
         self.small = self.bytes <= SMALL_BYTES

@@ -23,6 +23,9 @@ SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = 2.0**100
 
 
+KINDS = ("none", "static", "dynamic")
+
+
 class LossScale:
     """None, a fixed number, or dynamic: halved where a step overflows, doubled after 2000 steps that do not.
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..reference import clip_coefficient
 from .hyperparameters import GroupScalars, check_group
+from .ranks import Ranks
 from .records import Device, Record
-from .scaling import LossScale
+from .scaling import KINDS, LossScale
 
 
 def _send(number: Tensor, to: Tensor) -> None:
@@ -26,13 +27,21 @@ class State:
         records: all parameters, in the order of the groups.
         groups: torch parameter groups.
         loss_scale: as `Lomo` takes it.
+        ranks: the processes that take part, which have placed the records; None: this one.
         before: the state that this one continues, on other devices or for more parameters.
     """
 
     def __init__(
-        self, records: Sequence[Record], groups: Sequence[dict[str, Any]], loss_scale: Any, before: State | None = None
+        self,
+        records: Sequence[Record],
+        groups: Sequence[dict[str, Any]],
+        loss_scale: Any,
+        *,
+        ranks: Ranks | None = None,
+        before: State | None = None,
     ) -> None:
-        places = list(dict.fromkeys(record.param.device for record in records))
+        self._ranks = ranks
+        places = list(dict.fromkeys(record.local.device for record in records))
         self.devices = {place: Device(place, len(records)) for place in places}
         self.home = self.devices[places[0]]
         self.scalars: list[dict[torch.device, GroupScalars]] = []
@@ -40,11 +49,15 @@ class State:
         for group in groups:
             by_device: dict[torch.device, GroupScalars] = {}
             for _, record in zip(group["params"], remaining, strict=False):
-                place = record.param.device
+                place = record.local.device
                 if place not in by_device:
                     by_device[place] = GroupScalars(place)
                 record.place(self.devices[place], by_device[place])
             self.scalars.append(by_device)
+        if any(record.weight != 1.0 for record in records):
+            weights = torch.tensor([record.weight for record in records], dtype=torch.float64)
+            for place, device in self.devices.items():
+                device.weights = weights.to(place)
         if loss_scale == "auto":
             loss_scale = "dynamic" if any(record.dtype is torch.float16 for record in records) else None
         self.scale = LossScale(loss_scale, places[0])
@@ -63,9 +76,17 @@ class State:
             for scalars in by_device.values():
                 scalars.set(group, lr)
 
-    def unscale_by(self, scale: Tensor) -> None:
-        """The gradients to come carry `scale`: has its inverse, in float64, on every device."""
-        inverse = scale.double().reciprocal()
+    @property
+    def divides(self) -> bool:
+        """Whether gradients have to be divided though they carry no loss scale: they are sums over ranks."""
+        return self._ranks is not None and self._ranks.divisor != 1
+
+    def unscale_by(self, scale: Tensor | None) -> None:
+        """The gradients to come carry `scale`, and the ranks' divisor: has the inverse, in float64, on every device."""
+        if scale is None and not self.divides:
+            return
+        divisor = 1 if self._ranks is None else self._ranks.divisor
+        inverse = (torch.ones_like(self.norm) if scale is None else scale.double()).mul(divisor).reciprocal()
         for device in self.devices.values():
             _send(inverse, device.inv_scale)
 
@@ -74,9 +95,11 @@ class State:
             device.slots.zero_()
 
     def decide(self, clip_grad_norm: float | None) -> None:
-        """From the slots to norm, overflow flag and clip coefficient, on every device."""
-        totals = [device.slots.sum().to(self.norm.device) for device in self.devices.values()]
+        """From the slots to norm, overflow flag and clip coefficient, on every device: the same on every rank."""
+        totals = [device.sum_of_squares().to(self.norm.device) for device in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
+        if self._ranks is not None:
+            self._ranks.sum_(total)
         self.norm.copy_(total.sqrt())
         self.home.found_inf.copy_(total.isfinite().logical_not())
         if clip_grad_norm is not None:
@@ -106,10 +129,21 @@ class State:
         """Copies of what a resumed run needs."""
         return {"step": self.home.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export()
 
+    def by_parameter(self) -> dict[str, Any]:
+        """The same numbers, live, as `torch.distributed.checkpoint` can keep them with a parameter: no string, and at
+        least one dimension."""
+        tensors = {
+            "step": self.home.step,
+            "skipped_steps": self.skipped,
+            "loss_scale": self.scale.scale,
+            "growth_tracker": self.scale.growth_tracker,
+        }
+        return {name: tensor.view(1) for name, tensor in tensors.items()} | {"scaling": KINDS.index(self.scale.kind)}
+
     def load(self, exported: dict[str, Any]) -> None:
-        """Takes over what `export` gave."""
+        """Takes over what `export` or `by_parameter` gave."""
         for device in self.devices.values():
-            device.step.copy_(exported["step"])
-        self.skipped.copy_(exported["skipped_steps"])
-        self.scale.scale.copy_(exported["loss_scale"])
-        self.scale.growth_tracker.copy_(exported["growth_tracker"])
+            device.step.copy_(exported["step"].reshape(()))
+        self.skipped.copy_(exported["skipped_steps"].reshape(()))
+        self.scale.scale.copy_(exported["loss_scale"].reshape(()))
+        self.scale.growth_tracker.copy_(exported["growth_tracker"].reshape(()))

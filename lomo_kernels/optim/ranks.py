@@ -1,0 +1,118 @@
+"""The seam between the optimizer and the engines that spread a model, or its batches, over several processes.
+
+On one process there is no `Ranks`, and a hook hands the kernels its parameter and the gradient in ``.grad``. Otherwise
+the optimizer has one `Ranks`, chosen when it is made (`ranks_of`), which answers two questions:
+
+1. What local tensor and what local gradient does a parameter's hook work on? `place` sets ``record.local`` (what the
+   kernels update), ``record.shard`` (where it lies in the whole parameter, as the operators take it; of all records or
+   of none) and ``record.weight``. `reduced` takes what autograd left in ``.grad`` and gives pairs of record and local
+   gradient, of this parameter or of earlier ones, now or later; `rest` gives those that are left when backward ends.
+2. How are norms combined? Each parameter's slot holds the sum of squares of its local gradient; the sum of slot times
+   weight goes through `sum_`, after which every rank has the same number, hence the same overflow flag, clip
+   coefficient and decision to skip.
+
+Every method is called by all ranks in the same order, inside `no_grad`, and may communicate. Nothing here reads a
+device tensor on the host, and nothing knows which ranks share a host.
+
+`sharding.Sharded` serves DTensor (FSDP2, tensor parallel), `reduce.Averaged` a process group. A third engine is a
+subclass, and a line in `ranks_of`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .records import Record
+
+Kept = list[tuple[Record, Tensor]]
+
+
+class Ranks:
+    """What the processes of one optimizer do together."""
+
+    #: What a local gradient, as `reduced` gives it, is divided by in the kernels.
+    divisor = 1
+    #: All ranks, as groups over which something is done in turn to reach everyone: one, or one per mesh dimension.
+    groups: Sequence[dist.ProcessGroup] = ()
+
+    def start(self, records: Sequence[Record], model: nn.Module | None) -> None:
+        """Called once `records` are known and placed, and again where some were added, before any step."""
+
+    def place(self, record: Record) -> None:
+        """Sets ``local``, ``shard`` and ``weight`` of a record; called before every step. Default: the whole parameter,
+        counted once on every rank."""
+        record.local = record.param
+
+    def begin(self) -> None:
+        """A backward begins whose gradients go through `reduced`. What an interrupted one left is forgotten."""
+
+    def reduced(self, record: Record, grad: Tensor) -> Iterable[tuple[Record, Tensor]]:
+        """Local gradients that are ready, now that `grad` has come for `record`. `grad` is the caller's no more."""
+        return ((record, grad),)
+
+    def rest(self) -> Iterable[tuple[Record, Tensor]]:
+        """The local gradients still missing when backward has ended."""
+        return ()
+
+    def kept(self, kept: Kept, *, copy: bool) -> Kept:
+        """Local gradients of what plain backwards left in ``.grad``, which stays as it is where `copy`."""
+        return [ready for record, grad in kept for ready in self.reduced(record, grad)]
+
+    def sum_(self, total: Tensor) -> None:
+        """Adds up `total` (float64, no dimensions: this rank's weighted sum of squares) over all ranks, in place."""
+
+    def unreduced(self) -> bool:
+        """Whether the engine holds gradients that it adds to the next backward's only once, then drops."""
+        return False
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raises ValueError, on every rank, unless all have the same `facts`: otherwise steps would hang or diverge."""
+        ours = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
+        for group in self.groups:
+            theirs: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(theirs, ours, group=group)
+            for rank, other in enumerate(theirs):
+                different = [name for name in ours if other[name] != theirs[0][name]]
+                if different:
+                    raise ValueError(
+                        f"Lomo: {' and '.join(different)} on rank {dist.get_global_rank(group, rank)} and on rank "
+                        f"{dist.get_global_rank(group, 0)} differ; make the same optimizer of the same model everywhere"
+                    )
+
+
+def local_of(param: Tensor) -> Tensor:
+    """The part of a parameter that is in this process's memory: of a DTensor its local shard, otherwise itself."""
+    return getattr(param, "_local_tensor", param)
+
+
+def ranks_of(records: Sequence[Record], process_group: Any, *, stochastic: bool) -> Ranks | None:
+    """The engine that `records` and `process_group` speak of; None: one process. `stochastic`: the rounding.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: no engine can take these parameters.
+    """
+    sharded = [record for record in records if local_of(record.param) is not record.param]
+    if process_group is not None:
+        from .reduce import Averaged
+
+        if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"Lomo: process_group is a {type(process_group).__name__}, expected a torch.distributed.ProcessGroup "
+                "that this process belongs to, such as torch.distributed.group.WORLD"
+            )
+        if sharded:
+            raise ValueError(
+                f"Lomo: {sharded[0].name} is a DTensor, whose gradients its engine reduces; leave process_group out. "
+                "Data parallel over shards: fully_shard with a mesh of two dimensions"
+            )
+        return Averaged(process_group, records)
+    if not sharded:
+        return None
+    from .sharding import Sharded
+
+    return Sharded(records, stochastic=stochastic)

@@ -1,0 +1,191 @@
+"""Data parallel over a process group: every rank has the whole model, and gradients are averaged inside the hooks.
+
+A large gradient starts its own all-reduce when it comes, which goes on while later ones are computed, and is then
+applied and freed; small ones travel together. What travels is the sum: the kernels divide it, with the loss scale, so
+averaging costs no pass over memory.
+
+Ranks must start the same reductions in the same order, but a graph that depends on data (a skipped layer, an expert not
+chosen) brings gradients in another order, or not at all. So the order is agreed on: the parameters' own, from the last,
+at first, as `DistributedDataParallel` has it; after the first backward that in which they came on rank 0. A gradient
+that comes early waits, one that does not come counts as zero.
+
+Two-pass clipping reduces in both backwards: exact, for the second's reductions are the first's again, and only what is
+in flight is in memory. ``clip_passes="one"`` reduces once and keeps the reduced gradients: half the traffic, for the
+memory of all gradients.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .ranks import Kept, Ranks
+from .records import Record
+
+# Small gradients that travel together: as much as their list call takes (passes.BUFFER_BYTES).
+BUCKET_BYTES = 1024 * 1024
+# Reductions under way beside the newest and oldest one. They overlap with backward; each is a gradient in memory.
+IN_FLIGHT_BYTES = 32 * 1024 * 1024
+
+
+class _Sent(NamedTuple):
+    """One reduction under way."""
+
+    records: Sequence[Record]
+    tensor: Tensor
+    work: dist.Work
+    stream: torch.cuda.Stream | None  # whose memory it is
+
+
+class Averaged(Ranks):
+    """A process group whose ranks have different batches.
+
+    Raises:
+        ValueError: the parameters lie on several devices.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, records: Sequence[Record]) -> None:
+        places = {record.param.device for record in records}
+        if len(places) > 1:
+            raise ValueError(
+                f"Lomo: with process_group every rank's parameters lie on one device, these are on "
+                f"{', '.join(sorted(str(place) for place in places))}; autograd runs the hooks of each device in a "
+                "thread of its own, among which reductions have no order"
+            )
+        self.groups = [group]
+        self.divisor = dist.get_world_size(group)
+        self._group = group
+        self._order = list(range(len(records) - 1, -1, -1))
+        self._agreed = False
+        self._planned: list[Record] = []
+        self._messages: list[list[Record]] = []
+        self._message_of: dict[int, int] = {}
+
+    def start(self, records: Sequence[Record], model: nn.Module | None) -> None:
+        self._records = list(records)
+        tensors: list[Tensor] = [record.param for record in records]
+        for tensor in [*tensors, *(() if model is None else model.buffers())]:
+            sent = tensor.detach().contiguous()
+            dist.broadcast(sent, dist.get_global_rank(self._group, 0), group=self._group)
+            if sent.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(sent)
+
+    def begin(self) -> None:
+        self._plan([self._records[index] for index in self._order if self._records[index].param.requires_grad])
+        self._came: list[int] = []
+        self._waiting: list[dict[int, tuple[Tensor, torch.cuda.Stream | None]]] = [{} for _ in self._messages]
+        self._next = 0
+        self._sent: deque[_Sent] = deque()
+        self._bytes = 0
+
+    def reduced(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"Lomo: the gradient of {record.name} has layout {grad.layout}, expected a dense one; "
+                "build the layer with sparse=False"
+            )
+        self._came.append(record.index)
+        self._waiting[self._message_of[record.index]][record.index] = grad, _current(grad)
+        del grad
+        while self._next < len(self._messages) and len(self._waiting[self._next]) == len(self._messages[self._next]):
+            self._send()
+        yield from self._received(IN_FLIGHT_BYTES)
+
+    def rest(self) -> Iterator[tuple[Record, Tensor]]:
+        while self._next < len(self._messages):
+            for record in self._messages[self._next]:
+                if record.index not in self._waiting[self._next]:
+                    zeros = torch.zeros_like(record.param)
+                    self._waiting[self._next][record.index] = zeros, _current(zeros)
+            self._send()
+            yield from self._received(IN_FLIGHT_BYTES)
+        yield from self._received(-1)
+        if not self._agreed:
+            self._agree_on_order()
+
+    def kept(self, kept: Kept, *, copy: bool) -> Kept:
+        self.begin()
+        agreed, self._agreed = self._agreed, True  # the order of .grad says nothing
+        ready: Kept = []
+        for record, grad in kept:
+            ready += self.reduced(record, grad.clone() if copy else grad)
+        ready += self.rest()
+        self._agreed = agreed
+        return ready
+
+    def _plan(self, records: Sequence[Record]) -> None:
+        """Which gradients travel together: each large one alone, small ones of one dtype up to `BUCKET_BYTES`."""
+        if records == self._planned:
+            return
+        self._planned = list(records)
+        self._messages = []
+        open_: dict[torch.dtype, list[Record]] = {}
+        for record in records:
+            if not record.small:
+                self._messages.append([record])
+                continue
+            bucket = open_.setdefault(record.param.dtype, [])
+            bucket.append(record)
+            if sum(one.bytes for one in bucket) >= BUCKET_BYTES:
+                self._messages.append(open_.pop(record.param.dtype))
+        self._messages += open_.values()
+        self._message_of = {record.index: place for place, some in enumerate(self._messages) for record in some}
+
+    def _send(self) -> None:
+        """Starts the next reduction, whose gradients are all there."""
+        records, waiting = self._messages[self._next], self._waiting[self._next]
+        self._next += 1
+        grads = [_here(*waiting.pop(record.index)) for record in records]
+        tensor = torch.cat([grad.reshape(-1) for grad in grads]) if len(grads) > 1 else _own(grads[0])
+        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        self._sent.append(_Sent(records, tensor, work, _current(tensor)))
+        self._bytes += tensor.nbytes
+
+    def _received(self, limit: int) -> Iterator[tuple[Record, Tensor]]:
+        """The gradients of the oldest reductions, until those left, but for the newest, take no more than `limit`."""
+        while self._sent and self._bytes - self._sent[-1].tensor.nbytes > limit:
+            records, tensor, work, stream = self._sent.popleft()
+            self._bytes -= tensor.nbytes
+            work.wait()  # on a GPU the current stream does
+            _here(tensor, stream)
+            if len(records) == 1:
+                yield records[0], tensor.view(records[0].param.shape)
+                continue
+            parts = tensor.split([record.param.numel() for record in records])
+            for record, part in zip(records, parts, strict=True):
+                yield record, part.view(record.param.shape)
+
+    def _agree_on_order(self) -> None:
+        """Takes over in which order gradients came on rank 0, those that did not come last. Once: it is read here."""
+        came = list(dict.fromkeys(self._came))
+        order = torch.tensor([*came, *(index for index in self._order if index not in set(came))])
+        order = order.to(self._records[0].param.device)
+        dist.broadcast(order, dist.get_global_rank(self._group, 0), group=self._group)
+        self._order = order.tolist()
+        self._agreed = True
+
+
+def _own(grad: Tensor) -> Tensor:
+    """`grad`, or a copy where something else has its memory: autograd may have given the parameter a view of what it
+    still needs (of ``x + bias.view(4, 4)``, say), and a reduction works in place. Contiguous."""
+    storage = grad.untyped_storage()
+    if torch._C._storage_Use_Count(storage._cdata) > 2:  # the tensor and `storage`
+        return grad.clone(memory_format=torch.contiguous_format)
+    return grad.contiguous()
+
+
+def _current(tensor: Tensor) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
+def _here(tensor: Tensor, made_on: torch.cuda.Stream | None) -> Tensor:
+    """`tensor`, for use on the current stream: what another one does to it is waited for, and its memory is kept."""
+    if made_on is not None and (current := torch.cuda.current_stream(tensor.device)) != made_on:
+        current.wait_stream(made_on)
+        tensor.record_stream(current)
+    return tensor

@@ -1,0 +1,168 @@
+"""DTensor parameters: FSDP2 (`fully_shard`), tensor parallel (`parallelize_module`), and both at once.
+
+The hook of a DTensor sees the gradient after its engine has reduced it. What is left to do here: to bring it to the
+parameter's placements where its own differ (row-wise embedding: Replicate for Shard; sequence-parallel norm: Partial,
+which must be reduced before squaring), to say where the local shard lies, and to count each element once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from .ranks import Ranks
+from .records import Record
+
+Shard = tuple[int, int, int]
+
+
+class Sharded(Ranks):
+    """Parameters of which some are DTensors. Plain ones beside them are whole, and the same, on every rank.
+
+    Raises:
+        ValueError: a placement is Partial.
+        NotImplementedError: no parameter's mesh contains all others'; or rounding is stochastic and a shard is cut in a
+            way that the random bits' indices cannot follow.
+    """
+
+    def __init__(self, records: Sequence[Record], *, stochastic: bool) -> None:
+        self._stochastic = stochastic
+        self._places: dict[int, tuple[Any, Shard]] = {}
+        meshes = []
+        for record in records:
+            if isinstance(record.param, DTensor):
+                if any(placement.is_partial() for placement in record.param.placements):
+                    raise ValueError(
+                        f"Lomo: {record.name} is placed as {record.param.placements}; expected Shard and Replicate only"
+                    )
+                if record.param.device_mesh not in meshes:
+                    meshes.append(record.param.device_mesh)
+        # The largest mesh's ranks hold the model; a parameter on a part of it has copies on the others.
+        largest = max(meshes, key=lambda mesh: mesh.size())
+        holders = set(largest.mesh.flatten().tolist())
+        for mesh in meshes:
+            if not holders.issuperset(mesh.mesh.flatten().tolist()):
+                raise NotImplementedError(
+                    f"Lomo: parameters lie on {mesh} and on {largest}, of which neither contains the other; "
+                    "use a mesh of two dimensions and its slices"
+                )
+        self._size = largest.size()
+        # A mesh's own groups reach all of it, one dimension after the other, without a group made for it, which ranks
+        # that have no part in this model would have to make too.
+        world = dist.group.WORLD
+        assert world is not None  # there is a mesh
+        self.groups = [world] if self._size == dist.get_world_size() else largest.get_all_groups()
+        self._device_type = largest.device_type
+
+    def start(self, records: Sequence[Record], model: nn.Module | None) -> None:
+        self._fsdp = list(_fsdp_groups({id(record.param) for record in records}))
+        in_model = model is not None and any(isinstance(module, FSDPModule) for module in model.modules())
+        for record in records if self._fsdp or in_model else ():
+            if record.param.requires_grad and not isinstance(record.param, DTensor):
+                raise ValueError(
+                    f"Lomo: {record.name} is a plain parameter beside FSDP2's, which no one reduces the gradient of. "
+                    "Call fully_shard on the whole model too, after its parts, or freeze it; after a forward without a "
+                    "backward call model.reshard() first"
+                )
+
+    def place(self, record: Record) -> None:
+        param = record.param
+        if not isinstance(param, DTensor):
+            record.local, record.weight, record.shard = param, 1.0 / self._size, _whole(param)
+            return
+        record.local = param._local_tensor
+        key = param.placements, record.local.shape
+        if self._places.get(record.index, (None,))[0] != key:
+            mesh = param.device_mesh
+            copies = math.prod(n for n, place in zip(mesh.shape, param.placements, strict=True) if place.is_replicate())
+            record.weight = mesh.size() / self._size / copies
+            shard = shard_of(param)
+            if shard is None and self._stochastic:
+                raise NotImplementedError(
+                    f"Lomo: {record.name} of shape {list(param.shape)} is cut to {list(record.local.shape)} by "
+                    f"{param.placements}; stochastic rounding needs rows at equal distance. Shard it in at most two "
+                    'dimensions, the first one of them, or use rounding="nearest"'
+                )
+            self._places[record.index] = key, shard or _whole(record.local)
+        record.shard = self._places[record.index][1]
+
+    def reduced(self, record: Record, grad: Tensor) -> Iterable[tuple[Record, Tensor]]:
+        if not isinstance(grad, DTensor):
+            return ((record, grad),)
+        placements = record.param.placements  # type: ignore[attr-defined]
+        if grad.placements != placements:
+            grad = grad.redistribute(placements=placements)
+        local = grad._local_tensor
+        if isinstance(local, AsyncCollectiveTensor):
+            local = local.wait()
+        if local.device.type != self._device_type:
+            # CPU offload: not every version of FSDP2 has waited for its copy, and a kernel on the CPU reads at once.
+            torch.get_device_module(self._device_type).current_stream().synchronize()
+        # FSDP2's gradients are views of one buffer per group of modules: a small one that waits would keep all of it.
+        if record.small and local.untyped_storage().nbytes() > 2 * record.bytes:
+            local = local.clone()
+        return ((record, local),)
+
+    def sum_(self, total: Tensor) -> None:
+        there = total if total.device.type == self._device_type else total.to(self._device_type)
+        for group in self.groups:
+            dist.all_reduce(there, group=group)
+        if there is not total:
+            total.copy_(there)
+
+    def unreduced(self) -> bool:
+        return any(
+            group._partial_reduce_output is not None
+            or any(
+                param.unsharded_accumulated_grad is not None
+                or getattr(getattr(param, "_unsharded_param", None), "grad", None) is not None
+                for param in group.fsdp_params
+            )
+            for group in self._fsdp
+        )
+
+
+def shard_of(param: DTensor) -> Shard | None:
+    """Where the local shard's elements lie in the whole parameter: ``(offset, row_length, row_stride)``, as the
+    operators take it. None where three numbers cannot say it: a block that is cut in three dimensions or so."""
+    shape, whole = param._local_tensor.shape, param.shape
+    if not whole or param._local_tensor.numel() == 0:
+        return 0, 1, 1
+    computed, start = compute_local_shape_and_global_offset(whole, param.device_mesh, param.placements)
+    assert tuple(computed) == tuple(shape), (computed, shape)
+    # The last dimension that is cut ends a row; those before it count rows, which follow each other at equal distance
+    # if, of these dimensions, all before the last cut one have length 1.
+    strides = [math.prod(whole[d + 1 :]) for d in range(len(whole))]
+    offset = sum(first * stride for first, stride in zip(start, strides, strict=True))
+    cut = [d for d in range(len(whole)) if shape[d] != whole[d]]
+    last = cut[-1] if cut else 0
+    before = cut[-2] if len(cut) > 1 else 0
+    if math.prod(shape[:before]) != 1:
+        return None
+    return offset, math.prod(shape[last:]), math.prod(whole[last:])
+
+
+def _whole(tensor: Tensor) -> Shard:
+    elements = max(tensor.numel(), 1)
+    return 0, elements, elements
+
+
+def _fsdp_groups(ids: set[int]) -> Iterator[Any]:
+    """FSDP2's own records of what has parameters with these ids, wherever their modules are."""
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)
+            for group in [state._fsdp_param_group] if groups is None else groups:
+                if group is not None and any(id(param.sharded_param) in ids for param in group.fsdp_params):
+                    yield group

@@ -1,0 +1,110 @@
+"""Real processes over gloo, for the tests of several ranks: started once per file and world size, then given work."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# A forked server imports torch once for all of them: seconds less per process.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "lomo_kernels"])
+
+#: Seconds: of a collective operation, until a rank gives up waiting for another; of a call, until the test fails.
+GROUP_TIMEOUT, CALL_TIMEOUT = 30.0, 90.0
+#: Seconds for the others to end once one has raised.
+GRACE = 2.0
+
+
+class Processes:
+    """`world` processes with a default group."""
+
+    def __init__(self, world: int, timeout: float = GROUP_TIMEOUT) -> None:
+        self.world = world
+        self._folder = tempfile.TemporaryDirectory()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world):
+            ours, theirs = _context.Pipe()
+            store = os.path.join(self._folder.name, "store")
+            process = _context.Process(target=_serve, args=(rank, world, timeout, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
+
+    @property
+    def usable(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """``function(rank, *args)``, a function of a module's top level, on every rank; the results by rank.
+
+        The first rank that raises, dies or takes too long fails the test, and ends all of them.
+        """
+        results = self.outcomes(function, *args)
+        failed = [(rank, result) for rank, result in enumerate(results) if isinstance(result, Failed)]
+        if failed:
+            self.close()
+            # What the others say is mostly that they lost one of them.
+            raise AssertionError("".join(f"\nrank {rank}: {result.text}" for rank, result in failed))
+        return results
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """As `call`, with a `Failed` for each rank that raised, died or was still at it when time was up."""
+        for pipe in self._pipes:
+            pipe.send((function.__module__, function.__qualname__, args))
+        results: list[Any] = [Failed("still at it")] * self.world
+        open_ = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        deadline = time.monotonic() + CALL_TIMEOUT
+        while open_ and (ready := wait(list(open_), max(0.0, deadline - time.monotonic()))):
+            for pipe in ready:
+                rank = open_.pop(pipe)
+                try:
+                    results[rank] = pipe.recv()
+                except EOFError:
+                    results[rank] = Failed("died")
+                if isinstance(results[rank], Failed) and results[rank].text != "died":
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return results
+
+
+class Failed:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _serve(rank: int, world: int, timeout: float, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    while True:
+        module, name, args = pipe.recv()
+        torch.manual_seed(0)
+        try:
+            result = getattr(importlib.import_module(module), name)(rank, *args)
+        except BaseException:
+            result = Failed(traceback.format_exc())
+        pipe.send(result)

@@ -1,0 +1,142 @@
+"""`torch.distributed.checkpoint` of model and optimizer, resumed on another number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from models import assert_same_bits, loss_of, weights_of
+from test_distributed_sharded import Planted, fsdp, transformer_of_vectors, whole_weights
+from textbook import Textbook
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+
+from lomo_kernels import Lomo
+
+BATCHES = 4  # of a step, however many ranks there are
+#: How a program may keep its state: by torch's helpers, with their options, or by the objects' own state dicts.
+WAYS = {
+    "helpers": StateDictOptions(),
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full": StateDictOptions(full_state_dict=True),
+    "own": None,
+}
+
+
+def save(model: nn.Module, optimizer: Lomo, folder: str, options: StateDictOptions | None) -> None:
+    if options is None:
+        dcp.save({"model": model.state_dict(), "optimizer": optimizer}, checkpoint_id=folder)
+        return
+    before = optimizer.step_count.item()
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+    assert optimizer.step_count.item() == before and all(param.grad is None for param in model.parameters())
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+
+
+def load(model: nn.Module, optimizer: Lomo, folder: str, options: StateDictOptions | None) -> None:
+    if options is None:
+        state = {"model": model.state_dict(), "optimizer": optimizer}
+        dcp.load(state, checkpoint_id=folder)
+        model.load_state_dict(state["model"])
+        return
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+    )
+
+
+def loss_of_rank(model: nn.Module, step: int) -> Tensor:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    return sum(loss_of(model, BATCHES * step + n) for n in range(rank, BATCHES, world)) * (world / BATCHES)
+
+
+def run(rank: int, way: str, folder: str, first: int, last: int) -> None:
+    """Steps `first` to `last` of a run with a schedule, from the checkpoint that stands there unless `first` is 0."""
+    torch.manual_seed(0)
+    model = transformer_of_vectors()
+    book = Textbook(model, lr=0.3, clip_grad_norm=0.3)
+    fsdp(model)
+    groups = [
+        {"params": list(model.blocks.named_parameters(prefix="blocks")), "weight_decay": 0.0},
+        {"params": [pair for pair in model.named_parameters() if not pair[0].startswith("blocks")]},
+    ]
+    optimizer = Lomo(groups, lr=0.3, clip_grad_norm=0.3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+    if first:
+        for param in model.parameters():
+            param.detach().zero_()
+        load(model, optimizer, folder, WAYS[way])
+        scheduler.last_epoch = first
+        assert optimizer.step_count.item() == first
+    for step in range(last):
+        for group in book.groups:
+            group["lr"] = 0.3 * 0.5 ** (step // 2)
+        book.step(sum(loss_of(book.model, BATCHES * step + n) for n in range(BATCHES)) / BATCHES)
+        if step >= first:
+            assert optimizer.param_groups[1]["lr"] == pytest.approx(0.3 * 0.5 ** (step // 2))
+            optimizer.backward(loss_of_rank(model, step))
+            scheduler.step()
+            assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
+    for name, weight in whole_weights(model).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+    save(model, optimizer, folder, WAYS[way])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+def test_resumed_on_another_number_of_ranks(ranks: Any, tmp_path: Path, before: int, after: int, way: str) -> None:
+    ranks(before).call(run, way, str(tmp_path), 0, 3)
+    ranks(after).call(run, way, str(tmp_path), 3, 6)
+
+
+def state_of(optimizer: Lomo) -> list[float]:
+    names = ("step_count", "skipped_steps", "loss_scale")
+    return [getattr(optimizer, name).item() for name in names]
+
+
+def stochastic(rank: int, way: str, folder: str, resumed: bool) -> list[float]:
+    """Random bits go on where they stopped: seed and step come from the checkpoint. So does the loss scale."""
+    options = {"lr": 1e-3, "rounding": "stochastic", "loss_scale": "dynamic"}
+    model, alone = Planted(torch.bfloat16), Planted(torch.bfloat16)
+    fully_shard(model)
+    ours = Lomo(model, seed=1 if resumed else 3, **options)
+    theirs = Lomo(alone, seed=3, **options)
+    if resumed:
+        load(model, ours, folder, WAYS[way])
+    for step in range(6 if resumed else 3):
+        bad = float("nan") if step == 1 else 1.0
+        theirs.backward(alone(step) * bad)
+        if not resumed or step >= 3:
+            ours.backward(model(step) * bad)
+    assert_same_bits(whole_weights(model), weights_of(alone))
+    assert state_of(ours) == state_of(theirs) == [6 if resumed else 3, 1, 2.0**15]
+    if not resumed:
+        save(model, ours, folder, WAYS[way])
+    return state_of(ours)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_random_bits_and_loss_scale_go_on(ranks: Any, tmp_path: Path, way: str) -> None:
+    ranks(2).call(stochastic, way, str(tmp_path), False)
+    ranks(4).call(stochastic, way, str(tmp_path), True)
+
+
+def another_kind_of_scaling(rank: int, folder: str) -> None:
+    model = Planted(torch.bfloat16)
+    fully_shard(model)
+    save(model, Lomo(model, loss_scale=8.0), folder, WAYS["helpers"])
+    other = Planted(torch.bfloat16)
+    fully_shard(other)
+    with pytest.raises(ValueError, match=r"static loss scaling, this optimizer has none"):
+        load(other, Lomo(other), folder, WAYS["helpers"])
+
+
+def test_another_kind_of_scaling(ranks: Any, tmp_path: Path) -> None:
+    ranks(2).call(another_kind_of_scaling, str(tmp_path))

@@ -1,0 +1,365 @@
+"""`process_group`: gradients averaged inside the hooks, in real processes over gloo, against SGD on one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import Options, assert_same_bits, loss_of, same_bits, transformer, weights_of
+from test_distributed_sharded import Planted
+from textbook import Textbook
+from torch import Tensor, nn
+
+from lomo_kernels import Lomo
+from lomo_kernels.memory import LiveBytes
+from lomo_kernels.optim import reduce
+
+LR = 0.3
+
+
+def assert_close(model: nn.Module, expected: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        assert (param - expected.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+def train(rank: int, options: Options, settings: dict[str, Any], members: list[int] | None = None) -> None:
+    group = dist.group.WORLD if members is None else dist.new_group(members)
+    if members is not None and rank not in members:
+        with pytest.raises(TypeError, match="that this process belongs to"):
+            Lomo(transformer(options), lr=LR, process_group=group)
+        return
+    world, mine = dist.get_world_size(group), dist.get_rank(group)
+    model = transformer(options, seed=mine)
+    book = Textbook(transformer(options, seed=0), lr=LR, **settings)
+    optimizer = Lomo(model, lr=LR, process_group=group, **settings)
+    assert_same_bits(weights_of(model), weights_of(book.model))
+    for step in range(5):
+        book.step(sum(loss_of(book.model, world * step + n) for n in range(world)) / world)
+        optimizer.backward(loss_of(model, world * step + mine))
+        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
+        assert all(param.grad is None for param in model.parameters())
+    assert_close(model, book.model)
+    assert optimizer.step_count.item() == 5 and optimizer.skipped_steps.item() == 0
+
+
+CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01}
+LARGE = Options(width=128, layers=1)  # with gradients that travel alone
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        LARGE,
+        Options(tied=True),
+        Options(frozen=("embedding", "blocks.0")),
+        Options(checkpoint="reentrant"),
+        Options(checkpoint="non-reentrant", tied=True),
+    ],
+    ids=str,
+)
+def test_models(ranks: Any, options: Options) -> None:
+    ranks(2).call(train, options, CLIPPED)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"clip_grad_norm": 0.3, "clip_passes": "one"}, {"clip_grad_value": 1e-2}, {"loss_scale": 1024.0}],
+    ids=str,
+)
+def test_settings(ranks: Any, settings: dict[str, Any]) -> None:
+    ranks(2).call(train, LARGE, settings)
+
+
+def test_more_ranks(ranks: Any) -> None:
+    ranks(4).call(train, LARGE, CLIPPED)
+    ranks(4).call(train, Options(), CLIPPED, [0, 1, 3])  # the kernels divide by three
+
+
+# ---- Order and absence ----------------------------------------------------------------------------------------------
+
+
+class Routed(nn.Module):
+    """Layers of one shape, used in an order, and left out, as the batch says: what ranks cannot know of each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(144, 144, bias=index % 2 == 0) for index in range(6))
+
+    def forward(self, route: tuple[int, ...]) -> Tensor:
+        x = torch.linspace(-1, 1, 2 * 144).view(2, 144)
+        for index in route:
+            x = x + self.layers[index](x).tanh()
+        return x.square().mean()
+
+
+ROUTES = [
+    ((0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0)),
+    ((0, 1, 2), (2, 1, 0)),
+    ((0, 1, 2, 3, 4, 5), (3,)),
+    ((1,), (1,)),
+    ((2, 2, 5), (0, 4, 1)),
+    ((5, 3, 1), (1, 3, 5)),
+]
+
+
+def routed(rank: int, clip: float | None) -> None:
+    model = Routed()
+    book = Textbook(model, lr=LR, clip_grad_norm=clip)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip, process_group=dist.group.WORLD)
+    for routes in ROUTES:
+        book.step(sum(book.model(route) for route in routes) / 2)
+        optimizer.backward(model(routes[rank]))
+        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
+    assert_close(model, book.model)
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_graphs_that_differ_between_ranks(ranks: Any, clip: float | None) -> None:
+    ranks(2).call(routed, clip)
+
+
+def shared_memory(rank: int) -> None:
+    """Autograd gives `bias` a view of the gradient that `x` gets too: the reduction must not work in it."""
+    x, bias = nn.Parameter(torch.ones(160, 160)), nn.Parameter(torch.ones(160 * 160))
+    weight = torch.linspace(1, 2, 160 * 160).view(160, 160) * (rank + 1)
+    optimizer = Lomo([x, bias], lr=1.0, process_group=dist.group.WORLD)  # the last one is reduced first
+    optimizer.backward(((x * 2 + bias.view(160, 160)) * weight).sum())
+    mean = torch.linspace(1, 2, 160 * 160).view(160, 160) * 1.5
+    assert torch.allclose(bias.view(160, 160), 1 - mean) and torch.allclose(x, 1 - 2 * mean)
+
+
+def test_a_gradient_that_shares_its_memory(ranks: Any) -> None:
+    ranks(2).call(shared_memory)
+
+
+def same_bits_as_one_process(rank: int, dtype: torch.dtype) -> None:
+    model, alone = Planted(dtype), Planted(dtype)
+    options = {"lr": 1e-3, "rounding": "stochastic", "seed": 3, "loss_scale": None, "clip_grad_norm": 1e6}
+    ours, theirs = Lomo(model, process_group=dist.group.WORLD, **options), Lomo(alone, **options)
+    for step in range(3):
+        ours.backward(model(step))
+        theirs.backward(alone(step))
+    assert_same_bits(weights_of(model), weights_of(alone))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits(ranks: Any, dtype: torch.dtype) -> None:
+    for world in (2, 4):
+        ranks(world).call(same_bits_as_one_process, dtype)
+
+
+def layouts(rank: int) -> None:
+    """Parameters that are not contiguous, of no elements, of one, and of two dtypes; buffers of rank 0."""
+    model = nn.Module()
+    model.turned = nn.Parameter((torch.arange(200.0 * 300).view(200, 300) + rank).t())
+    model.little = nn.Parameter((torch.arange(6.0).view(2, 3) + rank).t())
+    model.empty = nn.Parameter(torch.zeros(0, 3))
+    model.number = nn.Parameter(torch.tensor(1.0 + rank))
+    model.low = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    model.register_buffer("count", torch.tensor([rank]))
+    optimizer = Lomo(model, lr=1.0, process_group=dist.group.WORLD)
+    assert model.count.item() == 0
+    grads = [torch.randn(param.shape) for param in model.parameters()]
+    loss = sum((param.float() * grad).sum() for param, grad in zip(model.parameters(), grads, strict=True))
+    optimizer.backward(loss * (1 + 2 * rank))
+    started = (
+        torch.arange(200.0 * 300).view(200, 300).t(),
+        torch.arange(6.0).view(2, 3).t(),
+        torch.zeros(0, 3),
+        torch.tensor(1.0),
+    )
+    for param, before, grad in zip(model.parameters(), started, grads, strict=False):
+        torch.testing.assert_close(param.detach(), before - 2 * grad)
+    torch.testing.assert_close(model.low.float(), 1 - 2 * grads[-1], rtol=1e-2, atol=1e-2)
+
+
+def test_layouts(ranks: Any) -> None:
+    ranks(2).call(layouts)
+
+
+# ---- Steps ----------------------------------------------------------------------------------------------------------
+
+
+def all_skip(rank: int, clip: float | None, dtype: torch.dtype, bad: float) -> None:
+    model = transformer(Options(dtype=dtype))
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip, process_group=dist.group.WORLD)
+    optimizer.backward(loss_of(model, rank))
+    before = weights_of(model)
+    optimizer.backward(loss_of(model, rank) * (bad if rank == 1 else 1.0))
+    assert optimizer.skipped_steps.item() == 1 and not optimizer.last_grad_norm.isfinite()
+    if clip is not None or dtype is torch.float16:
+        assert_same_bits(weights_of(model), before)
+    assert all(weight.isfinite().all() for weight in weights_of(model).values())
+    optimizer.backward(loss_of(model, rank))
+    assert optimizer.skipped_steps.item() == 1 and optimizer.step_count.item() == 3
+    others: list[Any] = [None, None]
+    dist.all_gather_object(others, weights_of(model))
+    assert_same_bits(*others)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_one_rank_with_a_nan(ranks: Any, clip: float | None) -> None:
+    for dtype, bad in ((torch.float32, math.nan), (torch.float32, math.inf), (torch.float16, math.inf)):
+        ranks(2).call(all_skip, clip, dtype, bad)
+
+
+def accumulation(rank: int, how: str, clip: float | None) -> None:
+    model = transformer(LARGE)
+    book = Textbook(model, lr=0.1, clip_grad_norm=clip)  # with 0.3 rounding alone comes to more than 1e-6
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip, process_group=dist.group.WORLD)
+    for step in range(5):
+        for part in range(3):
+            first = 6 * step + 2 * part
+            book.backward(sum(loss_of(book.model, first + n) for n in range(2)) / 2)
+            loss = loss_of(model, first + rank)
+            if how == "accumulate":
+                with optimizer.accumulate() if part < 2 else nullcontext():
+                    optimizer.backward(loss)
+            else:
+                loss.backward()
+        book.apply()
+        book.zero_grad()
+        if how == "step":
+            kept = {name: param.grad.clone() for name, param in model.named_parameters()}
+            optimizer.step()
+            assert_same_bits({name: param.grad for name, param in model.named_parameters()}, kept)
+            optimizer.zero_grad()
+        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
+        assert all(param.grad is None for param in model.parameters())
+    assert_close(model, book.model)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_accumulation(ranks: Any, clip: float | None) -> None:
+    for how in ("accumulate", "step"):
+        ranks(2).call(accumulation, how, clip)
+
+
+def parameters_that_come_later(rank: int) -> None:
+    torch.manual_seed(rank)
+    first, frozen, later = (nn.Parameter(torch.randn(3)) for _ in range(3))
+    frozen.requires_grad_(False)
+    optimizer = Lomo([first, frozen], lr=1.0, process_group=dist.group.WORLD)
+    optimizer.backward((first * (rank + 1.0)).sum())
+    optimizer.add_param_group({"params": [later]})
+    frozen.requires_grad_(True)
+    optimizer.backward(((later + first * 3 + frozen * 2) * (rank + 1.0)).sum())
+    torch.manual_seed(0)
+    for param, taken in ((first, 1.5 + 4.5), (frozen, 3.0), (later, 1.5)):
+        assert torch.allclose(param, torch.randn(3) - taken)
+
+
+def test_parameters_that_come_later(ranks: Any) -> None:
+    ranks(2).call(parameters_that_come_later)
+
+
+# ---- Traffic and memory ---------------------------------------------------------------------------------------------
+
+
+def traffic(rank: int) -> list[int]:
+    """Elements of each reduction of a step with three large gradients and forty small ones of 60 kB."""
+    params = [nn.Parameter(torch.ones(n)) for n in [20_000, 30_000, 40_000] + [15_000] * 40]
+    optimizer = Lomo(params, lr=1.0, process_group=dist.group.WORLD)
+    sent: list[int] = []
+    real = dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel())
+        return real(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        optimizer.backward(sum(param.sum() for param in params))
+    finally:
+        dist.all_reduce = real
+    return sent
+
+
+def test_small_gradients_travel_together(ranks: Any) -> None:
+    together = math.ceil(reduce.BUCKET_BYTES / 60_000)
+    for sent in ranks(2).call(traffic):
+        expected = [20_000, 30_000, 40_000, *[15_000 * n for n in (together, together, 40 - 2 * together)]]
+        assert sorted(sent) == sorted(expected)
+
+
+def peak(rank: int, count: int) -> int:
+    """Above weights and activations that a step of `count` layers has, each of 16 MiB."""
+    params = [nn.Parameter(torch.ones(4 * 1024 * 1024)) for _ in range(count)]
+    optimizer = Lomo(params, lr=1e-3, process_group=dist.group.WORLD)
+    x = torch.ones(1, requires_grad=True)
+    for _ in range(2):  # the first has no order yet
+        with LiveBytes() as live:
+            y = x
+            for param in params:
+                y = y + param.dot(param.detach())
+            optimizer.backward(y.sum())
+    return live.peak // 2**20
+
+
+def test_gradients_in_flight_are_bounded(ranks: Any) -> None:
+    few, many = (ranks(2).call(peak, count)[0] for count in (5, 12))
+    assert many == few <= 32 + 3 * 16
+
+
+# ---- What is refused ------------------------------------------------------------------------------------------------
+
+
+def wrapped(rank: int) -> None:
+    model = nn.parallel.DistributedDataParallel(transformer())
+    with pytest.raises(RuntimeError, match=r"Pass the plain module, and process_group=torch\.distributed"):
+        Lomo(model, lr=LR, process_group=dist.group.WORLD)
+    Lomo(model.module, lr=LR, process_group=dist.group.WORLD).backward(loss_of(model.module, rank))
+
+
+def fused(rank: int) -> None:
+    with pytest.raises(ValueError, match="has to be summed first"):
+        Lomo(transformer(), lr=LR, fused_layers=True, process_group=dist.group.WORLD)
+
+
+def sparse(rank: int) -> None:
+    model = nn.Embedding(5, 3, sparse=True)
+    optimizer = Lomo(model, lr=LR, process_group=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.backward(model(torch.tensor([1])).sum())
+
+
+def differing(rank: int) -> None:
+    with pytest.raises(ValueError, match="parameters on rank 1 and on rank 0 differ"):
+        Lomo(transformer(Options(width=16 + rank)), lr=LR, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="options on rank 1 and on rank 0 differ"):
+        Lomo(transformer(), lr=LR, clip_grad_norm=None if rank else 1.0, process_group=dist.group.WORLD)
+
+
+def devices(rank: int) -> None:
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))]
+    with pytest.raises(ValueError, match="one device, these are on cpu, meta"):
+        reduce.Averaged(dist.group.WORLD, [type("Record", (), {"param": param}) for param in params])
+
+
+@pytest.mark.parametrize("check", [wrapped, fused, sparse, differing, devices], ids=lambda check: check.__name__)
+def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
+    ranks(2).call(check)
+
+
+def test_nothing_changes_for_one_process(ranks: Any) -> None:
+    ranks(2).call(alone)
+
+
+def alone(rank: int) -> None:
+    """A group of one rank, and no group, are the same."""
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    a, b = transformer(), transformer()
+    ours = Lomo(a, lr=LR, clip_grad_norm=0.3, process_group=groups[rank])
+    theirs = Lomo(b, lr=LR, clip_grad_norm=0.3)
+    for step in range(3):
+        ours.backward(loss_of(a, step))
+        theirs.backward(loss_of(b, step))
+    assert same_bits(ours.last_grad_norm, theirs.last_grad_norm)
+    assert_same_bits(weights_of(a), weights_of(b))

@@ -1,0 +1,47 @@
+"""A rank that dies or hangs in the middle of a step: the others get an error, within the group's timeout."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from models import loss_of, transformer
+from processes import Failed, Processes
+from test_distributed_sharded import fsdp, transformer_of_vectors
+
+from lomo_kernels import Lomo
+
+TIMEOUT = 3.0  # seconds
+
+
+def step(rank: int, engine: str, what: str) -> None:
+    if engine == "fsdp":
+        model = transformer_of_vectors()
+        fsdp(model)
+        optimizer = Lomo(model, lr=0.1, clip_grad_norm=1.0)
+    else:
+        model = transformer()
+        optimizer = Lomo(model, lr=0.1, clip_grad_norm=1.0, process_group=dist.group.WORLD)
+    optimizer.backward(loss_of(model, rank))
+    if rank == 1:
+
+        def stop(*_: Any) -> None:
+            os._exit(1) if what == "dies" else time.sleep(3600)
+
+        model.blocks[0].register_full_backward_hook(stop)
+    optimizer.backward(loss_of(model, rank))
+
+
+@pytest.mark.parametrize("what", ["dies", "hangs"])
+@pytest.mark.parametrize("engine", ["fsdp", "group"])
+def test_the_others_get_an_error(engine: str, what: str) -> None:
+    processes = Processes(2, timeout=TIMEOUT)
+    try:
+        results = processes.outcomes(step, engine, what)
+    finally:
+        processes.close()
+    assert isinstance(results[0], Failed) and "Error" in results[0].text, results[0]
+    assert results[1].text == {"dies": "died", "hangs": "still at it"}[what]

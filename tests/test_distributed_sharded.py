@@ -1,0 +1,576 @@
+"""FSDP2 and tensor parallel, in real processes over gloo, against SGD on one process with a float64 norm."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import VOCAB, Options, assert_same_bits, loss_of, same_bits, transformer, weights_of
+from textbook import Textbook
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.nn import functional as F
+
+from lomo_kernels import Lomo
+from lomo_kernels.memory import LiveBytes
+
+LR = 0.3
+
+
+def transformer_of_vectors(options: Options | None = None) -> nn.Module:
+    """FSDP2 takes no scalar parameters. One of a single element leaves all ranks but one an empty shard."""
+    model = transformer(options or Options())
+    model.gain = nn.Parameter(model.gain.detach().reshape(1), requires_grad=model.gain.requires_grad)
+    return model
+
+
+def whole(param: Tensor) -> Tensor:
+    return param.full_tensor() if isinstance(param, DTensor) else param.detach()
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(param).detach().clone() for name, param in model.named_parameters()}
+
+
+# ---- How models are spread ------------------------------------------------------------------------------------------
+
+
+class Perceptrons(nn.Module):
+    """What sequence parallel can have: everything but attention works on tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 16)
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16, bias=False)
+        self.head = nn.Linear(16, VOCAB, bias=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        x = x + self.down(F.gelu(self.up(self.norm1(x))))
+        return F.cross_entropy(self.head(self.norm2(x)).view(-1, VOCAB), targets.view(-1))
+
+
+def fsdp(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> None:
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    for block in model.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    plan = {
+        "embedding": RowwiseParallel(input_layouts=Replicate()),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, plan)
+
+
+def sequence_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    along = Shard(1)
+    plan = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=along),
+        "norm1": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=along),
+        "down": RowwiseParallel(output_layouts=along),
+        "norm2": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=along, output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, plan)
+
+
+def columns(param: nn.Parameter) -> Shard:
+    """FSDP2 wants dimensions other than the first to divide evenly."""
+    return Shard(1) if param.dim() == 2 and param.shape[1] % dist.get_world_size() == 0 else Shard(0)
+
+
+def line() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def square(first: str, second: str) -> DeviceMesh:
+    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=(first, second))
+
+
+def two_and_two(model: nn.Module) -> None:
+    mesh = square("fsdp", "tensor")
+    tensor_parallel(model, mesh["tensor"])
+    fsdp(model, mesh["fsdp"])
+
+
+#: Name: (model, how it is spread, over how many of the ranks batches differ: all, half or one).
+WAYS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], None], str]] = {
+    "fsdp": (transformer_of_vectors, fsdp, "all"),
+    "fsdp-root-only": (transformer_of_vectors, lambda model: fully_shard(model), "all"),
+    "fsdp-columns": (transformer_of_vectors, lambda model: fsdp(model, shard_placement_fn=columns), "all"),
+    "fsdp-offload": (
+        transformer_of_vectors,
+        lambda model: fsdp(model, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+        "all",
+    ),
+    "fsdp-tied": (lambda: transformer_of_vectors(Options(tied=True)), fsdp, "all"),
+    "fsdp-unused": (lambda: transformer_of_vectors(Options(unused=True)), fsdp, "all"),
+    "fsdp-frozen": (lambda: transformer_of_vectors(Options(frozen=("embedding", "blocks.0.up"))), fsdp, "all"),
+    "fsdp-checkpoint": (lambda: transformer_of_vectors(Options(checkpoint="non-reentrant")), fsdp, "all"),
+    "fsdp-reentrant": (lambda: transformer_of_vectors(Options(checkpoint="reentrant")), fsdp, "all"),
+    "hsdp": (transformer_of_vectors, lambda model: fsdp(model, square("replicas", "shards")), "all"),
+    "tensor": (transformer, lambda model: tensor_parallel(model, line()), "one"),
+    "sequence": (Perceptrons, lambda model: sequence_parallel(model, line()), "one"),
+    "tensor-fsdp": (transformer_of_vectors, two_and_two, "half"),
+    # Two replicas that nothing ties but the same batches.
+    "fsdp-in-part-of-a-mesh": (transformer_of_vectors, lambda model: fsdp(model, square("a", "b")["b"]), "half of"),
+}
+
+
+def train(rank: int, way: str, settings: dict[str, Any]) -> None:
+    make, spread, batches = WAYS[way]
+    torch.manual_seed(0)
+    model = make()
+    book = Textbook(model, lr=LR, **settings)
+    spread(model)
+    optimizer = Lomo(model, lr=LR, **settings)
+    world = dist.get_world_size()
+    halves = {"half": (2, rank // (world // 2)), "half of": (2, rank % 2)}
+    count, mine = {"all": (world, rank), "one": (1, 0), **halves}[batches]
+    before = weights_of(book.model)
+    for step in range(5):
+        book.step(sum(loss_of(book.model, count * step + n) for n in range(count)) / count)
+        optimizer.backward(loss_of(model, count * step + mine))
+        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
+    weights, expected = whole_weights(model), weights_of(book.model)
+    for name, param in model.named_parameters():
+        assert (weights[name] - expected[name]).abs().max().item() <= 1e-6, name
+        assert param.grad is None
+        moved = param.requires_grad and not name.startswith("spare")
+        assert not moved or not torch.equal(expected[name], before[name]), name
+    assert optimizer.step_count.item() == 5 and optimizer.skipped_steps.item() == 0
+
+
+CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01}
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("hsdp", "tensor-fsdp", "fsdp-in-part-of-a-mesh")])
+def test_two_ranks(ranks: Any, way: str) -> None:
+    ranks(2).call(train, way, CLIPPED)
+
+
+@pytest.mark.parametrize("way", ["fsdp", "hsdp", "tensor", "tensor-fsdp", "fsdp-in-part-of-a-mesh"])
+def test_four_ranks(ranks: Any, way: str) -> None:
+    """No model dimension but the widths is divisible by four, and the vocabulary not by two."""
+    ranks(4).call(train, way, CLIPPED)
+
+
+@pytest.mark.parametrize("way", ["fsdp", "sequence"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"clip_grad_norm": 1e6}, CLIPPED | {"clip_passes": "one"}, {"clip_grad_value": 1e-2, "clip_grad_norm": 0.1}],
+    ids=str,
+)
+def test_settings(ranks: Any, way: str, settings: dict[str, Any]) -> None:
+    ranks(2).call(train, way, settings)
+
+
+# ---- Precision ------------------------------------------------------------------------------------------------------
+
+
+def mixed_precision(rank: int) -> None:
+    """float32 weights, bfloat16 in the forward, gradients reduced in float32: as one process with autocast copies."""
+    model = transformer_of_vectors()
+    book = Textbook(model, lr=LR, clip_grad_norm=0.3)
+    fsdp(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3)
+    for step in range(5):
+        for batch in range(2):
+            low = copy.deepcopy(book.model).bfloat16()
+            loss_of(low, 2 * step + batch).backward()
+            for param, copied in zip(book.model.parameters(), low.parameters(), strict=True):
+                grad = copied.grad.float() / 2
+                param.grad = grad if param.grad is None else param.grad + grad
+        book.apply()
+        book.zero_grad()
+        optimizer.backward(loss_of(model, 2 * step + rank))
+        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-5)
+    for name, weight in whole_weights(model).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-5, name
+
+
+class Planted(nn.Module):
+    """Gradients known beforehand and the same on every rank, so that averaging is exact and bits can be compared."""
+
+    SHAPES = ((19, 6), (7,), (5, 4, 3), (1,), (600, 121))  # the last one too large to wait for a list call
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in self.SHAPES)
+
+    def forward(self, step: int) -> Tensor:
+        total = torch.zeros(())
+        for index, param in enumerate(self.weights):
+            generator = torch.Generator().manual_seed(100 * step + index)
+            grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            if isinstance(param, DTensor):
+                grad = distribute_tensor(grad, param.device_mesh, param.placements)
+            product = (param.float() * grad.float()).sum()
+            total = total + (product.full_tensor() if isinstance(product, DTensor) else product)
+        return total
+
+
+PLACEMENTS: dict[str, Any] = {
+    "rows": [Shard(0)],
+    "columns": [Shard(1)],
+    "replicated": [Replicate()],
+    "rows, rows": [Shard(0), Shard(0)],
+    "rows, columns": [Shard(0), Shard(1)],
+    "columns, rows": [Shard(1), Shard(0)],
+    "columns, columns": [Shard(1), Shard(1)],
+    "replicated, columns": [Replicate(), Shard(1)],
+}
+
+
+def same_bits_as_one_process(rank: int, how: str, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    model, alone = Planted(dtype), Planted(dtype)
+    if how == "fsdp":
+        fully_shard(model)
+    elif how == "tensor-fsdp":
+        two = square("fsdp", "tensor")
+        for param in ("0", "1", "2", "4"):
+            placed = distribute_tensor(model.weights._parameters[param].detach(), two["tensor"], [Shard(0)])
+            model.weights._parameters[param] = nn.Parameter(placed)
+        fully_shard(model, mesh=two["fsdp"])
+    else:
+        placements = PLACEMENTS[how]
+        mesh = line() if len(placements) == 1 else square("a", "b")
+        for name, param in list(model.weights._parameters.items()):
+            fitting = [place if place.is_replicate() or place.dim < param.dim() else Shard(0) for place in placements]
+            model.weights._parameters[name] = nn.Parameter(distribute_tensor(param.detach(), mesh, fitting))
+    options = {"lr": 1e-3, "rounding": "stochastic", "seed": 3, "loss_scale": None, **settings}
+    ours, theirs = Lomo(model, **options), Lomo(alone, **options)
+    for step in range(3):
+        ours.backward(model(step))
+        theirs.backward(alone(step))
+    assert_same_bits(whole_weights(model), weights_of(alone))
+    assert not same_bits(alone.weights[4], Planted(dtype).weights[4])
+    assert ours.last_grad_norm.item() == pytest.approx(theirs.last_grad_norm.item(), rel=1e-9)
+
+
+def test_precision(ranks: Any) -> None:
+    ranks(2).call(mixed_precision)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_is_that_of_the_whole_parameter(ranks: Any, dtype: torch.dtype) -> None:
+    for how in ("fsdp", *(name for name, placements in PLACEMENTS.items() if len(placements) == 1)):
+        ranks(2).call(same_bits_as_one_process, how, dtype, {"clip_grad_norm": 1e6})
+    for how in ("fsdp", "tensor-fsdp", *(name for name, placements in PLACEMENTS.items() if len(placements) == 2)):
+        ranks(4).call(same_bits_as_one_process, how, dtype, {})
+
+
+def a_shard_that_is_no_rows(rank: int) -> None:
+    mesh = square("a", "b")
+    param = nn.Parameter(distribute_tensor(torch.zeros(5, 4, 6, dtype=torch.bfloat16), mesh, [Shard(1), Shard(2)]))
+    with pytest.raises(NotImplementedError, match=r"cut to \[5, 2, 3\].*equal distance"):
+        Lomo([param], rounding="stochastic")
+    optimizer = Lomo([param], lr=0.5)
+    optimizer.backward(param.sum().full_tensor())
+    assert torch.equal(whole(param), torch.full((5, 4, 6), -0.5, dtype=torch.bfloat16))
+    assert optimizer.last_grad_norm.item() == pytest.approx(math.sqrt(120), rel=1e-12)
+
+
+def test_a_shard_that_is_no_rows(ranks: Any) -> None:
+    ranks(4).call(a_shard_that_is_no_rows)
+
+
+# ---- Steps that are skipped -----------------------------------------------------------------------------------------
+
+
+def all_skip(rank: int, clip: float | None, dtype: torch.dtype, bad: float) -> None:
+    model = transformer_of_vectors(Options(dtype=dtype))
+    fsdp(model)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip)
+    optimizer.backward(loss_of(model, rank))
+    before, scale = whole_weights(model), optimizer.loss_scale.item()
+    optimizer.backward(loss_of(model, rank) * (bad if rank == 1 else 1.0))
+    assert optimizer.skipped_steps.item() == 1 and not optimizer.last_grad_norm.isfinite()
+    if clip is not None or dtype is torch.float16:
+        assert_same_bits(whole_weights(model), before)
+    assert all(weight.isfinite().all() for weight in whole_weights(model).values())
+    assert optimizer.loss_scale.item() == (scale / 2 if dtype is torch.float16 else scale)
+    optimizer.backward(loss_of(model, rank))
+    assert optimizer.skipped_steps.item() == 1 and optimizer.step_count.item() == 3
+    assert not same_bits(whole_weights(model)["head.weight"], before["head.weight"])
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_one_rank_with_a_nan(ranks: Any, clip: float | None) -> None:
+    for dtype, bad in ((torch.float32, math.nan), (torch.float32, math.inf), (torch.float16, math.inf)):
+        ranks(2).call(all_skip, clip, dtype, bad)
+
+
+def a_nan_in_one_shard(rank: int) -> None:
+    """Only rank 1's shard has it, yet all skip, and all raise."""
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 2), line(), [Shard(0)]))
+    grad = torch.ones(4, 2)
+    grad[3, 1] = math.nan
+    optimizer = Lomo([param], lr=0.5, clip_grad_norm=1.0, nonfinite="raise")
+    where = "in parameter 0" if rank == 1 else "on another rank"
+    with pytest.raises(FloatingPointError, match=where):
+        optimizer.backward((param * distribute_tensor(grad, line(), [Shard(0)])).sum().full_tensor())
+    assert torch.equal(whole(param), torch.ones(4, 2))
+    assert optimizer.skipped_steps.item() == 1
+
+
+def test_a_nan_in_one_shard(ranks: Any) -> None:
+    ranks(2).call(a_nan_in_one_shard)
+
+
+# ---- Accumulation ---------------------------------------------------------------------------------------------------
+
+
+def accumulation(rank: int, how: str, clip: float | None) -> None:
+    model = transformer_of_vectors()
+    book = Textbook(model, lr=LR, clip_grad_norm=clip)
+    fsdp(model)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip)
+    for step in range(5):
+        for part in range(3):
+            first = 6 * step + 2 * part
+            book.backward(sum(loss_of(book.model, first + n) for n in range(2)) / 2)
+            loss = loss_of(model, first + rank)
+            if how == "no sync":
+                model.set_requires_gradient_sync(part == 2)
+                loss.backward() if part < 2 else optimizer.backward(loss)
+            elif how == "no sync, accumulate":
+                model.set_requires_gradient_sync(part == 2)
+                with optimizer.accumulate() if part < 2 else nullcontext():
+                    optimizer.backward(loss)
+            elif how == "accumulate":
+                with optimizer.accumulate() if part < 2 else nullcontext():
+                    optimizer.backward(loss)
+            else:
+                loss.backward()
+        book.apply()
+        book.zero_grad()
+        if how == "step":
+            optimizer.step()
+            assert model.norm.weight.grad is not None
+            optimizer.zero_grad()
+        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
+        assert all(param.grad is None for param in model.parameters())
+    for name, weight in whole_weights(model).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_accumulation(ranks: Any, clip: float | None) -> None:
+    for how in ("no sync", "no sync, accumulate", "accumulate", "step"):
+        ranks(2).call(accumulation, how, clip)
+
+
+def no_sync_with_a_loss_scale(rank: int) -> None:
+    model = transformer_of_vectors()
+    fsdp(model)
+    optimizer = Lomo(model, lr=LR, loss_scale="dynamic")
+    model.set_requires_gradient_sync(False)
+    with pytest.raises(RuntimeError, match=r"no gradient came.*set_requires_gradient_sync"):
+        optimizer.backward(loss_of(model, rank))
+    loss_of(model, rank).backward()
+    model.set_requires_gradient_sync(True)
+    with pytest.raises(RuntimeError, match=r"set_requires_gradient_sync\(False\) wait.*accumulate"):
+        optimizer.backward(loss_of(model, rank))
+
+
+def test_no_sync_with_a_loss_scale(ranks: Any) -> None:
+    ranks(2).call(no_sync_with_a_loss_scale)
+
+
+# ---- Traffic and memory ---------------------------------------------------------------------------------------------
+
+
+def traffic(rank: int, clip: float | None) -> None:
+    model = transformer_of_vectors()
+    fsdp(model)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip)
+    optimizer.backward(loss_of(model, rank))
+    sent: list[tuple[str, int, torch.dtype]] = []
+    real = dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append((tensor.numel(), tensor.dtype))
+        return real(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        optimizer.backward(loss_of(model, rank))
+    finally:
+        dist.all_reduce = real
+    assert sent == [(1, torch.float64)]
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_a_step_sends_eight_bytes_beside_fsdp(ranks: Any, clip: float | None) -> None:
+    ranks(2).call(traffic, clip)
+
+
+def peak_above_weights(rank: int, count: int) -> int:
+    """Of a step of `count` blocks, each of a matrix (large, also in shards) and a bias (small, and waits)."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(count)))
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = Lomo(model, lr=1e-3)
+    x = torch.randn(4, 256)
+    optimizer.backward(model(x).square().sum())
+    with LiveBytes() as live:
+        optimizer.backward(model(x).square().sum())
+    return live.peak
+
+
+def test_gradients_do_not_pile_up(ranks: Any) -> None:
+    """FSDP2's buffers included, the peak grows by a block's activations, not by its gradient's shard (128 KiB)."""
+    few, many = (ranks(2).call(peak_above_weights, count)[0] for count in (4, 12))
+    assert many - few < 8 * 16 * 1024
+
+
+# ---- Orders and wrappers that are refused ---------------------------------------------------------------------------
+
+
+def hooks_before_fully_shard(rank: int) -> None:
+    model = transformer_of_vectors()
+    optimizer = Lomo(model, lr=LR)
+    fsdp(model)
+    with pytest.raises(RuntimeError, match="after fully_shard, parallelize_module"):
+        optimizer.backward(loss_of(model, rank))
+    optimizer.remove()
+    model = transformer_of_vectors()
+    optimizer = Lomo(list(model.parameters()), lr=LR)
+    fsdp(model)
+    with pytest.raises(RuntimeError, match=r"no gradient came.*after fully_shard"):
+        optimizer.backward(loss_of(model, rank))
+
+
+def root_not_sharded(rank: int) -> None:
+    model = transformer_of_vectors()
+    for block in model.blocks:
+        fully_shard(block)
+    for params in (model, list(model.parameters())):
+        with pytest.raises(ValueError, match=r"(positions|parameter 0) is a plain"):
+            Lomo(params, lr=LR)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.startswith("blocks"))
+    Lomo(model, lr=LR).remove()
+
+
+def unsharded_at_the_time(rank: int) -> None:
+    model = transformer_of_vectors()
+    fsdp(model)
+    loss_of(model, rank)  # the root keeps its parameters gathered for a backward
+    with pytest.raises(ValueError, match=r"model\.reshard\(\)"):
+        Lomo(model, lr=LR)
+    model.reshard()
+    Lomo(model, lr=LR).backward(loss_of(model, rank))
+
+
+def fsdp1(rank: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor wants a GPU
+    nn.Module.__init__(wrapper)
+    wrapper.inner = transformer_of_vectors()
+    with pytest.raises(RuntimeError, match=r"FullyShardedDataParallel.*fully_shard\(model\)"):
+        Lomo(wrapper, lr=LR)
+    flat = nn.Parameter(torch.zeros(3))
+    flat._is_flat_param = True
+    with pytest.raises(RuntimeError, match=r"FSDP1.*fully_shard\(model\)"):
+        Lomo([flat], lr=LR)
+
+
+def partial_parameter(rank: int) -> None:
+    param = nn.Parameter(DTensor.from_local(torch.ones(2), line(), [Partial()]))
+    with pytest.raises(ValueError, match="Partial"):
+        Lomo([param], lr=LR)
+
+
+def fused(rank: int) -> None:
+    model = transformer_of_vectors()
+    fsdp(model)
+    with pytest.raises(ValueError, match="has to be summed first"):
+        Lomo(model, lr=LR, fused_layers=True)
+    Lomo(model, lr=LR)  # nothing was claimed
+
+
+def ranks_that_differ(rank: int) -> None:
+    model = transformer_of_vectors()
+    fsdp(model)
+    with pytest.raises(ValueError, match="seeds on rank 1 and on rank 0 differ"):
+        Lomo(model, lr=LR, seed=rank)
+    model.norm.weight.requires_grad_(rank == 0)
+    with pytest.raises(ValueError, match="frozen parameters on rank 1"):
+        Lomo(model, lr=LR)
+
+
+def group_beside_dtensors(rank: int) -> None:
+    model = transformer_of_vectors()
+    fsdp(model)
+    with pytest.raises(ValueError, match="leave process_group out"):
+        Lomo(model, lr=LR, process_group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        hooks_before_fully_shard,
+        root_not_sharded,
+        unsharded_at_the_time,
+        fsdp1,
+        partial_parameter,
+        fused,
+        ranks_that_differ,
+        group_beside_dtensors,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
+    ranks(2).call(check)
+
+
+def meshes_apart(rank: int) -> None:
+    mesh = square("a", "b")
+    params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh[name], [Shard(0)])) for name in ("a", "b")]
+    with pytest.raises(NotImplementedError, match="neither contains the other"):
+        Lomo(params)
+
+
+def test_meshes_apart(ranks: Any) -> None:
+    ranks(4).call(meshes_apart)
+
+
+def some_ranks(rank: int) -> None:
+    """A model on ranks 1 and 2 of four: the others take no part, in nothing."""
+    mesh = DeviceMesh("cpu", [1, 2])
+    if rank not in (1, 2):
+        return
+    model = transformer_of_vectors()
+    book = Textbook(model, lr=LR, clip_grad_norm=0.3)
+    fsdp(model, mesh)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3)
+    for step in range(5):
+        book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
+        optimizer.backward(loss_of(model, 2 * step + rank - 1))
+        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
+    for name, weight in whole_weights(model).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+def test_some_of_the_ranks(ranks: Any) -> None:
+    ranks(4).call(some_ranks)
