@@ -24,7 +24,7 @@ from .measure import ROOT, file_name
 # Other pages of memory, another minute: two processes differ by more than two rounds of one. So each question is asked
 # by three, some minutes apart, and their samples are pooled.
 PROCESSES = 3
-QUESTIONS = ("update", "norm", "lists", "linear", "embedding", "hooks", "step", "memory")
+QUESTIONS = ("update", "norm", "lists", "linear", "embedding", "hooks", "step", "data_parallel", "memory")
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 OURS = "sgd_ or sq_norm_"
 # Freed memory stays with the process: no page is given back to the system and faulted in again.

@@ -1,22 +1,18 @@
 """What does averaging inside the hooks cost, and save, against DistributedDataParallel and SGD?
 
-``python -m bench.bench_data_parallel`` measures whole steps of a small Llama in float32, two processes over gloo with
-one thread each, interleaved round by round: seconds on rank 0 from a barrier on, the peak of live bytes in a step above
-what is alive between steps, and what that is beyond the weights (DistributedDataParallel's buckets). Writes
-``bench/results/data_parallel-<instruction set>-<date>.json``.
+Whole steps of a small Llama in float32, two processes over gloo with one thread each.
 """
 
 from __future__ import annotations
 
-import gc
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -25,33 +21,29 @@ from torch import nn
 from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama, Config
 
-from .measure import allocations, interleave, peak_of, ratios, write
+from .measure import ROUNDS, interleave, memory_of
 
 LR = 1e-3
 CLIP = 1.0
 BASE = "DDP, SGD, clip_grad_norm_"
 
 
-class Case(NamedTuple):
-    config: Config
-    tokens: int
-    rounds: int
-
-
-CASE = Case(Config(layers=8, d_model=512, heads=8, kv_heads=8, ffn=1408, vocab=2048), tokens=256, rounds=15)
-SMALL = Case(Config(layers=2, d_model=256, heads=4, kv_heads=4, ffn=704, vocab=512), tokens=32, rounds=2)
+WORLD = 2
+TOKENS = {"short": [32], "full": [256]}
+CONFIG = Config(layers=8, d_model=512, heads=8, kv_heads=8, ffn=1408, vocab=2048)
 
 #: Ours.
-MODES: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "Lomo": {},
-    "Lomo, clip_grad_norm": {"clip_grad_norm": CLIP},
-    "Lomo, clip_grad_norm, one backward": {"clip_grad_norm": CLIP, "clip_passes": "one"},
+    "Lomo, clipping, two passes": {"clip_grad_norm": CLIP},
+    "Lomo, clipping, one pass": {"clip_grad_norm": CLIP, "clip_passes": "one"},
 }
+CONTESTANTS = (BASE, "DDP, SGD", *OPTIONS)
 
 
-def _model(case: Case) -> ByteLlama:
+def _model() -> ByteLlama:
     torch.manual_seed(0)
-    return ByteLlama(case.config)
+    return ByteLlama(CONFIG)
 
 
 class _WithLoss(nn.Module):
@@ -65,8 +57,8 @@ class _WithLoss(nn.Module):
         return self.model.loss(window)
 
 
-def _ddp(case: Case, clip: bool) -> tuple[nn.Module, Callable[[torch.Tensor], None]]:
-    wrapped = nn.parallel.DistributedDataParallel(_WithLoss(_model(case)), gradient_as_bucket_view=True)
+def _ddp(clip: bool) -> tuple[nn.Module, Callable[[torch.Tensor], None]]:
+    wrapped = nn.parallel.DistributedDataParallel(_WithLoss(_model()), gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=LR, foreach=True)
 
     def step(window: torch.Tensor) -> None:
@@ -79,23 +71,23 @@ def _ddp(case: Case, clip: bool) -> tuple[nn.Module, Callable[[torch.Tensor], No
     return wrapped.module.model, step
 
 
-def _lomo(case: Case, options: dict[str, Any]) -> tuple[nn.Module, Callable[[torch.Tensor], None]]:
-    model = _model(case)
+def _lomo(options: dict[str, Any]) -> tuple[nn.Module, Callable[[torch.Tensor], None]]:
+    model = _model()
     optimizer = Lomo(model, lr=LR, process_group=dist.group.WORLD, **options)
     return model, lambda window: optimizer.backward(model.loss(window))
 
 
-def _work(rank: int, world: int, store: str, case: Case, result: str) -> None:
+def _work(rank: int, store: str, tokens: int, rounds: int, result: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    made = {BASE: _ddp(case, clip=True), "DDP, SGD": _ddp(case, clip=False)}
-    made |= {name: _lomo(case, options) for name, options in MODES.items()}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    made = {BASE: _ddp(clip=True), "DDP, SGD": _ddp(clip=False)}
+    made |= {name: _lomo(options) for name, options in OPTIONS.items()}
     generator = torch.Generator().manual_seed(rank)
-    windows = [torch.randint(case.config.vocab, (1, case.tokens + 1), generator=generator) for _ in range(4)]
+    windows = [torch.randint(CONFIG.vocab, (1, tokens + 1), generator=generator) for _ in range(4)]
     for name, (model, step) in made.items():  # a bench of wrong results is worth nothing
         step(windows[0])
-        clipped = "clip" in name
-        for ours, theirs in zip(model.parameters(), made[BASE if clipped else "DDP, SGD"][0].parameters(), strict=True):
+        expected = made[BASE if "clip" in name else "DDP, SGD"][0]
+        for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
             if name != "DDP, SGD":
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -108,51 +100,35 @@ def _work(rank: int, world: int, store: str, case: Case, result: str) -> None:
 
         return run
 
-    seconds = interleave({name: timed(step) for name, (_, step) in made.items()}, rounds=case.rounds)
-    section = {}
+    seconds = interleave({name: timed(step) for name, (_, step) in made.items()}, rounds)
+    memory = {}
     for name, (model, step) in made.items():
-        gc.collect()
         weights = sum(param.nbytes for param in model.parameters())
-        section[name] = {
-            "seconds": seconds[name],
-            "ratio_to_ddp_and_clip": ratios(seconds[name], seconds[BASE]),
-            "peak_bytes": peak_of(allocations(lambda step=step: step(windows[0]))),
-            "kept_bytes": weights if name.startswith("DDP") else 0,  # buckets, which gradients are views of
-        }
+        kept = weights if name.startswith("DDP") else 0  # buckets, which gradients are views of
+        peak = memory_of(lambda step=step: step(windows[0]), "cpu")[1]
+        memory[name] = {"weights": weights, "states": kept, "peak": kept + peak}
     if rank == 0:
-        Path(result).write_text(json.dumps(section))
+        Path(result).write_text(json.dumps([seconds, memory]))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measured(case: Case, world: int = 2) -> dict[str, Any]:
-    """By contestant: seconds of each step, their ratio to `BASE`, bytes."""
+@pytest.fixture(scope="module")
+def measured(tokens, request, device):
+    """Samples of rank 0, from a barrier on, and bytes, by contestant."""
+    if device != "cpu":
+        pytest.skip("one GPU has no two ranks")
+    rounds = (
+        -(-ROUNDS[0] // request.config.getoption("processes")) if request.config.getoption("benchmark_enable") else 0
+    )
     with tempfile.TemporaryDirectory() as folder:
         store, result = f"{folder}/store", f"{folder}/result"
-        torch.multiprocessing.spawn(_work, (world, store, case, result), nprocs=world)
+        torch.multiprocessing.spawn(_work, (store, tokens, rounds, result), nprocs=WORLD)
         return json.loads(Path(result).read_text())
 
 
-def test_data_parallel(benchmark):
-    """One short run of everything; figures come from ``python -m bench.bench_data_parallel``."""
-    section = benchmark.pedantic(measured, args=(SMALL,), rounds=1)
-    benchmark.extra_info.update({name: statistics.median(one["seconds"]) for name, one in section.items()})
-    assert section["Lomo"]["peak_bytes"] < section["DDP, SGD"]["peak_bytes"] + section["DDP, SGD"]["kept_bytes"]
-
-
-def main() -> None:
-    """Some two minutes."""
-    section = measured(CASE)
-    weights = sum(param.nbytes for param in _model(CASE).parameters())
-    print(f"{weights / 2**20:.0f} MiB of weights; ms, ratio to {BASE} (quartiles), MiB: peak in a step, kept between")
-    for name, one in section.items():
-        ratio = one["ratio_to_ddp_and_clip"]
-        spread = f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})"
-        memory = f"{one['peak_bytes'] / 2**20:8.1f} {one['kept_bytes'] / 2**20:8.1f}"
-        print(f"{name:38} {statistics.median(one['seconds']) * 1e3:8.1f}  {spread}  {memory}")
-    sections = {"model": CASE.config.__dict__ | {"weight_bytes": weights, "tokens": CASE.tokens}, "steps": section}
-    print(f"written to {write(sections, 'data_parallel').name}")
-
-
-if __name__ == "__main__":
-    main()
+def test_data_parallel(reported, contestant, tokens, measured):
+    seconds, memory = measured
+    case = {"model": "27M", "tokens": tokens, "ranks": WORLD}
+    beside = {"beside": BASE, "beside_seconds": seconds[BASE]}
+    reported(contestant, case, seconds[contestant], memory=memory[contestant], **beside)

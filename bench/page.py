@@ -86,6 +86,7 @@ ASKS = {
     "embedding": "And an embedding's?",
     "hooks": "What does an optimizer inside backward cost for each parameter?",
     "step": "How long does a whole training step take, and how much memory?",
+    "data_parallel": "What does averaging inside the hooks cost, and save, next to DistributedDataParallel?",
     "memory": "What is the memory of LLaMA-7B's training made of?",
 }
 
@@ -106,6 +107,10 @@ EXPLAINED = {
     "step": (
         "All methods ran interleaved, round by round; times are medians of the rounds' ratios. Peaks are of live "
         "bytes: activations, gradients, states, factors, copies."
+    ),
+    "data_parallel": (
+        "Whole steps of a small Llama in float32, two processes over gloo on this machine, interleaved as above. "
+        "DistributedDataParallel keeps its buckets, which the gradients are views of, between steps."
     ),
     "memory": (
         "Live bytes of a step, simulated without a GPU (`lomo_kernels.plan`: the real model, optimizer and hooks on "

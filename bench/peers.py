@@ -38,6 +38,8 @@ PEERS = {
     "clip by the norm",
     "optimi AdamW, release": "`optimi.AdamW`, likewise, with the betas, eps and weight decay that are torch's defaults",
     "hook, add_": "`register_post_accumulate_grad_hook` with `param.add_(grad, alpha=-lr)`; it cannot clip by the norm",
+    "DDP, SGD": "`DistributedDataParallel(gradient_as_bucket_view=True)` and `torch.optim.SGD(foreach=True)`",
+    "DDP, SGD, clip_grad_norm_": "the same, with `clip_grad_norm_(foreach=True)`",
     "lomo_optim, clipping": "`grad_norm(loss)`, then `fused_backward(loss, lr)`: two backwards",
 }
 NEEDS = {"optimi": ("optimi",), "lomo_optim": ("lomo_optim", "transformers")}  # lomo_optim does not say so itself

@@ -76,7 +76,7 @@ def limit(one: Measurement) -> bool:
 
 
 def _comparable(question: str, rival: str, mine: str) -> bool:
-    if question in ("hooks", "step", "memory"):
+    if question in ("hooks", "step", "data_parallel", "memory"):
         return clips(rival) == clips(mine)
     known = COUNTERPARTS[question]
     return mine == (known[rival] if rival in known else known[""])

@@ -239,7 +239,7 @@ def _own(one: Measurement) -> tuple[str, ...]:
 def _word(key: str, value: Any) -> str:
     if key == "checkpointing":
         return "checkpointing" if value else "no checkpointing"
-    if key in ("elements", "tokens", "tensors", "parameters"):
+    if key in ("elements", "tokens", "tensors", "parameters", "ranks"):
         return f"{count(value)} {key}"
     return f"{key} {value}" if isinstance(value, int) else str(value)
 
@@ -302,6 +302,17 @@ def steps(results: Results, question: str = "step") -> Lines:
     yield from step(results, first)
     for case in others:
         yield from folded(step_words(case), step(results, case))
+
+
+def data_parallel(results: Results, question: str = "data_parallel") -> Lines:
+    """Seconds, ratio, and the peak above the weights with what is kept between steps."""
+    for case in dict.fromkeys(_own(one) for one in results.of(question)):
+        rows = []
+        for one in (one for one in results.of(question) if _own(one) == case):
+            row = [strong(one.contestant, one), seconds(one.time.median), spread(one.ratio)]
+            rows.append(row + [f"{one.memory[part] / 2**20:.0f}" for part in ("peak", "states")])
+        head = ["step", f"time, {rows[0][0]} = 1", "peak above the weights, MiB", "of it kept between steps"]
+        yield from table([", ".join(case), *head], rows)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -428,6 +439,7 @@ AXES = {
     "embedding": "tokens",
     "hooks": "parameters",
     "step": "tokens",
+    "data_parallel": "tokens",
     "memory": "",
 }
 
@@ -508,5 +520,6 @@ SECTIONS: dict[str, Callable[[Results, str], Lines]] = {
     "embedding": relative,
     "hooks": hooks,
     "step": steps,
+    "data_parallel": data_parallel,
     "memory": memory,
 }
