@@ -22,7 +22,7 @@ from . import results
 from .measure import ROOT, file_name
 
 # Other pages of memory, another minute: two processes differ by more than two rounds of one. So each question is asked
-# by three, some minutes apart, and their samples are pooled.
+# by three, some minutes apart, and their samples are pooled. But whole steps in full, which take 20 minutes as it is.
 PROCESSES = 3
 QUESTIONS = ("update", "norm", "lists", "linear", "embedding", "hooks", "step", "data_parallel", "memory")
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
@@ -58,6 +58,11 @@ def runs(question: str, device: str) -> list[Run]:
     return settings
 
 
+def asked(question: str, full: bool) -> int:
+    """By how many processes. What is simulated is the same in all."""
+    return 1 if question == "memory" or (question == "step" and full) else PROCESSES
+
+
 def lower(isa: str) -> bool:
     """Whether this is not the instruction set in force without being asked for, and this processor has it."""
     from lomo_kernels import backends  # not at import: bench/gpu.py builds it first
@@ -82,11 +87,12 @@ def main() -> int:
     answers: dict[str, results.Results] = {}
     for turn in range(PROCESSES):
         for question in arguments.question or QUESTIONS:
-            if question == "memory" and turn:
-                continue  # every process finds the same
+            processes = asked(question, arguments.full)
+            if turn >= processes:
+                continue
             for run in runs(question, arguments.device):
                 select = " and ".join(f"({part})" for part in (run.select, arguments.select) if part)
-                options = [f"--device={arguments.device}", f"--processes={PROCESSES}"]
+                options = [f"--device={arguments.device}", f"--processes={processes}"]
                 measured, status = measure(run, options + ["--full"] * arguments.full + ["-k", select] * bool(select))
                 if measured:
                     answers[question] = answers[question].pooled(measured) if question in answers else measured

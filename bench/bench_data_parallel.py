@@ -118,9 +118,8 @@ def measured(tokens, request, device):
     """Samples of rank 0, from a barrier on, and bytes, by contestant."""
     if device != "cpu":
         pytest.skip("one GPU has no two ranks")
-    rounds = (
-        -(-ROUNDS[0] // request.config.getoption("processes")) if request.config.getoption("benchmark_enable") else 0
-    )
+    options = request.config.option
+    rounds = -(-ROUNDS[0] // options.processes) if options.benchmark_enable else 0
     with tempfile.TemporaryDirectory() as folder:
         store, result = f"{folder}/store", f"{folder}/result"
         torch.multiprocessing.spawn(_work, (store, tokens, rounds, result), nprocs=WORLD)
