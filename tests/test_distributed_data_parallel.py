@@ -261,7 +261,7 @@ def test_parameters_that_come_later(ranks: Any) -> None:
 
 
 def freezing(rank: int) -> None:
-    """Between backward and step: the gradient is applied all the same, as on one process. Before backward: none comes."""
+    """Between backward and step: the gradient is applied, as on one process. Before backward: none comes."""
     first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = Lomo([first, second], lr=1.0, process_group=dist.group.WORLD)
     (first + 3 * second).sum().mul(rank + 1.0).backward()
