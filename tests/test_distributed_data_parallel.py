@@ -260,6 +260,27 @@ def test_parameters_that_come_later(ranks: Any) -> None:
     ranks(2).call(parameters_that_come_later)
 
 
+def freezing(rank: int) -> None:
+    """Between backward and step: the gradient is applied, as on one process. Before backward: none comes."""
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = Lomo([first, second], lr=1.0, process_group=dist.group.WORLD)
+    (first + 3 * second).sum().mul(rank + 1.0).backward()
+    first.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"optimizer\.backward"):
+        optimizer.step()
+    assert torch.equal(first, torch.full((2,), -0.5)) and torch.equal(second, torch.full((2,), -3.5))
+    optimizer.zero_grad()
+    first.requires_grad_(True)
+    loss = (first + second).sum()
+    first.requires_grad_(False)
+    optimizer.backward(loss)
+    assert torch.equal(first, torch.full((2,), -0.5)) and torch.equal(second, torch.full((2,), -4.5))
+
+
+def test_freezing(ranks: Any) -> None:
+    ranks(2).call(freezing)
+
+
 # ---- Traffic and memory ---------------------------------------------------------------------------------------------
 
 

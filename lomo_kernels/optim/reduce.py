@@ -76,7 +76,12 @@ class Averaged(Ranks):
                 tensor.detach().copy_(sent)
 
     def begin(self) -> None:
-        self._plan([self._records[index] for index in self._order if self._records[index].param.requires_grad])
+        self._begin(set())
+
+    def _begin(self, also: set[int]) -> None:
+        """Reductions of all trainable parameters' gradients, and of those with an index in `also`."""
+        ordered = [self._records[index] for index in self._order]
+        self._plan([record for record in ordered if record.param.requires_grad or record.index in also])
         self._came: list[int] = []
         self._waiting: list[dict[int, tuple[Tensor, torch.cuda.Stream | None]]] = [{} for _ in self._messages]
         self._next = 0
@@ -109,7 +114,7 @@ class Averaged(Ranks):
             self._agree_on_order()
 
     def kept(self, kept: Kept, *, copy: bool) -> Kept:
-        self.begin()
+        self._begin({record.index for record, _ in kept})
         agreed, self._agreed = self._agreed, True  # the order of .grad says nothing
         ready: Kept = []
         for record, grad in kept:

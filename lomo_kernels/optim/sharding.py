@@ -139,7 +139,8 @@ def shard_of(param: DTensor) -> Shard | None:
     if not whole or param._local_tensor.numel() == 0:
         return 0, 1, 1
     computed, start = compute_local_shape_and_global_offset(whole, param.device_mesh, param.placements)
-    assert tuple(computed) == tuple(shape), (computed, shape)
+    if tuple(computed) != tuple(shape):
+        return None
     # The last dimension that is cut ends a row; those before it count rows, which follow each other at equal distance
     # if, of these dimensions, all before the last cut one have length 1.
     strides = [math.prod(whole[d + 1 :]) for d in range(len(whole))]
