@@ -25,7 +25,7 @@ from .graph import (
 from .hyperparameters import check_group, check_positive
 from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
-from .ranks import Ranks, ranks_of
+from .ranks import Ranks, is_engine, ranks_of, shape_of
 from .records import Record
 from .scaling import KINDS, LossScale
 from .state import State
@@ -98,6 +98,8 @@ class Lomo(torch.optim.Optimizer):
     ) -> None:
         if clip_passes not in ("one", "two"):
             raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
+        if is_engine(model_or_params):
+            model_or_params, process_group = model_or_params.module, model_or_params
         model = _model_of(model_or_params, fused_layers)
         if clip_grad_norm is not None:
             check_positive("clip_grad_norm", clip_grad_norm)
@@ -359,7 +361,7 @@ class Lomo(torch.optim.Optimizer):
         raise TypeError("Lomo: an optimizer with hooks on its parameters cannot be copied or pickled; use state_dict()")
 
     def _layout(self) -> list[list[Any]]:
-        return [[record.name, list(record.param.shape)] for record in self._records]
+        return [[record.name, list(shape_of(record.param))] for record in self._records]
 
     def _check_layout(self, theirs: list[list[Any]]) -> None:
         ours = self._layout()
@@ -573,7 +575,9 @@ class Lomo(torch.optim.Optimizer):
             raise FloatingPointError(f"Lomo: the gradient is not finite {where}; {outcome}")
 
     def _end(self, scaled: bool) -> None:
-        """Counts the step, moves the loss scale, and tells schedulers and autocast."""
+        """Counts the step, moves the loss scale, and tells the ranks' engine, schedulers and autocast."""
+        if self._ranks is not None:
+            self._ranks.end()
         self._state.end_step(scaled)
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
         self._opt_called = True  # what schedulers look at to see that the optimizer went before them

@@ -75,7 +75,7 @@ class Averaged(Ranks):
             if sent.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(sent)
 
-    def begin(self) -> None:
+    def begin(self, *, again: bool = False) -> None:
         self._begin(set())
 
     def _begin(self, also: set[int]) -> None:
