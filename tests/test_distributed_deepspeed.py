@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -163,3 +164,326 @@ def test_one_rank(ranks: Any) -> None:
 )
 def test_settings(ranks: Any, settings: dict[str, Any]) -> None:
     ranks(2).call(train, "plain", settings)
+
+
+# ---- What DeepSpeed does beside the optimizer ------------------------------------------------------------------------
+
+
+def persistent(rank: int) -> None:
+    """Small parameters that are whole on every rank at all times have the new values as soon as a step has ended."""
+    model, _ = model_of("plain")
+    book = Textbook(model, lr=LR, clip_grad_norm=0.3)
+    engine = initialize(model)
+    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3)
+    small = {name: param for name, param in model.named_parameters() if param.ds_persist}
+    assert "blocks.0.norm1.weight" in small and "head.weight" not in small
+    optimizer.backward(engine.module(*batch(rank)))
+    before = {name: param.detach().clone() for name, param in small.items()}
+    optimizer.backward(engine.module(*batch(2 + rank)))
+    for step in range(2):
+        book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
+    for name, param in small.items():
+        assert param.shape == param.ds_shape
+        assert not torch.equal(param, before[name]), name
+        assert (param - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+def freed(rank: int) -> None:
+    """Large parameters are freed after each backward, also those of modules whose input needs no gradient."""
+    model, _ = model_of("frozen")
+    engine = initialize(model, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
+    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3)
+    for step in range(3):
+        loss = engine.module(*batch(rank))
+        optimizer.grad_norm(loss)
+        assert not [name for name, param in model.named_parameters() if param.numel() and not param.ds_persist]
+        optimizer.fused_backward(loss, LR)
+        assert not [name for name, param in model.named_parameters() if param.numel() and not param.ds_persist]
+
+
+def prefetching(rank: int, settings: dict[str, Any]) -> None:
+    """DeepSpeed gathers ahead once it has seen a step twice: two backwards in each must not confuse it."""
+    model, _ = model_of("plain")
+    engine = initialize(model)
+    optimizer = Lomo(engine, lr=LR, **settings)
+    for step in range(4):
+        optimizer.backward(engine.module(*batch(2 * step + rank)))
+    coordinator = engine.optimizer.get_param_coordinator()
+    assert coordinator.is_complete_trace()
+
+
+def test_persistent_parameters_change(ranks: Any) -> None:
+    ranks(2).call(persistent)
+
+
+def test_large_parameters_are_freed(ranks: Any) -> None:
+    ranks(2).call(freed)
+
+
+@pytest.mark.parametrize("settings", [{}, CLIPPED, CLIPPED | {"clip_passes": "one"}], ids=str)
+def test_prefetching_goes_on(ranks: Any, settings: dict[str, Any]) -> None:
+    ranks(2).call(prefetching, settings)
+
+
+# ---- Traffic and memory ----------------------------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Elements that each kind of collective is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensor = args[1] if "reduce_scatter" in func.__name__ else args[0]
+            while isinstance(tensor, (list, tuple)):
+                (tensor,) = tensor
+            self.sent.setdefault(func.__name__.split(".")[0], []).append(tensor.numel())
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(rank: int, settings: dict[str, Any]) -> None:
+    model, _ = model_of("plain")
+    engine = initialize(model)
+    optimizer = Lomo(engine, lr=LR, **settings)
+    optimizer.backward(engine.module(*batch(rank)))
+    loss = engine.module(*batch(2 + rank))
+    with Collectives() as seen:
+        optimizer.backward(loss)
+    kinds = {kind for kind in seen.sent if "gather" not in kind}
+    (scatter,) = (kind for kind in kinds if "reduce_scatter" in kind)
+    assert kinds == {"allreduce_", scatter}
+    assert seen.sent["allreduce_"] == [1]  # the sum of squares
+    passes = 2 if settings.get("clip_passes") == "two" else 1
+    padded = sum(2 * param.ds_tensor.numel() for param in model.parameters())
+    assert sum(seen.sent[scatter]) == passes * padded
+    assert len(seen.sent[scatter]) <= 4 * passes < len(list(model.parameters()))  # small ones travel together
+
+
+@pytest.mark.parametrize("settings", [{}, CLIPPED | {"clip_passes": "two"}, CLIPPED | {"clip_passes": "one"}], ids=str)
+def test_no_gradient_is_reduced_to_every_rank(ranks: Any, settings: dict[str, Any]) -> None:
+    ranks(2).call(traffic, settings)
+
+
+def peak_above_weights(rank: int, count: int, settings: dict[str, Any]) -> int:
+    """Of a step of `count` matrices, each large, also in parts."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(count)))
+    engine = initialize(model, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
+    optimizer = Lomo(engine, lr=1e-3, **settings)
+    x = torch.randn(4, 256)
+    for _ in range(3):
+        optimizer.backward(engine.module(x).square().sum())
+    one_at_a_time = mock.patch("lomo_kernels.integrations.deepspeed.IN_FLIGHT_BYTES", 0)
+    with one_at_a_time, LiveBytes() as live:
+        optimizer.backward(engine.module(x).square().sum())
+    return live.peak
+
+
+def test_gradients_do_not_pile_up(ranks: Any) -> None:
+    """By a matrix the peak grows by its activations; with one pass and clipping also by its part of the gradient."""
+    def grown(settings: dict[str, Any]) -> float:
+        few, many = (ranks(2).call(peak_above_weights, count, settings)[0] for count in (4, 12))
+        return (many - few) / 8
+
+    matrix = 4 * 256 * 256
+    assert grown({}) < matrix / 8
+    assert grown({"clip_grad_norm": 1.0}) < matrix / 8
+    assert matrix / 2 <= grown({"clip_grad_norm": 1.0, "clip_passes": "one"}) < matrix * 5 / 8
+
+
+# ---- Precision -------------------------------------------------------------------------------------------------------
+
+
+def low_precision(rank: int) -> None:
+    """bfloat16 throughout: what the ranks sum, too. The weights are within what that rounds."""
+    model = transformer_of_vectors(Options(dtype=torch.bfloat16))
+    book = Textbook(model, lr=LR, clip_grad_norm=0.3)
+    engine = initialize(model, config={"bf16": {"enabled": True}})
+    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3)
+    before = weights_of(book.model)
+    for step in range(5):
+        book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
+        optimizer.backward(engine.module(*batch(2 * step + rank)))
+        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=2**-6)
+    weights = whole_weights(engine)
+    for name, expected in weights_of(book.model).items():
+        assert weights[name].dtype is torch.bfloat16
+        # Changes below half of a weight's last bit are lost, those of the norms among them.
+        assert "norm" in name or not torch.equal(weights[name], before[name]), name
+        assert (weights[name] - expected).abs().max() <= 5 * 2**-8 * expected.abs().max(), name
+
+
+class Planted(nn.Module):
+    """Gradients known beforehand and the same on every rank, so that averaging is exact and bits can be compared."""
+
+    SHAPES = ((19, 6), (7,), (5, 4, 3), (1,), (600, 121))  # the last one too large to wait for others
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in self.SHAPES)
+        self.layers = nn.ModuleList(One(param) for param in self.weights)
+
+    def forward(self, step: int) -> Tensor:
+        return sum(layer(100 * step + index) for index, layer in enumerate(self.layers))
+
+
+class One(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        grad = torch.randn(self.weight.shape, generator=generator).to(self.weight.dtype)
+        return (self.weight.float() * grad.float()).sum()
+
+
+def same_bits_as_one_process(rank: int, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """Also of a run that was interrupted and resumed, with another number of persistent parameters."""
+    options = {"lr": 1e-3, "rounding": "stochastic", "seed": 3, "loss_scale": None, **settings}
+    alone = Planted(dtype)
+    theirs = Lomo(alone, **options)
+    engine = initialize(Planted(dtype))
+    ours = Lomo(engine, **options)
+    for step in range(4):
+        theirs.backward(alone(step))
+        if step == 2:
+            state, weights = ours.state_dict(), whole_weights(engine)
+            resumed = Planted(dtype)
+            resumed.load_state_dict({f"weights.{i}": weights[f"weights.{i}"] for i in range(5)}, strict=False)
+            engine = initialize(resumed, threshold=0)
+            ours = Lomo(engine, **options | {"seed": 5})
+            ours.load_state_dict(state)
+        ours.backward(engine.module(step))
+    assert_same_bits(whole_weights(engine), weights_of(alone))
+    assert not same_bits(alone.weights[4], Planted(dtype).weights[4])
+    assert ours.last_grad_norm.item() == pytest.approx(theirs.last_grad_norm.item(), rel=1e-9)
+    assert ours.step_count.item() == 4
+
+
+def test_low_precision(ranks: Any) -> None:
+    ranks(2).call(low_precision)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_is_that_of_the_whole_parameter(ranks: Any, dtype: torch.dtype) -> None:
+    ranks(2).call(same_bits_as_one_process, dtype, {"clip_grad_norm": 1e6})
+    ranks(4).call(same_bits_as_one_process, dtype, {})
+
+
+# ---- Steps that are skipped, and parts of steps ----------------------------------------------------------------------
+
+
+def all_skip(rank: int, settings: dict[str, Any], bad: float) -> None:
+    model, _ = model_of("plain")
+    engine = initialize(model)
+    optimizer = Lomo(engine, lr=LR, **settings)
+    optimizer.backward(engine.module(*batch(rank)))
+    before, scale = whole_weights(engine), optimizer.loss_scale.item()
+    optimizer.backward(engine.module(*batch(rank)) * (bad if rank == 1 else 1.0))
+    assert optimizer.skipped_steps.item() == 1 and not optimizer.last_grad_norm.isfinite()
+    if settings:
+        assert_same_bits(whole_weights(engine), before)
+    assert all(weight.isfinite().all() for weight in whole_weights(engine).values())
+    assert optimizer.loss_scale.item() == (scale / 2 if "loss_scale" in settings else scale)
+    optimizer.backward(engine.module(*batch(rank)))
+    assert optimizer.skipped_steps.item() == 1 and optimizer.step_count.item() == 3
+    after = whole_weights(engine)
+    assert not same_bits(after["head.weight"], before["head.weight"])
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"clip_grad_norm": 0.3}, {"clip_grad_norm": 0.3, "clip_passes": "one"}, {"loss_scale": "dynamic"}], ids=str
+)
+def test_one_rank_with_a_nan(ranks: Any, settings: dict[str, Any]) -> None:
+    ranks(2).call(all_skip, settings, math.nan)
+
+
+def accumulation(rank: int, how: str, clip: float | None) -> None:
+    model, _ = model_of("plain")
+    book = Textbook(model, lr=LR, clip_grad_norm=clip)
+    engine = initialize(model)
+    # Parameter groups, for once.
+    optimizer = Lomo(model.named_parameters(), lr=LR, clip_grad_norm=clip, process_group=engine)
+    for step in range(5):
+        for part in range(3):
+            first = 6 * step + 2 * part
+            book.backward(sum(loss_of(book.model, first + n) for n in range(2)) / 2)
+            loss = engine.module(*batch(first + rank))
+            if how == "step":
+                loss.backward()
+            else:
+                with optimizer.accumulate() if part < 2 else nullcontext():
+                    optimizer.backward(loss)
+        book.apply()
+        book.zero_grad()
+        if how == "step":
+            kept = model.head.weight.grad.clone()
+            optimizer.step()
+            assert torch.equal(model.head.weight.grad, kept)
+            optimizer.zero_grad()
+        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
+        assert all(param.grad is None for param in model.parameters())
+    for name, weight in whole_weights(engine).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("how", ["accumulate", "step"])
+def test_accumulation(ranks: Any, how: str, clip: float | None) -> None:
+    ranks(2).call(accumulation, how, clip)
+
+
+# ---- Uses that are refused -------------------------------------------------------------------------------------------
+
+
+def module_without_engine(rank: int) -> None:
+    model, _ = model_of("plain")
+    engine = initialize(model)
+    for given in (engine.module, list(model.parameters())):
+        with pytest.raises(ValueError, match=r"Lomo\(engine, \.\.\.\)"):
+            Lomo(given, lr=LR)
+    with pytest.raises(ValueError, match="none of the DeepSpeed engine's"):
+        Lomo([nn.Parameter(torch.zeros(3))], lr=LR, process_group=engine)
+    with pytest.raises(ValueError, match="leave process_group out"):
+        Lomo(engine, lr=LR, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="has to be summed first"):
+        Lomo(engine, lr=LR, fused_layers=True)
+    Lomo(engine, lr=LR)  # nothing was claimed
+
+
+def forward_of_the_engine(rank: int) -> None:
+    model, _ = model_of("plain")
+    engine = initialize(model)
+    optimizer = Lomo(engine, lr=LR)
+    before = whole_weights(engine)
+    with pytest.raises(RuntimeError, match=r"engine\.module\(\.\.\.\) in place of engine"):
+        optimizer.backward(engine(*batch(rank)))
+    assert_same_bits(whole_weights(engine), before)
+
+
+def other_engines(rank: int) -> None:
+    with pytest.raises(ValueError, match=r'stage 0.*"zero_optimization": {"stage": 3}.*process_group='):
+        Lomo(initialize(model_of("plain")[0], stage=0), lr=LR)
+    with pytest.raises(ValueError, match="stage 3 and a DeepSpeedZeroOptimizer_Stage3; initialize it with"):
+        import deepspeed
+
+        model = model_of("plain")[0]
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True}
+        engine, *_ = deepspeed.initialize(
+            model=model, config=config, optimizer=torch.optim.SGD(model.parameters(), lr=LR)
+        )
+        Lomo(engine, lr=LR)
+    config = {"gradient_clipping": 1.0, "gradient_accumulation_steps": 2}
+    with pytest.raises(ValueError, match=r"gradient_clipping \(use Lomo's clip_grad_norm\), gradient_accumulation_steps"):
+        Lomo(initialize(model_of("plain")[0], config=config), lr=LR)
+
+
+@pytest.mark.parametrize(
+    "check", [module_without_engine, forward_of_the_engine, other_engines], ids=lambda check: check.__name__
+)
+def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
+    ranks(2).call(check)

@@ -78,12 +78,10 @@ class ZeRO3(Ranks):
         self._forget()
 
     def place(self, record: Record) -> None:
-        param = record.param
-        part = param.ds_tensor  # another tensor after a checkpoint was loaded
-        first = min(self._rank * part.numel(), param.ds_numel)
-        elements = min(part.numel(), param.ds_numel - first)  # the rest is padding, of the last ranks
-        record.local = part.narrow(0, 0, elements)
-        record.shard = first, max(elements, 1), max(elements, 1)
+        # Parts are of one size; what pads the last of them has gradients of zero and is read by no one.
+        record.local = record.param.ds_tensor
+        elements = record.local.numel()
+        record.shard = self._rank * elements, elements, elements
 
     def begin(self, *, again: bool = False) -> None:
         self._forget()
@@ -125,7 +123,9 @@ class ZeRO3(Ranks):
 
     def kept(self, kept: Kept, *, copy: bool) -> Kept:
         self._forget()
-        ready = [one for record, grad in kept for one in self.reduced(record, grad)]
+        ready: Kept = []
+        while kept:  # each whole gradient is freed as its part comes
+            ready += self.reduced(*kept.pop())
         return [*ready, *self._left()]
 
     def end(self) -> None:
@@ -160,7 +160,7 @@ class ZeRO3(Ranks):
 
     def _rows(self, record: Record, grad: Tensor) -> Tensor:
         """A whole gradient as [ranks, elements of a part]; a copy only where the last part is padded."""
-        padding = record.param.ds_tensor.numel() * self.divisor - grad.numel()
+        padding = record.local.numel() * self.divisor - grad.numel()
         flat = grad.reshape(-1)
         return (torch.nn.functional.pad(flat, (0, padding)) if padding else flat).view(self.divisor, -1)
 
@@ -172,8 +172,8 @@ class ZeRO3(Ranks):
             work.wait()
             Streams.lend([parts, whole], parts.device, stream)
             del whole
-            for record, part in zip(records, parts.split([one.param.ds_tensor.numel() for one in records]), strict=True):
-                yield record, part.narrow(0, 0, record.local.numel()).to(record.local.device)
+            for record, part in zip(records, parts.split([one.local.numel() for one in records]), strict=True):
+                yield record, part.to(record.local.device)
 
     def _left(self) -> Iterator[tuple[Record, Tensor]]:
         if self._open:
