@@ -45,8 +45,13 @@ def ranks() -> Iterator[Callable[[int], Processes]]:
         some.close()
 
 
-def initialize(model: nn.Module, threshold: int = 50, config: dict[str, Any] | None = None, **zero: Any) -> Any:
-    """A DeepSpeed engine. Parameters of up to `threshold` elements are persistent: always whole on every rank."""
+def initialize(
+    model: nn.Module | Callable[[], nn.Module], threshold: int = 50, config: dict[str, Any] | None = None, **zero: Any
+) -> Any:
+    """A DeepSpeed engine, of a model or of what makes one, which is then cut into parts while it is made.
+
+    Parameters of up to `threshold` elements are persistent: always whole on every rank.
+    """
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     os.environ["LOCAL_RANK"] = os.environ["RANK"]
     import deepspeed
@@ -56,6 +61,9 @@ def initialize(model: nn.Module, threshold: int = 50, config: dict[str, Any] | N
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings = {"stage": 3, "stage3_param_persistence_threshold": threshold, **zero}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": settings, **(config or {})}
+    if not isinstance(model, nn.Module):
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = model()
     engine, *_ = deepspeed.initialize(model=model, config=config)
     return engine
 
@@ -138,6 +146,19 @@ def train(rank: int, way: str, settings: dict[str, Any]) -> None:
     assert optimizer.step_count.item() == 5 and optimizer.skipped_steps.item() == 0
 
 
+def made_in_parts(rank: int) -> None:
+    torch.manual_seed(0)
+    book = Textbook(Borrowing(), lr=LR, clip_grad_norm=0.3)
+    torch.manual_seed(0)
+    engine = initialize(Borrowing)
+    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3)
+    for step in range(5):
+        book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
+        optimizer.backward(engine.module(*batch(2 * step + rank)))
+    for name, weight in whole_weights(engine).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks(ranks: Any, way: str) -> None:
     ranks(2).call(train, way, CLIPPED)
@@ -146,6 +167,10 @@ def test_two_ranks(ranks: Any, way: str) -> None:
 @pytest.mark.parametrize("way", ["plain", "padded"])
 def test_four_ranks(ranks: Any, way: str) -> None:
     ranks(4).call(train, way, CLIPPED)
+
+
+def test_a_model_made_in_parts(ranks: Any) -> None:
+    ranks(2).call(made_in_parts)
 
 
 def test_one_rank(ranks: Any) -> None:
@@ -193,7 +218,7 @@ def freed(rank: int) -> None:
     model, _ = model_of("frozen")
     engine = initialize(model, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
     optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3)
-    for step in range(3):
+    for _ in range(3):
         loss = engine.module(*batch(rank))
         optimizer.grad_norm(loss)
         assert not [name for name, param in model.named_parameters() if param.numel() and not param.ds_persist]
@@ -283,6 +308,7 @@ def peak_above_weights(rank: int, count: int, settings: dict[str, Any]) -> int:
 
 def test_gradients_do_not_pile_up(ranks: Any) -> None:
     """By a matrix the peak grows by its activations; with one pass and clipping also by its part of the gradient."""
+
     def grown(settings: dict[str, Any]) -> float:
         few, many = (ranks(2).call(peak_above_weights, count, settings)[0] for count in (4, 12))
         return (many - few) / 8
@@ -396,7 +422,9 @@ def all_skip(rank: int, settings: dict[str, Any], bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"clip_grad_norm": 0.3}, {"clip_grad_norm": 0.3, "clip_passes": "one"}, {"loss_scale": "dynamic"}], ids=str
+    "settings",
+    [{}, {"clip_grad_norm": 0.3}, {"clip_grad_norm": 0.3, "clip_passes": "one"}, {"loss_scale": "dynamic"}],
+    ids=str,
 )
 def test_one_rank_with_a_nan(ranks: Any, settings: dict[str, Any]) -> None:
     ranks(2).call(all_skip, settings, math.nan)
@@ -472,13 +500,19 @@ def other_engines(rank: int) -> None:
         import deepspeed
 
         model = model_of("plain")[0]
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "zero_allow_untested_optimizer": True,
+        }
         engine, *_ = deepspeed.initialize(
             model=model, config=config, optimizer=torch.optim.SGD(model.parameters(), lr=LR)
         )
         Lomo(engine, lr=LR)
     config = {"gradient_clipping": 1.0, "gradient_accumulation_steps": 2}
-    with pytest.raises(ValueError, match=r"gradient_clipping \(use Lomo's clip_grad_norm\), gradient_accumulation_steps"):
+    with pytest.raises(
+        ValueError, match=r"gradient_clipping \(use Lomo's clip_grad_norm\), gradient_accumulation_steps"
+    ):
         Lomo(initialize(model_of("plain")[0], config=config), lr=LR)
 
 

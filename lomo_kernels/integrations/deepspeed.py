@@ -1,11 +1,11 @@
-"""DeepSpeed ZeRO-3 (`deepspeed` 0.19): every rank has one part of each parameter, gathered for as long as a module runs.
+"""DeepSpeed ZeRO-3 (`deepspeed` 0.19): every rank has one part of each parameter, gathered while a module runs.
 
 ::
 
-    engine, *_ = deepspeed.initialize(model=model, config=config)     # "zero_optimization": {"stage": 3}, no optimizer
-    optimizer = Lomo(engine, lr=3e-2, clip_grad_norm=1.0)             # with parameter groups: process_group=engine
+    engine, *_ = deepspeed.initialize(model=model, config=config)  # "zero_optimization": {"stage": 3}, no optimizer
+    optimizer = Lomo(engine, lr=3e-2, clip_grad_norm=1.0)  # with parameter groups: process_group=engine
     for batch in loader:
-        optimizer.backward(engine.module(**batch).loss)               # not engine(...), not engine.backward, engine.step
+        optimizer.backward(engine.module(**batch).loss)  # not engine(...); no engine.backward, no engine.step
 
 The engine is what has to be given, not its module: parameters do not say which DeepSpeed gathers and frees them.
 
@@ -32,8 +32,7 @@ from torch import Tensor
 
 from ..optim.ranks import Kept, Ranks
 from ..optim.records import Record
-from ..optim.reduce import BUCKET_BYTES, IN_FLIGHT_BYTES
-from ..optim.streams import Streams
+from ..optim.reduce import BUCKET_BYTES, IN_FLIGHT_BYTES, current, here
 
 # Its name since torch 2.13, and before.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -41,9 +40,20 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 # How often a module's hooks are still to be called in backward. DeepSpeed counts down from what the forward counted.
 _COUNTERS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
 
+if not hasattr(DeepSpeedZeRoOffload, "release_backward_leftovers"):
+    raise ImportError('Lomo: DeepSpeed is too old, expected 0.19.3 or newer: pip install "lomo_kernels[deepspeed]"')
+
 _INITIALIZE = (
     'initialize it with "zero_optimization": {"stage": 3} and without an optimizer, in the config or as an argument'
 )
+
+
+class _Come(NamedTuple):
+    """One gradient on its way."""
+
+    record: Record
+    grad: Tensor
+    stream: torch.cuda.Stream | None  # whose memory it is
 
 
 class _Sent(NamedTuple):
@@ -94,7 +104,7 @@ class ZeRO3(Ranks):
             ]
 
     def _forget(self) -> None:
-        self._open: list[tuple[Record, Tensor]] = []  # small gradients that will travel together
+        self._open: list[_Come] = []  # small gradients that will travel together
         self._sent: deque[_Sent] = deque()
         self._bytes = 0  # of `_sent`
         self._counted = []
@@ -105,13 +115,17 @@ class ZeRO3(Ranks):
                 f"Lomo: the gradient of {record.name} has layout {grad.layout}, expected a dense one; "
                 "build the layer with sparse=False"
             )
-        small = record.small
-        if self._open and (not small or grad.dtype is not self._open[0][1].dtype):
-            self._send()
-        self._open.append((record, grad))
+        come = _Come(record, grad, current(grad))
         del grad
-        if not small or sum(waiting.nbytes for _, waiting in self._open) >= BUCKET_BYTES:
-            self._send()
+        if not record.small:
+            self._send([come])
+        else:
+            if self._open and self._open[0].grad.dtype is not come.grad.dtype:
+                self._send_open()
+            self._open.append(come)
+            if sum(one.grad.nbytes for one in self._open) >= BUCKET_BYTES:
+                self._send_open()
+        del come
         yield from self._received(IN_FLIGHT_BYTES)
 
     def rest(self) -> Iterator[tuple[Record, Tensor]]:
@@ -145,17 +159,20 @@ class ZeRO3(Ranks):
         if there is not total:
             total.copy_(there)
 
-    def _send(self) -> None:
-        """Starts the reduction of the gradients that are open: side by side, each cut in as many rows as there are ranks."""
-        records = [record for record, _ in self._open]
-        rows = [self._rows(record, grad) for record, grad in self._open]
-        self._open = []
+    def _send_open(self) -> None:
+        come, self._open = self._open, []
+        self._send(come)
+
+    def _send(self, come: list[_Come]) -> None:
+        """Starts the reduction of some gradients: side by side, each in one row per rank."""
+        records = [record for record, _, _ in come]
+        rows = [self._rows(record, here(grad, stream)) for record, grad, stream in come]
         whole = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        come.clear()
         del rows
         parts = whole.new_empty(whole.shape[1])
-        stream = torch.cuda.current_stream(whole.device) if whole.is_cuda else None
         work = _reduce_scatter(parts, whole.view(-1), group=self._group, async_op=True)
-        self._sent.append(_Sent(records, parts, whole, work, stream))
+        self._sent.append(_Sent(records, parts, whole, work, current(parts)))
         self._bytes += whole.nbytes
 
     def _rows(self, record: Record, grad: Tensor) -> Tensor:
@@ -169,15 +186,15 @@ class ZeRO3(Ranks):
         while self._sent and self._bytes - self._sent[-1].whole.nbytes > limit:
             records, parts, whole, work, stream = self._sent.popleft()
             self._bytes -= whole.nbytes
-            work.wait()
-            Streams.lend([parts, whole], parts.device, stream)
+            work.wait()  # on a GPU the current stream does
+            here(parts, stream), here(whole, stream)
             del whole
             for record, part in zip(records, parts.split([one.local.numel() for one in records]), strict=True):
                 yield record, part.to(record.local.device)
 
     def _left(self) -> Iterator[tuple[Record, Tensor]]:
         if self._open:
-            self._send()
+            self._send_open()
         yield from self._received(-1)
 
 
@@ -187,8 +204,8 @@ def _check_engine(engine: Any) -> None:
     if stage != 3 or not isinstance(engine.optimizer, DeepSpeedZeRoOffload):
         has = "no optimizer" if engine.optimizer is None else f"a {type(engine.optimizer).__name__}"
         raise ValueError(
-            f"Lomo: the DeepSpeed engine has ZeRO stage {stage} and {has}; {_INITIALIZE}. Without stage 3 pass the plain "
-            "module, and process_group=torch.distributed.group.WORLD"
+            f"Lomo: the DeepSpeed engine has ZeRO stage {stage} and {has}; {_INITIALIZE}. Without stage 3 pass the "
+            "plain module, and process_group=torch.distributed.group.WORLD"
         )
     given = engine._config._param_dict  # the accessors have defaults: gradient_clipping() is 1.0
     ignored = {
@@ -200,7 +217,8 @@ def _check_engine(engine: Any) -> None:
     found = [f"{name} (use {instead})" for name, (set_, instead) in ignored.items() if set_]
     if found:
         raise ValueError(
-            f"Lomo: the DeepSpeed config has {', '.join(found)}, which only DeepSpeed's own optimizers heed; take it out"
+            f"Lomo: the DeepSpeed config has {', '.join(found)}, which only DeepSpeed's own optimizers heed; take it "
+            "out"
         )
 
 
@@ -222,6 +240,6 @@ def _check_parameter(record: Record) -> None:
         )
     if param.ds_zero_partition_world_size != dist.get_world_size():
         raise NotImplementedError(
-            f"Lomo: {record.name} is cut over {param.ds_zero_partition_world_size} of {dist.get_world_size()} ranks (MiCS, "
-            "experts, tensor parallel); only parameters cut over all of them are served"
+            f"Lomo: {record.name} is cut over {param.ds_zero_partition_world_size} of {dist.get_world_size()} ranks "
+            "(MiCS, experts, tensor parallel); only parameters cut over all of them are served"
         )

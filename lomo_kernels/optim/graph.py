@@ -39,8 +39,8 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None
             ) from error
         if "Direct calls to tensor.backward()" in str(error):
             raise RuntimeError(
-                "Lomo: the loss comes from calling DeepSpeed's engine, whose backward needs DeepSpeed's own optimizer. Call "
-                "engine.module(...) in place of engine(...). No weight was changed"
+                "Lomo: the loss comes from calling DeepSpeed's engine, whose backward needs DeepSpeed's own optimizer. "
+                "Call engine.module(...) in place of engine(...). No weight was changed"
             ) from error
         raise
 

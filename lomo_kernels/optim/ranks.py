@@ -95,7 +95,7 @@ def local_of(param: Tensor) -> Tensor:
     return getattr(param, "ds_tensor", getattr(param, "_local_tensor", param))
 
 
-def shape_of(param: Tensor) -> torch.Size:
+def shape_of(param: Tensor) -> Sequence[int]:
     """The shape of the whole parameter."""
     return getattr(param, "ds_shape", param.shape)
 
