@@ -41,7 +41,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _COUNTERS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
 
 if not hasattr(DeepSpeedZeRoOffload, "release_backward_leftovers"):
-    raise ImportError('Lomo: DeepSpeed is too old, expected 0.19.3 or newer: pip install "lomo_kernels[deepspeed]"')
+    raise ImportError('Lomo: DeepSpeed is too old, expected 0.19.8 or newer: pip install "lomo_kernels[deepspeed]"')
 
 _INITIALIZE = (
     'initialize it with "zero_optimization": {"stage": 3} and without an optimizer, in the config or as an argument'
