@@ -37,6 +37,11 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None
                 "tensors away to the first (donated buffers). Set torch._functorch.config.donated_buffer = False "
                 'before the model is compiled, or use clip_passes="one", one backward'
             ) from error
+        if "Direct calls to tensor.backward()" in str(error):
+            raise RuntimeError(
+                "Lomo: the loss comes from calling DeepSpeed's engine, whose backward needs DeepSpeed's own optimizer. "
+                "Call engine.module(...) in place of engine(...). No weight was changed"
+            ) from error
         raise
 
 

@@ -25,7 +25,7 @@ from .graph import (
 from .hyperparameters import check_group, check_positive
 from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
-from .ranks import Ranks, ranks_of
+from .ranks import Ranks, is_engine, ranks_of, shape_of
 from .records import Record
 from .scaling import KINDS, LossScale
 from .state import State
@@ -51,6 +51,7 @@ class Lomo(torch.optim.Optimizer):
     Args:
         model_or_params: an `nn.Module`, an iterable of parameters or of (name, parameter) pairs, or torch parameter
             groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16.
+            Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.integrations.deepspeed`).
         lr: learning rate, a number or a one-element tensor; read from ``param_groups`` at every step.
         clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. It is known
             only after a backward pass: see `clip_passes`.
@@ -71,7 +72,8 @@ class Lomo(torch.optim.Optimizer):
         process_group: data parallel without a wrapper: gradients are averaged over this
             `torch.distributed.ProcessGroup` inside backward, and parameters and buffers start as its first rank's. Not
             for DTensor parameters (FSDP2, tensor parallel), which need nothing but that the optimizer is made after
-            ``fully_shard`` or ``parallelize_module``. `docs/distributed.md` has both.
+            ``fully_shard`` or ``parallelize_module``. Or, with parameters or groups in place of DeepSpeed's engine, the
+            engine. `docs/distributed.md` has them all.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
 
     Raises:
@@ -98,6 +100,10 @@ class Lomo(torch.optim.Optimizer):
     ) -> None:
         if clip_passes not in ("one", "two"):
             raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
+        if is_engine(model_or_params):
+            if process_group is not None:
+                raise ValueError("Lomo: a DeepSpeed engine has its own process group; leave process_group out")
+            model_or_params, process_group = model_or_params.module, model_or_params
         model = _model_of(model_or_params, fused_layers)
         if clip_grad_norm is not None:
             check_positive("clip_grad_norm", clip_grad_norm)
@@ -359,7 +365,7 @@ class Lomo(torch.optim.Optimizer):
         raise TypeError("Lomo: an optimizer with hooks on its parameters cannot be copied or pickled; use state_dict()")
 
     def _layout(self) -> list[list[Any]]:
-        return [[record.name, list(record.param.shape)] for record in self._records]
+        return [[record.name, list(shape_of(record.param))] for record in self._records]
 
     def _check_layout(self, theirs: list[list[Any]]) -> None:
         ours = self._layout()
@@ -573,7 +579,9 @@ class Lomo(torch.optim.Optimizer):
             raise FloatingPointError(f"Lomo: the gradient is not finite {where}; {outcome}")
 
     def _end(self, scaled: bool) -> None:
-        """Counts the step, moves the loss scale, and tells schedulers and autocast."""
+        """Counts the step, moves the loss scale, and tells the ranks' engine, schedulers and autocast."""
+        if self._ranks is not None:
+            self._ranks.end()
         self._state.end_step(scaled)
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
         self._opt_called = True  # what schedulers look at to see that the optimizer went before them
@@ -635,7 +643,7 @@ class Lomo(torch.optim.Optimizer):
             ranks.place(record)
         ranks.agree(
             {
-                "parameters": [(one.name, tuple(one.param.shape), one.param.dtype) for one in records],
+                "parameters": [(one.name, tuple(shape_of(one.param)), one.param.dtype) for one in records],
                 "frozen parameters": [one.param.requires_grad for one in records],
                 "options": (self._clip_grad_norm, self._one_pass, self._wanted_scale, self._stochastic, self._raise),
                 "seeds": self._seed,

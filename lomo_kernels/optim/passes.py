@@ -65,7 +65,7 @@ class Pass:
         self.scaled = scaled
         self._ranks = ranks
         if ranks is not None:
-            ranks.begin()
+            ranks.begin(again=not (self.keeps or self.changes_weights))
         self.serial = next(_serials)
         self._streams = Streams(devices)
         self._buffers: dict[tuple[GroupScalars, torch.cuda.Stream | None], _Buffer] = {}

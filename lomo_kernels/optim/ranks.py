@@ -48,8 +48,9 @@ class Ranks:
         counted once on every rank."""
         record.local = record.param
 
-    def begin(self) -> None:
-        """A backward begins whose gradients go through `reduced`. What an interrupted one left is forgotten."""
+    def begin(self, *, again: bool = False) -> None:
+        """A backward begins whose gradients go through `reduced`. What an interrupted one left is forgotten.
+        `again`: its graph will be run through once more."""
 
     def reduced(self, record: Record, grad: Tensor) -> Iterable[tuple[Record, Tensor]]:
         """Local gradients that are ready, now that `grad` has come for `record`. `grad` is the caller's no more."""
@@ -62,6 +63,9 @@ class Ranks:
     def kept(self, kept: Kept, *, copy: bool) -> Kept:
         """Local gradients of what plain backwards left in ``.grad``, which stays as it is where `copy`."""
         return [ready for record, grad in kept for ready in self.reduced(record, grad)]
+
+    def end(self) -> None:
+        """A step has ended: all its updates, if any, are with the kernels."""
 
     def sum_(self, total: Tensor) -> None:
         """Adds up `total` (float64, no dimensions: this rank's weighted sum of squares) over all ranks, in place."""
@@ -86,8 +90,19 @@ class Ranks:
 
 
 def local_of(param: Tensor) -> Tensor:
-    """The part of a parameter that is in this process's memory: of a DTensor its local shard, otherwise itself."""
-    return getattr(param, "_local_tensor", param)
+    """The part of a parameter that is in this process's memory: the local shard of a DTensor or of DeepSpeed's ZeRO-3
+    (padded there), otherwise itself."""
+    return getattr(param, "ds_tensor", getattr(param, "_local_tensor", param))
+
+
+def shape_of(param: Tensor) -> Sequence[int]:
+    """The shape of the whole parameter."""
+    return getattr(param, "ds_shape", param.shape)
+
+
+def is_engine(model: Any) -> bool:
+    """Whether this is a DeepSpeed engine. Asked by name: DeepSpeed takes seconds to import."""
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
 
 
 def ranks_of(records: Sequence[Record], process_group: Any, *, stochastic: bool) -> Ranks | None:
@@ -96,7 +111,16 @@ def ranks_of(records: Sequence[Record], process_group: Any, *, stochastic: bool)
     Raises:
         TypeError, ValueError, NotImplementedError: no engine can take these parameters.
     """
+    if is_engine(process_group):
+        from ..integrations.deepspeed import ZeRO3
+
+        return ZeRO3(process_group, records)
     sharded = [record for record in records if local_of(record.param) is not record.param]
+    if any(hasattr(record.param, "ds_tensor") for record in sharded):
+        raise ValueError(
+            "Lomo: the parameters are cut by DeepSpeed's ZeRO-3; pass the engine that deepspeed.initialize returns, "
+            "Lomo(engine, ...), or with parameter groups process_group=engine"
+        )
     if process_group is not None:
         from .reduce import Averaged
 

@@ -75,7 +75,7 @@ class Averaged(Ranks):
             if sent.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(sent)
 
-    def begin(self) -> None:
+    def begin(self, *, again: bool = False) -> None:
         self._begin(set())
 
     def _begin(self, also: set[int]) -> None:
@@ -95,7 +95,7 @@ class Averaged(Ranks):
                 "build the layer with sparse=False"
             )
         self._came.append(record.index)
-        self._waiting[self._message_of[record.index]][record.index] = grad, _current(grad)
+        self._waiting[self._message_of[record.index]][record.index] = grad, current(grad)
         del grad
         while self._next < len(self._messages) and len(self._waiting[self._next]) == len(self._messages[self._next]):
             self._send()
@@ -106,7 +106,7 @@ class Averaged(Ranks):
             for record in self._messages[self._next]:
                 if record.index not in self._waiting[self._next]:
                     zeros = torch.zeros_like(record.param)
-                    self._waiting[self._next][record.index] = zeros, _current(zeros)
+                    self._waiting[self._next][record.index] = zeros, current(zeros)
             self._send()
             yield from self._received(IN_FLIGHT_BYTES)
         yield from self._received(-1)
@@ -145,10 +145,10 @@ class Averaged(Ranks):
         """Starts the next reduction, whose gradients are all there."""
         records, waiting = self._messages[self._next], self._waiting[self._next]
         self._next += 1
-        grads = [_here(*waiting.pop(record.index)) for record in records]
+        grads = [here(*waiting.pop(record.index)) for record in records]
         tensor = torch.cat([grad.reshape(-1) for grad in grads]) if len(grads) > 1 else _own(grads[0])
         work = dist.all_reduce(tensor, group=self._group, async_op=True)
-        self._sent.append(_Sent(records, tensor, work, _current(tensor)))
+        self._sent.append(_Sent(records, tensor, work, current(tensor)))
         self._bytes += tensor.nbytes
 
     def _received(self, limit: int) -> Iterator[tuple[Record, Tensor]]:
@@ -157,7 +157,7 @@ class Averaged(Ranks):
             records, tensor, work, stream = self._sent.popleft()
             self._bytes -= tensor.nbytes
             work.wait()  # on a GPU the current stream does
-            _here(tensor, stream)
+            here(tensor, stream)
             if len(records) == 1:
                 yield records[0], tensor.view(records[0].param.shape)
                 continue
@@ -184,11 +184,11 @@ def _own(grad: Tensor) -> Tensor:
     return grad.contiguous()
 
 
-def _current(tensor: Tensor) -> torch.cuda.Stream | None:
+def current(tensor: Tensor) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
 
-def _here(tensor: Tensor, made_on: torch.cuda.Stream | None) -> Tensor:
+def here(tensor: Tensor, made_on: torch.cuda.Stream | None) -> Tensor:
     """`tensor`, for use on the current stream: what another one does to it is waited for, and its memory is kept."""
     if made_on is not None and (current := torch.cuda.current_stream(tensor.device)) != made_on:
         current.wait_stream(made_on)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..layers import FusedLayer, layers_of
+from .ranks import shape_of
 from .records import Record
 
 _HEADER = ("parameters", "of shape", "dtype", "MiB", "gradient", "why")
@@ -24,7 +25,7 @@ def summary(records: Sequence[Record], model: nn.Module | None, *, kept: bool) -
     lines: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         name = re.sub(r"(?<![^.])\d+(?![^.])", "*", record.name)
-        shape, dtype = str(list(record.param.shape)), str(record.param.dtype).removeprefix("torch.")
+        shape, dtype = str(list(shape_of(record.param))), str(record.param.dtype).removeprefix("torch.")
         gradient = _gradient(record, kept)
         lines.setdefault((name, shape, dtype, gradient, reasons[record.index]), []).append(record)
     rows = [_HEADER]

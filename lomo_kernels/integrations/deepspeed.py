@@ -1,0 +1,245 @@
+"""DeepSpeed ZeRO-3 (`deepspeed` 0.19): every rank has one part of each parameter, gathered while a module runs.
+
+::
+
+    engine, *_ = deepspeed.initialize(model=model, config=config)  # "zero_optimization": {"stage": 3}, no optimizer
+    optimizer = Lomo(engine, lr=3e-2, clip_grad_norm=1.0)  # with parameter groups: process_group=engine
+    for batch in loader:
+        optimizer.backward(engine.module(**batch).loss)  # not engine(...); no engine.backward, no engine.step
+
+The engine is what has to be given, not its module: parameters do not say which DeepSpeed gathers and frees them.
+
+DeepSpeed gathers parameters in forward and backward; gradients are left alone, so a hook has this rank's whole, local
+one. It is reduced and scattered at once: what a rank keeps of it is the sum of its own part, to which the kernels apply
+the update, in the memory where that part lies: on the CPU under ``offload_param``. No whole gradient is reduced to
+every rank, and with ``clip_passes="one"`` only parts are kept for the norm.
+
+As DeepSpeed itself, this takes every rank to run the same modules in the same order: what depends on a rank's data (an
+expert not chosen) must still be part of the graph.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from torch import Tensor
+
+from ..optim.ranks import Kept, Ranks
+from ..optim.records import Record
+from ..optim.reduce import BUCKET_BYTES, IN_FLIGHT_BYTES, current, here
+
+# Its name since torch 2.13, and before.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# How often a module's hooks are still to be called in backward. DeepSpeed counts down from what the forward counted.
+_COUNTERS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+
+if not hasattr(DeepSpeedZeRoOffload, "release_backward_leftovers"):
+    raise ImportError('Lomo: DeepSpeed is too old, expected 0.19.8 or newer: pip install "lomo_kernels[deepspeed]"')
+
+_INITIALIZE = (
+    'initialize it with "zero_optimization": {"stage": 3} and without an optimizer, in the config or as an argument'
+)
+
+
+class _Come(NamedTuple):
+    """One gradient on its way."""
+
+    record: Record
+    grad: Tensor
+    stream: torch.cuda.Stream | None  # whose memory it is
+
+
+class _Sent(NamedTuple):
+    """One reduction under way."""
+
+    records: Sequence[Record]
+    parts: Tensor  # of this rank: [sum over records of the padded part's elements]
+    whole: Tensor  # what is reduced: [ranks, the same]
+    work: dist.Work
+    stream: torch.cuda.Stream | None  # whose memory it is
+
+
+class ZeRO3(Ranks):
+    """The ranks of a DeepSpeed engine, whose batches differ.
+
+    Raises:
+        ValueError: the engine is not of stage 3, has an optimizer, or a setting that only its own optimizer heeds; a
+            parameter is not one of its own.
+        NotImplementedError: parameters on NVMe, or in groups that are not all ranks (hpZ, MiCS, experts, AutoTP).
+    """
+
+    def __init__(self, engine: Any, records: Sequence[Record]) -> None:
+        _check_engine(engine)
+        for record in records:
+            _check_parameter(record)
+        self._offload, self._module, self._device = engine.optimizer, engine.module, engine.device
+        self._group = records[0].param.ds_process_group
+        self.groups = [self._group]
+        self.divisor = dist.get_world_size(self._group)
+        self._rank = dist.get_rank(self._group)
+        self._counted: list[tuple[Any, str, int]] = []
+        self._forget()
+
+    def place(self, record: Record) -> None:
+        # Parts are of one size; what pads the last of them has gradients of zero and is read by no one.
+        record.local = record.param.ds_tensor
+        elements = record.local.numel()
+        record.shard = self._rank * elements, elements, elements
+
+    def begin(self, *, again: bool = False) -> None:
+        self._forget()
+        if again:
+            self._counted = [
+                (module, name, count)
+                for module in self._module.modules()
+                for name in _COUNTERS
+                if (count := module.__dict__.get(name)) is not None
+            ]
+
+    def _forget(self) -> None:
+        self._open: list[_Come] = []  # small gradients that will travel together
+        self._sent: deque[_Sent] = deque()
+        self._bytes = 0  # of `_sent`
+        self._counted = []
+
+    def reduced(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"Lomo: the gradient of {record.name} has layout {grad.layout}, expected a dense one; "
+                "build the layer with sparse=False"
+            )
+        come = _Come(record, grad, current(grad))
+        del grad
+        if not record.small:
+            self._send([come])
+        else:
+            if self._open and self._open[0].grad.dtype is not come.grad.dtype:
+                self._send_open()
+            self._open.append(come)
+            if sum(one.grad.nbytes for one in self._open) >= BUCKET_BYTES:
+                self._send_open()
+        del come
+        yield from self._received(IN_FLIGHT_BYTES)
+
+    def rest(self) -> Iterator[tuple[Record, Tensor]]:
+        yield from self._left()
+        self._offload.release_backward_leftovers()
+        for module, name, count in self._counted:
+            setattr(module, name, count)
+        self._counted = []
+
+    def kept(self, kept: Kept, *, copy: bool) -> Kept:
+        self._forget()
+        ready: Kept = []
+        while kept:  # each whole gradient is freed as its part comes
+            ready += self.reduced(*kept.pop())
+        return [*ready, *self._left()]
+
+    def end(self) -> None:
+        # What is gathered now, the small parameters that DeepSpeed never frees first of all, is from before the update.
+        self._offload.release_backward_leftovers()
+        self._offload.partition_all_parameters()
+        if not get_accelerator().is_synchronized_device():
+            # DeepSpeed gathers on a stream of its own, which does not wait for the updates on this one.
+            get_accelerator().current_stream().synchronize()
+        persistent = self._offload.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def sum_(self, total: Tensor) -> None:
+        there = total.to(self._device)
+        dist.all_reduce(there, group=self._group)
+        if there is not total:
+            total.copy_(there)
+
+    def _send_open(self) -> None:
+        come, self._open = self._open, []
+        self._send(come)
+
+    def _send(self, come: list[_Come]) -> None:
+        """Starts the reduction of some gradients: side by side, each in one row per rank."""
+        records = [record for record, _, _ in come]
+        rows = [self._rows(record, here(grad, stream)) for record, grad, stream in come]
+        whole = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        come.clear()
+        del rows
+        parts = whole.new_empty(whole.shape[1])
+        work = _reduce_scatter(parts, whole.view(-1), group=self._group, async_op=True)
+        self._sent.append(_Sent(records, parts, whole, work, current(parts)))
+        self._bytes += whole.nbytes
+
+    def _rows(self, record: Record, grad: Tensor) -> Tensor:
+        """A whole gradient as [ranks, elements of a part]; a copy only where the last part is padded."""
+        padding = record.local.numel() * self.divisor - grad.numel()
+        flat = grad.reshape(-1)
+        return (torch.nn.functional.pad(flat, (0, padding)) if padding else flat).view(self.divisor, -1)
+
+    def _received(self, limit: int) -> Iterator[tuple[Record, Tensor]]:
+        """The parts of the oldest reductions, until those left, but for the newest, take no more than `limit`."""
+        while self._sent and self._bytes - self._sent[-1].whole.nbytes > limit:
+            records, parts, whole, work, stream = self._sent.popleft()
+            self._bytes -= whole.nbytes
+            work.wait()  # on a GPU the current stream does
+            here(parts, stream), here(whole, stream)
+            del whole
+            for record, part in zip(records, parts.split([one.local.numel() for one in records]), strict=True):
+                yield record, part.to(record.local.device)
+
+    def _left(self) -> Iterator[tuple[Record, Tensor]]:
+        if self._open:
+            self._send_open()
+        yield from self._received(-1)
+
+
+def _check_engine(engine: Any) -> None:
+    """Raises ValueError unless the engine does nothing but gather and free parameters."""
+    stage = engine.zero_optimization_stage()
+    if stage != 3 or not isinstance(engine.optimizer, DeepSpeedZeRoOffload):
+        has = "no optimizer" if engine.optimizer is None else f"a {type(engine.optimizer).__name__}"
+        raise ValueError(
+            f"Lomo: the DeepSpeed engine has ZeRO stage {stage} and {has}; {_INITIALIZE}. Without stage 3 pass the "
+            "plain module, and process_group=torch.distributed.group.WORLD"
+        )
+    given = engine._config._param_dict  # the accessors have defaults: gradient_clipping() is 1.0
+    ignored = {
+        "gradient_clipping": (given.get("gradient_clipping"), "Lomo's clip_grad_norm"),
+        "gradient_accumulation_steps": (engine.gradient_accumulation_steps() > 1, "optimizer.accumulate()"),
+        "scheduler": (given.get("scheduler"), "one of torch.optim.lr_scheduler"),
+        "torch_autocast": (engine.torch_autocast_enabled(), "torch.autocast around the forward"),
+    }
+    found = [f"{name} (use {instead})" for name, (set_, instead) in ignored.items() if set_]
+    if found:
+        raise ValueError(
+            f"Lomo: the DeepSpeed config has {', '.join(found)}, which only DeepSpeed's own optimizers heed; take it "
+            "out"
+        )
+
+
+def _check_parameter(record: Record) -> None:
+    """Raises unless a parameter is in equal parts on all ranks, where the kernels can reach it."""
+    param = record.param
+    if not hasattr(param, "ds_tensor"):
+        raise ValueError(
+            f"Lomo: {record.name} is none of the DeepSpeed engine's parameters; make the optimizer after "
+            "deepspeed.initialize, from the engine or from engine.module's parameters"
+        )
+    if param.ds_tensor.final_location == "nvme":
+        raise NotImplementedError(
+            f'Lomo: {record.name} is kept on NVMe, where no kernel reaches it; use "offload_param": {{"device": "cpu"}}'
+        )
+    if param.ds_zero_param_process_group is not None:
+        raise NotImplementedError(
+            f"Lomo: {record.name} has a second copy (zero_hpz_partition_size) that would be left behind; take it out"
+        )
+    if param.ds_zero_partition_world_size != dist.get_world_size():
+        raise NotImplementedError(
+            f"Lomo: {record.name} is cut over {param.ds_zero_partition_world_size} of {dist.get_world_size()} ranks "
+            "(MiCS, experts, tensor parallel); only parameters cut over all of them are served"
+        )
