@@ -104,7 +104,7 @@ def paired(benchmark, record, device, request):
             other.call(0)
             benchmark.pedantic(call, args=(0,))
             return
-        mine, beside = repeated(call, device), repeated(other.call, device)
+        mine, beside = repeated(device, call, other.call)
         seconds, beside_seconds = [], []
 
         def sample():

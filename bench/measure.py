@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,17 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def repeated(call: Callable[[int], Any], device: str = "cpu") -> Callable[[], float]:
-    """A function that calls `call`, with a running number to rotate its buffers, as often as a sample takes, and
-    returns the seconds of one call. On a GPU calls are queued and the last one is waited for."""
+def repeated(device: str, *calls: Callable[[int], Any]) -> list[Callable[[], float]]:
+    """For each call a function that calls it, with a running number to rotate buffers, as often as a sample takes, and
+    returns the seconds of one call. On a GPU calls are queued and the last one is waited for.
+
+    The number runs on over all of them: with numbers of their own, a call would find in the cache what the one before
+    it has just used."""
     numbers = itertools.count()
+    return [_repeated(device, call, numbers) for call in calls]
+
+
+def _repeated(device: str, call: Callable[[int], Any], numbers: Iterator[int]) -> Callable[[], float]:
     times = 1
 
     def sample() -> float:

@@ -102,10 +102,27 @@ def test_short_calls_are_repeated_on_other_buffers_each_time(monkeypatch):
         seen.append(number)
         clock[0] += 1e-5
 
-    sample = measure.repeated(call)
+    (sample,) = measure.repeated("cpu", call)
     calibration = len(seen)
     assert sample() == pytest.approx(1e-5)
     assert (len(seen) - calibration) * 1e-5 >= measure.SAMPLE
+    assert seen == list(range(len(seen)))
+
+
+def test_calls_that_take_turns_never_share_a_buffer(monkeypatch):
+    """What the probe has just read is in the cache, and would be found there by a call with the same number."""
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    seen = []
+
+    def call(number):
+        seen.append(number)
+        clock[0] += 1e-4
+
+    mine, probe = measure.repeated("cpu", call, call)
+    for _ in range(3):
+        probe()
+        mine()
     assert seen == list(range(len(seen)))
 
 
