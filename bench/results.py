@@ -133,9 +133,35 @@ class Results:
 
 
 def read(file: Path) -> Results:
-    content = json.loads(file.read_text())
-    measurements = [Measurement(**one) for one in content["measurements"]]
-    return Results(content["environment"], content["missing"], measurements, content.get("checks", {}))
+    """
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no file of results, or one of another version of this format.
+    """
+    try:
+        content = json.loads(file.read_text())
+        measurements = [Measurement(**one) for one in content["measurements"]]
+        return Results(content["environment"], content["missing"], measurements, content.get("checks", {}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected results as bench/results.py describes them, got {type(error).__name__}: {error}; "
+            "move it away and measure anew"
+        ) from error
+
+
+def writable(file: Path) -> None:
+    """
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: it is there and holds something else than results.
+    """
+    if file.exists():
+        read(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    there = file.exists()
+    file.open("a").close()
+    if not there:
+        file.unlink()
 
 
 def write(file: Path, results: Results) -> None:

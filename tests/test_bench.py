@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_update, compare, measure, peers, results
+from bench import __main__ as runner
+from bench import bench_norm, bench_update, compare, measure, peers, results
 from bench.buffers import Buffers
 from bench.results import Measurement, Results, Spread
 
@@ -89,7 +91,7 @@ def test_processes_share_the_rounds():
 def test_compare_refuses_files_with_nothing_in_common(tmp_path):
     for name, size in (("old", 1), ("new", 2)):
         results.write(tmp_path / name, Results({"commit": name}, {}, [measurement([1.0], elements=size)]))
-    with pytest.raises(SystemExit, match="no measurement in common"):
+    with pytest.raises(ValueError, match="no measurement in common"):
         compare.main(tmp_path / "old", tmp_path / "new")
 
 
@@ -140,6 +142,81 @@ def test_buffers_exceed_the_cache_and_the_free_memory_is_respected(monkeypatch):
     monkeypatch.setattr("bench.buffers.free_memory", lambda device: 2**28)
     with pytest.raises(MemoryError, match="more than half of the free memory"):
         Buffers(torch.bfloat16, 2**20, "cpu")
+
+
+@pytest.mark.parametrize(
+    "content, said", [("", "JSONDecodeError"), ("{}", "KeyError"), ('{"measurements": [{"speed": 1}]}', "speed")], ids=str
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, said):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=f"a.json: expected results .* got .*{said}.*; move it away"):
+        results.read(tmp_path / "a.json")
+
+
+def run(monkeypatch, *arguments, answer=None):
+    """bench's main with these arguments, its processes measuring `answer`; what it ran."""
+    ran = []
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
+    monkeypatch.setattr(runner, "measure", lambda run, options: ran.append(run) or (answer or Results({}), 5))
+    return runner.main(), ran
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["file", "no file"])
+def test_a_selection_of_nothing_is_an_error_and_changes_no_file(tmp_path, monkeypatch, capsys, there):
+    file = tmp_path / "a.json"
+    if there:
+        results.write(file, Results({"commit": "old"}, {}, [measurement([1.0], "lists")]))
+    before = file.read_text() if there else None
+    status, ran = run(monkeypatch, "lists", "-k", "nobody", "--output", file)
+    assert (status, len(ran)) == (1, runner.PROCESSES)
+    assert "-k 'nobody' selects no test of lists" in capsys.readouterr().out
+    assert file.exists() == there and (not there or file.read_text() == before)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["nothing"], "unknown: nothing"),
+        (["lists", "--output", "corrupt"], "cannot add to corrupt: corrupt: expected results"),
+        (["lists", "--output", "folder"], "cannot add to folder: .*Is a directory"),
+        (["lists", "--output", "corrupt/a.json"], "cannot add to corrupt/a.json: "),
+        (["lists", "--device", "cuda"], "--device cuda needs a GPU"),
+        (["update"], "run `make testing` first"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_said_before_anything_is_measured(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("corrupt").write_text("no results")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(runner, "TESTING", tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_what_is_measured_goes_into_a_folder_that_is_made_for_it(tmp_path, monkeypatch):
+    answer = Results({"commit": "c"}, {}, [measurement([1.0], "lists")])
+    assert run(monkeypatch, "lists", "--output", tmp_path / "new" / "a.json", answer=answer)[0] == 0
+    assert results.read(tmp_path / "new" / "a.json").measurements[0].seconds == [1.0] * runner.PROCESSES
+
+
+def test_who_allocates_is_measured_with_the_tuned_malloc_too():
+    """Of those of 16 bits: memory of its size that a call takes and gives back."""
+    size = 2**16
+    buffers = Buffers(torch.bfloat16, size, "cpu")
+    calls = {name: make(buffers, 1e-3) for name, make in bench_update.MAKERS.items()}
+    calls |= {name: lambda _, norm=norm: norm(buffers.grads[0]) for name, norm in bench_norm.NORMS.items()}
+    allocating = set()
+    for name, call in calls.items():
+        for number in range(len(buffers.params)):  # makes what an optimizer keeps
+            call(number)
+        if measure.peak_of(measure.allocations(lambda call=call: call(0))) >= 2 * size:
+            allocating.add(name)
+    assert allocating == {"lomo_optim", "vector_norm, float32"}
+    assert runner.ALLOCATING == "lomo_optim or (vector_norm and float32)"  # pytest's -k knows no comma
 
 
 @pytest.mark.parametrize("contestant", bench_update.CONTESTANTS)
