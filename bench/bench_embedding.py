@@ -15,6 +15,7 @@ TOKENS = {"short": [256], "full": [256, 1024, 4096]}
 CONTESTANTS = (
     "dense gradient, sgd_",
     "dense gradient, sq_norm_",
+    "index_add_",
     "embedding_sgd_",
     "embedding_sgd_, decay",
     "embedding_sq_norm_",
@@ -41,6 +42,7 @@ def calls(tokens, device):
     return Probe("dense gradient", dense), {
         "dense gradient, sgd_": lambda _: ops.sgd_(weight, dense(_), lr=lr),
         "dense gradient, sq_norm_": lambda _: ops.sq_norm_(slot, dense(_)),
+        "index_add_": lambda _: weight.index_add_(0, index, gy, alpha=-1e-9),
         "embedding_sgd_": lambda _: ops.embedding_sgd_(weight, index, gy, lr=lr),
         "embedding_sgd_, decay": lambda _: ops.embedding_sgd_(weight, index, gy, lr=lr, weight_decay=0.1),
         "embedding_sq_norm_": lambda _: ops.embedding_sq_norm_(slot, index, gy),

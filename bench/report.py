@@ -6,11 +6,13 @@ tests/test_report.py checks that the documents say what the committed results sa
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from . import paper, results, tables
 from .measure import ROOT
 from .page import EXPLAINED, Device, page
+from .peers import EXTRA
 from .rivals import ours
 from .tables import Lines, lost, strong, table
 
@@ -88,14 +90,14 @@ def short_norm(device: Device) -> Lines:
 
 def short_hooks(device: Device) -> Lines:
     yield from tables.hooks(device.results)
-    yield device.command("hooks")
+    yield device.command("hooks", "--full")
     yield ""
 
 
 def short_step(device: Device) -> Lines:
     """The first case."""
     yield from tables.step(device.results, tables.step_cases(device.results)[0])
-    yield f"{device.command('step')}; more of it in [docs/one_backward.md](docs/one_backward.md)."
+    yield f"{device.command('step', '--full')}; more of it in [docs/one_backward.md](docs/one_backward.md)."
     yield ""
 
 
@@ -114,7 +116,7 @@ def short_memory(device: Device) -> Lines:
     ]
     head = f"LLaMA-7B, sequence {paper.SEQUENCE}, batch {paper.BATCH}: peak, GiB"
     yield from table([head, "no checkpointing", "checkpointing"], rows)
-    yield device.command("memory")
+    yield device.command("memory", "--full")
     yield ""
 
 
@@ -124,11 +126,11 @@ SHORT = {"update": short_update, "norm": short_norm, "hooks": short_hooks, "step
 def one_backward(devices: list[Device]) -> str:
     lines = [""]
     if not any("step" in device.results.questions() for device in devices):
-        lines += ["`python -m bench step` measures it; no results of it are committed yet.", ""]
+        lines += ["`python -m bench step --full` measures it; no results of it are committed yet.", ""]
     for device in devices:
         if "step" not in device.results.questions():
             continue
-        lines += [f"{source(device, '../')} {EXPLAINED['step']} Command: {device.command('step')}.", ""]
+        lines += [f"{source(device, '../')} {EXPLAINED['step']} Command: {device.command('step', '--full')}.", ""]
         lines += tables.steps(device.results)
         lines += lost(device.results, "step")
     return "\n".join(lines) + "\n"
@@ -159,7 +161,10 @@ def documents(devices: list[Device]) -> dict[Path, str]:
 
 
 def main() -> None:
-    from . import plots  # needs matplotlib, the tables do not
+    try:
+        from . import plots  # needs matplotlib, the tables do not
+    except ModuleNotFoundError as error:
+        sys.exit(f"the plots need {error.name}: {EXTRA}; nothing was written")
 
     devices = newest()
     for document, text in documents(devices).items():

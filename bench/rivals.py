@@ -15,6 +15,7 @@ COUNTERPARTS = {
     "norm": {"": "sq_norm_"},
     "lists": {"_foreach_add_": "sgd_list_", "_foreach_norm": "sq_norm_list_"},
     "linear": {"addmm_": "linear_sgd_ nearest"},
+    "embedding": {"index_add_": "embedding_sgd_"},
 }
 
 

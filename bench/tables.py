@@ -84,7 +84,12 @@ def default(measurements: list[Measurement]) -> tuple[Any, ...]:
 def name(one: Measurement, usual: tuple[Any, ...]) -> str:
     """The contestant, with what its process was set to where that is not the usual; ours is set as code."""
     first, *rest = one.contestant.split(" ", 1)
-    shown = " ".join([f"`{first}`", *rest]) if first.endswith("_") and ours(one.contestant) else one.contestant
+    bare = first.rstrip(",")
+    shown = (
+        " ".join([f"`{bare}`{first[len(bare) :]}", *rest])
+        if bare.endswith("_") and ours(one.contestant)
+        else one.contestant
+    )
     other = [value for value, normal in zip(setting(one), usual, strict=True) if value != normal]
     words = ["tuned malloc" if value == "tuned" else str(value) for value in other]
     return ", ".join([shown, *words])
@@ -215,7 +220,7 @@ def relative(results: Results, question: str) -> Lines:
     """ "lists", "linear" and "embedding": time over that of what ran beside it, by case."""
     measured = results.of(question)
     usual = default(measured)
-    cases = list(dict.fromkeys(_own(one) for one in measured))
+    cases = list(dict.fromkeys(_own(one) for one in sorted(measured, key=_place)))
     for beside in dict.fromkeys(one.beside for one in measured):
         group = [one for one in measured if one.beside == beside]
         columns = [case for case in cases if any(_own(one) == case for one in group)]
@@ -234,6 +239,13 @@ def _own(one: Measurement) -> tuple[str, ...]:
     """The case in words, without the process's setting."""
     skipped = ("backend", "detail", "malloc")
     return tuple(_word(key, value) for key, value in one.case.items() if key not in skipped)
+
+
+def _place(one: Measurement) -> tuple[Any, ...]:
+    """Where its case stands among those of its question: numbers by size, the rest by name."""
+    return tuple(
+        (isinstance(value, str), value) for key, value in one.case.items() if key not in ("backend", "detail", "malloc")
+    )
 
 
 def _word(key: str, value: Any) -> str:
@@ -453,6 +465,10 @@ def lost(results: Results, question: str) -> Lines:
         yield f"**Where a rival is faster** (the ranges of both have nothing in common): {share}."
         yield ""
         yield from _grouped(results, question, found, "faster", lambda pair: pair.times)
+        if undecided := [pair for pair in timed if pair.times > 1 and not pair.faster]:
+            words = f"In {len(undecided)} more a rival's median is higher, and the ranges overlap"
+            listed = _grouped(results, question, undecided, "faster in the median", lambda pair: pair.times)
+            yield from folded(words, listed)
     if sized := [pair for pair in compared if pair.rival.memory and pair.ours.memory]:
         found = [pair for pair in sized if pair.smaller]
         yield f"**Where a rival takes less memory** (by more than 1%): {len(found)} of {len(sized)} comparisons."
@@ -464,7 +480,7 @@ def _grouped(results: Results, question: str, found: list[Pair], what: str, time
     """By case and rival, along the question's axis."""
     usual, axis = default(results.of(question)), AXES[question]
     groups: dict[str, dict[str, list[str]]] = {}
-    for pair in found:
+    for pair in sorted(found, key=lambda pair: _place(pair.rival)):
         rival = f"{', '.join(_own_but(pair.rival, axis))}: {name(pair.rival, usual)} is {what} than"
         mine = groups.setdefault(rival, {}).setdefault(name(pair.ours, usual), [])
         where = f" at {_word(axis, pair.rival.case[axis])}" if axis else ""

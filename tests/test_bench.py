@@ -145,7 +145,9 @@ def test_buffers_exceed_the_cache_and_the_free_memory_is_respected(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content, said", [("", "JSONDecodeError"), ("{}", "KeyError"), ('{"measurements": [{"speed": 1}]}', "speed")], ids=str
+    "content, said",
+    [("", "JSONDecodeError"), ("{}", "KeyError"), ('{"measurements": [{"speed": 1}]}', "speed")],
+    ids=str,
 )
 def test_a_file_of_something_else_is_refused(tmp_path, content, said):
     (tmp_path / "a.json").write_text(content)
