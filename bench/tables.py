@@ -465,7 +465,7 @@ def lost(results: Results, question: str) -> Lines:
         yield f"**Where a rival is faster** (the ranges of both have nothing in common): {share}."
         yield ""
         yield from _grouped(results, question, found, "faster", lambda pair: pair.times)
-        if undecided := [pair for pair in timed if pair.times > 1 and not pair.faster]:
+        if undecided := [pair for pair in timed if pair.times >= 1.005 and not pair.faster]:
             words = f"In {len(undecided)} more a rival's median is higher, and the ranges overlap"
             listed = _grouped(results, question, undecided, "faster in the median", lambda pair: pair.times)
             yield from folded(words, listed)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from bench import __main__ as runner
-from bench import bench_norm, bench_update, compare, measure, peers, results
+from bench import bench_embedding, bench_norm, bench_update, compare, measure, peers, results
 from bench.buffers import Buffers
 from bench.results import Measurement, Results, Spread
+from lomo_kernels import ops
 
 ROOT = Path(__file__).parent.parent
 
@@ -219,6 +220,14 @@ def test_who_allocates_is_measured_with_the_tuned_malloc_too():
             allocating.add(name)
     assert allocating == {"lomo_optim", "vector_norm, float32"}
     assert runner.ALLOCATING == "lomo_optim or (vector_norm and float32)"  # pytest's -k knows no comma
+
+
+def test_the_embedding_that_decays_does():
+    """A decay of 1 is no work: only the rows that occur are touched."""
+    lr, weight_decay = bench_embedding.LR, bench_embedding.WEIGHT_DECAY
+    weight = torch.ones(3, 2)
+    ops.embedding_sgd_(weight, torch.tensor([0]), torch.ones(1, 2), lr=lr, weight_decay=weight_decay)
+    assert (weight[1:] < 1).all()
 
 
 @pytest.mark.parametrize("contestant", bench_update.CONTESTANTS)
