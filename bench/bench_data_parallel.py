@@ -77,6 +77,12 @@ def _lomo(options: dict[str, Any]) -> tuple[nn.Module, Callable[[torch.Tensor], 
     return model, lambda window: optimizer.backward(model.loss(window))
 
 
+def same_step(param: torch.Tensor, expected: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether a parameter has changed as expected: within 1% of the largest change, and the float32 of its weights."""
+    limit = 0.01 * (expected - before).abs().max() + 2 * torch.finfo(torch.float32).eps * before.abs().max()
+    return bool((param - expected).abs().max() <= limit)
+
+
 def _work(rank: int, store: str, tokens: int, rounds: int, result: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
@@ -87,9 +93,8 @@ def _work(rank: int, store: str, tokens: int, rounds: int, result: str) -> None:
     for name, (model, step) in made.items():  # a bench of wrong results is worth nothing
         step(windows[0])
         expected = made[BASE if "clip" in name else "DDP, SGD"][0]
-        for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
-            if name != "DDP, SGD":
-                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        for params in zip(model.parameters(), expected.parameters(), _model().parameters(), strict=True):
+            assert same_step(*params), f"{name}: another step than DistributedDataParallel's"
 
     def timed(step: Callable[[torch.Tensor], None]) -> Callable[[int], float]:
         def run(number: int) -> float:
