@@ -241,14 +241,15 @@ def headlines(measured: Results) -> Lines:
 
 
 def update_headlines(measured: Results) -> Lines:
+    asked = measured.of("update")
     for dtype in tables.DTYPES:
-        found = tables.at_headline(measured.of("update"), dtype)
+        found = tables.at_headline(asked, dtype)
         if mine := found.get("sgd_ nearest"):
             speed = mine.fraction.median
             times = [
-                f"{speed / found[peer].fraction.median:.2f} times {peer}"
+                f"{speed / best.fraction.median:.2f} times {tables.name(best, tables.default(asked))}"
                 for peer in ("add_", "SGD foreach", "optimi SGD, no Kahan", "lomo_optim")
-                if peer in found
+                if (best := tables.at_best(asked, dtype, peer))
             ]
             yield f"- An update in {dtype} runs at {speed:.2f} of the memory's speed: {'; '.join(times)}."
 

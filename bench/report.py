@@ -62,14 +62,16 @@ SHOWN = (
 
 def short_update(device: Device) -> Lines:
     measured = device.results.of("update")
-    found = {dtype: tables.at_headline(measured, dtype) for dtype in tables.DTYPES}
+    size, usual = tables.headline_size(measured), tables.default(measured)
     rows = []
     for contestant in SHOWN:
-        if ones := [of[contestant] for of in found.values() if contestant in of]:
-            cells = [tables.fraction(of.get(contestant)) for of in found.values()]
-            rows.append([strong(tables.name(ones[0], tables.default(measured)), ones[0]), *cells])
-    size = tables.count(tables.headline_size(measured))
-    yield from table([f"update of {size} elements, fraction of the probe “{measured[0].beside}”", *found], rows)
+        of_it = [one for one in measured if one.contestant == contestant and one.case["elements"] == size]
+        of_it = [one for one in of_it if tables.setting(one)[:2] == usual[:2]]  # with either malloc
+        for label, ones in tables.by_name(of_it, usual).items():
+            found = {one.case["dtype"]: one for one in ones}
+            rows.append([strong(label, ones[0]), *(tables.fraction(found.get(dtype)) for dtype in tables.DTYPES)])
+    head = f"update of {tables.count(size)} elements, fraction of the probe “{measured[0].beside}”"
+    yield from table([head, *tables.DTYPES], rows)
     yield device.command("update")
     yield ""
 

@@ -143,6 +143,18 @@ def at_headline(measured: list[Measurement], dtype: str) -> dict[str, Measuremen
     }
 
 
+def at_best(measured: list[Measurement], dtype: str, contestant: str) -> Measurement | None:
+    """A rival at the headline's size, with the malloc that it is faster with."""
+    size, usual = headline_size(measured), default(measured)
+    found = [
+        one
+        for one in measured
+        if (one.contestant, one.case["dtype"], one.case["elements"]) == (contestant, dtype, size)
+        and setting(one)[:2] == usual[:2]
+    ]
+    return max(found, key=lambda one: one.fraction.median, default=None)
+
+
 def fraction(one: Measurement | None) -> str:
     """Of the speed of what ran beside it."""
     return f"{one.fraction.median:.2f}" if one else "-"
