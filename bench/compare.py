@@ -30,10 +30,10 @@ class Change(NamedTuple):
 
 
 def changes(old: Results, new: Results) -> Iterator[Change]:
-    """Of all timed measurements that both have."""
-    before = {one.key: one for one in old.measurements}
+    """Of all timed measurements that both have, beside something: on a small GPU what steps are held to may not fit."""
+    before = {one.key: one for one in old.measurements if one.beside_seconds}
     for one in new.measurements:
-        if one.seconds and one.key in before:
+        if one.beside_seconds and one.key in before:
             yield Change(one, before[one.key].fraction, one.fraction)
 
 

@@ -332,10 +332,11 @@ def data_parallel(results: Results, question: str = "data_parallel") -> Lines:
     """Seconds, ratio, and the peak above the weights with what is kept between steps."""
     for case in dict.fromkeys(_own(one) for one in results.of(question)):
         rows = []
-        for one in (one for one in results.of(question) if _own(one) == case):
+        measured = [one for one in results.of(question) if _own(one) == case]
+        for one in measured:
             row = [strong(one.contestant, one), seconds(one.time.median), spread(one.ratio)]
             rows.append(row + [f"{one.memory[part] / 2**20:.0f}" for part in ("peak", "states")])
-        head = ["step", f"time, {rows[0][0]} = 1", "peak above the weights, MiB", "of it kept between steps"]
+        head = ["step", f"time, {measured[0].beside} = 1", "peak above the weights, MiB", "of it kept between steps"]
         yield from table([", ".join(case), *head], rows)
 
 

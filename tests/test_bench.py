@@ -70,6 +70,13 @@ def test_compare_sees_a_slower_kernel(tmp_path, capsys, factor, verdict):
     assert "add_" not in said
 
 
+def test_what_ran_beside_nothing_is_not_compared():
+    alone = Measurement("step", "Lomo", {}, [1.0, 2.0])
+    beside = Measurement("step", "Lomo", {}, [1.0], "SGD", [1.0])
+    for old, new in ((alone, beside), (beside, alone), (alone, alone)):
+        assert not list(compare.changes(Results({}, {}, [old]), Results({}, {}, [new])))
+
+
 def test_samples_of_several_processes_are_pooled():
     old = Results({}, {"a": "x"}, [measurement([1.0], elements=1), measurement([2.0], elements=2)])
     new = Results({}, {"b": "y"}, [measurement([3.0], elements=2), measurement([4.0], elements=3)])

@@ -205,6 +205,12 @@ def test_the_headline_of_memory_has_the_rivals_of_the_same_simulation(machine):
     assert "Lomo, two, fused, simulated: 56.50; AdamW, simulated: 81.50; LOMO, the paper: 59.40" in said[0]
 
 
+def test_a_table_names_what_its_times_are_held_to():
+    case = {"model": "27M", "tokens": 256, "ranks": 2}
+    one = timed("data_parallel", "Lomo", 1.1, beside="DDP, SGD", memory={"weights": 1, "states": 0, "peak": 2}, **case)
+    assert "| time, DDP, SGD = 1 |" in next(tables.data_parallel(Results(ABOUT, {}, [one])))
+
+
 def test_without_matplotlib_nothing_is_written_and_what_to_install_is_said(monkeypatch):
     monkeypatch.delitem(sys.modules, "bench.plots", raising=False)
     monkeypatch.delattr("bench.plots", raising=False)
