@@ -66,9 +66,12 @@ def several(question: str, key: str) -> Callable[[Results], bool]:
     return lambda results: len(tables.distinct(results.of(question), key)) > 1
 
 
-def compared(results: Results) -> bool:
-    """On a small GPU what steps are compared with may not fit."""
-    return any(one.beside for one in results.of("step"))
+def has_steps(results: Results) -> bool:
+    return bool(tables.compared_cases(results))
+
+
+def has_table_1(results: Results) -> bool:
+    return any(map(tables.is_papers, tables.memory_cases(results)))
 
 
 PICTURES = {
@@ -79,8 +82,8 @@ PICTURES = {
     ],
     "norm": [Picture("norm", "Speed and error of the sum of squares: ours and rivals")],
     "hooks": [Picture("hooks", "Time per parameter over the number of parameters")],
-    "step": [Picture("step", "Time of a training step against its peak memory, one point for each method", compared)],
-    "memory": [Picture("memory", "What the peak is made of, the paper's Table 1 beside ours")],
+    "step": [Picture("step", "Time of a training step against its peak memory, one point for each method", has_steps)],
+    "memory": [Picture("memory", "What the peak is made of, the paper's Table 1 beside ours", has_table_1)],
 }
 
 ASKS = {

@@ -343,7 +343,7 @@ def hooks(results: Results) -> Figure:
 def step(results: Results) -> Figure:
     """Time against peak memory above the weights, without and with checkpointing: the first case measured of each.
     Who clips by the global norm and who does not have a panel each."""
-    cases = [case for case in tables.step_cases(results) if any(one.beside for one in results.of("step", **case))]
+    cases = tables.compared_cases(results)
     first = [next((case for case in cases if case["checkpointing"] is saved), None) for saved in (False, True)]
     panels = []
     for case, clipping in itertools.product(filter(None, first), (True, False)):

@@ -13,7 +13,7 @@ from typing import Any
 from . import paper
 from .peers import PEERS
 from .results import Measurement, Results, Spread
-from .rivals import Pair, ours, pairs
+from .rivals import Pair, limit, ours, pairs
 
 DTYPES = ("bfloat16", "float16", "float32")
 BASE = "SGD, clip_grad_norm_"  # what training steps are compared with
@@ -301,6 +301,12 @@ def step_cases(results: Results) -> list[dict[str, Any]]:
     """Model, tokens, checkpointing and setting of every table of steps, the usual setting first."""
     measured = results.of("step")
     return [dict(case) for case in dict.fromkeys(tuple(one.case.items()) for one in measured)]
+
+
+def compared_cases(results: Results) -> list[dict[str, Any]]:
+    """Those of `step_cases` whose times were compared: on a small GPU what they are held to may not fit."""
+    found = [(case, results.of("step", **case)) for case in step_cases(results)]
+    return [case for case, measured in found if any(one.beside and not limit(one) for one in measured)]
 
 
 def step_words(case: dict[str, Any]) -> str:

@@ -314,6 +314,23 @@ def test_plots_are_the_same_whenever_the_results_are(machine, tmp_path):
         assert "<dc:date>" not in first
 
 
+def test_what_cannot_be_drawn_is_not():
+    """A step whose yardstick did not fit, a part of every step, and a real run without the paper's case."""
+    step = {"model": "1B", "tokens": 1, "checkpointing": False}
+    run = {"model": "other", "sequence": 1, "batch": 1, "checkpointing": True}
+    memory = {"weights": 1, "states": 0, "peak": 2}
+    for one in (
+        Measurement("step", "Lomo", {**SETTING, **step}, [1.0], memory=memory),
+        timed("step", "forward alone", 1.0, memory=memory, **step),
+        Measurement("memory", "Lomo", {**SETTING, **run, "how": "measured"}, memory={"all": 1}),
+    ):
+        simulated = Measurement("memory", "Lomo", {**SETTING, **run, "how": "simulated"}, memory={"parameters": 1})
+        both = Results(ABOUT, {}, [one, simulated])
+        device = page.Device(results.RESULTS / "x-2026-01-02.json", both)
+        assert device.pictures()[one.question] == []
+        assert page.ASKS[one.question] in page.page([device])
+
+
 def test_names_keep_apart():
     pytest.importorskip("matplotlib", reason="plots need matplotlib, of the extra 'bench'")
     from bench import plots
