@@ -20,13 +20,13 @@ from lomo_kernels.demo.model import ByteLlama, Config
 
 from .buffers import free_memory
 from .measure import ROUNDS, interleave, memory_of, synchronize
-from .methods import ADAM, BASE, METHODS, SGD, Step, cannot, fused_is_wrong, wrong
+from .methods import ADAM, METHODS, SGD, Step, cannot, fused_is_wrong, wrong
+from .rivals import BASE, FORWARD
 
 pytestmark = pytest.mark.timeout(1800)  # the first contestant's test runs the rounds of all
 
 LR = 1e-6  # weights stay as they are, more or less: one set of them serves every contestant
-FORWARD = "forward alone"  # what computing every block's inputs once more would cost at least
-CONTESTANTS = (*METHODS, FORWARD)
+CONTESTANTS = (*METHODS, FORWARD)  # a forward is what computing every block's inputs once more costs at least
 DTYPE = torch.bfloat16
 
 #: By their number of parameters. The last two are TinyLlama and LLaMA-7B.

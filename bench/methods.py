@@ -16,6 +16,7 @@ from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama, Config
 
 from . import peers
+from .rivals import BASE
 
 CLIP = 1.0
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -118,7 +119,6 @@ def ours_clipping(**options: Any) -> Callable[[nn.Module, float], Step]:
     return ours(clip_grad_norm=CLIP, **options)
 
 
-BASE = "SGD, clip_grad_norm_"
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
 
 METHODS = {

@@ -10,7 +10,7 @@ from . import tables
 from .__main__ import TUNED
 from .peers import PEERS
 from .results import Results
-from .rivals import clips, ours
+from .rivals import BASE, clips, ours
 from .tables import Lines, lost
 
 
@@ -123,9 +123,6 @@ EXPLAINED = {
 }
 
 
-# --- bench/results/README.md -----------------------------------------------------------------------------------------
-
-
 def page(devices: list[Device]) -> str:
     lines = [
         "# Results",
@@ -141,7 +138,7 @@ def page(devices: list[Device]) -> str:
     ]
     for device in devices:
         lines += section(device)
-    lines += [*rivals_set(devices)]
+    lines += rivals_set(devices)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -195,7 +192,7 @@ def section(device: Device) -> Lines:
     if measured.missing:
         yield "### What is missing, and why"
         yield ""
-        yield from tables.missing(measured)
+        yield from (f"- {what}: {reason}" for what, reason in measured.missing.items())
         yield ""
 
 
@@ -254,11 +251,11 @@ def step_headlines(measured: Results) -> Lines:
             peak = tables.gib(best.memory["peak"])
             yield (
                 f"- {tables.step_words(case)}: {best.contestant} takes {best.ratio.median:.2f} of the time of "
-                f"{tables.BASE} and {peak} GiB above the weights."
+                f"{BASE} and {peak} GiB above the weights."
             )
-    for base in (one for one in clipping if one.contestant == tables.BASE):
+    for base in (one for one in clipping if one.contestant == BASE):
         peak = tables.gib(base.memory["peak"])
-        yield f"- {tables.step_words(case)}: {tables.BASE} itself takes {peak} GiB above the weights."
+        yield f"- {tables.step_words(case)}: {BASE} itself takes {peak} GiB above the weights."
 
 
 def memory_headlines(measured: Results) -> Lines:

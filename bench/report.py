@@ -11,7 +11,6 @@ from pathlib import Path
 from . import paper, results, tables
 from .measure import ROOT
 from .page import EXPLAINED, Device, page
-from .rivals import ours
 from .tables import Lines, lost, strong, table
 
 BEGIN, END = "<!-- results, from `python -m bench.report` -->\n", "<!-- end of results -->\n"
@@ -65,7 +64,7 @@ def short_update(device: Device) -> Lines:
     for contestant in SHOWN:
         if ones := [of[contestant] for of in found.values() if contestant in of]:
             cells = [tables.fraction(of.get(contestant)) for of in found.values()]
-            rows.append([strong(tables.name(ones[0], tables.default(measured)), ones[0]), *cells])
+            rows.append([strong(tables.name(ones[0], tables.default(measured))), *cells])
     size = tables.count(tables.headline_size(measured))
     yield from table([f"update of {size} elements, fraction of the probe “{measured[0].beside}”", *found], rows)
     yield device.command("update")
@@ -107,7 +106,7 @@ def short_memory(device: Device) -> Lines:
     plain, saved = (tables.memory_rows(device.results, case, checkpointing) for checkpointing in (False, True))
     rows = [
         [
-            f"**{label}**" if ours(label) else label,
+            strong(label),
             *(f"{sum(of[label].values()):.2f}" if label in of else "-" for of in (plain, saved)),
         ]
         for label in dict.fromkeys([*plain, *saved])

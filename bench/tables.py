@@ -13,10 +13,9 @@ from typing import Any
 from . import paper
 from .peers import PEERS
 from .results import Measurement, Results, Spread
-from .rivals import Pair, ours, pairs
+from .rivals import BASE, Pair, ours, pairs
 
 DTYPES = ("bfloat16", "float16", "float32")
-BASE = "SGD, clip_grad_norm_"  # what training steps are compared with
 HEADLINE = 2**24  # elements: neither a parameter nor its gradient fits in a cache
 
 Lines = Iterator[str]
@@ -117,9 +116,9 @@ def ordered(measured: list[Measurement]) -> list[Measurement]:
     )
 
 
-def strong(text: str, one: Measurement) -> str:
+def strong(label: str) -> str:
     """Ours stands out."""
-    return f"**{text}**" if ours(one.contestant) else text
+    return f"**{label}**" if ours(label.removeprefix("`")) else label
 
 
 def headline_size(measurements: list[Measurement]) -> int:
@@ -160,7 +159,7 @@ def bandwidth(results: Results, question: str) -> Lines:
         for one in ordered(results.of(question, dtype=dtype, elements=size)):
             if setting(one)[:2] != usual[:2]:
                 continue  # in the table of instruction sets
-            row = [strong(name(one, usual), one), seconds(one.time.median), f"{one.gigabytes_per_second:.1f}"]
+            row = [strong(name(one, usual)), seconds(one.time.median), f"{one.gigabytes_per_second:.1f}"]
             row += [fraction(one), f"{one.fraction.low:.2f}-{one.fraction.high:.2f}"]
             rows.append(row if one.error is None else [*row, error(one)])
         if rows:
@@ -204,7 +203,7 @@ def sizes(measured: list[Measurement], usual: tuple[Any, ...]) -> Lines:
     rows = []
     for label, of_one in by_name(ordered(measured), usual).items():
         found = {one.case["elements"]: spread(one.fraction) for one in of_one}
-        rows.append([strong(label, of_one[0]), *(found.get(size, "-") for size in columns)])
+        rows.append([strong(label), *(found.get(size, "-") for size in columns)])
     yield from table(["elements", *(count(size) for size in columns)], rows)
 
 
@@ -222,7 +221,7 @@ def relative(results: Results, question: str) -> Lines:
         rows = []
         for label, of_one in by_name(group, usual).items():
             found = {_own(one): spread(one.ratio) for one in of_one}
-            rows.append([strong(label, of_one[0]), *(found.get(case, "-") for case in columns)])
+            rows.append([strong(label), *(found.get(case, "-") for case in columns)])
         base = {
             case: Spread.of([s for one in group if _own(one) == case for s in one.beside_seconds]) for case in columns
         }
@@ -261,7 +260,7 @@ def hooks(results: Results, question: str = "hooks") -> Lines:
         rows = []
         for label, of_one in by_name(group, usual).items():
             found = {one.case["parameters"]: _microseconds(per_parameter(one)) for one in of_one}
-            rows.append([strong(label, of_one[0]), *(found.get(number, "-") for number in columns)])
+            rows.append([strong(label), *(found.get(number, "-") for number in columns)])
         head = f"µs per parameter of {shape}, {dtype}"
         yield from table([head, *(f"{number} parameters" for number in columns)], rows)
 
@@ -291,7 +290,7 @@ def step(results: Results, case: dict[str, Any]) -> Lines:
     for one in measured:
         median = one.time.median
         ratio = spread(one.ratio) if one.beside_seconds else "-"
-        row = [strong(one.contestant, one), seconds(median), f"{case['tokens'] / median:.0f}", ratio]
+        row = [strong(one.contestant), seconds(median), f"{case['tokens'] / median:.0f}", ratio]
         rows.append([*row, gib(one.memory["peak"]), gib(one.peak)])
     head = [step_words(case), "step", "tokens/s", f"time, {BASE} = 1"]
     yield from table([*head, "peak above the weights, GiB", "with the weights, GiB"], rows)
@@ -309,7 +308,7 @@ def data_parallel(results: Results, question: str = "data_parallel") -> Lines:
     for case in dict.fromkeys(_own(one) for one in results.of(question)):
         rows = []
         for one in (one for one in results.of(question) if _own(one) == case):
-            row = [strong(one.contestant, one), seconds(one.time.median), spread(one.ratio)]
+            row = [strong(one.contestant), seconds(one.time.median), spread(one.ratio)]
             rows.append(row + [f"{one.memory[part] / 2**20:.0f}" for part in ("peak", "states")])
         head = ["step", f"time, {rows[0][0]} = 1", "peak above the weights, MiB", "of it kept between steps"]
         yield from table([", ".join(case), *head], rows)
@@ -361,7 +360,7 @@ def memory(results: Results, question: str = "memory") -> Lines:
         yield from table(
             [head, *columns, "peak"],
             (
-                [f"**{label}**" if ours(label) else label]
+                [strong(label)]
                 + [f"{row.get(column, 0):.2f}" for column in columns]
                 + [f"{sum(totals[label].values()):.2f}"]
                 for label, row in rows.items()
@@ -399,7 +398,7 @@ def ablation(results: Results) -> Lines:
     peaks = {(one.contestant, one.case["checkpointing"], one.case.get("chunk")): one.peak for one in cases}
     rows, before = [], dict.fromkeys(settings, 0)
     for contestant, less in (*COMPONENTS.items(), *((name, "(clips exactly)") for name in CLIPPING)):
-        row = [f"**{contestant}**" if ours(contestant) else contestant, less or "-"]
+        row = [strong(contestant), less or "-"]
         for setting in settings:
             peak = peaks.get((contestant, *setting))
             change = (
@@ -422,7 +421,7 @@ def simulation_errors(results: Results) -> Lines:
         one = next(one for one in results.of("memory", how="simulated", **same) if one.contestant == real.contestant)
         peaks = [f"{peak / 2**20:.1f}" for peak in (real.peak, one.peak)]
         name_ = f"{real.contestant}, {_word('checkpointing', real.case['checkpointing'])}"
-        rows.append([f"**{name_}**" if ours(name_) else name_, *peaks, f"{one.peak / real.peak:.3f}"])
+        rows.append([strong(name_), *peaks, f"{one.peak / real.peak:.3f}"])
     if rows:
         head = f"{real.case['model']}, {real.case['sequence']} tokens, really run: peak, MiB"
         yield from folded("Is the simulation right?", table([head, "measured", "simulated", "ratio"], rows))
@@ -480,7 +479,7 @@ def _own_but(one: Measurement, axis: str) -> Iterator[str]:
     yield from _own(Measurement(one.question, one.contestant, case))
 
 
-# --- what it ran on, what is missing ---------------------------------------------------------------------------------
+# --- what it ran on --------------------------------------------------------------------------------------------------
 
 
 def environment(results: Results, file: Path) -> Lines:
@@ -505,11 +504,6 @@ def commits(about: dict[str, Any]) -> str:
     if len(short) == 1:
         return next(iter(short.values()))
     return "; ".join(f"{short[commit]} ({', '.join(questions)})" for commit, questions in asked.items())
-
-
-def missing(results: Results) -> Lines:
-    for what, reason in results.missing.items():
-        yield f"- {what}: {reason}"
 
 
 SECTIONS: dict[str, Callable[[Results, str], Lines]] = {

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bench import bench_hooks, bench_step, methods, peers
-from bench.bench_step import BASE, FORWARD, Case, Contest
+from bench.bench_step import Case, Contest
 from bench.methods import METHODS, Method
+from bench.rivals import BASE, FORWARD
 
 FEW = (BASE, "Lomo", "lomo_optim", "hook, add_", FORWARD)
 
