@@ -1,14 +1,13 @@
 """``python -m bench [QUESTION …] [--full] [--device …]``: measures, and writes ``bench/results/<device>-<date>.json``.
 
 Each question is a file ``bench_<question>.py``, which pytest runs alone, too. What only a fresh process can be set to
-(instruction set, allocator, backend) is set here: `RUNS` says which questions run in which settings. A question's
+(instruction set, allocator, backend) is set here: `runs` says which questions run in which settings. A question's
 measurements take the place of those that the file has of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from . import results
-from .measure import ROOT, file_name
+from .measure import ROOT, todays_file
 
 # Other pages of memory, another minute: two processes differ by more than two rounds of one. So each question is asked
 # by three, some minutes apart, and their samples are pooled.
@@ -77,7 +76,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.question) - set(QUESTIONS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(QUESTIONS)}")
-    file = arguments.output or results.RESULTS / file_name(arguments.device, str(datetime.date.today()))
+    file = arguments.output or todays_file(arguments.device)
     failed = []
     answers: dict[str, results.Results] = {}
     for turn in range(PROCESSES):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from . import tables
 from .__main__ import TUNED
 from .peers import PEERS
-from .results import Results
+from .results import Results, device_and_date
 from .rivals import BASE, clips, ours
 from .tables import Lines, lost
 
@@ -22,11 +22,11 @@ class Device(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.file.stem[:-11]
+        return device_and_date(self.file)[0]
 
     @property
     def date(self) -> str:
-        return self.file.stem[-10:]
+        return device_and_date(self.file)[1]
 
     @property
     def title(self) -> str:

@@ -12,10 +12,9 @@ from typing import Any
 
 from . import paper
 from .peers import PEERS
-from .results import Measurement, Results, Spread
+from .results import DTYPES, Measurement, Results, Spread, device_and_date
 from .rivals import BASE, Pair, ours, pairs
 
-DTYPES = ("bfloat16", "float16", "float32")
 HEADLINE = 2**24  # elements: neither a parameter nor its gradient fits in a cache
 
 Lines = Iterator[str]
@@ -487,7 +486,7 @@ def environment(results: Results, file: Path) -> Lines:
     known = {key: value for key, value in about.items() if key not in ("peers", "commits", "commit", "capability")}
     rows = [[key.replace("_", " "), str(value)] for key, value in known.items() if value != "none"]
     rows += [["peers", ", ".join(f"{key} {value}" for key, value in about["peers"].items())]]
-    rows += [["commit", commits(about)], ["date", file.stem[-10:]], ["file", f"[{file.name}]({file.name})"]]
+    rows += [["commit", commits(about)], ["date", device_and_date(file)[1]], ["file", f"[{file.name}]({file.name})"]]
     yield "| | |"
     yield "|---|---|"
     for row in rows:
