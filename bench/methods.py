@@ -178,10 +178,9 @@ def wrong(method: Method, dtype: torch.dtype, device: str) -> str:
     return ""
 
 
-def cannot(name: str, dtype: torch.dtype, device: str) -> tuple[str, str]:
-    """What is missing, a peer or a right result, and why; twice nothing where the method can run."""
-    for peer in peers.NEEDS:
-        if name.startswith(peer) and (reason := peers.missing(peer)):
-            return peer, reason
+def cannot(name: str, dtype: torch.dtype, device: str) -> tuple[str, str] | None:
+    """What is missing, a peer or a right result, and why, where the method cannot run."""
+    if lacking := peers.missing(name):
+        return lacking
     reason = wrong(METHODS[name], dtype, device)
-    return (f"{name}, {str(dtype).removeprefix('torch.')}, {device}", reason) if reason else ("", "")
+    return (f"{name}, {str(dtype).removeprefix('torch.')}, {device}", reason) if reason else None
