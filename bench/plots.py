@@ -92,7 +92,7 @@ def error_bars(of: Spread) -> list[list[float]]:
 # --- bars of one size ------------------------------------------------------------------------------------------------
 
 
-def bars(results: Results, question: str) -> Figure:
+def bars(results: Results, question: str, title: str) -> Figure:
     """Fraction of the probe's speed by contestant, one panel per dtype."""
     measured = results.of(question)
     usual = tables.default(measured)
@@ -143,6 +143,7 @@ def bars(results: Results, question: str) -> Figure:
     for tick, label in zip(row[0][0].get_yticklabels(), labels, strict=True):
         tick.set_fontweight("bold" if ours(label) else "normal")
     row[0][0].invert_yaxis()
+    figure.suptitle(f"{title} ({tables.count(size)} elements; red: the limit)")
     return figure
 
 
@@ -151,19 +152,11 @@ def _label(one: Measurement, usual: tuple[object, ...]) -> str:
 
 
 def update(results: Results) -> Figure:
-    figure = bars(results, "update")
-    figure.suptitle(_at_size(results, "update", "How much of the memory's speed an update reaches"))
-    return figure
+    return bars(results, "update", "How much of the memory's speed an update reaches")
 
 
 def norm(results: Results) -> Figure:
-    figure = bars(results, "norm")
-    figure.suptitle(_at_size(results, "norm", "Speed, and error against float64, of the sum of squares"))
-    return figure
-
-
-def _at_size(results: Results, question: str, title: str) -> str:
-    return f"{title} ({tables.count(tables.headline_size(results.of(question)))} elements; red: the limit)"
+    return bars(results, "norm", "Speed, and error against float64, of the sum of squares")
 
 
 # --- lines over sizes ------------------------------------------------------------------------------------------------

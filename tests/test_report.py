@@ -109,7 +109,7 @@ def test_of_every_rival_that_was_measured_the_page_says_how_it_is_set():
 
 def test_every_question_has_a_section(machine):
     text = page.page([machine])
-    assert set(page.ASKS) == set(tables.SECTIONS) == set(tables.AXES)
+    assert set(QUESTIONS) == set(page.ASKS) == set(page.EXPLAINED) == set(tables.SECTIONS) == set(tables.AXES)
     measured = machine.results.questions()
     assert [question for question in page.ASKS if page.ASKS[question] in text] == [
         q for q in page.ASKS if q in measured
