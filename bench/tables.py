@@ -15,6 +15,7 @@ from .peers import PEERS
 from .results import DTYPES, Measurement, Results, Spread, device_and_date
 from .rivals import BASE, Pair, ours, pairs
 
+SETTING = ("backend", "detail", "malloc")  # of a case: what its process was set to
 HEADLINE = 2**24  # elements: neither a parameter nor its gradient fits in a cache
 
 Lines = Iterator[str]
@@ -71,7 +72,7 @@ def distinct(measurements: Iterable[Measurement], name: str) -> list[Any]:
 
 
 def setting(one: Measurement) -> tuple[Any, ...]:
-    return tuple(one.case.get(name) for name in ("backend", "detail", "malloc"))
+    return tuple(one.case.get(name) for name in SETTING)
 
 
 def default(measurements: list[Measurement]) -> tuple[Any, ...]:
@@ -230,8 +231,7 @@ def relative(results: Results, question: str) -> Lines:
 
 def _own(one: Measurement) -> tuple[str, ...]:
     """The case in words, without the process's setting."""
-    skipped = ("backend", "detail", "malloc")
-    return tuple(_word(key, value) for key, value in one.case.items() if key not in skipped)
+    return tuple(_word(key, value) for key, value in one.case.items() if key not in SETTING)
 
 
 def _word(key: str, value: Any) -> str:
