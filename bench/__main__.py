@@ -1,14 +1,13 @@
 """``python -m bench [QUESTION …] [--full] [--device …]``: measures, and writes ``bench/results/<device>-<date>.json``.
 
 Each question is a file ``bench_<question>.py``, which pytest runs alone, too. What only a fresh process can be set to
-(instruction set, allocator, backend) is set here: `RUNS` says which questions run in which settings. A question's
+(instruction set, allocator, backend) is set here: `runs` says which questions run in which settings. A question's
 measurements take the place of those that the file has of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from . import results
-from .measure import ROOT, file_name
+from .measure import ROOT, todays_file
 
 # Other pages of memory, another minute: two processes differ by more than two rounds of one. So each question is asked
 # by three, some minutes apart, and their samples are pooled.
@@ -86,7 +85,7 @@ def main() -> int:
     probed = {"update", "norm"} & set(arguments.question or QUESTIONS) and arguments.device == "cpu"
     if probed and not any(TESTING.glob("lomo_kernels_testing.*")):
         parser.error("the probes of memory bandwidth are not built: run `make testing` first, then .venv/bin/python")
-    file = arguments.output or results.RESULTS / file_name(arguments.device, str(datetime.date.today()))
+    file = arguments.output or todays_file(arguments.device)
     try:  # before the measuring, which may take an hour
         results.writable(file)
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 import itertools
 import math
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .results import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = 5e-4  # seconds that a sample takes at least: short calls are repeated, the clock and its call cost 0.1 us
@@ -169,11 +172,11 @@ def _said(pattern: str, *command: str) -> str:
     return found[1] if found else "none"
 
 
-def file_name(device: str, date: str) -> str:
-    """Of the results: ``<device>-<date>.json``; for a processor with its best instruction set."""
+def todays_file(device: str) -> Path:
+    """Of results: ``bench/results/<device>-<date>.json``; a processor is named with its best instruction set."""
     name = environment(device)["device"]
     if device == "cpu":
         from lomo_kernels import backends  # not at import: bench/gpu.py builds it
 
         name = f"{name} {backends.choice('CPU').detail}"
-    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{date}.json"
+    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{datetime.date.today()}.json"

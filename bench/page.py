@@ -9,8 +9,8 @@ from typing import NamedTuple
 from . import tables
 from .__main__ import TUNED
 from .peers import PEERS
-from .results import Results
-from .rivals import clips, ours
+from .results import Results, device_and_date
+from .rivals import BASE, clips, ours
 from .tables import Lines, lost
 
 
@@ -22,11 +22,11 @@ class Device(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.file.stem[:-11]
+        return device_and_date(self.file)[0]
 
     @property
     def date(self) -> str:
-        return self.file.stem[-10:]
+        return device_and_date(self.file)[1]
 
     @property
     def title(self) -> str:
@@ -137,9 +137,6 @@ EXPLAINED = {
 }
 
 
-# --- bench/results/README.md -----------------------------------------------------------------------------------------
-
-
 def page(devices: list[Device]) -> str:
     lines = [
         "# Results",
@@ -155,7 +152,7 @@ def page(devices: list[Device]) -> str:
     ]
     for device in devices:
         lines += section(device)
-    lines += [*rivals_set(devices)]
+    lines += rivals_set(devices)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -212,7 +209,7 @@ def section(device: Device) -> Lines:
     if measured.missing:
         yield "### What is missing, and why"
         yield ""
-        yield from tables.missing(measured)
+        yield from (f"- {what}: {reason}" for what, reason in measured.missing.items())
         yield ""
 
 
@@ -272,11 +269,11 @@ def step_headlines(measured: Results) -> Lines:
             peak = tables.gib(best.memory["peak"])
             yield (
                 f"- {tables.step_words(case)}: {best.contestant} takes {best.ratio.median:.2f} of the time of "
-                f"{tables.BASE} and {peak} GiB above the weights."
+                f"{BASE} and {peak} GiB above the weights."
             )
-    for base in (one for one in clipping if one.contestant == tables.BASE):
+    for base in (one for one in clipping if one.contestant == BASE):
         peak = tables.gib(base.memory["peak"])
-        yield f"- {tables.step_words(case)}: {tables.BASE} itself takes {peak} GiB above the weights."
+        yield f"- {tables.step_words(case)}: {BASE} itself takes {peak} GiB above the weights."
 
 
 def memory_headlines(measured: Results) -> Lines:

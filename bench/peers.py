@@ -55,10 +55,13 @@ NEEDS = {"optimi": ("optimi",), "lomo_optim": ("lomo_optim", "transformers")}  #
 EXTRA = "pip install 'lomo_kernels[bench]'"
 
 
-def missing(peer: str) -> str:
-    """Why a peer ("optimi", "lomo_optim") cannot run; empty where it can."""
-    lacking = [name for name in NEEDS[peer] if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(lacking)} not installed: {EXTRA}" if lacking else ""
+def missing(contestant: str) -> tuple[str, str] | None:
+    """The peer ("optimi", "lomo_optim") that a contestant's name begins with, and why, where it is not installed."""
+    for peer, packages in NEEDS.items():
+        lacking = [name for name in packages if importlib.util.find_spec(name) is None]
+        if contestant.startswith(peer) and lacking:
+            return peer, f"{' and '.join(lacking)} not installed: {EXTRA}"
+    return None
 
 
 class OneAtATime:

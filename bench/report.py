@@ -13,7 +13,6 @@ from . import paper, results, tables
 from .measure import ROOT
 from .page import EXPLAINED, Device, page
 from .peers import EXTRA
-from .rivals import ours
 from .tables import Lines, lost, strong, table
 
 BEGIN, END = "<!-- results, from `python -m bench.report` -->\n", "<!-- end of results -->\n"
@@ -69,7 +68,7 @@ def short_update(device: Device) -> Lines:
         of_it = [one for one in of_it if tables.setting(one)[:2] == usual[:2]]  # with either malloc
         for label, ones in tables.by_name(of_it, usual).items():
             found = {one.case["dtype"]: one for one in ones}
-            rows.append([strong(label, ones[0]), *(tables.fraction(found.get(dtype)) for dtype in tables.DTYPES)])
+            rows.append([strong(label), *(tables.fraction(found.get(dtype)) for dtype in tables.DTYPES)])
     head = f"update of {tables.count(size)} elements, fraction of the probe “{measured[0].beside}”"
     yield from table([head, *tables.DTYPES], rows)
     yield device.command("update")
@@ -111,7 +110,7 @@ def short_memory(device: Device) -> Lines:
     plain, saved = (tables.memory_rows(device.results, case, checkpointing) for checkpointing in (False, True))
     rows = [
         [
-            f"**{label}**" if ours(label) else label,
+            strong(label),
             *(f"{sum(of[label].values()):.2f}" if label in of else "-" for of in (plain, saved)),
         ]
         for label in dict.fromkeys([*plain, *saved])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = ("bfloat16", "float16", "float32")  # of kernels, in the order in which they are measured and shown
 
 
 class Spread(NamedTuple):
@@ -192,5 +193,10 @@ def add(file: Path, new: Results) -> None:
 
 def newest() -> Iterator[Path]:
     """The newest file of each device, by name."""
-    files = sorted(RESULTS.glob("*.json"), key=lambda file: file.stem[-10:])
-    yield from sorted({file.stem[:-11]: file for file in files}.values())
+    files = sorted(RESULTS.glob("*.json"), key=lambda file: device_and_date(file)[1])
+    yield from sorted({device_and_date(file)[0]: file for file in files}.values())
+
+
+def device_and_date(file: Path) -> tuple[str, str]:
+    """As its name says."""
+    return file.stem[:-11], file.stem[-10:]

@@ -1,6 +1,5 @@
 """The benches' own machinery: what is recorded, read again and compared. Nothing here looks at a time."""
 
-import json
 import os
 import re
 import subprocess
@@ -15,8 +14,6 @@ from bench import bench_data_parallel, bench_embedding, bench_norm, bench_update
 from bench.buffers import Buffers
 from bench.results import Measurement, Results, Spread
 from lomo_kernels import ops
-
-ROOT = Path(__file__).parent.parent
 
 
 def measurement(seconds, question="update", contestant="sgd_ nearest", **case):
@@ -249,9 +246,8 @@ def test_the_embedding_that_decays_does():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_contestants_compute_the_update(contestant, dtype):
     """SGD fused is known to be wrong for 16 bits on CPUs (torch 2.13): that is what this check is for."""
-    for peer in peers.NEEDS:
-        if contestant.startswith(peer) and (reason := peers.missing(peer)):
-            pytest.skip(reason)
+    if lacking := peers.missing(contestant):
+        pytest.skip(lacking[1])
     wrong = bench_update.wrong(contestant, dtype, "cpu")
     assert not wrong or contestant == "SGD fused"
 
@@ -269,23 +265,16 @@ def test_a_missing_peer_is_named_in_the_results(tmp_path):
         "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     )
     file = tmp_path / "measured.json"
-    options = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--benchmark-enable",
-        "-k",
-        "65536 and bfloat16 and not sgd_",
-        f"--record={file}",
-    ]
+    selected = ["-k", "65536 and bfloat16 and not sgd_"]
+    options = ["-q", "-p", "no:cacheprovider", "--benchmark-enable", *selected, f"--record={file}"]
     command = [sys.executable, "-c", code, "bench/bench_norm.py", "bench/bench_update.py", *options]
     # Not as a worker of pytest-xdist, in which pytest-benchmark measures nothing.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=measure.ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     content = results.read(file)
     assert "lomo_optim not installed" in content.missing["lomo_optim"]
     rivals = content.of("update", dtype="bfloat16", elements=65536)
     assert {one.contestant for one in rivals} >= {"add_", "SGD foreach"}
     assert all(len(one.seconds) == len(one.beside_seconds) >= measure.ROUNDS[0] for one in rivals)
-    assert json.loads(file.read_text())["environment"]["threads"] == 1
+    assert content.environment["threads"] == 1
