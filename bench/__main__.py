@@ -1,14 +1,13 @@
 """``python -m bench [QUESTION …] [--full] [--device …]``: measures, and writes ``bench/results/<device>-<date>.json``.
 
 Each question is a file ``bench_<question>.py``, which pytest runs alone, too. What only a fresh process can be set to
-(instruction set, allocator, backend) is set here: `RUNS` says which questions run in which settings. A question's
+(instruction set, allocator, backend) is set here: `runs` says which questions run in which settings. A question's
 measurements take the place of those that the file has of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import subprocess
 import sys
@@ -18,8 +17,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
+
 from . import results
-from .measure import ROOT, file_name
+from .measure import ROOT, todays_file
 
 # Other pages of memory, another minute: two processes differ by more than two rounds of one. So each question is asked
 # by three, some minutes apart, and their samples are pooled. But whole steps in full, which take 20 minutes as it is.
@@ -27,6 +28,8 @@ PROCESSES = 3
 QUESTIONS = ("update", "norm", "lists", "linear", "embedding", "hooks", "step", "data_parallel", "memory")
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 OURS = "sgd_ or sq_norm_"
+ALLOCATING = "lomo_optim or (vector_norm and float32)"  # float32 copies of 16-bit gradients and parameters
+TESTING = ROOT / "build" / "testing"  # whence pytest takes lomo_kernels_testing
 # Freed memory stays with the process: no page is given back to the system and faulted in again.
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
@@ -51,7 +54,7 @@ def runs(question: str, device: str) -> list[Run]:
     settings = [Run(question)]
     if question in ("update", "norm"):
         settings += [Run(question, {"LOMO_KERNELS_ISA": isa}, OURS) for isa in ISAS if lower(isa)]
-        settings.append(Run(question, TUNED, "lomo_optim"))  # the one that allocates
+        settings.append(Run(question, TUNED, ALLOCATING))
     if question == "step":
         # Only in full, where weights weigh most.
         settings.append(Run(question, TUNED, "107M and 256 and not checkpointing"))
@@ -72,7 +75,7 @@ def lower(isa: str) -> bool:
 
 
 def main() -> int:
-    """Returns 1 where a measurement failed."""
+    """Returns 1 where a measurement failed, or none was selected."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("question", nargs="*", help=f"{', '.join(QUESTIONS)} (default: all)")
     parser.add_argument("--full", action="store_true", help="every size and case: an hour, the short selection minutes")
@@ -82,7 +85,16 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.question) - set(QUESTIONS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(QUESTIONS)}")
-    file = arguments.output or results.RESULTS / file_name(arguments.device, str(datetime.date.today()))
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU: torch.cuda.is_available() is False in this environment")
+    probed = {"update", "norm"} & set(arguments.question or QUESTIONS) and arguments.device == "cpu"
+    if probed and not any(TESTING.glob("lomo_kernels_testing.*")):
+        parser.error("the probes of memory bandwidth are not built: run `make testing` first, then .venv/bin/python")
+    file = arguments.output or todays_file(arguments.device)
+    try:  # before the measuring, which may take an hour
+        results.writable(file)
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot add to {file}: {error}")
     failed = []
     answers: dict[str, results.Results] = {}
     for turn in range(PROCESSES):
@@ -94,14 +106,18 @@ def main() -> int:
                 select = " and ".join(f"({part})" for part in (run.select, arguments.select) if part)
                 options = [f"--device={arguments.device}", f"--processes={processes}"]
                 measured, status = measure(run, options + ["--full"] * arguments.full + ["-k", select] * bool(select))
-                if measured:
+                if measured and (measured.measurements or measured.missing):
                     answers[question] = answers[question].pooled(measured) if question in answers else measured
                 if status not in (0, 5):  # 5: -k left nothing
                     failed.append(f"{question} {dict(run.environment) or ''}".strip())
             if question in answers:  # after each question: the next may be cut off
                 results.add(file, answers[question])
-    print(f"\nwritten to {file}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
-    return bool(failed)
+    print(f"\nwritten to {file}" if answers else "\nnothing was measured, nothing written")
+    if not (answers or failed):
+        print(f"-k {arguments.select!r} selects no test of {', '.join(arguments.question or QUESTIONS)}")
+    if failed:
+        print(f"FAILED: {', '.join(dict.fromkeys(failed))}")
+    return bool(failed) or not answers
 
 
 def measure(run: Run, options: list[str]) -> tuple[results.Results | None, int]:

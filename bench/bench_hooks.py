@@ -58,8 +58,8 @@ def backward_of(
     return run
 
 
-def lacks(name: str, count: int, dtype: torch.dtype, device: str) -> tuple[str, str]:
-    """What is missing and why; twice nothing where the contestant can run."""
+def lacks(name: str, count: int, dtype: torch.dtype, device: str) -> tuple[str, str] | None:
+    """What is missing and why, where the contestant cannot run."""
     if name == "lomo_optim" and count > LOMO_OPTIM_AT_MOST:
         return f"{name}, {count} parameters", "left out: its time grows with the square of their number"
     return cannot(name, dtype, device)
@@ -69,7 +69,7 @@ def lacks(name: str, count: int, dtype: torch.dtype, device: str) -> tuple[str, 
 def seconds(shape, dtype, count, device, request):
     """Samples of each contestant that can run."""
     of = getattr(torch, dtype)
-    able = [name for name in CONTESTANTS if not lacks(name, count, of, device)[1]]
+    able = [name for name in CONTESTANTS if not lacks(name, count, of, device)]
     contestants = {name: backward_of(shape, of, count, name, device) for name in (BARE, *able)}
     if not request.config.getoption("benchmark_enable"):
         return interleave(contestants, 0)
@@ -79,10 +79,9 @@ def seconds(shape, dtype, count, device, request):
 
 
 def test_backward(reported, missing, shape, dtype, count, device, seconds, contestant):
-    what, reason = lacks(contestant, count, getattr(torch, dtype), device)
-    if reason:
+    if lacking := lacks(contestant, count, getattr(torch, dtype), device):
         if contestant.startswith("Lomo"):
-            pytest.fail(reason)
-        missing(what, reason)
+            pytest.fail(": ".join(lacking))
+        missing(*lacking)
     case = {"shape": " x ".join(map(str, shape)), "dtype": dtype, "parameters": count}
     reported(contestant, case, seconds[contestant], beside=BARE, beside_seconds=seconds[BARE])

@@ -17,7 +17,7 @@ from lomo_kernels.demo.model import Config
 from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, simulate
 
 from . import paper, peers
-from .measure import allocations, peak_of
+from .measure import memory_of
 
 CONTESTANTS = tuple(METHODS)
 CHUNK = 256  # tokens whose logits exist at a time, where the loss is in chunks
@@ -62,22 +62,25 @@ def measured(contestant: str, config: Config, sequence: int, mode: dict[str, Any
     with torch.device(device):
         model = build()
         attached = METHODS[contestant].attach(model)
-        attached.update(loss(model))
-        gc.collect()
+
+        def step() -> None:
+            attached.update(loss(model))
+
+        step()
         if device == "cpu":
             tiled.buffer.memory = torch.empty(0)  # a tile that stayed counts too
             there = sum(tensor.nbytes for tensor in (*model.parameters(), *attached.states()))
-            return there + peak_of(allocations(lambda: attached.update(loss(model))))
+            return there + memory_of(step, device)[1]
+        gc.collect()
         torch.cuda.reset_peak_memory_stats()
-        attached.update(loss(model))
+        step()
         return torch.cuda.max_memory_allocated()
 
 
 @pytest.fixture(autouse=True)
 def _installed(contestant, missing):
-    for peer in peers.NEEDS:
-        if contestant.startswith(peer) and (reason := peers.missing(peer)):
-            missing(peer, reason)
+    if lacking := peers.missing(contestant):
+        missing(*lacking)
 
 
 def test_table_1(record, contestant, mode):

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 
 from lomo_kernels import ops
 
-from .buffers import Buffers
-
 ELEMENTS = {"short": [2**16, 2**24], "full": [2**power for power in range(10, 29, 2)]}
-
-
-#: Each call adds the squared norm of a gradient to a slot, or returns the norm.
+#: Of rivals, which return the norm; ours adds its square to a slot.
 NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "vector_norm": torch.linalg.vector_norm,
     "vector_norm, float32": lambda grad: torch.linalg.vector_norm(grad, dtype=torch.float32),
@@ -24,17 +19,7 @@ NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 CONTESTANTS = ("sq_norm_", *NORMS)
 
 
-@pytest.fixture(scope="module")
-def buffers(elements, dtype_name, device):
-    try:
-        return Buffers(getattr(torch, dtype_name), elements, device)
-    except MemoryError as error:
-        return error
-
-
-def test_norm(paired, missing, buffers, contestant, dtype_name, elements, device):
-    if isinstance(buffers, MemoryError):
-        missing(f"{elements} elements, {dtype_name}", str(buffers))
+def test_norm(paired, buffers, contestant, dtype, elements, device):
     slot = torch.zeros(1, dtype=torch.float64, device=device)
     grad = buffers.grads[0]
     exact = sum(chunk.double().square().sum() for chunk in grad.split(2**24)).sqrt()
@@ -52,5 +37,5 @@ def test_norm(paired, missing, buffers, contestant, dtype_name, elements, device
         def call(number):
             norm(buffers.pair(number)[1])
 
-    case = {"dtype": dtype_name, "elements": elements}
+    case = {"dtype": dtype, "elements": elements}
     paired(contestant, case, call, buffers.probe(1), bytes_moved=buffers.nbytes, error=error)

@@ -20,14 +20,14 @@ from lomo_kernels import tiled
 from lomo_kernels.demo.model import ByteLlama, Config
 
 from .buffers import free_memory
-from .measure import ROUNDS, interleave, memory_of, synchronize
-from .methods import ADAM, BASE, METHODS, SGD, Step, cannot, fused_is_wrong, wrong
+from .measure import interleave, memory_of, synchronize
+from .methods import ADAM, METHODS, SGD, Step, cannot, fused_is_wrong, wrong
+from .rivals import BASE, FORWARD
 
 pytestmark = pytest.mark.timeout(1800)  # the first contestant's test runs the rounds of all
 
 LR = 1e-6  # weights stay as they are, more or less: one set of them serves every contestant
-FORWARD = "forward alone"  # what computing every block's inputs once more would cost at least
-CONTESTANTS = (*METHODS, FORWARD)
+CONTESTANTS = (*METHODS, FORWARD)  # a forward is what computing every block's inputs once more costs at least
 DTYPE = torch.bfloat16
 
 #: By their number of parameters. The last two are TinyLlama and LLaMA-7B.
@@ -135,7 +135,7 @@ class Contest:
         with torch.device("meta"):
             self.weights = sum(param.numel() * DTYPE.itemsize for param in ByteLlama(config).parameters())
         for name in case.contestants:
-            if name in METHODS and (lacking := cannot(name, DTYPE, device))[1]:
+            if name in METHODS and (lacking := cannot(name, DTYPE, device)):
                 self.missing[name] = lacking
             elif (needed := self.weights + needs(name) * self.weights) > free:
                 self.missing[name] = (
@@ -191,7 +191,7 @@ def gib(number: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def contest(case, device, request):
+def contest(case, device, step_rounds, request):
     dtype = str(DTYPE).removeprefix("torch.")
     for kind in (SGD, ADAM):
         if reason := fused_is_wrong(kind, DTYPE, device):
@@ -201,9 +201,7 @@ def contest(case, device, request):
         case, words = case._replace(contestants=FEW), f"{case}, tuned malloc"
     if left_out := [name for name in CONTESTANTS if name not in case.contestants]:
         request.config.missing[f"{words}: {'; '.join(left_out)}"] = "left out: with them it would take too long"
-    options = request.config.option
-    rounds = -(-ROUNDS[0] // options.processes) if options.benchmark_enable else 0
-    yield Contest(case, MODELS[case.model], device, rounds)
+    yield Contest(case, MODELS[case.model], device, step_rounds)
     gc.collect()  # hooks and models refer to each other
 
 

@@ -113,26 +113,15 @@ def wrong(name: str, dtype: torch.dtype, device: str) -> str:
     return f"{int(differ.sum())} of 10007 elements are not within {limit}" if differ.any() else ""
 
 
-@pytest.fixture(scope="module")
-def buffers(elements, dtype_name, device):
-    try:
-        return Buffers(getattr(torch, dtype_name), elements, device)
-    except MemoryError as error:
-        return error
-
-
-def test_update(paired, missing, buffers, contestant, dtype_name, elements, device):
-    for peer in peers.NEEDS:
-        if contestant.startswith(peer) and (reason := peers.missing(peer)):
-            missing(peer, reason)
-    if isinstance(buffers, MemoryError):
-        missing(f"{elements} elements, {dtype_name}", str(buffers))
-    if dtype_name == "float32" and contestant in ("sgd_ stochastic", "optimi SGD"):
+def test_update(paired, missing, buffers, contestant, dtype, elements, device):
+    if lacking := peers.missing(contestant):
+        missing(*lacking)
+    if dtype == "float32" and contestant in ("sgd_ stochastic", "optimi SGD"):
         pytest.skip("float32 is not rounded")
     if reason := wrong(contestant, buffers.dtype, device):
         if contestant.startswith("sgd_"):
             pytest.fail(reason)
-        missing(f"{contestant}, {dtype_name}, {device}", reason)
+        missing(f"{contestant}, {dtype}, {device}", reason)
     call = MAKERS[contestant](buffers, LR)
-    case = {"dtype": dtype_name, "elements": elements}
+    case = {"dtype": dtype, "elements": elements}
     paired(contestant, case, call, buffers.probe(STREAMS), bytes_moved=STREAMS * buffers.nbytes)

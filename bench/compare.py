@@ -30,18 +30,22 @@ class Change(NamedTuple):
 
 
 def changes(old: Results, new: Results) -> Iterator[Change]:
-    """Of all timed measurements that both have."""
-    before = {one.key: one for one in old.measurements}
+    """Of all timed measurements that both have, beside something: on a small GPU what steps are held to may not fit."""
+    before = {one.key: one for one in old.measurements if one.beside_seconds}
     for one in new.measurements:
-        if one.seconds and one.key in before:
+        if one.beside_seconds and one.key in before:
             yield Change(one, before[one.key].fraction, one.fraction)
 
 
 def main(old: Path, new: Path) -> int:
-    """Prints them; returns 1 where something became slower."""
+    """Prints them; returns 1 where something became slower.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, or there is nothing to compare.
+    """
     found = list(changes(read(old), read(new)))
     if not found:
-        sys.exit(f"{old} and {new} have no measurement in common")
+        raise ValueError(f"{old} and {new} have no measurement in common")
     for change in found:
         if change.verdict != "same":
             one = change.measurement
@@ -56,4 +60,8 @@ def main(old: Path, new: Path) -> int:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    try:
+        sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)  # 1: something became slower

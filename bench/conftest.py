@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -11,9 +12,8 @@ import torch
 from lomo_kernels import backends
 
 from . import results
+from .buffers import Buffers
 from .measure import Clock, environment, repeated, rounds_for
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def pytest_addoption(parser):
@@ -31,16 +31,15 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     """Arguments named as a constant of the module (`tokens`: TOKENS, `contestant`: CONTESTANTS), which may differ by
-    extent: {"short": …, "full": …}, under the device where they differ; dtypes where asked for."""
+    extent: {"short": …, "full": …}, under the device where they differ; without a constant, `dtype` is each of them."""
     extent = "full" if metafunc.config.getoption("full") else "short"
     for name in metafunc.fixturenames:
-        if values := getattr(metafunc.module, f"{name.upper().rstrip('S')}S", None):
+        every = results.DTYPES if name == "dtype" else None
+        if values := getattr(metafunc.module, f"{name.upper().rstrip('S')}S", every):
             if isinstance(values, dict):
                 values = values.get(metafunc.config.getoption("device"), values)
             scope = "function" if name == "contestant" else "module"  # contestants share what a case sets up
             metafunc.parametrize(name, values[extent] if isinstance(values, dict) else values, ids=str, scope=scope)
-        elif name == "dtype_name":
-            metafunc.parametrize(name, DTYPES, scope="module")
 
 
 def pytest_collection_modifyitems(items):
@@ -71,7 +70,14 @@ def setting(device):
     return {"backend": serving.backend, "detail": serving.detail, **allocator}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def step_rounds(request):
+    """Rounds of whole steps, which are long: the fewest; 0 where nothing is timed."""
+    timed = request.config.getoption("benchmark_enable")
+    return rounds_for(math.inf, request.config.getoption("processes")) if timed else 0
+
+
+@pytest.fixture(scope="session")
 def missing(request):
     """missing(name, reason): names a contestant that cannot run here, and skips the test."""
 
@@ -80,6 +86,14 @@ def missing(request):
         pytest.skip(f"{name}: {reason}")
 
     return skip
+
+
+@pytest.fixture(scope="module")
+def buffers(elements, dtype, device, missing):
+    try:
+        return Buffers(getattr(torch, dtype), elements, device)
+    except MemoryError as error:
+        missing(f"{elements} elements, {dtype}", str(error))
 
 
 @pytest.fixture
@@ -104,7 +118,7 @@ def paired(benchmark, record, device, request):
             other.call(0)
             benchmark.pedantic(call, args=(0,))
             return
-        mine, beside = repeated(call, device), repeated(other.call, device)
+        mine, beside = repeated(device, call, other.call)
         seconds, beside_seconds = [], []
 
         def sample():

@@ -8,19 +8,17 @@ git repository.
 
 from __future__ import annotations
 
-import datetime
 import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import results
-from .measure import ROOT, environment, file_name
+from .measure import ROOT, environment, todays_file
 
 BACKENDS = ("cuda", "triton")
 # The tools see every access of every thread: some hundred times slower, so small cases of each kernel.
@@ -71,13 +69,8 @@ def sanitize() -> dict[str, Any]:
 
 
 def bench() -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench", "--full", "--device", "cuda", "--output", str(file())]
+    command = [sys.executable, "-m", "bench", "--full", "--device", "cuda", "--output", str(todays_file("cuda"))]
     return {"measured": run(command)}
-
-
-def file() -> Path:
-    """The results of today."""
-    return results.RESULTS / file_name("cuda", str(datetime.date.today()))
 
 
 STAGES = {stage.__name__: stage for stage in (build, test, sanitize, bench)}
@@ -95,8 +88,8 @@ def main() -> int:
         outcome = STAGES[stage]()
         failed += [f"{stage} {name}" for name, one in outcome.items() if one["status"]]
         # After each stage: the next may be cut off.
-        results.add(file(), results.Results(environment("cuda"), checks={stage: outcome}))
-    print(f"\nwritten to {file().relative_to(ROOT)}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
+        results.add(todays_file("cuda"), results.Results(environment("cuda"), checks={stage: outcome}))
+    print(f"\nwritten to {todays_file('cuda')}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
     return bool(failed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 import itertools
 import math
@@ -11,12 +12,14 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .results import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = 5e-4  # seconds that a sample takes at least: short calls are repeated, the clock and its call cost 0.1 us
@@ -39,10 +42,17 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def repeated(call: Callable[[int], Any], device: str = "cpu") -> Callable[[], float]:
-    """A function that calls `call`, with a running number to rotate its buffers, as often as a sample takes, and
-    returns the seconds of one call. On a GPU calls are queued and the last one is waited for."""
+def repeated(device: str, *calls: Callable[[int], Any]) -> list[Callable[[], float]]:
+    """For each call a function that calls it, with a running number to rotate buffers, as often as a sample takes, and
+    returns the seconds of one call. On a GPU calls are queued and the last one is waited for.
+
+    The number runs on over all of them: with numbers of their own, a call would find in the cache what the one before
+    it has just used."""
     numbers = itertools.count()
+    return [_repeated(device, call, numbers) for call in calls]
+
+
+def _repeated(device: str, call: Callable[[int], Any], numbers: Iterator[int]) -> Callable[[], float]:
     times = 1
 
     def sample() -> float:
@@ -162,11 +172,11 @@ def _said(pattern: str, *command: str) -> str:
     return found[1] if found else "none"
 
 
-def file_name(device: str, date: str) -> str:
-    """Of the results: ``<device>-<date>.json``; for a processor with its best instruction set."""
+def todays_file(device: str) -> Path:
+    """Of results: ``bench/results/<device>-<date>.json``; a processor is named with its best instruction set."""
     name = environment(device)["device"]
     if device == "cpu":
         from lomo_kernels import backends  # not at import: bench/gpu.py builds it
 
         name = f"{name} {backends.choice('CPU').detail}"
-    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{date}.json"
+    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{datetime.date.today()}.json"

@@ -16,6 +16,7 @@ from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama, Config
 
 from . import peers
+from .rivals import BASE
 
 CLIP = 1.0
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -118,7 +119,6 @@ def ours_clipping(**options: Any) -> Callable[[nn.Module, float], Step]:
     return ours(clip_grad_norm=CLIP, **options)
 
 
-BASE = "SGD, clip_grad_norm_"
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
 
 METHODS = {
@@ -178,10 +178,9 @@ def wrong(method: Method, dtype: torch.dtype, device: str) -> str:
     return ""
 
 
-def cannot(name: str, dtype: torch.dtype, device: str) -> tuple[str, str]:
-    """What is missing, a peer or a right result, and why; twice nothing where the method can run."""
-    for peer in peers.NEEDS:
-        if name.startswith(peer) and (reason := peers.missing(peer)):
-            return peer, reason
+def cannot(name: str, dtype: torch.dtype, device: str) -> tuple[str, str] | None:
+    """What is missing, a peer or a right result, and why, where the method cannot run."""
+    if lacking := peers.missing(name):
+        return lacking
     reason = wrong(METHODS[name], dtype, device)
-    return (f"{name}, {str(dtype).removeprefix('torch.')}, {device}", reason) if reason else ("", "")
+    return (f"{name}, {str(dtype).removeprefix('torch.')}, {device}", reason) if reason else None

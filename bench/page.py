@@ -9,8 +9,8 @@ from typing import NamedTuple
 from . import tables
 from .__main__ import TUNED
 from .peers import PEERS
-from .results import Results
-from .rivals import clips, ours
+from .results import Results, device_and_date
+from .rivals import BASE, clips, ours
 from .tables import Lines, lost
 
 
@@ -22,11 +22,11 @@ class Device(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.file.stem[:-11]
+        return device_and_date(self.file)[0]
 
     @property
     def date(self) -> str:
-        return self.file.stem[-10:]
+        return device_and_date(self.file)[1]
 
     @property
     def title(self) -> str:
@@ -38,8 +38,8 @@ class Device(NamedTuple):
     def is_cpu(self) -> bool:
         return "capability" not in self.results.environment
 
-    def command(self, *questions: str) -> str:
-        return f"`python -m bench {' '.join(questions)}{'' if self.is_cpu else ' --device cuda'}`"
+    def command(self, *arguments: str) -> str:
+        return f"`python -m bench {' '.join(arguments)}{'' if self.is_cpu else ' --device cuda'}`"
 
     def pictures(self) -> dict[str, list[Picture]]:
         """By question, in the order in which the page shows them."""
@@ -66,6 +66,14 @@ def several(question: str, key: str) -> Callable[[Results], bool]:
     return lambda results: len(tables.distinct(results.of(question), key)) > 1
 
 
+def has_steps(results: Results) -> bool:
+    return bool(tables.compared_cases(results))
+
+
+def has_table_1(results: Results) -> bool:
+    return any(map(tables.is_papers, tables.memory_cases(results)))
+
+
 PICTURES = {
     "update": [
         Picture("update", "Speed of one update as a fraction of the memory's, by data type: ours and rivals"),
@@ -74,8 +82,8 @@ PICTURES = {
     ],
     "norm": [Picture("norm", "Speed and error of the sum of squares: ours and rivals")],
     "hooks": [Picture("hooks", "Time per parameter over the number of parameters")],
-    "step": [Picture("step", "Time of a training step against its peak memory, one point for each method")],
-    "memory": [Picture("memory", "What the peak is made of, the paper's Table 1 beside ours")],
+    "step": [Picture("step", "Time of a training step against its peak memory, one point for each method", has_steps)],
+    "memory": [Picture("memory", "What the peak is made of, the paper's Table 1 beside ours", has_table_1)],
 }
 
 ASKS = {
@@ -98,8 +106,14 @@ EXPLAINED = {
     ),
     "norm": "The probe reads one stream. The error is relative to float64.",
     "lists": "Times are relative to one call for each tensor.",
-    "linear": "The limit is the matrix product that makes the gradient: no way to a new weight needs less.",
-    "embedding": "The limit is the making of the dense gradient.",
+    "linear": (
+        "Times are relative to the matrix product that makes the gradient as a tensor of its own. Who makes none can "
+        "take less."
+    ),
+    "embedding": (
+        "Times are relative to the making of the dense gradient, which touches every row; the others touch those that "
+        "occur. `index_add_` rounds each occurrence, ours the sum of a row's."
+    ),
     "hooks": (
         "Microseconds above a bare backward, which leaves gradients where they are, divided by the number of "
         "parameters."
@@ -123,9 +137,6 @@ EXPLAINED = {
 }
 
 
-# --- bench/results/README.md -----------------------------------------------------------------------------------------
-
-
 def page(devices: list[Device]) -> str:
     lines = [
         "# Results",
@@ -141,7 +152,7 @@ def page(devices: list[Device]) -> str:
     ]
     for device in devices:
         lines += section(device)
-    lines += [*rivals_set(devices)]
+    lines += rivals_set(devices)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -149,9 +160,12 @@ HOW = (
     "- Figures are medians, with the 10th and the 90th percentile beside them: four samples of five lie between.",
     "- What is compared ran side by side: each sample of a call comes right after one of its probe, or all methods run",
     "  in every round, and ratios are taken round by round. So a busy machine moves both.",
-    "- Buffers are used in turn, more of them than the last-level cache holds. Results are checked against the",
-    "  reference before anything is timed.",
-    "- Somebody is called faster only where the two ranges have nothing in common.",
+    "  Compare the fractions and ratios of two rows, not their times or GB/s, which were taken at different moments.",
+    "- Updates and norms use their buffers in turn, 256 MiB of them (512 on a GPU; 64 at 1 Ki elements of 16 bits), so",
+    "  they come from memory. Lists and layers have one set, which may stay in the cache, and so has their yardstick.",
+    "- Ours, and rivals' updates and steps, are checked against the reference before anything is timed.",
+    "- Somebody is called faster where the two ranges have nothing in common; where they overlap and a rival's median",
+    "  is higher, that is listed by itself.",
     "- **Bold** is ours.",
 )
 
@@ -195,7 +209,7 @@ def section(device: Device) -> Lines:
     if measured.missing:
         yield "### What is missing, and why"
         yield ""
-        yield from tables.missing(measured)
+        yield from (f"- {what}: {reason}" for what, reason in measured.missing.items())
         yield ""
 
 
@@ -208,7 +222,7 @@ def rivals_set(devices: list[Device]) -> Lines:
         if peer in measured:
             yield f"- {peer}: {how}."
     yield ""
-    yield "Who allocates also ran with a malloc that keeps freed memory (“tuned malloc”):"
+    yield "In updates, norms and steps who allocates also ran with a malloc that keeps freed memory (“tuned malloc”):"
     yield f"`{' '.join(f'{key}={value}' for key, value in TUNED.items())}`."
 
 
@@ -232,14 +246,15 @@ def headlines(measured: Results) -> Lines:
 
 
 def update_headlines(measured: Results) -> Lines:
+    asked = measured.of("update")
     for dtype in tables.DTYPES:
-        found = tables.at_headline(measured.of("update"), dtype)
+        found = tables.at_headline(asked, dtype)
         if mine := found.get("sgd_ nearest"):
             speed = mine.fraction.median
             times = [
-                f"{speed / found[peer].fraction.median:.2f} times {peer}"
+                f"{speed / best.fraction.median:.2f} times {tables.name(best, tables.default(asked))}"
                 for peer in ("add_", "SGD foreach", "optimi SGD, no Kahan", "lomo_optim")
-                if peer in found
+                if (best := tables.at_best(asked, dtype, peer))
             ]
             yield f"- An update in {dtype} runs at {speed:.2f} of the memory's speed: {'; '.join(times)}."
 
@@ -254,22 +269,24 @@ def step_headlines(measured: Results) -> Lines:
             peak = tables.gib(best.memory["peak"])
             yield (
                 f"- {tables.step_words(case)}: {best.contestant} takes {best.ratio.median:.2f} of the time of "
-                f"{tables.BASE} and {peak} GiB above the weights."
+                f"{BASE} and {peak} GiB above the weights."
             )
-    for base in (one for one in clipping if one.contestant == tables.BASE):
+    for base in (one for one in clipping if one.contestant == BASE):
         peak = tables.gib(base.memory["peak"])
-        yield f"- {tables.step_words(case)}: {tables.BASE} itself takes {peak} GiB above the weights."
+        yield f"- {tables.step_words(case)}: {BASE} itself takes {peak} GiB above the weights."
 
 
 def memory_headlines(measured: Results) -> Lines:
-    """Of the paper's case: the least that ours take, and what the paper says of its own."""
+    """Of the paper's case: the least that ours take, and others in the same simulation; beside them what the paper
+    says of its own, whose attention kept more."""
     for case in filter(tables.is_papers, tables.memory_cases(measured)):
         for checkpointing in (False, True):
             rows = tables.memory_rows(measured, case, checkpointing)
             totals = {label: sum(row.values()) for label, row in rows.items()}
             if mine := [label for label in totals if ours(label)]:
                 least = min(mine, key=totals.__getitem__)
-                labels = (least, "LOMO, the paper", "AdamW, the paper")
-                words = "; ".join(f"{label}: {totals[label]:.2f}" for label in labels)
+                others = ("lomo_optim, simulated", "SGD, simulated", "AdamW, simulated")
+                labels = (least, *others, "LOMO, the paper", "AdamW, the paper")
+                words = "; ".join(f"{label}: {totals[label]:.2f}" for label in labels if label in totals)
                 how = "with" if checkpointing else "without"
                 yield f"- LLaMA-7B {how} checkpointing, GiB: {words}."

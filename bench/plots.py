@@ -1,4 +1,4 @@
-"""Plots of measured results: a figure for each `Picture` of bench/report.py, named as its function here.
+"""Plots of measured results: a figure for each `Picture` of bench/page.py, named as its function here.
 
 Files are the same whenever the results are: no date, no random identifier. Colours are Okabe and Ito's, which the
 colour-blind tell apart; lines and points are named where they are.
@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from . import tables
 from .results import Measurement, Results, Spread
-from .rivals import clips, limit, ours
+from .rivals import BASE, FORWARD, clips, ours
 
 BLUE, GREEN, SKY = "#0072B2", "#009E73", "#56B4E9"
 ORANGE, RED, PINK, BLACK = "#E69F00", "#D55E00", "#CC79A7", "#222222"
@@ -63,7 +63,6 @@ LINES = {
     "optimi": (PINK, "-"),
     "Lomo": (BLUE, "-"),
     "hook, add_": (ORANGE, "-"),
-    "bare backward": (GREY, "--"),
 }
 CATEGORIES = {
     "parameters": "#BBBBBB",
@@ -93,7 +92,7 @@ def error_bars(of: Spread) -> list[list[float]]:
 # --- bars of one size ------------------------------------------------------------------------------------------------
 
 
-def bars(results: Results, question: str) -> Figure:
+def bars(results: Results, question: str, title: str) -> Figure:
     """Fraction of the probe's speed by contestant, one panel per dtype."""
     measured = results.of(question)
     usual = tables.default(measured)
@@ -144,6 +143,7 @@ def bars(results: Results, question: str) -> Figure:
     for tick, label in zip(row[0][0].get_yticklabels(), labels, strict=True):
         tick.set_fontweight("bold" if ours(label) else "normal")
     row[0][0].invert_yaxis()
+    figure.suptitle(f"{title} ({tables.count(size)} elements; red: the limit)")
     return figure
 
 
@@ -152,19 +152,11 @@ def _label(one: Measurement, usual: tuple[object, ...]) -> str:
 
 
 def update(results: Results) -> Figure:
-    figure = bars(results, "update")
-    figure.suptitle(_at_size(results, "update", "How much of the memory's speed an update reaches"))
-    return figure
+    return bars(results, "update", "How much of the memory's speed an update reaches")
 
 
 def norm(results: Results) -> Figure:
-    figure = bars(results, "norm")
-    figure.suptitle(_at_size(results, "norm", "Speed, and error against float64, of the sum of squares"))
-    return figure
-
-
-def _at_size(results: Results, question: str, title: str) -> str:
-    return f"{title} ({tables.count(tables.headline_size(results.of(question)))} elements; red: the limit)"
+    return bars(results, "norm", "Speed, and error against float64, of the sum of squares")
 
 
 # --- lines over sizes ------------------------------------------------------------------------------------------------
@@ -313,7 +305,7 @@ def update_settings(results: Results) -> Figure:
 
 def hooks(results: Results) -> Figure:
     """Microseconds per parameter over their number, both logarithmic, one panel per shape and dtype."""
-    measured = [one for one in results.of("hooks") if not limit(one)]
+    measured = results.of("hooks")
     usual = tables.default(measured)
     panels = list(dict.fromkeys((str(one.case["shape"]), one.case["dtype"]) for one in measured))
     figure, column = plt.subplots(len(panels), 1, figsize=(10, 3.6 * len(panels)), sharex=True, squeeze=False)
@@ -343,11 +335,11 @@ def hooks(results: Results) -> Figure:
 def step(results: Results) -> Figure:
     """Time against peak memory above the weights, without and with checkpointing: the first case measured of each.
     Who clips by the global norm and who does not have a panel each."""
-    cases = tables.step_cases(results)
+    cases = tables.compared_cases(results)
     first = [next((case for case in cases if case["checkpointing"] is saved), None) for saved in (False, True)]
     panels = []
     for case, clipping in itertools.product(filter(None, first), (True, False)):
-        measured = [one for one in results.of("step", **case) if one.beside_seconds and not limit(one)]
+        measured = [one for one in results.of("step", **case) if one.beside_seconds and one.contestant != FORWARD]
         if points := [one for one in measured if clips(one.contestant) is clipping]:
             panels.append((case, clipping, points))
     figure, column = plt.subplots(len(panels), 1, figsize=(10, 3.9 * len(panels)), squeeze=False)
@@ -372,7 +364,7 @@ def step(results: Results) -> Figure:
         axes.axhline(1, color=GREY, linewidth=1, zorder=1)
         axes.set_title(f"{tables.step_words(case)}; {'clipping by the global norm' if clipping else 'no clipping'}")
         axes.set_xlabel(f"peak memory above the weights, {unit}")
-        axes.set_ylabel(f"time, {tables.BASE} = 1", fontsize=9)
+        axes.set_ylabel(f"time, {BASE} = 1", fontsize=9)
         axes.annotate(
             "better",
             (0.01, 0.03),

@@ -6,12 +6,13 @@ tests/test_report.py checks that the documents say what the committed results sa
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from . import paper, results, tables
 from .measure import ROOT
 from .page import EXPLAINED, Device, page
-from .rivals import ours
+from .peers import EXTRA
 from .tables import Lines, lost, strong, table
 
 BEGIN, END = "<!-- results, from `python -m bench.report` -->\n", "<!-- end of results -->\n"
@@ -60,14 +61,16 @@ SHOWN = (
 
 def short_update(device: Device) -> Lines:
     measured = device.results.of("update")
-    found = {dtype: tables.at_headline(measured, dtype) for dtype in tables.DTYPES}
+    size, usual = tables.headline_size(measured), tables.default(measured)
     rows = []
     for contestant in SHOWN:
-        if ones := [of[contestant] for of in found.values() if contestant in of]:
-            cells = [tables.fraction(of.get(contestant)) for of in found.values()]
-            rows.append([strong(tables.name(ones[0], tables.default(measured)), ones[0]), *cells])
-    size = tables.count(tables.headline_size(measured))
-    yield from table([f"update of {size} elements, fraction of the probe “{measured[0].beside}”", *found], rows)
+        of_it = [one for one in measured if one.contestant == contestant and one.case["elements"] == size]
+        of_it = [one for one in of_it if tables.setting(one)[:2] == usual[:2]]  # with either malloc
+        for label, ones in tables.by_name(of_it, usual).items():
+            found = {one.case["dtype"]: one for one in ones}
+            rows.append([strong(label), *(tables.fraction(found.get(dtype)) for dtype in tables.DTYPES)])
+    head = f"update of {tables.count(size)} elements, fraction of the probe “{measured[0].beside}”"
+    yield from table([head, *tables.DTYPES], rows)
     yield device.command("update")
     yield ""
 
@@ -88,14 +91,14 @@ def short_norm(device: Device) -> Lines:
 
 def short_hooks(device: Device) -> Lines:
     yield from tables.hooks(device.results)
-    yield device.command("hooks")
+    yield device.command("hooks", "--full")
     yield ""
 
 
 def short_step(device: Device) -> Lines:
     """The first case."""
     yield from tables.step(device.results, tables.step_cases(device.results)[0])
-    yield f"{device.command('step')}; more of it in [docs/one_backward.md](docs/one_backward.md)."
+    yield f"{device.command('step', '--full')}; more of it in [docs/one_backward.md](docs/one_backward.md)."
     yield ""
 
 
@@ -107,14 +110,14 @@ def short_memory(device: Device) -> Lines:
     plain, saved = (tables.memory_rows(device.results, case, checkpointing) for checkpointing in (False, True))
     rows = [
         [
-            f"**{label}**" if ours(label) else label,
+            strong(label),
             *(f"{sum(of[label].values()):.2f}" if label in of else "-" for of in (plain, saved)),
         ]
         for label in dict.fromkeys([*plain, *saved])
     ]
     head = f"LLaMA-7B, sequence {paper.SEQUENCE}, batch {paper.BATCH}: peak, GiB"
     yield from table([head, "no checkpointing", "checkpointing"], rows)
-    yield device.command("memory")
+    yield device.command("memory", "--full")
     yield ""
 
 
@@ -124,11 +127,11 @@ SHORT = {"update": short_update, "norm": short_norm, "hooks": short_hooks, "step
 def one_backward(devices: list[Device]) -> str:
     lines = [""]
     if not any("step" in device.results.questions() for device in devices):
-        lines += ["`python -m bench step` measures it; no results of it are committed yet.", ""]
+        lines += ["`python -m bench step --full` measures it; no results of it are committed yet.", ""]
     for device in devices:
         if "step" not in device.results.questions():
             continue
-        lines += [f"{source(device, '../')} {EXPLAINED['step']} Command: {device.command('step')}.", ""]
+        lines += [f"{source(device, '../')} {EXPLAINED['step']} Command: {device.command('step', '--full')}.", ""]
         lines += tables.steps(device.results)
         lines += lost(device.results, "step")
     return "\n".join(lines) + "\n"
@@ -159,7 +162,10 @@ def documents(devices: list[Device]) -> dict[Path, str]:
 
 
 def main() -> None:
-    from . import plots  # needs matplotlib, the tables do not
+    try:
+        from . import plots  # needs matplotlib, the tables do not
+    except ModuleNotFoundError as error:
+        sys.exit(f"the plots need {error.name}: {EXTRA}; nothing was written")
 
     devices = newest()
     for document, text in documents(devices).items():

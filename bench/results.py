@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = ("bfloat16", "float16", "float32")  # of kernels, in the order in which they are measured and shown
 
 
 class Spread(NamedTuple):
@@ -133,9 +134,35 @@ class Results:
 
 
 def read(file: Path) -> Results:
-    content = json.loads(file.read_text())
-    measurements = [Measurement(**one) for one in content["measurements"]]
-    return Results(content["environment"], content["missing"], measurements, content.get("checks", {}))
+    """
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no file of results, or one of another version of this format.
+    """
+    try:
+        content = json.loads(file.read_text())
+        measurements = [Measurement(**one) for one in content["measurements"]]
+        return Results(content["environment"], content["missing"], measurements, content.get("checks", {}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected results as bench/results.py describes them, got {type(error).__name__}: {error}; "
+            "move it away and measure anew"
+        ) from error
+
+
+def writable(file: Path) -> None:
+    """
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: it is there and holds something else than results.
+    """
+    if file.exists():
+        read(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    there = file.exists()
+    file.open("a").close()
+    if not there:
+        file.unlink()
 
 
 def write(file: Path, results: Results) -> None:
@@ -166,5 +193,10 @@ def add(file: Path, new: Results) -> None:
 
 def newest() -> Iterator[Path]:
     """The newest file of each device, by name."""
-    files = sorted(RESULTS.glob("*.json"), key=lambda file: file.stem[-10:])
-    yield from sorted({file.stem[:-11]: file for file in files}.values())
+    files = sorted(RESULTS.glob("*.json"), key=lambda file: device_and_date(file)[1])
+    yield from sorted({device_and_date(file)[0]: file for file in files}.values())
+
+
+def device_and_date(file: Path) -> tuple[str, str]:
+    """As its name says."""
+    return file.stem[:-11], file.stem[-10:]

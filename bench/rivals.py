@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from .results import Measurement, Results
 
+BASE = "SGD, clip_grad_norm_"  # what training steps are compared with
+FORWARD = "forward alone"  # no rival, but a part of every step
 OURS = ("Lomo", "sgd_", "sq_norm_", "linear_", "embedding_", "product, s", "dense gradient, s")
 
 #: What of ours a rival is held against, where there is a choice: the call that does at least as much.
@@ -15,6 +17,7 @@ COUNTERPARTS = {
     "norm": {"": "sq_norm_"},
     "lists": {"_foreach_add_": "sgd_list_", "_foreach_norm": "sq_norm_list_"},
     "linear": {"addmm_": "linear_sgd_ nearest"},
+    "embedding": {"index_add_": "embedding_sgd_"},
 }
 
 
@@ -50,8 +53,8 @@ def ours(contestant: str) -> bool:
 
 
 def clips(contestant: str) -> bool:
-    """By the global norm, of a training step: `Lomo` in one backward or in two, others as their names say."""
-    return "no clip" not in contestant and any(word in contestant for word in ("clip", "one", "two"))
+    """Whether a training step does, by the global norm."""
+    return "clip" in contestant
 
 
 def pairs(results: Results, question: str) -> Iterator[Pair]:
@@ -61,18 +64,13 @@ def pairs(results: Results, question: str) -> Iterator[Pair]:
     Raises:
         KeyError: `COUNTERPARTS` does not say what a rival is held against.
     """
-    measured = [one for one in results.of(question) if not limit(one)]
+    measured = [one for one in results.of(question) if one.contestant != FORWARD]
     for rival in (one for one in measured if not ours(one.contestant)):
         cases = [one for one in measured if ours(one.contestant) and _case(one) == _case(rival)]
         same_malloc = [one for one in cases if one.case.get("malloc") == rival.case.get("malloc")]
         for mine in same_malloc or cases:
             if _comparable(question, rival.contestant, mine.contestant):
                 yield Pair(rival, mine)
-
-
-def limit(one: Measurement) -> bool:
-    """Whether this is no rival but a part of every step."""
-    return one.contestant in ("bare backward", "forward alone", "product", "dense gradient")
 
 
 def _comparable(question: str, rival: str, mine: str) -> bool:

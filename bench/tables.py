@@ -12,11 +12,10 @@ from typing import Any
 
 from . import paper
 from .peers import PEERS
-from .results import Measurement, Results, Spread
-from .rivals import Pair, ours, pairs
+from .results import DTYPES, Measurement, Results, Spread, device_and_date
+from .rivals import BASE, FORWARD, Pair, ours, pairs
 
-DTYPES = ("bfloat16", "float16", "float32")
-BASE = "SGD, clip_grad_norm_"  # what training steps are compared with
+SETTING = ("backend", "detail", "malloc")  # of a case: what its process was set to
 HEADLINE = 2**24  # elements: neither a parameter nor its gradient fits in a cache
 
 Lines = Iterator[str]
@@ -73,7 +72,7 @@ def distinct(measurements: Iterable[Measurement], name: str) -> list[Any]:
 
 
 def setting(one: Measurement) -> tuple[Any, ...]:
-    return tuple(one.case.get(name) for name in ("backend", "detail", "malloc"))
+    return tuple(one.case.get(name) for name in SETTING)
 
 
 def default(measurements: list[Measurement]) -> tuple[Any, ...]:
@@ -84,7 +83,12 @@ def default(measurements: list[Measurement]) -> tuple[Any, ...]:
 def name(one: Measurement, usual: tuple[Any, ...]) -> str:
     """The contestant, with what its process was set to where that is not the usual; ours is set as code."""
     first, *rest = one.contestant.split(" ", 1)
-    shown = " ".join([f"`{first}`", *rest]) if first.endswith("_") and ours(one.contestant) else one.contestant
+    bare = first.rstrip(",")
+    shown = (
+        " ".join([f"`{bare}`{first[len(bare) :]}", *rest])
+        if bare.endswith("_") and ours(one.contestant)
+        else one.contestant
+    )
     other = [value for value, normal in zip(setting(one), usual, strict=True) if value != normal]
     words = ["tuned malloc" if value == "tuned" else str(value) for value in other]
     return ", ".join([shown, *words])
@@ -117,9 +121,9 @@ def ordered(measured: list[Measurement]) -> list[Measurement]:
     )
 
 
-def strong(text: str, one: Measurement) -> str:
+def strong(label: str) -> str:
     """Ours stands out."""
-    return f"**{text}**" if ours(one.contestant) else text
+    return f"**{label}**" if ours(label.removeprefix("`")) else label
 
 
 def headline_size(measurements: list[Measurement]) -> int:
@@ -136,6 +140,18 @@ def at_headline(measured: list[Measurement], dtype: str) -> dict[str, Measuremen
         for one in measured
         if (one.case["dtype"], one.case["elements"], setting(one)) == (dtype, size, usual)
     }
+
+
+def at_best(measured: list[Measurement], dtype: str, contestant: str) -> Measurement | None:
+    """A rival at the headline's size, with the malloc that it is faster with."""
+    size, usual = headline_size(measured), default(measured)
+    found = [
+        one
+        for one in measured
+        if (one.contestant, one.case["dtype"], one.case["elements"]) == (contestant, dtype, size)
+        and setting(one)[:2] == usual[:2]
+    ]
+    return max(found, key=lambda one: one.fraction.median, default=None)
 
 
 def fraction(one: Measurement | None) -> str:
@@ -160,7 +176,7 @@ def bandwidth(results: Results, question: str) -> Lines:
         for one in ordered(results.of(question, dtype=dtype, elements=size)):
             if setting(one)[:2] != usual[:2]:
                 continue  # in the table of instruction sets
-            row = [strong(name(one, usual), one), seconds(one.time.median), f"{one.gigabytes_per_second:.1f}"]
+            row = [strong(name(one, usual)), seconds(one.time.median), f"{one.gigabytes_per_second:.1f}"]
             row += [fraction(one), f"{one.fraction.low:.2f}-{one.fraction.high:.2f}"]
             rows.append(row if one.error is None else [*row, error(one)])
         if rows:
@@ -204,7 +220,7 @@ def sizes(measured: list[Measurement], usual: tuple[Any, ...]) -> Lines:
     rows = []
     for label, of_one in by_name(ordered(measured), usual).items():
         found = {one.case["elements"]: spread(one.fraction) for one in of_one}
-        rows.append([strong(label, of_one[0]), *(found.get(size, "-") for size in columns)])
+        rows.append([strong(label), *(found.get(size, "-") for size in columns)])
     yield from table(["elements", *(count(size) for size in columns)], rows)
 
 
@@ -215,14 +231,14 @@ def relative(results: Results, question: str) -> Lines:
     """ "lists", "linear" and "embedding": time over that of what ran beside it, by case."""
     measured = results.of(question)
     usual = default(measured)
-    cases = list(dict.fromkeys(_own(one) for one in measured))
+    cases = list(dict.fromkeys(_own(one) for one in sorted(measured, key=_place)))
     for beside in dict.fromkeys(one.beside for one in measured):
         group = [one for one in measured if one.beside == beside]
         columns = [case for case in cases if any(_own(one) == case for one in group)]
         rows = []
         for label, of_one in by_name(group, usual).items():
             found = {_own(one): spread(one.ratio) for one in of_one}
-            rows.append([strong(label, of_one[0]), *(found.get(case, "-") for case in columns)])
+            rows.append([strong(label), *(found.get(case, "-") for case in columns)])
         base = {
             case: Spread.of([s for one in group if _own(one) == case for s in one.beside_seconds]) for case in columns
         }
@@ -232,8 +248,12 @@ def relative(results: Results, question: str) -> Lines:
 
 def _own(one: Measurement) -> tuple[str, ...]:
     """The case in words, without the process's setting."""
-    skipped = ("backend", "detail", "malloc")
-    return tuple(_word(key, value) for key, value in one.case.items() if key not in skipped)
+    return tuple(_word(key, value) for key, value in one.case.items() if key not in SETTING)
+
+
+def _place(one: Measurement) -> tuple[Any, ...]:
+    """Where its case stands among those of its question: numbers by size, the rest by name."""
+    return tuple((isinstance(value, str), value) for key, value in one.case.items() if key not in SETTING)
 
 
 def _word(key: str, value: Any) -> str:
@@ -261,7 +281,7 @@ def hooks(results: Results, question: str = "hooks") -> Lines:
         rows = []
         for label, of_one in by_name(group, usual).items():
             found = {one.case["parameters"]: _microseconds(per_parameter(one)) for one in of_one}
-            rows.append([strong(label, of_one[0]), *(found.get(number, "-") for number in columns)])
+            rows.append([strong(label), *(found.get(number, "-") for number in columns)])
         head = f"µs per parameter of {shape}, {dtype}"
         yield from table([head, *(f"{number} parameters" for number in columns)], rows)
 
@@ -279,6 +299,12 @@ def step_cases(results: Results) -> list[dict[str, Any]]:
     return [dict(case) for case in dict.fromkeys(tuple(one.case.items()) for one in measured)]
 
 
+def compared_cases(results: Results) -> list[dict[str, Any]]:
+    """Those of `step_cases` whose times were compared: on a small GPU what they are held to may not fit."""
+    found = [(case, results.of("step", **case)) for case in step_cases(results)]
+    return [case for case, measured in found if any(one.beside and one.contestant != FORWARD for one in measured)]
+
+
 def step_words(case: dict[str, Any]) -> str:
     words = [f"Llama {case['model']}", f"{case['tokens']} tokens", _word("checkpointing", case["checkpointing"])]
     return ", ".join(words + ["tuned malloc"] * (case.get("malloc") == "tuned"))
@@ -291,7 +317,7 @@ def step(results: Results, case: dict[str, Any]) -> Lines:
     for one in measured:
         median = one.time.median
         ratio = spread(one.ratio) if one.beside_seconds else "-"
-        row = [strong(one.contestant, one), seconds(median), f"{case['tokens'] / median:.0f}", ratio]
+        row = [strong(one.contestant), seconds(median), f"{case['tokens'] / median:.0f}", ratio]
         rows.append([*row, gib(one.memory["peak"]), gib(one.peak)])
     head = [step_words(case), "step", "tokens/s", f"time, {BASE} = 1"]
     yield from table([*head, "peak above the weights, GiB", "with the weights, GiB"], rows)
@@ -308,10 +334,11 @@ def data_parallel(results: Results, question: str = "data_parallel") -> Lines:
     """Seconds, ratio, and the peak above the weights with what is kept between steps."""
     for case in dict.fromkeys(_own(one) for one in results.of(question)):
         rows = []
-        for one in (one for one in results.of(question) if _own(one) == case):
-            row = [strong(one.contestant, one), seconds(one.time.median), spread(one.ratio)]
+        measured = [one for one in results.of(question) if _own(one) == case]
+        for one in measured:
+            row = [strong(one.contestant), seconds(one.time.median), spread(one.ratio)]
             rows.append(row + [f"{one.memory[part] / 2**20:.0f}" for part in ("peak", "states")])
-        head = ["step", f"time, {rows[0][0]} = 1", "peak above the weights, MiB", "of it kept between steps"]
+        head = ["step", f"time, {measured[0].beside} = 1", "peak above the weights, MiB", "of it kept between steps"]
         yield from table([", ".join(case), *head], rows)
 
 
@@ -361,7 +388,7 @@ def memory(results: Results, question: str = "memory") -> Lines:
         yield from table(
             [head, *columns, "peak"],
             (
-                [f"**{label}**" if ours(label) else label]
+                [strong(label)]
                 + [f"{row.get(column, 0):.2f}" for column in columns]
                 + [f"{sum(totals[label].values()):.2f}"]
                 for label, row in rows.items()
@@ -399,7 +426,7 @@ def ablation(results: Results) -> Lines:
     peaks = {(one.contestant, one.case["checkpointing"], one.case.get("chunk")): one.peak for one in cases}
     rows, before = [], dict.fromkeys(settings, 0)
     for contestant, less in (*COMPONENTS.items(), *((name, "(clips exactly)") for name in CLIPPING)):
-        row = [f"**{contestant}**" if ours(contestant) else contestant, less or "-"]
+        row = [strong(contestant), less or "-"]
         for setting in settings:
             peak = peaks.get((contestant, *setting))
             change = (
@@ -422,7 +449,7 @@ def simulation_errors(results: Results) -> Lines:
         one = next(one for one in results.of("memory", how="simulated", **same) if one.contestant == real.contestant)
         peaks = [f"{peak / 2**20:.1f}" for peak in (real.peak, one.peak)]
         name_ = f"{real.contestant}, {_word('checkpointing', real.case['checkpointing'])}"
-        rows.append([f"**{name_}**" if ours(name_) else name_, *peaks, f"{one.peak / real.peak:.3f}"])
+        rows.append([strong(name_), *peaks, f"{one.peak / real.peak:.3f}"])
     if rows:
         head = f"{real.case['model']}, {real.case['sequence']} tokens, really run: peak, MiB"
         yield from folded("Is the simulation right?", table([head, "measured", "simulated", "ratio"], rows))
@@ -453,6 +480,10 @@ def lost(results: Results, question: str) -> Lines:
         yield f"**Where a rival is faster** (the ranges of both have nothing in common): {share}."
         yield ""
         yield from _grouped(results, question, found, "faster", lambda pair: pair.times)
+        if undecided := [pair for pair in timed if pair.times >= 1.005 and not pair.faster]:
+            words = f"In {len(undecided)} more a rival's median is higher, and the ranges overlap"
+            listed = _grouped(results, question, undecided, "faster in the median", lambda pair: pair.times)
+            yield from folded(words, listed)
     if sized := [pair for pair in compared if pair.rival.memory and pair.ours.memory]:
         found = [pair for pair in sized if pair.smaller]
         yield f"**Where a rival takes less memory** (by more than 1%): {len(found)} of {len(sized)} comparisons."
@@ -464,7 +495,7 @@ def _grouped(results: Results, question: str, found: list[Pair], what: str, time
     """By case and rival, along the question's axis."""
     usual, axis = default(results.of(question)), AXES[question]
     groups: dict[str, dict[str, list[str]]] = {}
-    for pair in found:
+    for pair in sorted(found, key=lambda pair: _place(pair.rival)):
         rival = f"{', '.join(_own_but(pair.rival, axis))}: {name(pair.rival, usual)} is {what} than"
         mine = groups.setdefault(rival, {}).setdefault(name(pair.ours, usual), [])
         where = f" at {_word(axis, pair.rival.case[axis])}" if axis else ""
@@ -480,7 +511,7 @@ def _own_but(one: Measurement, axis: str) -> Iterator[str]:
     yield from _own(Measurement(one.question, one.contestant, case))
 
 
-# --- what it ran on, what is missing ---------------------------------------------------------------------------------
+# --- what it ran on --------------------------------------------------------------------------------------------------
 
 
 def environment(results: Results, file: Path) -> Lines:
@@ -488,7 +519,7 @@ def environment(results: Results, file: Path) -> Lines:
     known = {key: value for key, value in about.items() if key not in ("peers", "commits", "commit", "capability")}
     rows = [[key.replace("_", " "), str(value)] for key, value in known.items() if value != "none"]
     rows += [["peers", ", ".join(f"{key} {value}" for key, value in about["peers"].items())]]
-    rows += [["commit", commits(about)], ["date", file.stem[-10:]], ["file", f"[{file.name}]({file.name})"]]
+    rows += [["commit", commits(about)], ["date", device_and_date(file)[1]], ["file", f"[{file.name}]({file.name})"]]
     yield "| | |"
     yield "|---|---|"
     for row in rows:
@@ -505,11 +536,6 @@ def commits(about: dict[str, Any]) -> str:
     if len(short) == 1:
         return next(iter(short.values()))
     return "; ".join(f"{short[commit]} ({', '.join(questions)})" for commit, questions in asked.items())
-
-
-def missing(results: Results) -> Lines:
-    for what, reason in results.missing.items():
-        yield f"- {what}: {reason}"
 
 
 SECTIONS: dict[str, Callable[[Results, str], Lines]] = {

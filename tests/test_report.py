@@ -1,8 +1,10 @@
 """The documents say what the committed results say, and the page says it right. Without matplotlib, but for plots."""
 
 import dataclasses
+import importlib
 import itertools
 import re
+import sys
 
 import pytest
 
@@ -47,9 +49,9 @@ def synthetic():
             measured.append(timed("hooks", who, speed, beside="bare backward", **case))
     for checkpointing in (False, True):
         for who, (speed, peak) in {
-            tables.BASE: (1.0, 200),
+            rivals.BASE: (1.0, 200),
             "AdamW": (0.8, 600),
-            "forward alone": (3.0, 100),
+            rivals.FORWARD: (3.0, 100),
             "lomo_optim, clipping": (0.55, 120),
             "Lomo, clipping, two passes": (0.7, 110),
             "Lomo, clipping, one pass, fused": (0.97, 150),
@@ -57,8 +59,8 @@ def synthetic():
         }.items():
             case = {"model": "30M", "tokens": 256, "checkpointing": checkpointing}
             memory = {"weights": 50 * 2**20, "states": 0, "peak": peak * 2**20}
-            measured.append(timed("step", who, speed, beside=tables.BASE, memory=memory, **case))
-        for who, states in (("AdamW", 25), ("Lomo, two, fused", 0)):
+            measured.append(timed("step", who, speed, beside=rivals.BASE, memory=memory, **case))
+        for who, states in (("AdamW", 25), ("Lomo, clipping, two passes, fused", 0)):
             case = {
                 "model": "llama-7b",
                 "sequence": 512,
@@ -101,15 +103,16 @@ def test_every_command_of_the_readme_selects_tests_and_questions():
     assert asked and {one or other for one, other in asked} <= set(QUESTIONS)
 
 
-def test_of_every_rival_that_was_measured_the_page_says_how_it_is_set():
-    measured = [one for device in report.newest() for one in device.results.measurements]
-    rival = {one.contestant for one in measured if not rivals.ours(one.contestant) and not rivals.limit(one)}
-    assert rival <= PEERS.keys()
+def test_of_every_rival_the_page_says_how_it_is_set():
+    modules = [importlib.import_module(f"bench.bench_{question}") for question in QUESTIONS]
+    every = {contestant for module in modules for contestant in module.CONTESTANTS}
+    rival = {one for one in every if not rivals.ours(one) and one != rivals.FORWARD}
+    assert rival == PEERS.keys()
 
 
 def test_every_question_has_a_section(machine):
     text = page.page([machine])
-    assert set(page.ASKS) == set(tables.SECTIONS) == set(tables.AXES)
+    assert set(QUESTIONS) == set(page.ASKS) == set(page.EXPLAINED) == set(tables.SECTIONS) == set(tables.AXES)
     measured = machine.results.questions()
     assert [question for question in page.ASKS if page.ASKS[question] in text] == [
         q for q in page.ASKS if q in measured
@@ -135,6 +138,89 @@ def test_where_a_rival_is_faster_it_is_said_and_nowhere_else(machine):
     assert "hook, add_ is faster than Lomo: 1.20 times at 10 parameters" in " ".join(
         tables.lost(machine.results, "hooks")
     )
+
+
+def test_what_a_command_of_the_readme_selects_has_what_is_shown(machine):
+    """The cases of the committed results' README that the short selection lacks: of these a command says --full."""
+    from bench import bench_hooks, bench_memory, bench_step, bench_update
+
+    assert tables.HEADLINE in bench_update.ELEMENTS["short"]
+    for cases in (bench_hooks.COUNTS, bench_memory.MODES):
+        assert len(cases["full"]) > len(cases["short"]) and all(case in cases["full"] for case in cases["short"])
+    assert not {case.model for case in bench_step.CASES["cpu"]["short"]} & {bench_step.CASES["cpu"]["full"][0].model}
+
+
+def test_cases_stand_in_order_whatever_was_measured_first():
+    sizes = [("float32", 64), ("bfloat16", 1024), ("bfloat16", 16), ("float32", 16)]
+    ours = [timed("linear", "linear_sgd_ nearest", 0.8, dtype=dtype, tokens=size) for dtype, size in sizes]
+    theirs = [timed("linear", "addmm_", 1.6, dtype=dtype, tokens=size) for dtype, size in sizes]
+    both = Results(ABOUT, {}, [*ours, *theirs])
+    head = next(tables.relative(both, "linear"))
+    assert re.findall(r"\w+, [\w ]+ tokens", head) == [
+        "bfloat16, 16 tokens",
+        "bfloat16, 1 Ki tokens",
+        "float32, 16 tokens",
+        "float32, 64 tokens",
+    ]
+    said = " ".join(tables.lost(both, "linear"))
+    assert "2.00 times at 16 tokens, 2.00 times at 1 Ki tokens" in said
+
+
+def test_losses_of_memory_are_listed_with_chunks_and_with_other_kernels():
+    case = {"model": "llama-7b", "sequence": 512, "batch": 8, "how": "simulated", "checkpointing": True}
+    measured = [
+        Measurement("memory", who, {**SETTING, **case, **mode}, memory={"parameters": peak})
+        for who, peak in (("Lomo", 2000), ("lomo_optim", 1000))
+        for mode in ({"kernels": "of 2023"}, {"chunk": 256})
+    ]
+    said = [line for line in tables.lost(Results(ABOUT, {}, measured), "memory") if line.startswith("-")]
+    assert len(said) == 2 and all("smaller than Lomo: 2.00 times" in line for line in said)
+
+
+def test_a_higher_median_is_listed_where_the_ranges_overlap():
+    case = {"dtype": "bfloat16", "elements": 2**20}
+    pairs = [
+        timed("update", "sgd_ nearest", 0.80, spread=0.05, **case),
+        timed("update", "add_", 0.82, spread=0.05, **case),
+    ]
+    said = "\n".join(tables.lost(Results(ABOUT, {}, pairs), "update"))
+    assert "0 of 1 comparisons" in said
+    assert "In 1 more a rival's median is higher, and the ranges overlap" in said
+    assert "- bfloat16: add_ is faster in the median than `sgd_` nearest: 1.02 times at 1 Mi elements." in said
+
+
+def test_the_headline_has_a_rival_with_the_malloc_that_it_is_faster_with(machine):
+    stock = [timed("update", "lomo_optim", speed, dtype="bfloat16", elements=2**24) for speed in (0.05, 0.3)]
+    for one, times in zip(stock, ("9.00 times lomo_optim, tuned malloc", "3.00 times lomo_optim."), strict=True):
+        measured = [*machine.results.measurements, one]  # tuned it has 0.1 of the probe, ours 0.9
+        device = machine._replace(results=Results(ABOUT, {}, measured))
+        said = next(line for line in page.headlines(device.results) if "update in bfloat16" in line)
+        assert times in said
+        assert "| lomo_optim, tuned malloc | 0.10 | 0.10 | 0.10 |" in report.readme([device])
+
+
+def test_the_headline_of_memory_has_the_rivals_of_the_same_simulation(machine):
+    said = [line for line in page.headlines(machine.results) if line.startswith("- LLaMA-7B without")]
+    assert len(said) == 1
+    assert (
+        "Lomo, clipping, two passes, fused, simulated: 56.50; AdamW, simulated: 81.50; LOMO, the paper: 59.40"
+        in said[0]
+    )
+
+
+def test_a_table_names_what_its_times_are_held_to():
+    case = {"model": "27M", "tokens": 256, "ranks": 2}
+    one = timed("data_parallel", "Lomo", 1.1, beside="DDP, SGD", memory={"weights": 1, "states": 0, "peak": 2}, **case)
+    assert "| time, DDP, SGD = 1 |" in next(tables.data_parallel(Results(ABOUT, {}, [one])))
+
+
+def test_without_matplotlib_nothing_is_written_and_what_to_install_is_said(monkeypatch):
+    monkeypatch.delitem(sys.modules, "bench.plots", raising=False)
+    monkeypatch.delattr("bench.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(report, "documents", lambda devices: pytest.fail("begun"))
+    with pytest.raises(SystemExit, match=r"matplotlib: pip install 'lomo_kernels\[bench\]'"):
+        report.main()
 
 
 def test_ranges_that_overlap_decide_nothing():
@@ -167,19 +253,20 @@ def test_the_papers_totals_are_its_own(machine):
         "SGD, the paper",
         "LOMO, the paper",
         "AdamW, simulated",
-        "Lomo, two, fused, simulated",
+        "Lomo, clipping, two passes, fused, simulated",
     ]
     for checkpointing, totals in paper.TOTALS.items():
         for method, row in paper.rows(checkpointing).items():
             assert sum(row.values()) == pytest.approx(totals[method])
             assert row["not named"] == (0 if checkpointing else 1)
-    assert rows["Lomo, two, fused, simulated"]["activations"] == 44
+    assert rows["Lomo, clipping, two passes, fused, simulated"]["activations"] == 44
 
 
 def test_readme_has_the_headlines_with_their_commands(machine):
     text = report.readme([machine])
-    for question in report.SHORT:
-        assert f"`python -m bench {question}`" in text
+    for question in report.SHORT:  # those whose short selection has other cases than are shown measure all
+        full = " --full" * (question in ("hooks", "step", "memory"))
+        assert f"`python -m bench {question}{full}`" in text
     assert text.count("![") == len(report.PICTURED)
     assert "| 59.40 | 14.58 |" in text
 
@@ -228,6 +315,23 @@ def test_plots_are_the_same_whenever_the_results_are(machine, tmp_path):
         first, second = (file.read_text() for file in files)
         assert first == second
         assert "<dc:date>" not in first
+
+
+def test_what_cannot_be_drawn_is_not():
+    """A step whose yardstick did not fit, a part of every step, and a real run without the paper's case."""
+    step = {"model": "1B", "tokens": 1, "checkpointing": False}
+    run = {"model": "other", "sequence": 1, "batch": 1, "checkpointing": True}
+    memory = {"weights": 1, "states": 0, "peak": 2}
+    for one in (
+        Measurement("step", "Lomo", {**SETTING, **step}, [1.0], memory=memory),
+        timed("step", "forward alone", 1.0, memory=memory, **step),
+        Measurement("memory", "Lomo", {**SETTING, **run, "how": "measured"}, memory={"all": 1}),
+    ):
+        simulated = Measurement("memory", "Lomo", {**SETTING, **run, "how": "simulated"}, memory={"parameters": 1})
+        both = Results(ABOUT, {}, [one, simulated])
+        device = page.Device(results.RESULTS / "x-2026-01-02.json", both)
+        assert device.pictures()[one.question] == []
+        assert page.ASKS[one.question] in page.page([device])
 
 
 def test_names_keep_apart():
