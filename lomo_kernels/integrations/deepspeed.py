@@ -80,7 +80,8 @@ class ZeRO3(Ranks):
         for record in records:
             _check_parameter(record)
         self._offload, self._module, self._device = engine.optimizer, engine.module, engine.device
-        self._group = records[0].param.ds_process_group
+        first: Any = records[0].param
+        self._group = first.ds_process_group
         self.groups = [self._group]
         self.divisor = dist.get_world_size(self._group)
         self._rank = dist.get_rank(self._group)
@@ -89,7 +90,8 @@ class ZeRO3(Ranks):
 
     def place(self, record: Record) -> None:
         # Parts are of one size; what pads the last of them has gradients of zero and is read by no one.
-        record.local = record.param.ds_tensor
+        param: Any = record.param
+        record.local = param.ds_tensor
         elements = record.local.numel()
         record.shard = self._rank * elements, elements, elements
 
@@ -224,7 +226,7 @@ def _check_engine(engine: Any) -> None:
 
 def _check_parameter(record: Record) -> None:
     """Raises unless a parameter is in equal parts on all ranks, where the kernels can reach it."""
-    param = record.param
+    param: Any = record.param
     if not hasattr(param, "ds_tensor"):
         raise ValueError(
             f"Lomo: {record.name} is none of the DeepSpeed engine's parameters; make the optimizer after "

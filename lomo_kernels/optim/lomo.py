@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,8 @@ class Lomo(torch.optim.Optimizer):
         if is_engine(model_or_params):
             if process_group is not None:
                 raise ValueError("Lomo: a DeepSpeed engine has its own process group; leave process_group out")
-            model_or_params, process_group = model_or_params.module, model_or_params
+            process_group = engine = cast(Any, model_or_params)
+            model_or_params = engine.module
         model = _model_of(model_or_params, fused_layers)
         if clip_grad_norm is not None:
             check_positive("clip_grad_norm", clip_grad_norm)
