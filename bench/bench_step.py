@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import time
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -191,13 +190,13 @@ def gib(number: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def contest(case, device, step_rounds, request):
+def contest(case, device, setting, step_rounds, request):
     dtype = str(DTYPE).removeprefix("torch.")
     for kind in (SGD, ADAM):
         if reason := fused_is_wrong(kind, DTYPE, device):
             request.config.missing[f"{kind.__name__} fused, {dtype}, {device}"] = reason
     words = str(case)
-    if os.environ.get("MALLOC_MMAP_MAX_") == "0":  # python -m bench asks again with an allocator that keeps memory
+    if setting.get("malloc") == "tuned":  # python -m bench asks again with an allocator that keeps memory
         case, words = case._replace(contestants=FEW), f"{case}, tuned malloc"
     if left_out := [name for name in CONTESTANTS if name not in case.contestants]:
         request.config.missing[f"{words}: {'; '.join(left_out)}"] = "left out: with them it would take too long"
