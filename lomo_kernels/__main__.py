@@ -1,4 +1,5 @@
-"""``python -m lomo_kernels``: ``info`` says which kernels are in force, ``demo`` trains a model with them."""
+"""``python -m lomo_kernels``: ``info`` says which kernels are in force, ``demo`` trains a model with them, ``plan``
+says what memory a training run needs."""
 
 from __future__ import annotations
 
@@ -31,14 +32,19 @@ def info() -> int:
 def main() -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lomo_kernels", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | plan")
     commands.add_parser("info", help="which kernels are in force, and why")
     demo = commands.add_parser("demo", help="fine-tune a small language model with Lomo, SGD and AdamW, and compare")
-    from .demo import run  # the demo's own imports stay out of `import lomo_kernels`
+    plan = commands.add_parser("plan", help="will it fit? peak memory of every method, and the largest batch that fits")
+    from .demo import run  # the commands' own imports stay out of `import lomo_kernels`
+    from .plan import command
 
     run.add_arguments(demo)
+    command.add_arguments(plan)
     arguments = parser.parse_args()
-    return info() if arguments.command == "info" else run.main(arguments)
+    if arguments.command == "info":
+        return info()
+    return run.main(arguments) if arguments.command == "demo" else command.main(arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_iter
 
 __all__ = ["Event", "LiveBytes"]
@@ -78,6 +78,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(map(is_traceable_wrapper_subclass_type, types)):  # a DTensor: first becomes operators on what it wraps
+            return NotImplemented
         result = func(*args, **(kwargs or {}))
         # An output in an input's storage is a view or an in-place result, of something older than this recorder unless
         # the input is being recorded.  `lift_fresh` is how `torch.tensor([...])` presents what it has just made.

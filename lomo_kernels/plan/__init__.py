@@ -3,7 +3,7 @@
 from .methods import METHODS, Attached, Method
 from .models import SHAPES, llama, loss_of
 from .recorder import CATEGORIES, Peak
-from .simulate import default_dtype, record, simulate
+from .simulate import default_dtype, record, simulate, simulate_blocks
 
 __all__ = [
     "CATEGORIES",
@@ -17,4 +17,5 @@ __all__ = [
     "loss_of",
     "record",
     "simulate",
+    "simulate_blocks",
 ]

@@ -135,3 +135,14 @@ METHODS: dict[str, Method] = {
     "Lomo, clipping, one pass": Method(lomo(**_clip, clip_passes="one")),
     "Lomo, clipping, one pass, fused": Method(lomo(**_clip, clip_passes="one", fused_layers=True)),
 }
+
+#: Those that FSDP2 leaves possible: gradients are reduced before they reach a hook, so layers cannot be fused.
+SHARDED = (
+    "AdamW, fp32 master",
+    "SGD, fp32 master",
+    "AdamW",
+    "AdamW, foreach",
+    "SGD",
+    "Lomo",
+    "Lomo, clipping, two passes",
+)

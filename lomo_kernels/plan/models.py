@@ -1,12 +1,15 @@
-"""The models that the paper trains, in the shape that this library's demo has, and its losses."""
+"""What is trained: the paper's models in the shape of this library's demo, any sizes, any Hugging Face config."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..demo.model import ByteLlama, Config
@@ -20,6 +23,16 @@ SHAPES = {
     "llama-30b": Config(layers=60, d_model=6656, heads=52, kv_heads=52, ffn=17920, vocab=32000),
     "llama-65b": Config(layers=80, d_model=8192, heads=64, kv_heads=64, ffn=22016, vocab=32000),
 }
+
+Build = Callable[[], nn.Module]
+
+
+class Model(NamedTuple):
+    """A model that can be built with any number of blocks."""
+
+    blocks: int
+    build: Callable[[int, bool], Build]  # from the number of blocks, and whether each is a checkpoint
+    loss: Callable[[int, int, int | None], Callable[[Any], Tensor]]  # from batch, sequence, chunk: see `loss_of`
 
 
 def llama(
@@ -46,18 +59,75 @@ def loss_of(batch: int, seq: int, chunk: int | None = None) -> Callable[[ByteLla
 
     def loss(model: ByteLlama) -> Tensor:
         windows = torch.zeros(batch, seq + 1, dtype=torch.int64)
-        return model.loss(windows) if chunk is None else chunked_loss(model, windows, chunk)
+        if chunk is None:
+            return model.loss(windows)
+        return chunked_loss(model.hidden(windows[:, :-1]), model.head, windows[:, 1:], chunk)
 
     return loss
 
 
-def chunked_loss(model: ByteLlama, windows: Tensor, chunk: int) -> Tensor:
-    """`ByteLlama.loss` of int64 windows [batch, seq + 1], with the logits of `chunk` tokens at a time."""
+def chunked_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> Tensor:
+    """``F.cross_entropy(head(hidden), targets)``, with the logits of `chunk` tokens at a time.
 
-    def part(x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model.head(x).float(), targets, reduction="sum")
+    Args:
+        hidden: [..., features], what the head reads.
+        targets: int64 [...].
+    """
 
-    hidden, targets = model.hidden(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()
-    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(head(x).float(), y, reduction="sum")
+
+    parts = zip(hidden.flatten(0, -2).split(chunk), targets.flatten().split(chunk), strict=True)
     losses = [checkpoint(part, x, y, use_reentrant=False) for x, y in parts]
     return torch.stack(losses).sum() / targets.numel()
+
+
+def of_shape(config: Config) -> Model:
+    """`llama` with any number of blocks."""
+
+    def build(blocks: int, checkpointing: bool) -> Build:
+        shape = Config(blocks, config.d_model, config.heads, config.kv_heads, config.ffn, config.vocab)
+        return llama(shape, checkpointing=checkpointing)
+
+    return Model(config.layers, build, loss_of)
+
+
+def of_transformers(name: str) -> Model:
+    """A causal language model from its config, by transformers: a folder, a file or a name on the Hub. No weights.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError, ValueError: there is no such config, or it is of no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+
+    config = AutoConfig.from_pretrained(name)
+    config.use_cache = False
+
+    def build(blocks: int, checkpointing: bool) -> Build:
+        shape = copy.deepcopy(config)
+        shape.num_hidden_layers = blocks
+
+        def built() -> nn.Module:
+            model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+            if checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            trained: nn.Module = model.train()
+            return trained
+
+        return built
+
+    def loss(batch: int, seq: int, chunk: int | None) -> Callable[[Any], Tensor]:
+        def of(model: Any) -> Tensor:
+            windows = torch.zeros(batch, seq + 1, dtype=torch.int64)
+            head = model.get_output_embeddings()
+            # It would read whether a row holds several sequences, and without values take it that it does.
+            with patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
+                hidden = model.get_decoder()(input_ids=windows[:, :-1]).last_hidden_state
+            if chunk is not None:
+                return chunked_loss(hidden, head, windows[:, 1:], chunk)
+            return F.cross_entropy(head(hidden).flatten(0, 1).float(), windows[:, 1:].flatten())
+
+        return of
+
+    return Model(config.num_hidden_layers, build, loss)

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..memory import Event, LiveBytes
 
 PARAMETERS = "parameters"
 GRADIENTS = "gradients"
 STATES = "optimizer states"
+GATHERED = "gathered parameters"  # of a model that is sharded
 ACTIVATIONS = "activations"  # made in a forward, and in one that a checkpoint runs again
 FACTORS = "kept factors"  # (input, grad_output) pairs that stand for gradients until backward has ended
 TEMPORARIES = "temporaries"  # the rest: gradients of activations, copies
 WORKSPACE = "workspace"  # what one operator takes and gives back
-CATEGORIES = (PARAMETERS, GRADIENTS, STATES, ACTIVATIONS, FACTORS, TEMPORARIES, WORKSPACE)
+CATEGORIES = (PARAMETERS, GRADIENTS, STATES, GATHERED, ACTIVATIONS, FACTORS, TEMPORARIES, WORKSPACE)
 
 # How autograd copies a gradient that it may not keep as it is.
 _COPIES = ("aten.clone.default", "aten.new_empty_strided.default")
 
 #: Bytes that an operator takes and gives back within one call, from its arguments.
 Workspaces = Mapping[Any, Callable[..., int]]
+
+
+#: What a part of a step is called, and which block's it is, if one's.
+Mark = tuple[str, int | None]
+#: Bytes of each category, in the order of `CATEGORIES`.
+Sample = tuple[int, ...]
+
+_NEVER: Any = (float("inf"), None, "")
 
 
 @dataclass(frozen=True)
@@ -45,12 +55,20 @@ class Peak:
     def peak(self) -> int:
         return sum(self.at_peak.values())
 
+    @staticmethod
+    def of(samples: Iterable[Sample]) -> Peak:
+        every = list(samples)
+        return Peak(
+            dict(zip(CATEGORIES, max(every, key=sum), strict=True)),
+            dict(zip(CATEGORIES, map(max, zip(*every, strict=True)), strict=True)),
+        )
+
 
 class Recorder(LiveBytes):
     """`LiveBytes` that knows what each storage is for.
 
     Most is only known later: a matrix product's result is a gradient when autograd brings it to its parameter. So
-    events are recorded, and `by_category` goes through them when all is known.
+    events are recorded, and `parts` goes through them when all is known.
 
     torch's own `torch.distributed._tools.MemTracker` does this with a hook on every parameter, and a fused layer whose
     weight somebody watches returns its gradient.
@@ -67,12 +85,14 @@ class Recorder(LiveBytes):
         self._forwards = 0  # modules whose forward is running
         self._is: dict[int, str] = {}  # by key; from the storage's first byte on
         self._becomes: list[tuple[int, int, str]] = []  # (events so far, key, category)
-        self._start = 0
+        self._marks: list[tuple[int, Mark]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        if result is NotImplemented:
+            return result
         if func in self._workspaces:
             self._take_and_give_back(self._workspaces[func](*args, **(kwargs or {})), str(func))
         return result
@@ -88,6 +108,14 @@ class Recorder(LiveBytes):
                 category = GRADIENTS
         self._is[self._log[-1].key] = category
 
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        entry = self._live.get(id(storage))
+        if entry is not None and entry[1].nbytes != storage.nbytes():
+            category = self._is[entry[1].key]
+            self._free(id(storage))
+            self._allocate(storage, entry[1].operator)
+            self._is[self._log[-1].key] = category
+
     def _take_and_give_back(self, nbytes: int, operator: str) -> None:
         event = Event("alloc", self._made, nbytes, operator)
         self._made += 1
@@ -96,7 +124,8 @@ class Recorder(LiveBytes):
         self.peak = max(self.peak, self.current + nbytes)
 
     def _keys(self, tensors: Iterable[Tensor]) -> list[int]:
-        found = (self._live.get(id(tensor.untyped_storage())) for tensor in tensors)
+        local = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)  # of a DTensor
+        found = (self._live.get(id(tensor.untyped_storage())) for tensor in local)
         return [entry[1].key for entry in found if entry is not None]
 
     @contextmanager
@@ -116,9 +145,10 @@ class Recorder(LiveBytes):
         """The tensors are of this category from now on."""
         self._becomes += [(len(self._log), key, category) for key in self._keys(tensors)]
 
-    def begin(self) -> None:
-        """What happened until now made the model, and is no part of the peak."""
-        self._start = len(self._log)
+    def mark(self, name: str, block: int | None = None) -> None:
+        """What follows, up to the next mark, is this part of a step. What comes before the first one made the model,
+        and is no part of the peak."""
+        self._marks.append((len(self._log), (name, block)))
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -130,44 +160,57 @@ class Recorder(LiveBytes):
         def begins(*_: Any) -> None:
             self._forwards += 1
 
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, nbytes: int) -> Any:  # no operator: how FSDP2 frees and gathers
+            result = resize(storage, nbytes)
+            self._resized(storage)
+            return result
+
         def ends(*_: Any) -> None:
             self._forwards -= 1
 
         # On the node, not on the parameter, whose hooks make its layer return the gradient. A node lives as long as it
         # is held.
-        nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in model.parameters() if p.requires_grad]
+        leaves = [p for p in model.parameters() if p.requires_grad and not is_traceable_wrapper_subclass(p)]
+        nodes = [torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves]
         handles = [node.register_prehook(arrives) for node in nodes]
         handles += [register_module_forward_pre_hook(begins), register_module_forward_hook(ends, always_call=True)]
         try:
-            yield
+            with patch.object(torch.UntypedStorage, "resize_", resized):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def by_category(self) -> Peak:
-        """The peak since `begin`."""
-        now: Counter[str] = Counter()
-        most: Counter[str] = Counter()
+    def parts(self) -> Iterator[tuple[Mark, list[Sample]]]:
+        """From the first mark on: each part's name, and the bytes of every category after each allocation in it."""
+        now = [0] * len(CATEGORIES)
+        place_of = {name: place for place, name in enumerate(CATEGORIES)}
         size: dict[int, int] = {}
-        at_peak: dict[str, int] = {}
-        highest, total = -1, 0
-        kind = dict(self._is)
-        changes = iter([*self._becomes, (len(self._log) + 1, -1, "")])
-        change = next(changes)
-        for place, event in enumerate(self._log):
+        kind = {key: place_of[category] for key, category in self._is.items()}
+        changes = iter(self._becomes)
+        change = next(changes, _NEVER)
+        samples: list[Sample] = []
+        part: Mark | None = None
+        marks = iter([*self._marks, _NEVER])
+        mark = next(marks)
+        for place, event in enumerate([*self._log, None]):
+            while mark[0] <= place:
+                if part is not None:
+                    yield part, samples
+                part, samples, mark = mark[1], [tuple(now)], next(marks)
             while change[0] <= place:
                 _, key, category = change
                 now[kind[key]] -= size[key]
-                now[category] += size[key]
-                kind[key] = category
-                change = next(changes)
+                kind[key] = place_of[category]
+                now[kind[key]] += size[key]
+                change = next(changes, _NEVER)
+            if event is None:
+                break
             size[event.key] = event.nbytes
-            sign = 1 if event.kind == "alloc" else -1
-            now[kind[event.key]] += sign * event.nbytes
-            total += sign * event.nbytes
-            if place >= self._start:
-                for name in CATEGORIES:
-                    most[name] = max(most[name], now[name])
-                if total > highest:
-                    highest, at_peak = total, {name: now[name] for name in CATEGORIES}
-        return Peak(at_peak, {name: most[name] for name in CATEGORIES})
+            now[kind[event.key]] += event.nbytes if event.kind == "alloc" else -event.nbytes
+            if event.kind == "alloc":
+                samples.append(tuple(now))
+        if part is not None:
+            yield part, samples

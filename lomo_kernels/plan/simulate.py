@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from operator import itemgetter
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import tiled
 from ..optim.passes import KeepPass
 from .kernels import KERNELS
 from .methods import Method
-from .recorder import ACTIVATIONS, FACTORS, STATES, TEMPORARIES, Peak, Recorder, Workspaces
+from .recorder import ACTIVATIONS, CATEGORIES, FACTORS, STATES, TEMPORARIES, Peak, Recorder, Sample, Workspaces
+
+#: Blocks at either end of a model that `simulate_blocks` simulates; those between are as their neighbours.
+EDGE = 2
 
 
 def simulate(
@@ -37,6 +42,60 @@ def simulate(
     Raises:
         KeyError: another name of kernels.
     """
+    return Peak.of(sample for _, samples in _simulated(build, loss, method, kernels).parts() for sample in samples)
+
+
+def simulate_blocks(
+    build: Callable[[int], Callable[[], nn.Module]],
+    blocks: int,
+    loss: Callable[[Any], Tensor],
+    method: Method,
+    *,
+    kernels: str = "gpu",
+) -> Peak:
+    """`simulate` for a model of many equal blocks, in the time of few. The same numbers: tests/test_plan_blocks.py.
+
+    What is alive at a given operator of a given block is a linear function of the number of blocks and of the block's
+    place among them, but for `EDGE` blocks at either end. So two models of few blocks tell it for all: in the middle,
+    the largest value stands at one of its ends.
+
+    Args:
+        build: from a number of blocks to what `simulate` takes. The blocks are the model's longest `nn.ModuleList`.
+        blocks: how many there are.
+        loss, method, kernels: as in `simulate`.
+    """
+    few = 2 * EDGE
+    if blocks <= few + 1:
+        return simulate(build(blocks), loss, method, kernels=kernels)
+    less, more = (_by_place(_simulated(build(n), loss, method, kernels), n) for n in (few, few + 1))
+    return Peak.of(
+        tuple(a + (b - a) * (blocks - few) for a, b in zip(one, other, strict=True))
+        for key, samples in less.items()
+        for one, other in _aligned(samples, more[key])
+    )
+
+
+def _by_place(recorder: Recorder, blocks: int) -> dict[Any, list[Sample]]:
+    """The parts of a step, those of blocks by their distance from the nearer end."""
+    parts: dict[Any, list[Sample]] = {}
+    for (name, number), samples in recorder.parts():
+        place = number if number is None or number < EDGE else number - blocks
+        parts.setdefault((name, place), []).extend(samples)
+    return parts
+
+
+def _aligned(less: list[Sample], more: list[Sample]) -> Iterator[tuple[Sample, Sample]]:
+    """The samples of one part in both models. Where there is one for each weight of the model, as when its optimizer's
+    states are made, only the largest."""
+    if len(less) == len(more):
+        yield from zip(less, more, strict=True)
+        return
+    yield max(less, key=sum), max(more, key=sum)
+    for category in range(len(CATEGORIES)):
+        yield max(less, key=itemgetter(category)), max(more, key=itemgetter(category))
+
+
+def _simulated(build: Callable[[], nn.Module], loss: Any, method: Method, kernels: str) -> Recorder:
     chosen = KERNELS[kernels]
     # What lives beyond a step must not be a simulated tensor; and shapes must not depend on what tensors hold.
     real_buffer = patch.object(tiled.buffer, "memory", torch.empty(0))
@@ -45,7 +104,7 @@ def simulate(
     nothing: dict[str, Any] = dict.fromkeys(fill, _untouched)
     unset = patch.multiple(nn.init, **nothing)  # filling weights is half of the time otherwise
     with real_buffer, unread, unset, FakeTensorMode(allow_non_fake_inputs=True), chosen.in_force():
-        return record(build, loss, method, workspaces=chosen.workspaces)
+        return _recorded(build, loss, method, chosen.workspaces)
 
 
 def record(
@@ -57,21 +116,62 @@ def record(
 ) -> Peak:
     """As `simulate`, but the steps are taken, with whatever tensors `build` makes: on the CPU every byte outside of
     operators is counted."""
+    parts = _recorded(build, loss, method, workspaces).parts()
+    return Peak.of(sample for _, samples in parts for sample in samples)
+
+
+def _recorded(build: Callable[[], nn.Module], loss: Any, method: Method, workspaces: Workspaces | None) -> Recorder:
     recorder = Recorder(workspaces)
     with recorder:
         model = build()
-        recorder.begin()
-        with recorder.watching(model), _kept_factors(recorder):
+        with recorder.watching(model), _kept_factors(recorder), _marked(recorder, model), _sharding(recorder, model):
+            recorder.mark("attach")
             with recorder.making(STATES):
                 attached = method.attach(model)
             for _ in range(method.steps):
+                recorder.mark("forward")
                 with recorder.making(ACTIVATIONS):
                     value = loss(model)
+                recorder.mark("update")
                 with recorder.making(TEMPORARIES):
                     attached.update(value)
                 del value
                 recorder.is_(attached.states(), STATES)
-    return recorder.by_category()
+    return recorder
+
+
+@contextmanager
+def _marked(recorder: Recorder, model: nn.Module) -> Iterator[None]:
+    """Marks where each block begins, forward and backward, and where an optimizer's step does."""
+    with ExitStack() as stack:
+        for number, block in enumerate(blocks_of(model)):
+
+            def begins(*_: Any, number: int = number) -> None:
+                recorder.mark("block", number)
+
+            def ends(_: nn.Module, __: Any, output: Any, number: int = number) -> None:
+                recorder.mark("after block", number)
+                if isinstance(output, Tensor) and output.grad_fn is not None:
+                    output.grad_fn.register_prehook(lambda _: recorder.mark("backward of block", number))
+
+            stack.enter_context(block.register_forward_pre_hook(begins))
+            stack.enter_context(block.register_forward_hook(ends))
+        stack.enter_context(register_optimizer_step_pre_hook(lambda *_: recorder.mark("step")))
+        yield
+
+
+def _sharding(recorder: Recorder, model: nn.Module) -> AbstractContextManager[None]:
+    if not any(hasattr(param, "placements") for param in model.parameters()):
+        return nullcontext()
+    from . import sharded  # only here: FSDP2 takes a second to import
+
+    return sharded.telling(recorder)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The model's longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
 
 
 def _untouched(tensor: Tensor, *_: Any, **__: Any) -> Any:
@@ -91,12 +191,16 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _kept_factors(recorder: Recorder) -> Iterator[None]:
-    """Tells the recorder which tensors wait, as a gradient's factors, for the end of backward."""
-    add = KeepPass.add
+    """Tells the recorder which tensors wait, as a gradient's factors, for the end of backward, and when it has come."""
+    add, apply = KeepPass.add, KeepPass.apply
 
     def noted(self: KeepPass, record: Any, grad: Any, pairs: Any = ()) -> None:
         add(self, record, grad, pairs)
         recorder.becomes((tensor for held in pairs for tensor in held.pair[:2]), FACTORS)
 
-    with patch.object(KeepPass, "add", noted):
+    def applied(self: KeepPass, update: Any) -> None:
+        recorder.mark("apply")
+        apply(self, update)
+
+    with patch.object(KeepPass, "add", noted), patch.object(KeepPass, "apply", applied):
         yield

@@ -1,0 +1,256 @@
+"""The `plan` command: will it fit? Peak memory per GPU by category for every method, and the largest batch and
+sequence that fit, simulated."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..demo.model import Config
+from . import paper
+from .methods import METHODS, SHARDED, missing
+from .models import SHAPES, Model, of_shape, of_transformers
+from .recorder import CATEGORIES, Peak
+from .simulate import simulate_blocks
+
+GIB = 2**30
+_UNITS = {"MB": 2**20, "MIB": 2**20, "GB": GIB, "GIB": GIB, "": GIB}
+#: What FSDP2 gathers, and reduces, together: whole blocks; a block's attention and MLP apart; every linear layer apart.
+#: Smaller groups take less memory, and more and shorter collectives.
+GROUPS = ("block", "attention-mlp", "linear")
+#: Sequences are tried in steps of so many tokens.
+STEP = 128
+_SIZES = ("layers", "d_model", "heads", "kv_heads", "ffn", "vocab")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to the parser that `python -m lomo_kernels` makes for it."""
+    shapes = ", ".join(SHAPES)
+    parser.add_argument("--model", metavar="MODEL", help=f"{shapes}; or a Hugging Face config: folder, file or name")
+    for name, what in zip(
+        _SIZES,
+        ("blocks", "width", "attention heads", "heads of keys and values", "width of the MLP", "vocabulary"),
+        strict=True,
+    ):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"in place of --model: {what}")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="FSDP2 over so many (default: 1, no FSDP2)")
+    parser.add_argument("--memory", default="24GB", help="of one GPU; GB are 2**30 bytes (default: %(default)s)")
+    parser.add_argument("--seq", type=int, default=1024, metavar="N", help="tokens per sequence (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences per GPU (default: %(default)s)")
+    again = "compute each block's activations again in backward instead of keeping them"
+    parser.add_argument("--checkpointing", action="store_true", help=again)
+    chunk = "so many tokens' logits exist at a time, and are computed again in backward (default: all)"
+    parser.add_argument("--chunk", type=int, metavar="TOKENS", help=chunk)
+    parser.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME",
+        help="those whose names begin so: adamw, sgd, lomo, ...; may be repeated (default: all)",
+    )
+    group = "what FSDP2 gathers at a time (default: %(default)s, the least memory)"
+    parser.add_argument("--group", choices=GROUPS, default="linear", help=group)
+    parser.add_argument("--paper", action="store_true", help="the memory columns of the paper's Tables 1 and 2 instead")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods have in common."""
+
+    model: Model
+    gpus: int
+    checkpointing: bool
+    chunk: int | None
+    group: str
+
+    def peak(self, method: str, batch: int, seq: int) -> Peak:
+        """Of one GPU."""
+        loss = self.model.loss(batch, seq, self.chunk)
+
+        def build(blocks: int) -> Any:
+            return self.model.build(blocks, self.checkpointing)
+
+        if self.gpus == 1:
+            return simulate_blocks(build, self.model.blocks, loss, METHODS[method])
+        from . import sharded
+
+        with sharded.ranks(self.gpus) as mesh:
+            return simulate_blocks(
+                lambda blocks: sharded.shard(build(blocks), mesh, self.group),
+                self.model.blocks,
+                loss,
+                METHODS[method],
+            )
+
+
+def largest(peak: Callable[[int], float], start: int, limit: float) -> int:
+    """The largest n >= 1 with ``peak(n) <= limit``; 0 where there is none. `peak` grows, nearly along straight lines,
+    and takes long: guesses are on the line through the nearest two that are known."""
+    known: dict[int, float] = {}
+
+    def fits(n: int) -> bool:
+        known[n] = peak(n)
+        return known[n] <= limit
+
+    low, high = start, 2 * start
+    if not fits(start):
+        if start == 1 or not fits(1):
+            return 0
+        low, high = 1, start
+    else:
+        while fits(high):
+            slope = max((known[high] - known[low]) / (high - low), limit / 2**30)
+            low, high = high, min(32 * high, high + 1 + int((limit - known[high]) / slope))
+    turn = 0
+    while high - low > 1:
+        turn += 1
+        share = 0.5 if turn % 3 == 0 else (limit - known[low]) / (known[high] - known[low])
+        guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        low, high = (guess, high) if fits(guess) else (low, guess)
+    return low
+
+
+def chosen(names: Sequence[str] | None, gpus: int) -> list[str]:
+    """The methods whose names begin with one of `names`; those that can be sharded where there are several GPUs.
+
+    Raises:
+        ValueError: a name is the beginning of none.
+    """
+    possible = [name for name in METHODS if gpus == 1 or name in SHARDED]
+    possible = [name for name in possible if not (name.startswith("lomo_optim") and missing())]
+    if not names:
+        return possible
+    found = []
+    for begin in names:
+        those = [name for name in possible if name.lower().startswith(begin.lower())]
+        if not those:
+            raise ValueError(f"--method {begin} is none of: {'; '.join(possible)}")
+        found += those
+    return list(dict.fromkeys(found))
+
+
+def check(args: argparse.Namespace) -> tuple[Model, float, list[str]]:
+    """The model, the memory of one GPU in bytes, and the methods.
+
+    Raises:
+        ValueError: in words of the command line.
+    """
+    for name in ("gpus", "seq", "batch", "chunk", *_SIZES):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", args.memory)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"--memory {args.memory} is not like 24GB, 24GiB or 500MB")
+    sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
+    if (args.model is None) == (not sizes):
+        raise ValueError("give --model, or --layers, --d-model, --heads, --ffn and --vocab")
+    if sizes:
+        lacking = [name for name in _SIZES if name not in sizes and name != "kv_heads"]
+        if lacking:
+            raise ValueError(f"--{lacking[0].replace('_', '-')} is missing")
+        model = of_shape(Config(**({"kv_heads": sizes["heads"]} | sizes)))
+    elif args.model in SHAPES:
+        model = of_shape(SHAPES[args.model])
+    else:
+        try:
+            model = of_transformers(args.model)
+        except ImportError:
+            raise ValueError(
+                f"--model {args.model}: none of {', '.join(SHAPES)}; for others: pip install transformers"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--model {args.model}: {error}") from None
+    return model, float(match[1]) * _UNITS[match[2].upper()], chosen(args.method, args.gpus)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command. Returns 0, or 2 after one sentence on stderr about an option that cannot be."""
+    if args.paper:
+        print_paper()
+        return 0
+    try:
+        model, memory, names = check(args)
+    except ValueError as error:
+        print(f"python -m lomo_kernels plan: {error}", file=sys.stderr)
+        return 2
+    setting = Setting(model, args.gpus, args.checkpointing, args.chunk, args.group)
+    rows = [row(setting, name, args.batch, args.seq, memory) for name in progress(names, "simulating")]
+    where = f"{args.gpus} GPUs, FSDP2 by {args.group}" if args.gpus > 1 else "1 GPU"
+    how = ", checkpoints" if args.checkpointing else ""
+    how += f", loss by {args.chunk} tokens" if args.chunk else ""
+    title = f"Peak per GPU at sequence {args.seq}, batch {args.batch}{how}, on {where} of {memory / GIB:g} GiB; in GiB"
+    head = ["", *CATEGORIES, "peak", "fits", f"batch at {args.seq}", f"sequence at batch {args.batch}"]
+    print_table(title, head, rows)
+    print("Beside it a GPU holds the CUDA context, cuBLAS's and NCCL's buffers and what fragmentation wastes.")
+    return 0
+
+
+def row(setting: Setting, name: str, batch: int, seq: int, memory: float) -> list[str]:
+    """The table's cells for one method."""
+
+    @functools.cache
+    def peak(batch: int, seq: int) -> Peak:
+        return setting.peak(name, batch, seq)
+
+    most_batch = largest(lambda n: peak(n, seq).peak, batch, memory)
+    most_seq = largest(lambda n: peak(batch, n * STEP).peak, max(1, seq // STEP), memory) * STEP
+    here = peak(batch, seq)
+    cells = [f"{here.at_peak[category] / GIB:.2f}" for category in CATEGORIES]
+    fits = "yes" if here.peak <= memory else "no"
+    return [name, *cells, f"{here.peak / GIB:.2f}", fits, f"{most_batch:,}", f"{most_seq:,}"]
+
+
+def print_paper() -> None:
+    """The memory columns of the paper's tables, and what they are here."""
+    rows = []
+    for name, theirs in progress(list(paper.TABLE_1.items()), "Table 1"):
+        model, seq, batch = paper.MODEL, paper.SEQUENCE, paper.BATCH
+        kept, again = (_of_paper(model, name, 1, checkpointing, batch, seq) for checkpointing in (False, True))
+        pairs = [(theirs[category], kept.most[category]) for category in theirs]
+        pairs += [(paper.ACTIVATIONS[one], peak.most["activations"]) for one, peak in ((False, kept), (True, again))]
+        pairs += [(paper.TOTALS[one][name], peak.peak) for one, peak in ((False, kept), (True, again))]
+        rows.append([name, *(f"{a:.2f} / {b / GIB:.2f}" for a, b in pairs)])
+    head = ["", *theirs, "activations", "with checkpoints", "peak", "with checkpoints"]
+    print_table("Table 1, LLaMA-7B, sequence 512, batch 8: paper / simulated, GiB", head, rows)
+    rows = []
+    for (model, name), (gpus, peak) in progress(list(paper.TABLE_2.items()), "Table 2"):
+        found = (
+            _of_paper(model, name, gpus, True, 1, 1024, group).peak for group in (GROUPS if gpus > 1 else GROUPS[:1])
+        )
+        cells = [f"{one / GIB:.2f}" for one in found]
+        rows.append([f"{model}, {name}", f"{gpus}", f"{peak:.2f}", *cells, *[""] * (len(GROUPS) - len(cells))])
+    head = ["", "GPUs", "paper", *(f"by {group}" for group in GROUPS)]
+    print_table("Table 2, sequence 1024, batch 1: peak per GPU; ours with checkpoints and FSDP2, GiB", head, rows)
+
+
+def _of_paper(
+    model: str, name: str, gpus: int, checkpointing: bool, batch: int, seq: int, group: str = "block"
+) -> Peak:
+    return Setting(of_shape(SHAPES[model]), gpus, checkpointing, None, group).peak(paper.OURS[name], batch, seq)
+
+
+def progress(items: list[Any], what: str) -> Iterator[Any]:
+    """The items, with a bar where rich is installed, else a line on stderr for each."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        for number, item in enumerate(items, start=1):
+            print(f"{what} {number} of {len(items)}: {item}", file=sys.stderr)
+            yield item
+    else:
+        yield from track(items, description=what, console=Console(stderr=True), transient=True)
+
+
+def print_table(title: str, head: list[str], rows: Iterable[list[str]]) -> None:
+    table = [head, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    print(f"\n{title}\n")
+    for name, *cells in table:
+        line = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
+        print("  ".join(line).rstrip())
