@@ -113,10 +113,7 @@ class ZeRO3(Ranks):
 
     def reduced(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
         if grad.layout is not torch.strided:
-            raise RuntimeError(
-                f"Lomo: the gradient of {record.name} has layout {grad.layout}, expected a dense one; "
-                "build the layer with sparse=False"
-            )
+            raise record.not_dense(grad)
         come = _Come(record, grad, current(grad))
         del grad
         if not record.small:

@@ -114,10 +114,7 @@ class Pass:
     def add(self, record: Record, grad: Tensor | None, pairs: Sequence[Held] = ()) -> None:
         """Hands one gradient to the kernels, now or with others. Raises RuntimeError unless it is dense."""
         if grad is not None and grad.layout is not torch.strided:
-            raise RuntimeError(
-                f"Lomo: the gradient of {record.name} has layout {grad.layout}, expected a dense one; "
-                "build the layer with sparse=False"
-            )
+            raise record.not_dense(grad)
         stream = self._streams.join(record.device) if record.on_gpu else None
         if pairs:
             for held in pairs:

@@ -58,6 +58,13 @@ class Record:
         """Whether what stands in ``.grad`` carries the loss scale: whether it is what `accumulate` left there."""
         return self.scaled_grad is not None and self.param.grad is self.scaled_grad()
 
+    def not_dense(self, grad: Tensor) -> RuntimeError:
+        """What to raise where a gradient of this parameter is not strided. The caller looks: it is a hot path."""
+        return RuntimeError(
+            f"Lomo: the gradient of {self.name} has layout {grad.layout}, expected a dense one; "
+            "build the layer with sparse=False"
+        )
+
     def place(self, home: Device, scalars: GroupScalars) -> None:
         """Binds the record to where its parameter is now."""
         self.device, self.dtype = self.local.device, self.local.dtype

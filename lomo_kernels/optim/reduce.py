@@ -90,10 +90,7 @@ class Averaged(Ranks):
 
     def reduced(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
         if grad.layout is not torch.strided:
-            raise RuntimeError(
-                f"Lomo: the gradient of {record.name} has layout {grad.layout}, expected a dense one; "
-                "build the layer with sparse=False"
-            )
+            raise record.not_dense(grad)
         self._came.append(record.index)
         self._waiting[self._message_of[record.index]][record.index] = grad, current(grad)
         del grad
