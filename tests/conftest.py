@@ -73,19 +73,10 @@ def threads():
 
 @pytest.fixture(scope="session")
 def ranks():
-    """ranks(world): `processes.Processes` that stay for the session; after a failure, new ones."""
-    from processes import Processes
+    """ranks(world): `processes.Processes` that stay for the session."""
+    from processes import by_world
 
-    running = {}
-
-    def get(world):
-        if world not in running or not running[world].usable:
-            running[world] = Processes(world)
-        return running[world]
-
-    yield get
-    for some in running.values():
-        some.close()
+    yield from by_world()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -84,6 +84,20 @@ class Processes:
                 if isinstance(results[rank], Failed) and results[rank].text != "died":
                     deadline = min(deadline, time.monotonic() + GRACE)
         return results
+
+
+def by_world() -> Iterator[Callable[[int], Processes]]:
+    """What a fixture yields: `Processes` by world size that stay as long as it does; after a failure, new ones."""
+    running: dict[int, Processes] = {}
+
+    def get(world: int) -> Processes:
+        if world not in running or not running[world].usable:
+            running[world] = Processes(world)
+        return running[world]
+
+    yield get
+    for some in running.values():
+        some.close()
 
 
 class Failed:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import Options, assert_same_bits, batch, loss_of, same_bits, transformer, weights_of
-from processes import Processes
+from processes import Processes, by_world
 from textbook import Textbook
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,16 +33,7 @@ CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01}
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], Processes]]:
     """As that of conftest.py, with processes of their own: DeepSpeed exchanges functions of torch."""
-    running: dict[int, Processes] = {}
-
-    def get(world: int) -> Processes:
-        if world not in running or not running[world].usable:
-            running[world] = Processes(world)
-        return running[world]
-
-    yield get
-    for some in running.values():
-        some.close()
+    yield from by_world()
 
 
 def initialize(
