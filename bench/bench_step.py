@@ -17,6 +17,7 @@ from torch import nn
 
 from lomo_kernels import tiled
 from lomo_kernels.demo.model import ByteLlama, Config
+from lomo_kernels.plan import SHAPES
 
 from .buffers import free_memory
 from .measure import interleave, memory_of, synchronize
@@ -34,8 +35,8 @@ MODELS = {
     "17M": Config(layers=1, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048),
     "30M": Config(layers=2, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048),
     "107M": Config(layers=8, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048),
-    "1.1B": Config(layers=22, d_model=2048, heads=32, kv_heads=4, ffn=5632, vocab=32000),
-    "6.7B": Config(layers=32, d_model=4096, heads=32, kv_heads=32, ffn=11008, vocab=32000),
+    "1.1B": SHAPES["llama-1b"],
+    "6.7B": SHAPES["llama-7b"],
 }
 #: Who runs at 1024 and 4096 tokens on a CPU, and on smaller models: all of them on 107M would take two hours.
 FEW = (
