@@ -95,6 +95,7 @@ ASKS = {
     "hooks": "What does an optimizer inside backward cost for each parameter?",
     "step": "How long does a whole training step take, and how much memory?",
     "data_parallel": "What does averaging inside the hooks cost, and save, next to DistributedDataParallel?",
+    "sharded": "What does gathering less at a time cost under FSDP2, and save?",
     "memory": "What is the memory of LLaMA-7B's training made of?",
 }
 
@@ -116,7 +117,8 @@ EXPLAINED = {
     ),
     "hooks": (
         "Microseconds above a bare backward, which leaves gradients where they are, divided by the number of "
-        "parameters."
+        "parameters. On a CPU with a malloc that keeps freed memory: new pages for the gradients that a bare backward "
+        "leaves would weigh more than hooks do."
     ),
     "step": (
         "All methods ran interleaved, round by round; times are medians of the rounds' ratios. Peaks are of live "
@@ -125,6 +127,10 @@ EXPLAINED = {
     "data_parallel": (
         "Whole steps of a small Llama in float32, two processes over gloo on this machine, interleaved as above. "
         "DistributedDataParallel keeps its buckets, which the gradients are views of, between steps."
+    ),
+    "sharded": (
+        "The same steps under `fully_shard`, which gathers, and reduces, a block at a time, or its attention and its "
+        "MLP apart, or each linear layer (`lomo_kernels.plan.sharded.shard`). Weights are this rank's half."
     ),
     "memory": (
         "Live bytes of a step, simulated without a GPU (`lomo_kernels.plan`: the real model, optimizer and hooks on "

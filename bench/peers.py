@@ -49,6 +49,8 @@ PEERS = {
     "DDP, SGD": "`DistributedDataParallel(gradient_as_bucket_view=True)` and `torch.optim.SGD(foreach=True)`",
     "DDP, SGD, clip_grad_norm_": "`DistributedDataParallel` and `torch.optim.SGD`, as without clipping, after "
     "`clip_grad_norm_(foreach=True)`",
+    "FSDP2, SGD, clip_grad_norm_": "`fully_shard` and `torch.optim.SGD(foreach=True)`, DTensor has no other, after "
+    "`clip_grad_norm_(foreach=True)`",
     "lomo_optim, clipping": "`grad_norm(loss)`, then `fused_backward(loss, lr)`: two backwards",
 }
 NEEDS = {"optimi": ("optimi",), "lomo_optim": ("lomo_optim", "transformers")}  # lomo_optim does not say so itself

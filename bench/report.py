@@ -90,7 +90,8 @@ def short_norm(device: Device) -> Lines:
 
 
 def short_hooks(device: Device) -> Lines:
-    yield from tables.hooks(device.results)
+    """The first case."""
+    yield from tables.of_hooks(device.results, *tables.hook_cases(device.results)[0])
     yield device.command("hooks", "--full")
     yield ""
 

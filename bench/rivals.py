@@ -74,7 +74,7 @@ def pairs(results: Results, question: str) -> Iterator[Pair]:
 
 
 def _comparable(question: str, rival: str, mine: str) -> bool:
-    if question in ("hooks", "step", "data_parallel", "memory"):
+    if question in ("hooks", "step", "data_parallel", "sharded", "memory"):
         return clips(rival) == clips(mine)
     known = COUNTERPARTS[question]
     return mine == (known[rival] if rival in known else known[""])

@@ -272,18 +272,25 @@ def per_parameter(one: Measurement) -> Spread:
     return Spread(*(value / one.case["parameters"] for value in one.above))
 
 
+def hook_cases(results: Results) -> list[tuple[str, str]]:
+    """Shape and dtype of every table of hooks."""
+    return list(dict.fromkeys((one.case["shape"], one.case["dtype"]) for one in results.of("hooks")))
+
+
+def of_hooks(results: Results, shape: str, dtype: str) -> Lines:
+    measured = results.of("hooks", shape=shape, dtype=dtype)
+    columns = distinct(measured, "parameters")
+    rows = []
+    for label, of_one in by_name(measured, default(results.of("hooks"))).items():
+        found = {one.case["parameters"]: _microseconds(per_parameter(one)) for one in of_one}
+        rows.append([strong(label), *(found.get(number, "-") for number in columns)])
+    head = f"µs per parameter of {shape}, {dtype}"
+    yield from table([head, *(f"{number} parameters" for number in columns)], rows)
+
+
 def hooks(results: Results, question: str = "hooks") -> Lines:
-    measured = results.of(question)
-    usual = default(measured)
-    for shape, dtype in dict.fromkeys((str(one.case["shape"]), one.case["dtype"]) for one in measured):
-        group = [one for one in measured if (str(one.case["shape"]), one.case["dtype"]) == (shape, dtype)]
-        columns = distinct(group, "parameters")
-        rows = []
-        for label, of_one in by_name(group, usual).items():
-            found = {one.case["parameters"]: _microseconds(per_parameter(one)) for one in of_one}
-            rows.append([strong(label), *(found.get(number, "-") for number in columns)])
-        head = f"µs per parameter of {shape}, {dtype}"
-        yield from table([head, *(f"{number} parameters" for number in columns)], rows)
+    for case in hook_cases(results):
+        yield from of_hooks(results, *case)
 
 
 def _microseconds(of: Spread) -> str:
@@ -339,6 +346,23 @@ def data_parallel(results: Results, question: str = "data_parallel") -> Lines:
             row = [strong(one.contestant), seconds(one.time.median), spread(one.ratio)]
             rows.append(row + [f"{one.memory[part] / 2**20:.0f}" for part in ("peak", "states")])
         head = ["step", f"time, {measured[0].beside} = 1", "peak above the weights, MiB", "of it kept between steps"]
+        yield from table([", ".join(case), *head], rows)
+
+
+def sharded(results: Results, question: str = "sharded") -> Lines:
+    """Ratios and peaks by what is gathered together."""
+    measured = results.of(question)
+    groups = distinct(measured, "group")
+    for case in dict.fromkeys(_own_but(one, "group") for one in measured):
+        found = {(one.contestant, one.case["group"]): one for one in measured if _own_but(one, "group") == case}
+        rows = []
+        for contestant in dict.fromkeys(contestant for contestant, _ in found):
+            of_one = [found[contestant, group] for group in groups]
+            row = [strong(contestant), *(spread(one.ratio) for one in of_one)]
+            rows.append(row + [f"{one.memory['peak'] / 2**20:.0f}" for one in of_one])
+        first = f"time by {groups[0]}, {measured[0].beside} = 1"
+        head = [first, *(f"time by {group}" for group in groups[1:])]
+        head += [f"peak above the weights by {group}, MiB" for group in groups]
         yield from table([", ".join(case), *head], rows)
 
 
@@ -467,6 +491,7 @@ AXES = {
     "hooks": "parameters",
     "step": "tokens",
     "data_parallel": "tokens",
+    "sharded": "tokens",
     "memory": "",
 }
 
@@ -506,9 +531,9 @@ def _grouped(results: Results, question: str, found: list[Pair], what: str, time
         yield ""
 
 
-def _own_but(one: Measurement, axis: str) -> Iterator[str]:
+def _own_but(one: Measurement, axis: str) -> tuple[str, ...]:
     case = {key: value for key, value in one.case.items() if key != axis}
-    yield from _own(Measurement(one.question, one.contestant, case))
+    return _own(Measurement(one.question, one.contestant, case))
 
 
 # --- what it ran on --------------------------------------------------------------------------------------------------
@@ -547,5 +572,6 @@ SECTIONS: dict[str, Callable[[Results, str], Lines]] = {
     "hooks": hooks,
     "step": steps,
     "data_parallel": data_parallel,
+    "sharded": sharded,
     "memory": memory,
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as runner
-from bench import bench_data_parallel, bench_embedding, bench_norm, bench_update, compare, measure, peers, results
+from bench import bench_embedding, bench_norm, bench_update, compare, measure, peers, ranks, results
 from bench.buffers import Buffers
 from bench.results import Measurement, Results, Spread
 from lomo_kernels import ops
@@ -229,9 +229,9 @@ def test_who_allocates_is_measured_with_the_tuned_malloc_too():
 def test_a_step_of_another_length_is_noticed_where_clipping_makes_steps_of_1e_7():
     before = 0.02 * torch.randn(1000)
     change = 1e-7 * torch.randn(1000)
-    assert bench_data_parallel.same_step(before - change, before - change, before)
-    assert not bench_data_parallel.same_step(before - 3 * change, before - change, before)
-    assert not bench_data_parallel.same_step(before, before - change, before)
+    assert ranks.same_step(before - change, before - change, before)
+    assert not ranks.same_step(before - 3 * change, before - change, before)
+    assert not ranks.same_step(before, before - change, before)
 
 
 def test_the_embedding_that_decays_does():

@@ -1,0 +1,56 @@
+"""What does gathering less at a time cost under FSDP2, and save?"""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from lomo_kernels import Lomo
+from lomo_kernels.plan.command import GROUPS
+from lomo_kernels.plan.sharded import shard
+
+from . import ranks
+from .ranks import LR, OPTIONS, TOKENS, Trained  # noqa: F401  tests are made of TOKENS
+from .rivals import clips
+
+BASE = "FSDP2, SGD, clip_grad_norm_"
+CONTESTANTS = (BASE, *filter(clips, OPTIONS))
+
+
+def _trained(contestant: str, group: str) -> Trained:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = shard(ranks.build, mesh, group)()
+    ours = OPTIONS.get(contestant)
+    step = Lomo(model, lr=LR, **ours).backward if ours else ranks.sgd(model, clip=True)
+    return Trained(model, lambda window: step(model.loss(window)))
+
+
+def named(contestant: str, group: str) -> str:
+    return f"{contestant}, by {group}"
+
+
+FIRST = named(BASE, GROUPS[0])
+
+
+def made() -> dict[str, Trained]:
+    """All groups in one go: what one costs is a ratio to another."""
+    return {named(name, group): _trained(name, group) for group in GROUPS for name in CONTESTANTS}
+
+
+def expected(_: str) -> str:
+    return FIRST
+
+
+@pytest.fixture(scope="module")
+def measured(tokens, step_rounds, device):
+    if device != "cpu":
+        pytest.skip("one GPU has no two ranks")
+    return ranks.measured(made, expected, tokens, step_rounds)
+
+
+def test_sharded(reported, contestant, group, tokens, measured):
+    seconds, memory = measured
+    name = named(contestant, group)
+    beside = {"beside": FIRST, "beside_seconds": seconds[FIRST]}
+    reported(contestant, ranks.case(tokens) | {"group": group}, seconds[name], memory=memory[name], **beside)

@@ -1,0 +1,132 @@
+"""Whole steps of a small Llama in float32 over two processes, with gloo and one thread each."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+
+from lomo_kernels.demo.model import ByteLlama, Config
+
+from .measure import interleave, memory_of
+from .methods import CLIP
+
+LR = 1e-3
+WORLD = 2
+TOKENS = {"short": [32], "full": [256]}
+CONFIG = Config(layers=8, d_model=512, heads=8, kv_heads=8, ffn=1408, vocab=2048)
+#: Ours, without fused layers, which reduction rules out.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "Lomo": {},
+    "Lomo, clipping, two passes": {"clip_grad_norm": CLIP},
+    "Lomo, clipping, one pass": {"clip_grad_norm": CLIP, "clip_passes": "one"},
+}
+
+
+class Trained(NamedTuple):
+    """A contestant on one rank: the model, a step on a batch of windows, and bytes that it keeps between steps."""
+
+    model: nn.Module
+    step: Callable[[Tensor], object]
+    kept: int = 0
+
+
+Make = Callable[[], dict[str, Trained]]
+
+
+def build() -> ByteLlama:
+    """The same on every rank."""
+    torch.manual_seed(0)
+    return ByteLlama(CONFIG)
+
+
+def sgd(model: nn.Module, *, clip: bool) -> Callable[[Tensor], None]:
+    """SGD as torch has it, but not fused, which DTensor lacks: a step from the loss."""
+    params = list(model.parameters())
+    optimizer = torch.optim.SGD(params, lr=LR, foreach=True)
+
+    def step(loss: Tensor) -> None:
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def case(tokens: int) -> dict[str, Any]:
+    return {"model": "27M", "tokens": tokens, "ranks": WORLD}
+
+
+def same_step(param: Tensor, expected: Tensor, before: Tensor) -> bool:
+    """Whether a parameter has changed as expected: within 1% of the largest change, and the float32 of its weights."""
+    limit = 0.01 * (expected - before).abs().max() + 2 * torch.finfo(torch.float32).eps * before.abs().max()
+    return bool((param - expected).abs().max() <= limit)
+
+
+def measured(
+    make: Make, expected: Callable[[str], str], tokens: int, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
+    """Seconds of rank 0's steps, from a barrier on, and bytes, by contestant.
+
+    Args:
+        make: makes all contestants, in each process; a function of a module.
+        expected: from a contestant's name to that of the one whose first step it has to take as well.
+        tokens: of one rank's batch.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        store, result = f"{folder}/store", f"{folder}/result"
+        torch.multiprocessing.spawn(_work, (store, make, expected, tokens, rounds, result), nprocs=WORLD)
+        seconds, memory = json.loads(Path(result).read_text())
+        return seconds, memory
+
+
+def _work(rank: int, store: str, make: Make, expected: Callable[[str], str], tokens: int, rounds: int, to: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    made = make()
+    generator = torch.Generator().manual_seed(rank)
+    windows = [torch.randint(CONFIG.vocab, (1, tokens + 1), generator=generator) for _ in range(4)]
+    for _, step, _ in made.values():
+        step(windows[0])
+    for name, (model, *_) in made.items():  # a bench of wrong results is worth nothing
+        same = made[expected(name)].model
+        for params in zip(model.parameters(), same.parameters(), build().parameters(), strict=True):
+            assert same_step(*map(_whole, params)), f"{name}: another step than that of {expected(name)}"
+
+    def timed(step: Callable[[Tensor], object]) -> Callable[[int], float]:
+        def run(number: int) -> float:
+            dist.barrier()
+            start = time.perf_counter()
+            step(windows[number % 4])
+            return time.perf_counter() - start
+
+        return run
+
+    seconds = interleave({name: timed(step) for name, (_, step, _) in made.items()}, rounds)
+    memory = {}
+    for name, (model, step, kept) in made.items():
+        weights = sum(_local(param).nbytes for param in model.parameters())
+        peak = memory_of(lambda step=step: step(windows[0]), "cpu")[1]  # type: ignore[misc]
+        memory[name] = {"weights": weights, "states": kept, "peak": kept + peak}
+    if rank == 0:
+        Path(to).write_text(json.dumps([seconds, memory]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _local(param: Tensor) -> Tensor:
+    return getattr(param, "_local_tensor", param)
+
+
+def _whole(param: Tensor) -> Tensor:
+    return param.full_tensor() if hasattr(param, "full_tensor") else param
