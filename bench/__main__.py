@@ -1,4 +1,5 @@
-"""``python -m bench [QUESTION …] [--full] [--device …]``: measures, and writes ``bench/results/<device>-<date>.json``.
+"""``python -m bench [QUESTION …] [--full] [--device …]``: measures, and writes ``bench/results/<device>-<date>.json``,
+``…-short.json`` where it is not every case.
 
 Each question is a file ``bench_<question>.py``, which pytest runs alone, too. What only a fresh process can be set to
 (instruction set, allocator, backend) is set here: `runs` says which questions run in which settings. A question's
@@ -95,7 +96,7 @@ def main() -> int:
     probed = {"update", "norm"} & set(arguments.question or QUESTIONS) and arguments.device == "cpu"
     if probed and not any(TESTING.glob("lomo_kernels_testing.*")):
         parser.error("the probes of memory bandwidth are not built: run `make testing` first, then .venv/bin/python")
-    file = arguments.output or todays_file(arguments.device)
+    file = arguments.output or todays_file(arguments.device, short=bool(arguments.select) or not arguments.full)
     try:  # before the measuring, which may take an hour
         results.writable(file)
     except (OSError, ValueError) as error:

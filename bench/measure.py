@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .results import RESULTS
+from .results import RESULTS, SHORT
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = 5e-4  # seconds that a sample takes at least: short calls are repeated, the clock and its call cost 0.1 us
@@ -172,11 +172,13 @@ def _said(pattern: str, *command: str) -> str:
     return found[1] if found else "none"
 
 
-def todays_file(device: str) -> Path:
-    """Of results: ``bench/results/<device>-<date>.json``; a processor is named with its best instruction set."""
+def todays_file(device: str, *, short: bool = False) -> Path:
+    """Of results: ``bench/results/<device>-<date>.json``, ``…-short.json`` for less than every case; a processor is
+    named with its best instruction set."""
     name = environment(device)["device"]
     if device == "cpu":
         from lomo_kernels import backends  # not at import: bench/gpu.py builds it
 
         name = f"{name} {backends.choice('CPU').detail}"
-    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{datetime.date.today()}.json"
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return RESULTS / f"{name}-{datetime.date.today()}{SHORT * short}.json"

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+SHORT = "-short"  # at the end of a file's name: it has less than every case
 RESULTS = Path(__file__).parent / "results"
 DTYPES = ("bfloat16", "float16", "float32")  # of kernels, in the order in which they are measured and shown
 
@@ -192,11 +193,16 @@ def add(file: Path, new: Results) -> None:
 
 
 def newest() -> Iterator[Path]:
-    """The newest file of each device, by name."""
-    files = sorted(RESULTS.glob("*.json"), key=lambda file: device_and_date(file)[1])
+    """The newest file of each device, by name: of those with every case where there is one, else of the short ones."""
+    files = sorted(RESULTS.glob("*.json"), key=lambda file: (not is_short(file), device_and_date(file)[1]))
     yield from sorted({device_and_date(file)[0]: file for file in files}.values())
 
 
 def device_and_date(file: Path) -> tuple[str, str]:
     """As its name says."""
-    return file.stem[:-11], file.stem[-10:]
+    name = file.stem.removesuffix(SHORT)
+    return name[:-11], name[-10:]
+
+
+def is_short(file: Path) -> bool:
+    return file.stem.endswith(SHORT)

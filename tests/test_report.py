@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import itertools
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -79,12 +81,23 @@ def machine(tmp_path):
     return page.Device(tmp_path / "machine-avx2-2026-01-02.json", synthetic())
 
 
-def test_documents_say_what_the_committed_results_say():
+@pytest.fixture
+def committed(tmp_path, monkeypatch):
+    """Only what is committed of bench/results: who has measured their own machine has more there."""
+    folder = results.RESULTS
+    listed = subprocess.run(["git", "ls-files"], cwd=folder, capture_output=True, text=True)
+    names = [file.name for file in folder.iterdir()] if listed.returncode else listed.stdout.split()
+    for name in names:
+        shutil.copy(folder / name, tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+
+
+def test_documents_say_what_the_committed_results_say(committed):
     for document, text in report.documents(report.newest()).items():
         assert document.read_text() == text, f"{document.name} is not up to date: run `python -m bench.report`"
 
 
-def test_every_picture_that_a_document_shows_is_there_and_no_other():
+def test_every_picture_that_a_document_shows_is_there_and_no_other(committed):
     shown = {
         path
         for text in report.documents(report.newest()).values()
@@ -282,10 +295,25 @@ def test_a_gpus_checks_and_commands(machine):
 
 
 def test_every_device_has_its_newest_file(tmp_path, monkeypatch):
-    for name in ("cpu-avx2-2026-01-02", "cpu-avx2-2025-12-31", "nvidia-h200-2026-02-01", "nvidia-h200-2026-01-31"):
+    full = ("cpu-avx2-2026-01-02", "cpu-avx2-2025-12-31", "nvidia-h200-2026-02-01", "nvidia-h200-2026-01-31")
+    short = ("cpu-avx2-2026-03-01-short", "laptop-2026-01-05-short", "laptop-2026-01-06-short")
+    for name in (*full, *short):
         results.write(tmp_path / f"{name}.json", Results(ABOUT))
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    assert {one.name: one.date for one in report.newest()} == {"cpu-avx2": "2026-01-02", "nvidia-h200": "2026-02-01"}
+    newest = {one.name: one.file.stem for one in report.newest()}
+    assert newest == {"cpu-avx2": full[0], "nvidia-h200": full[2], "laptop": short[2]}
+
+
+@pytest.mark.parametrize("arguments, is_short", [([], True), (["--full"], False), (["--full", "-k", "bfloat16"], True)])
+def test_less_than_every_case_has_a_file_of_its_own(arguments, is_short, monkeypatch):
+    from bench import __main__ as command
+
+    files = []
+    monkeypatch.setattr(command.results, "writable", files.append)
+    monkeypatch.setattr(command, "measure", lambda *_: (None, 5))
+    monkeypatch.setattr(sys, "argv", ["bench", "lists", *arguments])
+    command.main()
+    assert [results.is_short(file) for file in files] == [is_short]
 
 
 @pytest.mark.parametrize(
