@@ -16,7 +16,7 @@ from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.optim.records import SMALL_BYTES
 from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, record, simulate
 from lomo_kernels.plan.kernels import KERNELS
-from lomo_kernels.plan.methods import missing
+from lomo_kernels.plan.methods import LOMO_OPTIM_NEEDS, lacking
 from lomo_kernels.plan.models import chunked_loss
 
 CONFIG = Config(layers=3, d_model=256, heads=4, kv_heads=2, ffn=512, vocab=1024)
@@ -32,7 +32,7 @@ checkpointing = pytest.mark.parametrize("checkpointing", [False, True], ids=["ke
 @pytest.fixture(autouse=True)
 def installed(request: pytest.FixtureRequest) -> None:
     if "lomo_optim" in str(request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else ""):
-        for name in missing():
+        for name in lacking(LOMO_OPTIM_NEEDS):
             pytest.skip(f"{name} is not installed")
 
 

@@ -14,10 +14,12 @@ import torch
 from lomo_kernels.demo.model import Config
 from lomo_kernels.plan import METHODS, llama, loss_of, sharded, simulate, simulate_blocks
 from lomo_kernels.plan.command import GROUPS, STEP, largest
-from lomo_kernels.plan.methods import SHARDED, missing
+from lomo_kernels.plan.methods import LOMO_OPTIM_NEEDS, SHARDED, lacking
 
 BLOCKS = 7
-methods = pytest.mark.parametrize("name", [name for name in METHODS if "lomo_optim" not in name or not missing()])
+methods = pytest.mark.parametrize(
+    "name", [name for name in METHODS if "lomo_optim" not in name or not lacking(LOMO_OPTIM_NEEDS)]
+)
 
 
 def config(blocks: int) -> Config:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..demo.model import Config
 from . import paper
-from .methods import METHODS, SHARDED, missing
+from .methods import LOMO_OPTIM_NEEDS, METHODS, SHARDED, lacking
 from .models import SHAPES, Model, of_shape, of_transformers
 from .recorder import CATEGORIES, Peak
 from .simulate import simulate_blocks
@@ -121,7 +121,7 @@ def chosen(names: Sequence[str] | None, gpus: int) -> list[str]:
         ValueError: a name is the beginning of none.
     """
     possible = [name for name in METHODS if gpus == 1 or name in SHARDED]
-    possible = [name for name in possible if not (name.startswith("lomo_optim") and missing())]
+    possible = [name for name in possible if not (name.startswith("lomo_optim") and lacking(LOMO_OPTIM_NEEDS))]
     if not names:
         return possible
     found = []
@@ -150,9 +150,9 @@ def check(args: argparse.Namespace) -> tuple[Model, float, list[str]]:
     if (args.model is None) == (not sizes):
         raise ValueError("give --model, or --layers, --d-model, --heads, --ffn and --vocab")
     if sizes:
-        lacking = [name for name in _SIZES if name not in sizes and name != "kv_heads"]
-        if lacking:
-            raise ValueError(f"--{lacking[0].replace('_', '-')} is missing")
+        absent = [name for name in _SIZES if name not in sizes and name != "kv_heads"]
+        if absent:
+            raise ValueError(f"--{absent[0].replace('_', '-')} is missing")
         model = of_shape(Config(**({"kv_heads": sizes["heads"]} | sizes)))
     elif args.model in SHAPES:
         model = of_shape(SHAPES[args.model])
