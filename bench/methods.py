@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lomo_kernels.demo.model import ByteLlama, Config
-from lomo_kernels.plan.methods import CLIP, Attached, lomo, lomo_optim, plain
+from lomo_kernels.plan.methods import CLIP, lomo, lomo_optim, plain
 
 from . import peers
 from .rivals import BASE
@@ -89,15 +89,13 @@ def released(kind: str, **options: Any) -> Callable[[nn.Module, float], Step]:
     return make
 
 
-def with_lr(
-    method: Callable[..., Callable[[nn.Module], Attached]], **options: Any
-) -> Callable[[nn.Module, float], Step]:
-    """Attached as the simulator does."""
+def attached(method: Callable[..., Any], **options: Any) -> Callable[[nn.Module, float], Step]:
+    """One of the simulator's methods."""
     return lambda model, lr: method(lr=lr, **options)(model).update
 
 
 def clipping(**options: Any) -> Callable[[nn.Module, float], Step]:
-    return with_lr(lomo, clip_grad_norm=CLIP, **options)
+    return attached(lomo, clip_grad_norm=CLIP, **options)
 
 
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
@@ -110,10 +108,10 @@ METHODS = {
     "optimi SGD, release": Method(released("SGD"), states=1),
     "optimi AdamW, release": Method(released("AdamW", **ADAMW), states=3, adamw=True),
     "hook, add_": Method(hooked),
-    "lomo_optim": Method(with_lr(lomo_optim)),
-    "lomo_optim, clipping": Method(with_lr(lomo_optim, clip=CLIP), clips=True),
-    "Lomo": Method(with_lr(lomo)),
-    "Lomo, fused": Method(with_lr(lomo, fused_layers=True)),
+    "lomo_optim": Method(attached(lomo_optim)),
+    "lomo_optim, clipping": Method(attached(lomo_optim, clip=CLIP), clips=True),
+    "Lomo": Method(attached(lomo)),
+    "Lomo, fused": Method(attached(lomo, fused_layers=True)),
     "Lomo, clipping, two passes": Method(clipping(), clips=True),
     "Lomo, clipping, two passes, fused": Method(clipping(fused_layers=True), clips=True),
     "Lomo, clipping, one pass": Method(clipping(clip_passes="one"), gradients=True, clips=True),
