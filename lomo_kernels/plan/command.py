@@ -7,16 +7,17 @@ import argparse
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..demo.model import Config
 from . import paper
+from .lines import Parts, largest, peak_of
 from .methods import LOMO_OPTIM_NEEDS, METHODS, SHARDED, lacking
 from .models import SHAPES, Model, of_shape, of_transformers
 from .recorder import CATEGORIES, Peak
-from .simulate import simulate_blocks
+from .simulate import step_of_blocks
 
 GIB = 2**30
 _UNITS = {"MB": 2**20, "MIB": 2**20, "GB": GIB, "GIB": GIB, "": GIB}
@@ -67,51 +68,21 @@ class Setting:
     chunk: int | None
     group: str
 
-    def peak(self, method: str, batch: int, seq: int) -> Peak:
+    def step(self, method: str, batch: int, seq: int) -> Parts:
         """Of one GPU."""
         loss = self.model.loss(batch, seq, self.chunk)
 
         def build(blocks: int) -> Any:
             return self.model.build(blocks, self.checkpointing)
 
+        blocks, way = self.model.blocks, METHODS[method]
         if self.gpus == 1:
-            return simulate_blocks(build, self.model.blocks, loss, METHODS[method])
+            return step_of_blocks(build, blocks, loss, way, edge=1)
         from . import sharded
 
+        edge = 2 if self.group == "block" else 1
         with sharded.ranks(self.gpus) as mesh:
-            return simulate_blocks(
-                lambda blocks: sharded.shard(build(blocks), mesh, self.group),
-                self.model.blocks,
-                loss,
-                METHODS[method],
-            )
-
-
-def largest(peak: Callable[[int], float], start: int, limit: float) -> int:
-    """The largest n >= 1 with ``peak(n) <= limit``; 0 where there is none. `peak` grows, nearly along straight lines,
-    and takes long: guesses are on the line through the nearest two that are known."""
-    known: dict[int, float] = {}
-
-    def fits(n: int) -> bool:
-        known[n] = peak(n)
-        return known[n] <= limit
-
-    low, high = start, 2 * start
-    if not fits(start):
-        if start == 1 or not fits(1):
-            return 0
-        low, high = 1, start
-    else:
-        while fits(high):
-            slope = max((known[high] - known[low]) / (high - low), limit / 2**30)
-            low, high = high, min(32 * high, high + 1 + int((limit - known[high]) / slope))
-    turn = 0
-    while high - low > 1:
-        turn += 1
-        share = 0.5 if turn % 3 == 0 else (limit - known[low]) / (known[high] - known[low])
-        guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
-        low, high = (guess, high) if fits(guess) else (low, guess)
-    return low
+            return step_of_blocks(lambda n: sharded.shard(build(n), mesh, self.group), blocks, loss, way, edge)
 
 
 def chosen(names: Sequence[str] | None, gpus: int) -> list[str]:
@@ -133,7 +104,7 @@ def chosen(names: Sequence[str] | None, gpus: int) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check(args: argparse.Namespace) -> tuple[Model, float, list[str]]:
+def check(args: argparse.Namespace) -> tuple[Model, int, list[str]]:
     """The model, the memory of one GPU in bytes, and the methods.
 
     Raises:
@@ -165,7 +136,7 @@ def check(args: argparse.Namespace) -> tuple[Model, float, list[str]]:
             ) from None
         except (OSError, ValueError) as error:
             raise ValueError(f"--model {args.model}: {error}") from None
-    return model, float(match[1]) * _UNITS[match[2].upper()], chosen(args.method, args.gpus)
+    return model, int(float(match[1]) * _UNITS[match[2].upper()]), chosen(args.method, args.gpus)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -190,16 +161,16 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def row(setting: Setting, name: str, batch: int, seq: int, memory: float) -> list[str]:
+def row(setting: Setting, name: str, batch: int, seq: int, memory: int) -> list[str]:
     """The table's cells for one method."""
 
     @functools.cache
-    def peak(batch: int, seq: int) -> Peak:
-        return setting.peak(name, batch, seq)
+    def step(batch: int, seq: int) -> Parts:
+        return setting.step(name, batch, seq)
 
-    most_batch = largest(lambda n: peak(n, seq).peak, batch, memory)
-    most_seq = largest(lambda n: peak(batch, n * STEP).peak, max(1, seq // STEP), memory) * STEP
-    here = peak(batch, seq)
+    most_batch = largest(lambda n: step(n, seq), batch, memory)
+    most_seq = largest(lambda n: step(batch, n * STEP), max(1, seq // STEP), memory) * STEP
+    here = peak_of(step(batch, seq))
     cells = [f"{here.at_peak[category] / GIB:.2f}" for category in CATEGORIES]
     fits = "yes" if here.peak <= memory else "no"
     return [name, *cells, f"{here.peak / GIB:.2f}", fits, f"{most_batch:,}", f"{most_seq:,}"]
@@ -231,7 +202,8 @@ def print_paper() -> None:
 def _of_paper(
     model: str, name: str, gpus: int, checkpointing: bool, batch: int, seq: int, group: str = "block"
 ) -> Peak:
-    return Setting(of_shape(SHAPES[model]), gpus, checkpointing, None, group).peak(paper.OURS[name], batch, seq)
+    setting = Setting(of_shape(SHAPES[model]), gpus, checkpointing, None, group)
+    return peak_of(setting.step(paper.OURS[name], batch, seq))
 
 
 def progress(items: list[Any], what: str) -> Iterator[Any]:

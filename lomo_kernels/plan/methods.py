@@ -24,10 +24,11 @@ class Attached(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A way to train any model. `steps` shows all there is to see: two, where the first one makes optimizer states."""
+    """A way to train any model."""
 
     attach: Callable[[nn.Module], Attached]
-    steps: int = 1
+    steps: int = 1  # they show all there is to see
+    makes_states: bool = False  # in its first step, from ``.grad``
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -127,10 +128,10 @@ def lacking(packages: Iterable[str]) -> list[str]:
 _clip: dict[str, Any] = {"clip_grad_norm": CLIP}
 
 METHODS: dict[str, Method] = {
-    "AdamW, fp32 master": Method(with_master_weights(torch.optim.AdamW), steps=2),
+    "AdamW, fp32 master": Method(with_master_weights(torch.optim.AdamW), makes_states=True),
     "SGD, fp32 master": Method(with_master_weights(torch.optim.SGD)),
-    "AdamW": Method(plain(torch.optim.AdamW, fused=True), steps=2),
-    "AdamW, foreach": Method(plain(torch.optim.AdamW, foreach=True), steps=2),
+    "AdamW": Method(plain(torch.optim.AdamW, fused=True), makes_states=True),
+    "AdamW, foreach": Method(plain(torch.optim.AdamW, foreach=True), makes_states=True),
     "SGD": Method(plain(torch.optim.SGD, foreach=True)),
     "lomo_optim": Method(lomo_optim()),
     "lomo_optim, clipping": Method(lomo_optim(clip=CLIP), steps=2),
