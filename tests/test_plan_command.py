@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,16 +128,43 @@ def test_the_command_sharded(plan: Plan) -> None:
     assert "FSDP2 by linear" in printed and list(cells_of(printed)) == ["Lomo, clipping, two passes"]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_hugging_face_config(plan: Plan, tmp_path: Path, checkpointing: bool) -> None:
+@pytest.fixture
+def of_transformers(tmp_path: Path) -> Callable[..., str]:
+    """Makes the folder of a Hugging Face config."""
     pytest.importorskip("transformers")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
-    kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1000}
-    (tmp_path / "config.json").write_text(json.dumps(sizes | kind))
+
+    def make(**config: Any) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(sizes | {"vocab_size": 1000} | config))
+        return str(tmp_path)
+
+    return make
+
+
+def test_configs_that_cannot_be_simulated_get_one_sentence(plan: Plan, of_transformers: Callable[..., str]) -> None:
+    for config, message in (
+        ({"model_type": "t5"}, "Unrecognized configuration class"),
+        ({"model_type": "gemma2", "head_dim": 64}, "its blocks are not all alike"),
+        ({"model_type": "mistral", "sliding_window": 128}, "attn_mask is given"),
+        ({"model_type": "llama", "max_position_embeddings": 512}, "--seq 1024 is more than the 512 tokens"),
+    ):
+        status, printed, said = plan("--model", of_transformers(**config), "--method", "sgd")
+        assert status == 2 and not printed
+        assert message in said and said.startswith("python -m lomo_kernels plan: ")
+
+
+def test_a_sequence_is_not_longer_than_positions_are(plan: Plan, of_transformers: Callable[..., str]) -> None:
+    config = of_transformers(model_type="gpt2", n_positions=400, n_layer=3, n_embd=256, n_head=4)
+    _, printed, said = plan("--model", config, "--memory", "4GB", "--seq", "300", "--method", "lomo, f")
+    assert cells_of(printed)["Lomo, fused"][-1] == "384", said
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_hugging_face_config(plan: Plan, of_transformers: Callable[..., str], checkpointing: bool) -> None:
+    config = of_transformers(model_type="llama", architectures=["LlamaForCausalLM"])
     flags = ["--checkpointing", "--chunk", "100"] if checkpointing else []
-    status, printed, said = plan(
-        "--model", str(tmp_path), "--memory", "40MB", "--seq", "128", "--method", "lomo, f", *flags
-    )
+    arguments = ["--memory", "40MB", "--seq", "128", "--method", "lomo, f", *flags]
+    status, printed, said = plan("--model", config, *arguments)
     assert status == 0, said
     assert "Lomo, fused" in cells_of(printed)
 
@@ -151,12 +179,13 @@ def test_a_hugging_face_config(plan: Plan, tmp_path: Path, checkpointing: bool) 
         (["--model", "llama-7b", "--method", "adam2"], "--method adam2 is none of: AdamW"),
         (["--model", "llama-7b", "--gpus", "0"], "--gpus must be at least 1, not 0"),
         (["--model", "/nowhere/at/all"], "--model /nowhere/at/all"),
+        ([*SIZES, "--d-model", "24"], "the head is 6 wide, expected"),
     ],
 )
 def test_bad_options_get_one_sentence(plan: Plan, arguments: list[str], message: str) -> None:
     status, printed, said = plan(*arguments)
     assert status == 2 and not printed
-    assert message in said and said.count("\n") == 1
+    assert message in said and len(said.strip().splitlines()) == 1
 
 
 def test_it_is_a_command() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -135,22 +136,25 @@ def check(args: argparse.Namespace) -> tuple[Model, int, list[str]]:
                 f"--model {args.model}: none of {', '.join(SHAPES)}; for others: pip install transformers"
             ) from None
         except (OSError, ValueError) as error:
-            raise ValueError(f"--model {args.model}: {error}") from None
+            raise ValueError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
+    if args.seq > model.longest:
+        raise ValueError(f"--seq {args.seq} is more than the {model.longest} tokens of the model's config")
     return model, int(float(match[1]) * _UNITS[match[2].upper()]), chosen(args.method, args.gpus)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the command. Returns 0, or 2 after one sentence on stderr about an option that cannot be."""
+    """Runs the command. Returns 0, or 2 after one sentence on stderr about an option that cannot be, or a model that
+    cannot be simulated."""
     if args.paper:
         print_paper()
         return 0
     try:
         model, memory, names = check(args)
-    except ValueError as error:
+        setting = Setting(model, args.gpus, args.checkpointing, args.chunk, args.group)
+        rows = [row(setting, name, args.batch, args.seq, memory) for name in progress(names, "simulating")]
+    except (ValueError, NotImplementedError) as error:
         print(f"python -m lomo_kernels plan: {error}", file=sys.stderr)
         return 2
-    setting = Setting(model, args.gpus, args.checkpointing, args.chunk, args.group)
-    rows = [row(setting, name, args.batch, args.seq, memory) for name in progress(names, "simulating")]
     where = f"{args.gpus} GPUs, FSDP2 by {args.group}" if args.gpus > 1 else "1 GPU"
     how = ", checkpoints" if args.checkpointing else ""
     how += f", loss by {args.chunk} tokens" if args.chunk else ""
@@ -169,7 +173,9 @@ def row(setting: Setting, name: str, batch: int, seq: int, memory: int) -> list[
         return setting.step(name, batch, seq)
 
     most_batch = largest(lambda n: step(n, seq), batch, memory)
-    most_seq = largest(lambda n: step(batch, n * STEP), max(1, seq // STEP), memory) * STEP
+    longest = setting.model.longest
+    most = longest // STEP if longest < math.inf else math.inf
+    most_seq = largest(lambda n: step(batch, n * STEP), max(1, seq // STEP), memory, most) * STEP
     here = peak_of(step(batch, seq))
     cells = [f"{here.at_peak[category] / GIB:.2f}" for category in CATEGORIES]
     fits = "yes" if here.peak <= memory else "no"

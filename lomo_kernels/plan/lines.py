@@ -3,6 +3,7 @@ as with the number of sequences or tokens."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from operator import itemgetter
@@ -45,36 +46,38 @@ def _aligned(less: Parts, more: Parts) -> Iterator[tuple[Any, Sample, Sample]]:
             yield from ((key, max(ours, key=value), max(theirs, key=value)) for value in by)
 
 
-def largest(parts_at: Callable[[int], Parts], start: int, limit: int) -> int:
+def largest(parts_at: Callable[[int], Parts], start: int, limit: int, most: float = math.inf) -> int:
     """The largest n >= 1 whose peak is at most `limit`: of n and n + 1, which were both simulated, one fits and the
-    other does not. 0 where 1 does not fit.
+    other does not. 0 where 1 does not fit; `most` where that fits.
 
     The lines through two n tell the next; at first through neighbours. Where the loss has another number of chunks, or
     a gradient takes the place of its factors, they bend, so only what was simulated is believed.
 
     Args:
         parts_at: simulates n; is asked again for some.
-        start: the first guess.
+        start: the first guess, at most `most`.
+        most: no more is asked for.
     """
 
     def fits(parts: Parts) -> bool:
         return max(sum(sample) for samples in parts.values() for sample in samples) <= limit
 
     low: int = 0  # fits
-    high: float = math.inf  # does not
-    n, before, turn = start, start + 1, 0
-    while True:
+    high = most + 1  # does not
+    n, before = start, start + 1 if start < most else start - 1
+    for turn in itertools.count():
+        if high == low + 1:
+            break
+        if turn:
+            left, right = min(n, before), max(n, before)
+            guess = left + steps_within(parts_at(left), parts_at(right), right - left, limit)
+            if turn % 4 == 0 or guess == math.inf:  # the lines do not lead there
+                guess = (low + high) // 2 if high < math.inf else 2 * low
+            n, before = int(max(low, 1, min(guess, high - 1))), n
         if not fits(parts_at(n)):
             high = n
-        elif not fits(parts_at(n + 1)):
+        elif n == most or not fits(parts_at(n + 1)):
             return n
         else:
             low = n + 1
-        if high == low + 1:
-            return low
-        left, right = min(n, before), max(n, before)
-        guess = left + steps_within(parts_at(left), parts_at(right), right - left, limit)
-        turn += 1
-        if turn % 4 == 0 or guess == math.inf:  # the lines do not lead there
-            guess = (low + high) // 2 if high < math.inf else 2 * low
-        n, before = int(max(low, 1, min(guess, high - 1))), n
+    return low
