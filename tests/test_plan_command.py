@@ -128,6 +128,13 @@ def test_the_command_sharded(plan: Plan) -> None:
     assert "FSDP2 by linear" in printed and list(cells_of(printed)) == ["Lomo, clipping, two passes"]
 
 
+def test_a_sequence_between_two_steps_that_fits_is_not_more_than_the_largest(plan: Plan) -> None:
+    peak = simulate(llama(CONFIG), loss_of(1, 200), METHODS["Lomo, fused"]).peak
+    _, printed, _ = plan(*SIZES, "--memory", f"{peak / 2**20 + 0.01:.2f}MB", "--seq", "200", "--method", "lomo, f")
+    *_, fits, batch, sequence = cells_of(printed)["Lomo, fused"]
+    assert (fits, batch, sequence) == ("yes", "1", "200")
+
+
 @pytest.fixture
 def of_transformers(tmp_path: Path) -> Callable[..., str]:
     """Makes the folder of a Hugging Face config."""
@@ -178,7 +185,13 @@ def test_a_hugging_face_config(plan: Plan, of_transformers: Callable[..., str], 
         (["--model", "llama-7b", "--memory", "much"], "--memory much is not like 24GB"),
         (["--model", "llama-7b", "--method", "adam2"], "--method adam2 is none of: AdamW"),
         (["--model", "llama-7b", "--gpus", "0"], "--gpus must be at least 1, not 0"),
+        (["--model", "llama-7b", "--gpus", "100000"], "--gpus 100000 are more than the 1024 that can be simulated"),
         (["--model", "/nowhere/at/all"], "--model /nowhere/at/all"),
+        ([*SIZES, "--memory", "1.2.3GB"], "--memory 1.2.3GB is not like 24GB"),
+        ([*SIZES, "--memory", "0.0GB"], "--memory 0.0GB is none"),
+        ([*SIZES, "--memory", "99999999GB"], "--memory 99999999GB is more than 1048576GB"),
+        ([*SIZES, "--seq", "10000000000000"], "--batch 1 of --seq 10000000000000 are more than"),
+        ([*SIZES, "--group", "block"], "--group block is of FSDP2: it needs --gpus of 2 or more"),
         ([*SIZES, "--d-model", "24"], "the head is 6 wide, expected"),
     ],
 )

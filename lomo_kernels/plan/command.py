@@ -21,6 +21,9 @@ from .recorder import CATEGORIES, Peak
 from .simulate import step_of_blocks
 
 GIB = 2**30
+#: Tensors of more bytes than a 64-bit integer holds cannot be simulated.
+MOST_MEMORY, MOST_TOKENS = 2**50, 2**36
+MOST_GPUS = 1024  # FSDP2 makes a view of each gathered weight for each of them
 _UNITS = {"MB": 2**20, "MIB": 2**20, "GB": GIB, "GIB": GIB, "": GIB}
 #: What FSDP2 gathers, and reduces, together: whole blocks; a block's attention and MLP apart; every linear layer apart.
 #: Smaller groups take less memory, and more and shorter collectives.
@@ -54,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="those whose names begin so: adamw, sgd, lomo, ...; may be repeated (default: all)",
     )
-    group = "what FSDP2 gathers at a time (default: %(default)s, the least memory)"
-    parser.add_argument("--group", choices=GROUPS, default="linear", help=group)
+    group = "with several GPUs, what FSDP2 gathers at a time (default: linear, the least memory)"
+    parser.add_argument("--group", choices=GROUPS, help=group)
     parser.add_argument("--paper", action="store_true", help="the memory columns of the paper's Tables 1 and 2 instead")
 
 
@@ -115,9 +118,20 @@ def check(args: argparse.Namespace) -> tuple[Model, int, list[str]]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", args.memory)
+    if args.batch * args.seq > MOST_TOKENS:
+        raise ValueError(f"--batch {args.batch} of --seq {args.seq} are more than {MOST_TOKENS} tokens")
+    if args.gpus > MOST_GPUS:
+        raise ValueError(f"--gpus {args.gpus} are more than the {MOST_GPUS} that can be simulated")
+    if args.group and args.gpus == 1:
+        raise ValueError(f"--group {args.group} is of FSDP2: it needs --gpus of 2 or more")
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", args.memory)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"--memory {args.memory} is not like 24GB, 24GiB or 500MB")
+    memory = int(float(match[1]) * _UNITS[match[2].upper()])
+    if not memory:
+        raise ValueError(f"--memory {args.memory} is none")
+    if memory > MOST_MEMORY:
+        raise ValueError(f"--memory {args.memory} is more than {MOST_MEMORY // GIB}GB")
     sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
     if (args.model is None) == (not sizes):
         raise ValueError("give --model, or --layers, --d-model, --heads, --ffn and --vocab")
@@ -139,7 +153,7 @@ def check(args: argparse.Namespace) -> tuple[Model, int, list[str]]:
             raise ValueError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
     if args.seq > model.longest:
         raise ValueError(f"--seq {args.seq} is more than the {model.longest} tokens of the model's config")
-    return model, int(float(match[1]) * _UNITS[match[2].upper()]), chosen(args.method, args.gpus)
+    return model, memory, chosen(args.method, args.gpus)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -150,12 +164,12 @@ def main(args: argparse.Namespace) -> int:
         return 0
     try:
         model, memory, names = check(args)
-        setting = Setting(model, args.gpus, args.checkpointing, args.chunk, args.group)
+        setting = Setting(model, args.gpus, args.checkpointing, args.chunk, args.group or GROUPS[-1])
         rows = [row(setting, name, args.batch, args.seq, memory) for name in progress(names, "simulating")]
     except (ValueError, NotImplementedError) as error:
         print(f"python -m lomo_kernels plan: {error}", file=sys.stderr)
         return 2
-    where = f"{args.gpus} GPUs, FSDP2 by {args.group}" if args.gpus > 1 else "1 GPU"
+    where = f"{args.gpus} GPUs, FSDP2 by {setting.group}" if args.gpus > 1 else "1 GPU"
     how = ", checkpoints" if args.checkpointing else ""
     how += f", loss by {args.chunk} tokens" if args.chunk else ""
     title = f"Peak per GPU at sequence {args.seq}, batch {args.batch}{how}, on {where} of {memory / GIB:g} GiB; in GiB"
@@ -177,6 +191,8 @@ def row(setting: Setting, name: str, batch: int, seq: int, memory: int) -> list[
     most = longest // STEP if longest < math.inf else math.inf
     most_seq = largest(lambda n: step(batch, n * STEP), max(1, seq // STEP), memory, most) * STEP
     here = peak_of(step(batch, seq))
+    if here.peak <= memory:  # between two steps
+        most_seq = max(most_seq, seq)
     cells = [f"{here.at_peak[category] / GIB:.2f}" for category in CATEGORIES]
     fits = "yes" if here.peak <= memory else "no"
     return [name, *cells, f"{here.peak / GIB:.2f}", fits, f"{most_batch:,}", f"{most_seq:,}"]
