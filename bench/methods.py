@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama, Config
+from lomo_kernels.plan.methods import CLIP, lomo, lomo_optim, plain
 
 from . import peers
 from .rivals import BASE
 
-CLIP = 1.0
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 Step = Callable[[Tensor], object]  # takes the loss
@@ -55,19 +54,11 @@ def fastest(kind: type[torch.optim.Optimizer], dtype: torch.dtype, device: str) 
     return {"foreach": True} if fused_is_wrong(kind, dtype, device) else {"fused": True}
 
 
-def stepped(kind: type[torch.optim.Optimizer], *, clip: bool = False) -> Callable[[nn.Module, float], Step]:
+def stepped(kind: type[torch.optim.Optimizer], clip: float | None = None) -> Callable[[nn.Module, float], Step]:
     def make(model: nn.Module, lr: float) -> Step:
-        params = list(model.parameters())
-        optimizer = kind(params, lr=lr, **fastest(kind, params[0].dtype, params[0].device.type))  # type: ignore[call-arg]
-
-        def step(loss: Tensor) -> None:
-            loss.backward()
-            if clip:
-                nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return step
+        param = next(model.parameters())
+        fast = fastest(kind, param.dtype, param.device.type)
+        return plain(kind, lr=lr, clip=clip, **fast)(model).update
 
     return make
 
@@ -98,47 +89,35 @@ def released(kind: str, **options: Any) -> Callable[[nn.Module, float], Step]:
     return make
 
 
-def lomo_optim(model: nn.Module, lr: float, *, clip: float | None = None) -> Step:
-    from lomo_optim import Lomo as Original
-
-    optimizer = Original(model, lr=lr, clip_grad_norm=clip)
-
-    def step(loss: Tensor) -> None:
-        if clip:
-            optimizer.grad_norm(loss)
-        optimizer.fused_backward(loss, lr)
-
-    return step
+def attached(method: Callable[..., Any], **options: Any) -> Callable[[nn.Module, float], Step]:
+    """One of the simulator's methods."""
+    return lambda model, lr: method(lr=lr, **options)(model).update
 
 
-def ours(**options: Any) -> Callable[[nn.Module, float], Step]:
-    return lambda model, lr: Lomo(model, lr=lr, **options).backward
-
-
-def ours_clipping(**options: Any) -> Callable[[nn.Module, float], Step]:
-    return ours(clip_grad_norm=CLIP, **options)
+def clipping(**options: Any) -> Callable[[nn.Module, float], Step]:
+    return attached(lomo, clip_grad_norm=CLIP, **options)
 
 
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
 
 METHODS = {
-    BASE: Method(stepped(SGD, clip=True), gradients=True, clips=True),
+    BASE: Method(stepped(SGD, CLIP), gradients=True, clips=True),
     "SGD": Method(stepped(SGD), gradients=True),
-    "AdamW, clip_grad_norm_": Method(stepped(ADAM, clip=True), states=2, gradients=True, clips=True, adamw=True),
+    "AdamW, clip_grad_norm_": Method(stepped(ADAM, CLIP), states=2, gradients=True, clips=True, adamw=True),
     "AdamW": Method(stepped(ADAM), states=2, gradients=True, adamw=True),
     "optimi SGD, release": Method(released("SGD"), states=1),
     "optimi AdamW, release": Method(released("AdamW", **ADAMW), states=3, adamw=True),
     "hook, add_": Method(hooked),
-    "lomo_optim": Method(lomo_optim),
-    "lomo_optim, clipping": Method(functools.partial(lomo_optim, clip=CLIP), clips=True),
-    "Lomo": Method(ours()),
-    "Lomo, fused": Method(ours(fused_layers=True)),
-    "Lomo, clipping, two passes": Method(ours_clipping(), clips=True),
-    "Lomo, clipping, two passes, fused": Method(ours_clipping(fused_layers=True), clips=True),
-    "Lomo, clipping, one pass": Method(ours_clipping(clip_passes="one"), gradients=True, clips=True),
-    "Lomo, clipping, one pass, fused": Method(ours_clipping(clip_passes="one", fused_layers=True), clips=True),
+    "lomo_optim": Method(attached(lomo_optim)),
+    "lomo_optim, clipping": Method(attached(lomo_optim, clip=CLIP), clips=True),
+    "Lomo": Method(attached(lomo)),
+    "Lomo, fused": Method(attached(lomo, fused_layers=True)),
+    "Lomo, clipping, two passes": Method(clipping(), clips=True),
+    "Lomo, clipping, two passes, fused": Method(clipping(fused_layers=True), clips=True),
+    "Lomo, clipping, one pass": Method(clipping(clip_passes="one"), gradients=True, clips=True),
+    "Lomo, clipping, one pass, fused": Method(clipping(clip_passes="one", fused_layers=True), clips=True),
     "Lomo, clipping, one pass, fused, stochastic": Method(
-        ours_clipping(clip_passes="one", fused_layers=True, rounding="stochastic"), clips=True
+        clipping(clip_passes="one", fused_layers=True, rounding="stochastic"), clips=True
     ),
 }
 

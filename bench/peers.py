@@ -6,12 +6,13 @@ torch's fast paths.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from lomo_kernels.plan.methods import LOMO_OPTIM_NEEDS, lacking
 
 PEERS = {
     "vector_norm": "`torch.linalg.vector_norm(grad)`",
@@ -53,16 +54,15 @@ PEERS = {
     "`clip_grad_norm_(foreach=True)`",
     "lomo_optim, clipping": "`grad_norm(loss)`, then `fused_backward(loss, lr)`: two backwards",
 }
-NEEDS = {"optimi": ("optimi",), "lomo_optim": ("lomo_optim", "transformers")}  # lomo_optim does not say so itself
+NEEDS = {"optimi": ("optimi",), "lomo_optim": LOMO_OPTIM_NEEDS}
 EXTRA = "pip install 'lomo_kernels[bench]'"
 
 
 def missing(contestant: str) -> tuple[str, str] | None:
     """The peer ("optimi", "lomo_optim") that a contestant's name begins with, and why, where it is not installed."""
     for peer, packages in NEEDS.items():
-        lacking = [name for name in packages if importlib.util.find_spec(name) is None]
-        if contestant.startswith(peer) and lacking:
-            return peer, f"{' and '.join(lacking)} not installed: {EXTRA}"
+        if contestant.startswith(peer) and (absent := lacking(packages)):
+            return peer, f"{' and '.join(absent)} not installed: {EXTRA}"
     return None
 
 

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
-from torch.utils._pytree import tree_iter
 
 __all__ = ["Event", "LiveBytes"]
 
@@ -32,10 +31,15 @@ class Event(NamedTuple):
 
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    """The storages of the strided tensors in a nest of lists, tuples and dicts (sparse tensors have none)."""
-    for value in tree_iter(values):
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            yield value.untyped_storage()
+    """The storages of the strided tensors in a nest of lists, tuples and dicts (sparse tensors have none).
+
+    torch's pytree does the same in three times the time, which was a quarter of a simulated step's."""
+    if isinstance(values, torch.Tensor):
+        if values.layout is torch.strided:
+            yield values.untyped_storage()
+    elif isinstance(values, (list, tuple, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _storages(value)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -81,6 +85,8 @@ class LiveBytes(TorchDispatchMode):
         if any(map(is_traceable_wrapper_subclass_type, types)):  # a DTensor: first becomes operators on what it wraps
             return NotImplemented
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # what device a simulated tensor has: as often as all operators together
+            return result
         # An output in an input's storage is a view or an in-place result, of something older than this recorder unless
         # the input is being recorded.  `lift_fresh` is how `torch.tensor([...])` presents what it has just made.
         fresh = func is torch.ops.aten.lift_fresh.default

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.measure import allocations, peak_of
+from bench import bench_memory
 from lomo_kernels import Lomo, tiled
 from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.optim.records import SMALL_BYTES
 from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, record, simulate
 from lomo_kernels.plan.kernels import KERNELS
-from lomo_kernels.plan.methods import missing
+from lomo_kernels.plan.methods import LOMO_OPTIM_NEEDS, lacking
 from lomo_kernels.plan.models import chunked_loss
 
 CONFIG = Config(layers=3, d_model=256, heads=4, kv_heads=2, ffn=512, vocab=1024)
@@ -32,7 +31,7 @@ checkpointing = pytest.mark.parametrize("checkpointing", [False, True], ids=["ke
 @pytest.fixture(autouse=True)
 def installed(request: pytest.FixtureRequest) -> None:
     if "lomo_optim" in str(request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else ""):
-        for name in missing():
+        for name in lacking(LOMO_OPTIM_NEEDS):
             pytest.skip(f"{name} is not installed")
 
 
@@ -65,16 +64,9 @@ def test_the_second_step_is_as_the_first(name: str) -> None:
 @checkpointing
 def test_what_kernels_take_for_themselves_is_little(name: str, checkpointing: bool) -> None:
     """torch's profiler sees every allocation on the CPU, those inside operators too."""
-    build, loss = llama(CONFIG, checkpointing=checkpointing), loss_of(BATCH, SEQ)
-    simulated = simulate(build, loss, METHODS[name], kernels="cpu")
-    model = build()
-    attached = METHODS[name].attach(model)
-    weights = sum(param.nbytes for param in model.parameters())
-    attached.update(loss(model))
-    gc.collect()
-    states = sum(tensor.nbytes for tensor in attached.states())
-    tiled.buffer.memory = torch.empty(0)  # else its tile was there before
-    real = peak_of(allocations(lambda: attached.update(loss(model)))) + weights + states
+    mode = {"checkpointing": checkpointing}
+    simulated = bench_memory.simulated(name, CONFIG, BATCH * SEQ, 1, mode, "cpu")
+    real = bench_memory.measured(name, CONFIG, BATCH * SEQ, mode, "cpu")
     print(f"{name}, checkpointing={checkpointing}: {simulated.peak / real:.4f}")
     without = simulated.peak - simulated.at_peak["workspace"]  # its bound is not reached everywhere
     assert (1 - PROFILED) * without <= real <= (1 + PROFILED) * simulated.peak

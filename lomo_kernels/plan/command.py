@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..demo.model import Config
 from . import paper
-from .methods import METHODS, SHARDED, missing
+from .lines import Parts, largest, peak_of
+from .methods import LOMO_OPTIM_NEEDS, METHODS, SHARDED, lacking
 from .models import SHAPES, Model, of_shape, of_transformers
 from .recorder import CATEGORIES, Peak
-from .simulate import simulate_blocks
+from .simulate import step_of_blocks
 
 GIB = 2**30
+#: Tensors of more bytes than a 64-bit integer holds cannot be simulated.
+MOST_MEMORY, MOST_TOKENS = 2**50, 2**36
+MOST_GPUS = 1024  # FSDP2 makes a view of each gathered weight for each of them
 _UNITS = {"MB": 2**20, "MIB": 2**20, "GB": GIB, "GIB": GIB, "": GIB}
 #: What FSDP2 gathers, and reduces, together: whole blocks; a block's attention and MLP apart; every linear layer apart.
 #: Smaller groups take less memory, and more and shorter collectives.
@@ -52,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="those whose names begin so: adamw, sgd, lomo, ...; may be repeated (default: all)",
     )
-    group = "what FSDP2 gathers at a time (default: %(default)s, the least memory)"
-    parser.add_argument("--group", choices=GROUPS, default="linear", help=group)
+    group = "with several GPUs, what FSDP2 gathers at a time (default: linear, the least memory)"
+    parser.add_argument("--group", choices=GROUPS, help=group)
     parser.add_argument("--paper", action="store_true", help="the memory columns of the paper's Tables 1 and 2 instead")
 
 
@@ -67,51 +72,21 @@ class Setting:
     chunk: int | None
     group: str
 
-    def peak(self, method: str, batch: int, seq: int) -> Peak:
+    def step(self, method: str, batch: int, seq: int) -> Parts:
         """Of one GPU."""
         loss = self.model.loss(batch, seq, self.chunk)
 
         def build(blocks: int) -> Any:
             return self.model.build(blocks, self.checkpointing)
 
+        blocks, way = self.model.blocks, METHODS[method]
         if self.gpus == 1:
-            return simulate_blocks(build, self.model.blocks, loss, METHODS[method])
+            return step_of_blocks(build, blocks, loss, way, edge=1)
         from . import sharded
 
+        edge = 2 if self.group == "block" else 1
         with sharded.ranks(self.gpus) as mesh:
-            return simulate_blocks(
-                lambda blocks: sharded.shard(build(blocks), mesh, self.group),
-                self.model.blocks,
-                loss,
-                METHODS[method],
-            )
-
-
-def largest(peak: Callable[[int], float], start: int, limit: float) -> int:
-    """The largest n >= 1 with ``peak(n) <= limit``; 0 where there is none. `peak` grows, nearly along straight lines,
-    and takes long: guesses are on the line through the nearest two that are known."""
-    known: dict[int, float] = {}
-
-    def fits(n: int) -> bool:
-        known[n] = peak(n)
-        return known[n] <= limit
-
-    low, high = start, 2 * start
-    if not fits(start):
-        if start == 1 or not fits(1):
-            return 0
-        low, high = 1, start
-    else:
-        while fits(high):
-            slope = max((known[high] - known[low]) / (high - low), limit / 2**30)
-            low, high = high, min(32 * high, high + 1 + int((limit - known[high]) / slope))
-    turn = 0
-    while high - low > 1:
-        turn += 1
-        share = 0.5 if turn % 3 == 0 else (limit - known[low]) / (known[high] - known[low])
-        guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
-        low, high = (guess, high) if fits(guess) else (low, guess)
-    return low
+            return step_of_blocks(lambda n: sharded.shard(build(n), mesh, self.group), blocks, loss, way, edge)
 
 
 def chosen(names: Sequence[str] | None, gpus: int) -> list[str]:
@@ -121,7 +96,7 @@ def chosen(names: Sequence[str] | None, gpus: int) -> list[str]:
         ValueError: a name is the beginning of none.
     """
     possible = [name for name in METHODS if gpus == 1 or name in SHARDED]
-    possible = [name for name in possible if not (name.startswith("lomo_optim") and missing())]
+    possible = [name for name in possible if not (name.startswith("lomo_optim") and lacking(LOMO_OPTIM_NEEDS))]
     if not names:
         return possible
     found = []
@@ -133,7 +108,7 @@ def chosen(names: Sequence[str] | None, gpus: int) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check(args: argparse.Namespace) -> tuple[Model, float, list[str]]:
+def check(args: argparse.Namespace) -> tuple[Model, int, list[str]]:
     """The model, the memory of one GPU in bytes, and the methods.
 
     Raises:
@@ -143,16 +118,27 @@ def check(args: argparse.Namespace) -> tuple[Model, float, list[str]]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", args.memory)
+    if args.batch * args.seq > MOST_TOKENS:
+        raise ValueError(f"--batch {args.batch} of --seq {args.seq} are more than {MOST_TOKENS} tokens")
+    if args.gpus > MOST_GPUS:
+        raise ValueError(f"--gpus {args.gpus} are more than the {MOST_GPUS} that can be simulated")
+    if args.group and args.gpus == 1:
+        raise ValueError(f"--group {args.group} is of FSDP2: it needs --gpus of 2 or more")
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", args.memory)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"--memory {args.memory} is not like 24GB, 24GiB or 500MB")
+    memory = int(float(match[1]) * _UNITS[match[2].upper()])
+    if not memory:
+        raise ValueError(f"--memory {args.memory} is none")
+    if memory > MOST_MEMORY:
+        raise ValueError(f"--memory {args.memory} is more than {MOST_MEMORY // GIB}GB")
     sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
     if (args.model is None) == (not sizes):
         raise ValueError("give --model, or --layers, --d-model, --heads, --ffn and --vocab")
     if sizes:
-        lacking = [name for name in _SIZES if name not in sizes and name != "kv_heads"]
-        if lacking:
-            raise ValueError(f"--{lacking[0].replace('_', '-')} is missing")
+        absent = [name for name in _SIZES if name not in sizes and name != "kv_heads"]
+        if absent:
+            raise ValueError(f"--{absent[0].replace('_', '-')} is missing")
         model = of_shape(Config(**({"kv_heads": sizes["heads"]} | sizes)))
     elif args.model in SHAPES:
         model = of_shape(SHAPES[args.model])
@@ -164,23 +150,26 @@ def check(args: argparse.Namespace) -> tuple[Model, float, list[str]]:
                 f"--model {args.model}: none of {', '.join(SHAPES)}; for others: pip install transformers"
             ) from None
         except (OSError, ValueError) as error:
-            raise ValueError(f"--model {args.model}: {error}") from None
-    return model, float(match[1]) * _UNITS[match[2].upper()], chosen(args.method, args.gpus)
+            raise ValueError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
+    if args.seq > model.longest:
+        raise ValueError(f"--seq {args.seq} is more than the {model.longest} tokens of the model's config")
+    return model, memory, chosen(args.method, args.gpus)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the command. Returns 0, or 2 after one sentence on stderr about an option that cannot be."""
+    """Runs the command. Returns 0, or 2 after one sentence on stderr about an option that cannot be, or a model that
+    cannot be simulated."""
     if args.paper:
         print_paper()
         return 0
     try:
         model, memory, names = check(args)
-    except ValueError as error:
+        setting = Setting(model, args.gpus, args.checkpointing, args.chunk, args.group or GROUPS[-1])
+        rows = [row(setting, name, args.batch, args.seq, memory) for name in progress(names, "simulating")]
+    except (ValueError, NotImplementedError) as error:
         print(f"python -m lomo_kernels plan: {error}", file=sys.stderr)
         return 2
-    setting = Setting(model, args.gpus, args.checkpointing, args.chunk, args.group)
-    rows = [row(setting, name, args.batch, args.seq, memory) for name in progress(names, "simulating")]
-    where = f"{args.gpus} GPUs, FSDP2 by {args.group}" if args.gpus > 1 else "1 GPU"
+    where = f"{args.gpus} GPUs, FSDP2 by {setting.group}" if args.gpus > 1 else "1 GPU"
     how = ", checkpoints" if args.checkpointing else ""
     how += f", loss by {args.chunk} tokens" if args.chunk else ""
     title = f"Peak per GPU at sequence {args.seq}, batch {args.batch}{how}, on {where} of {memory / GIB:g} GiB; in GiB"
@@ -190,16 +179,20 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def row(setting: Setting, name: str, batch: int, seq: int, memory: float) -> list[str]:
+def row(setting: Setting, name: str, batch: int, seq: int, memory: int) -> list[str]:
     """The table's cells for one method."""
 
     @functools.cache
-    def peak(batch: int, seq: int) -> Peak:
-        return setting.peak(name, batch, seq)
+    def step(batch: int, seq: int) -> Parts:
+        return setting.step(name, batch, seq)
 
-    most_batch = largest(lambda n: peak(n, seq).peak, batch, memory)
-    most_seq = largest(lambda n: peak(batch, n * STEP).peak, max(1, seq // STEP), memory) * STEP
-    here = peak(batch, seq)
+    most_batch = largest(lambda n: step(n, seq), batch, memory)
+    longest = setting.model.longest
+    most = longest // STEP if longest < math.inf else math.inf
+    most_seq = largest(lambda n: step(batch, n * STEP), max(1, seq // STEP), memory, most) * STEP
+    here = peak_of(step(batch, seq))
+    if here.peak <= memory:  # between two steps
+        most_seq = max(most_seq, seq)
     cells = [f"{here.at_peak[category] / GIB:.2f}" for category in CATEGORIES]
     fits = "yes" if here.peak <= memory else "no"
     return [name, *cells, f"{here.peak / GIB:.2f}", fits, f"{most_batch:,}", f"{most_seq:,}"]
@@ -231,7 +224,8 @@ def print_paper() -> None:
 def _of_paper(
     model: str, name: str, gpus: int, checkpointing: bool, batch: int, seq: int, group: str = "block"
 ) -> Peak:
-    return Setting(of_shape(SHAPES[model]), gpus, checkpointing, None, group).peak(paper.OURS[name], batch, seq)
+    setting = Setting(of_shape(SHAPES[model]), gpus, checkpointing, None, group)
+    return peak_of(setting.step(paper.OURS[name], batch, seq))
 
 
 def progress(items: list[Any], what: str) -> Iterator[Any]:

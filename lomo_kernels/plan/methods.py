@@ -13,6 +13,7 @@ from ..optim import Lomo
 
 LR = 1e-3  # no figure depends on it
 CLIP = 1.0
+LOMO_OPTIM_NEEDS = ("lomo_optim", "transformers")  # the second it does not say itself
 
 
 class Attached(NamedTuple):
@@ -23,10 +24,11 @@ class Attached(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A way to train any model. `steps` shows all there is to see: two, where the first one makes optimizer states."""
+    """A way to train any model."""
 
     attach: Callable[[nn.Module], Attached]
-    steps: int = 1
+    steps: int = 1  # they show all there is to see
+    makes_states: bool = False  # in its first step, from ``.grad``
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -34,14 +36,19 @@ def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
-def plain(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[nn.Module], Attached]:
+def plain(
+    make: Callable[..., torch.optim.Optimizer], lr: float = LR, clip: float | None = None, **options: Any
+) -> Callable[[nn.Module], Attached]:
     """A torch optimizer on the model's own weights."""
 
     def attach(model: nn.Module) -> Attached:
-        optimizer = make(model.parameters(), lr=LR, **options)
+        params = list(model.parameters())
+        optimizer = make(params, lr=lr, **options)
 
         def update(loss: Tensor) -> None:
             loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(params, clip, foreach=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -86,48 +93,48 @@ def with_master_weights(make: Callable[..., torch.optim.Optimizer]) -> Callable[
     return attach
 
 
-def lomo(**options: Any) -> Callable[[nn.Module], Attached]:
+def lomo(lr: float = LR, **options: Any) -> Callable[[nn.Module], Attached]:
     """`Lomo` with these options."""
 
     def attach(model: nn.Module) -> Attached:
-        return Attached(Lomo(model, lr=LR, **options).backward, lambda: [])
+        return Attached(Lomo(model, lr=lr, **options).backward, lambda: [])
 
     return attach
 
 
-def lomo_optim(clip: bool) -> Callable[[nn.Module], Attached]:
-    """The paper's own code, where it is installed."""
+def lomo_optim(lr: float = LR, clip: float | None = None) -> Callable[[nn.Module], Attached]:
+    """The paper's own code, where `LOMO_OPTIM_NEEDS` are installed."""
 
     def attach(model: nn.Module) -> Attached:
         from lomo_optim import Lomo as Original
 
-        optimizer = Original(model, lr=LR, clip_grad_norm=CLIP if clip else None)
+        optimizer = Original(model, lr=lr, clip_grad_norm=clip)
 
         def update(loss: Tensor) -> None:
             if clip:
                 optimizer.grad_norm(loss)
-            optimizer.fused_backward(loss, LR)
+            optimizer.fused_backward(loss, lr)
 
         return Attached(update, lambda: [])
 
     return attach
 
 
-def missing() -> list[str]:
-    """What `lomo_optim` needs and is not installed."""
-    return [name for name in ("lomo_optim", "transformers") if importlib.util.find_spec(name) is None]
+def lacking(packages: Iterable[str]) -> list[str]:
+    """Those that are not installed."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 _clip: dict[str, Any] = {"clip_grad_norm": CLIP}
 
 METHODS: dict[str, Method] = {
-    "AdamW, fp32 master": Method(with_master_weights(torch.optim.AdamW), steps=2),
+    "AdamW, fp32 master": Method(with_master_weights(torch.optim.AdamW), makes_states=True),
     "SGD, fp32 master": Method(with_master_weights(torch.optim.SGD)),
-    "AdamW": Method(plain(torch.optim.AdamW, fused=True), steps=2),
-    "AdamW, foreach": Method(plain(torch.optim.AdamW, foreach=True), steps=2),
+    "AdamW": Method(plain(torch.optim.AdamW, fused=True), makes_states=True),
+    "AdamW, foreach": Method(plain(torch.optim.AdamW, foreach=True), makes_states=True),
     "SGD": Method(plain(torch.optim.SGD, foreach=True)),
-    "lomo_optim": Method(lomo_optim(clip=False)),
-    "lomo_optim, clipping": Method(lomo_optim(clip=True), steps=2),
+    "lomo_optim": Method(lomo_optim()),
+    "lomo_optim, clipping": Method(lomo_optim(clip=CLIP), steps=2),
     "Lomo": Method(lomo()),
     "Lomo, fused": Method(lomo(fused_layers=True)),
     "Lomo, clipping, two passes": Method(lomo(**_clip)),

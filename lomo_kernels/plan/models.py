@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..demo.model import ByteLlama, Config
-from .simulate import default_dtype
+from .simulate import blocks_of, default_dtype
 
 #: LLaMA (arXiv 2302.13971); "llama-1b" is TinyLlama's shape (arXiv 2401.02385), with 4 heads of keys and values.
 SHAPES = {
@@ -33,6 +35,7 @@ class Model(NamedTuple):
     blocks: int
     build: Callable[[int, bool], Build]  # from the number of blocks, and whether each is a checkpoint
     loss: Callable[[int, int, int | None], Callable[[Any], Tensor]]  # from batch, sequence, chunk: see `loss_of`
+    longest: float = math.inf  # tokens of a sequence
 
 
 def llama(
@@ -97,12 +100,19 @@ def of_transformers(name: str) -> Model:
 
     Raises:
         ImportError: transformers is not installed.
-        OSError, ValueError: there is no such config, or it is of no causal language model.
+        OSError, ValueError: there is no such config, it is of no causal language model, or the model's blocks are not
+            all alike.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name).get_text_config()
     config.use_cache = False
+    with torch.device("meta"):
+        blocks = blocks_of(AutoModelForCausalLM.from_config(config))
+    shapes = {tuple(param.shape for param in block.parameters()) for block in blocks}
+    kinds = set(getattr(config, "layer_types", None) or ["attention"])
+    if len(blocks) != config.num_hidden_layers or len(shapes) != 1 or len(kinds) != 1:
+        raise ValueError("its blocks are not all alike, as those have to be of which few tell what many take")
 
     def build(blocks: int, checkpointing: bool) -> Build:
         shape = copy.deepcopy(config)
@@ -111,7 +121,9 @@ def of_transformers(name: str) -> Model:
         def built() -> nn.Module:
             model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
             if checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                with warnings.catch_warnings():  # the new name is not in transformers 5.0
+                    warnings.simplefilter("ignore", FutureWarning)
+                    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             trained: nn.Module = model.train()
             return trained
 
@@ -128,6 +140,12 @@ def of_transformers(name: str) -> Model:
                 return chunked_loss(hidden, head, windows[:, 1:], chunk)
             return F.cross_entropy(head(hidden).flatten(0, 1).float(), windows[:, 1:].flatten())
 
-        return of
+        def told(model: Any) -> Tensor:
+            try:
+                return of(model)
+            except RuntimeError as error:  # as where a shape depends on values
+                raise NotImplementedError(f"{type(model).__name__} cannot be simulated: {error}") from error
 
-    return Model(config.num_hidden_layers, build, loss)
+        return told
+
+    return Model(config.num_hidden_layers, build, loss, getattr(config, "max_position_embeddings", math.inf))

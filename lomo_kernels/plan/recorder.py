@@ -146,8 +146,8 @@ class Recorder(LiveBytes):
         self._becomes += [(len(self._log), key, category) for key in self._keys(tensors)]
 
     def mark(self, name: str, block: int | None = None) -> None:
-        """What follows, up to the next mark, is this part of a step. What comes before the first one made the model,
-        and is no part of the peak."""
+        """What follows, up to the next mark, is this part of a step. What comes before the first one made the model
+        and its optimizer, and is no part of the peak."""
         self._marks.append((len(self._log), (name, block)))
 
     @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from operator import itemgetter
 from typing import Any
 from unittest.mock import patch
 
@@ -16,11 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .. import tiled
 from ..optim.passes import KeepPass
 from .kernels import KERNELS
+from .lines import Parts, beyond, peak_of
 from .methods import Method
-from .recorder import ACTIVATIONS, CATEGORIES, FACTORS, STATES, TEMPORARIES, Peak, Recorder, Sample, Workspaces
-
-#: Blocks at either end of a model that `simulate_blocks` simulates; those between are as their neighbours.
-EDGE = 2
+from .recorder import ACTIVATIONS, FACTORS, STATES, TEMPORARIES, Peak, Recorder, Workspaces
 
 
 def simulate(
@@ -51,48 +48,42 @@ def simulate_blocks(
     loss: Callable[[Any], Tensor],
     method: Method,
     *,
-    kernels: str = "gpu",
+    edge: int = 2,
 ) -> Peak:
     """`simulate` for a model of many equal blocks, in the time of few. The same numbers: tests/test_plan_blocks.py.
 
     What is alive at a given operator of a given block is a linear function of the number of blocks and of the block's
-    place among them, but for `EDGE` blocks at either end. So two models of few blocks tell it for all: in the middle,
+    place among them, but for `edge` blocks at either end. So two models of few blocks tell it for all: in the middle,
     the largest value stands at one of its ends.
 
     Args:
         build: from a number of blocks to what `simulate` takes. The blocks are the model's longest `nn.ModuleList`.
         blocks: how many there are.
-        loss, method, kernels: as in `simulate`.
+        loss, method: as in `simulate`.
+        edge: one does, in half of the time, but where FSDP2 gathers whole blocks: while one is at work it gathers the
+            next, which the last does not have.
     """
-    few = 2 * EDGE
+    return peak_of(step_of_blocks(build, blocks, loss, method, edge))
+
+
+def step_of_blocks(
+    build: Callable[[int], Callable[[], nn.Module]], blocks: int, loss: Any, method: Method, edge: int
+) -> Parts:
+    """The samples behind `simulate_blocks`."""
+    few = 2 * edge
     if blocks <= few + 1:
-        return simulate(build(blocks), loss, method, kernels=kernels)
-    less, more = (_by_place(_simulated(build(n), loss, method, kernels), n) for n in (few, few + 1))
-    return Peak.of(
-        tuple(a + (b - a) * (blocks - few) for a, b in zip(one, other, strict=True))
-        for key, samples in less.items()
-        for one, other in _aligned(samples, more[key])
-    )
+        return _by_place(_simulated(build(blocks), loss, method, "gpu"), blocks, edge)
+    less, more = (_by_place(_simulated(build(n), loss, method, "gpu"), n, edge) for n in (few, few + 1))
+    return beyond(less, more, blocks - few)
 
 
-def _by_place(recorder: Recorder, blocks: int) -> dict[Any, list[Sample]]:
+def _by_place(recorder: Recorder, blocks: int, edge: int) -> Parts:
     """The parts of a step, those of blocks by their distance from the nearer end."""
-    parts: dict[Any, list[Sample]] = {}
+    parts: Parts = {}
     for (name, number), samples in recorder.parts():
-        place = number if number is None or number < EDGE else number - blocks
+        place = number if number is None or number < edge else number - blocks
         parts.setdefault((name, place), []).extend(samples)
     return parts
-
-
-def _aligned(less: list[Sample], more: list[Sample]) -> Iterator[tuple[Sample, Sample]]:
-    """The samples of one part in both models. Where there is one for each weight of the model, as when its optimizer's
-    states are made, only the largest."""
-    if len(less) == len(more):
-        yield from zip(less, more, strict=True)
-        return
-    yield max(less, key=sum), max(more, key=sum)
-    for category in range(len(CATEGORIES)):
-        yield max(less, key=itemgetter(category)), max(more, key=itemgetter(category))
 
 
 def _simulated(build: Callable[[], nn.Module], loss: Any, method: Method, kernels: str) -> Recorder:
@@ -124,19 +115,23 @@ def _recorded(build: Callable[[], nn.Module], loss: Any, method: Method, workspa
     recorder = Recorder(workspaces)
     with recorder:
         model = build()
-        with recorder.watching(model), _kept_factors(recorder), _marked(recorder, model), _sharding(recorder, model):
-            recorder.mark("attach")
+        with recorder.watching(model), _kept_factors(recorder), _sharding(recorder, model):
             with recorder.making(STATES):
                 attached = method.attach(model)
-            for _ in range(method.steps):
-                recorder.mark("forward")
-                with recorder.making(ACTIVATIONS):
-                    value = loss(model)
-                recorder.mark("update")
-                with recorder.making(TEMPORARIES):
-                    attached.update(value)
-                del value
-                recorder.is_(attached.states(), STATES)
+                if method.makes_states:  # as a whole step would, in a tenth of its time
+                    for param in model.parameters():
+                        param.grad = torch.zeros_like(param)
+                    attached.update(torch.zeros((), requires_grad=True))
+            with _marked(recorder, model):
+                for _ in range(method.steps):
+                    recorder.mark("forward")
+                    with recorder.making(ACTIVATIONS):
+                        value = loss(model)
+                    recorder.mark("update")
+                    with recorder.making(TEMPORARIES):
+                        attached.update(value)
+                    del value
+                    recorder.is_(attached.states(), STATES)
     return recorder
 
 

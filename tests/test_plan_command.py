@@ -1,0 +1,207 @@
+"""The plan command: what it prints, the largest batch and sequence, and what it says to options that cannot be."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lomo_kernels.demo.model import Config
+from lomo_kernels.plan import METHODS, command, llama, loss_of, simulate
+from lomo_kernels.plan.command import STEP, Setting
+from lomo_kernels.plan.lines import Parts, largest
+from lomo_kernels.plan.models import of_shape
+
+CONFIG = Config(layers=3, d_model=256, heads=4, kv_heads=4, ffn=512, vocab=1000)
+SIZES = ["--layers", "3", "--d-model", "256", "--heads", "4", "--ffn", "512", "--vocab", "1000"]
+
+Plan = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
+    """Runs the command: its status, and what it printed on stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        status = command.main(parser.parse_args(arguments))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def cells_of(printed: str) -> dict[str, list[str]]:
+    """The table's cells, by method."""
+    lines = (line.split("  ") for line in printed.splitlines())
+    return {line[0]: [cell.strip() for cell in line[1:] if cell] for line in lines if line[0] in METHODS}
+
+
+# ---- the largest that fits -------------------------------------------------------------------------------------------
+
+MOST = 7
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk", "along", "most"),
+    [
+        # Four simulations where all grows along straight lines: the start, the answer, and a neighbour of each.
+        ("Lomo, fused", None, "batch", 4),
+        ("AdamW", None, "sequence", 4),
+        # Chunks of the loss make jumps, and factors that outgrow their gradient a bend.
+        ("SGD", 100, "batch", 6),
+        ("Lomo, fused", 100, "sequence", 6),
+        ("Lomo, clipping, one pass, fused", None, "batch", 6),
+    ],
+)
+def test_the_largest_that_fits_is_that_of_trying_all(name: str, chunk: int | None, along: str, most: int) -> None:
+    """With limits that some n takes to the byte, and with a byte less."""
+    config = Config(layers=2, d_model=256, heads=4, kv_heads=4, ffn=512, vocab=1000)
+    setting, build = Setting(of_shape(config), 1, True, chunk, "linear"), llama(config, checkpointing=True)
+
+    def shape(n: int) -> tuple[int, int]:
+        return (n, STEP) if along == "batch" else (1, n * STEP)
+
+    peaks = [simulate(build, loss_of(*shape(n), chunk), METHODS[name]).peak for n in range(1, MOST + 2)]
+    assert peaks == sorted(peaks)
+    known = functools.cache(lambda n: setting.step(name, *shape(n)))
+    for limit in (peaks[0] - 1, peaks[0], peaks[MOST - 1] - 1, peaks[MOST - 1]):
+        for start in (1, 3):
+            asked = []
+            found = largest(lambda n, asked=asked: asked.append(n) or known(n), start, limit)
+            assert found == sum(peak <= limit for peak in peaks)
+            assert len(set(asked)) <= most
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        lambda n: 100 + max(n, 5 * n - 7950),
+        lambda n: 100 + max(n, 5 * n - 7950) - n % 3 // 2,
+        lambda n: 100 + min(5 * n, 2000) + n,
+        lambda n: 100 + 50 * (n // 7) + n,
+    ],
+    ids=["bends up", "has dents", "bends down", "has stairs"],
+)
+@pytest.mark.parametrize("limit", [100, 101, 110, 10_000, 1_000_000])
+@pytest.mark.parametrize("start", [1, 5, 5000])
+def test_lines_may_bend(total: Callable[[int], int], limit: int, start: int) -> None:
+    asked = set()
+
+    def parts_at(n: int) -> Parts:
+        asked.add(n)
+        return {"forward": [(total(n), 0)]}
+
+    found = largest(parts_at, start, limit)
+    assert (not found or total(found) <= limit) and total(found + 1) > limit
+    assert len(asked) <= 12
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+def test_the_command(plan: Plan) -> None:
+    methods = ("--method", "sgd", "--method", "lomo, f")
+    status, printed, said = plan(*SIZES, "--memory", "40MB", "--seq", "256", "--checkpointing", *methods)
+    assert status == 0, said
+    rows = cells_of(printed)
+    assert list(rows) == ["SGD, fp32 master", "SGD", "Lomo, fused"]
+    sequence = {name: int(cells[-1].replace(",", "")) for name, cells in rows.items()}
+    assert sequence["Lomo, fused"] >= sequence["SGD"] > sequence["SGD, fp32 master"] > 0
+    build = llama(CONFIG, checkpointing=True)
+    for name, found in sequence.items():
+        fits, does_not = (simulate(build, loss_of(1, seq), METHODS[name]).peak for seq in (found, found + STEP))
+        assert fits <= 40 * 2**20 < does_not, name
+
+
+def test_the_command_sharded(plan: Plan) -> None:
+    arguments = ["--gpus", "4", "--memory", "20MB", "--seq", "128", "--method", "lomo, c", "--checkpointing"]
+    status, printed, said = plan(*SIZES, *arguments)
+    assert status == 0, said
+    assert "FSDP2 by linear" in printed and list(cells_of(printed)) == ["Lomo, clipping, two passes"]
+
+
+def test_a_sequence_between_two_steps_that_fits_is_not_more_than_the_largest(plan: Plan) -> None:
+    peak = simulate(llama(CONFIG), loss_of(1, 200), METHODS["Lomo, fused"]).peak
+    _, printed, _ = plan(*SIZES, "--memory", f"{peak / 2**20 + 0.01:.2f}MB", "--seq", "200", "--method", "lomo, f")
+    *_, fits, batch, sequence = cells_of(printed)["Lomo, fused"]
+    assert (fits, batch, sequence) == ("yes", "1", "200")
+
+
+@pytest.fixture
+def of_transformers(tmp_path: Path) -> Callable[..., str]:
+    """Makes the folder of a Hugging Face config."""
+    pytest.importorskip("transformers")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+
+    def make(**config: Any) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(sizes | {"vocab_size": 1000} | config))
+        return str(tmp_path)
+
+    return make
+
+
+def test_configs_that_cannot_be_simulated_get_one_sentence(plan: Plan, of_transformers: Callable[..., str]) -> None:
+    for config, message in (
+        ({"model_type": "t5"}, "Unrecognized configuration class"),
+        ({"model_type": "gemma2", "head_dim": 64}, "its blocks are not all alike"),
+        ({"model_type": "mistral", "sliding_window": 128}, "attn_mask is given"),
+        ({"model_type": "llama", "max_position_embeddings": 512}, "--seq 1024 is more than the 512 tokens"),
+    ):
+        status, printed, said = plan("--model", of_transformers(**config), "--method", "sgd")
+        assert status == 2 and not printed
+        assert message in said and said.startswith("python -m lomo_kernels plan: ")
+
+
+def test_a_sequence_is_not_longer_than_positions_are(plan: Plan, of_transformers: Callable[..., str]) -> None:
+    config = of_transformers(model_type="gpt2", n_positions=400, n_layer=3, n_embd=256, n_head=4)
+    _, printed, said = plan("--model", config, "--memory", "4GB", "--seq", "300", "--method", "lomo, f")
+    assert cells_of(printed)["Lomo, fused"][-1] == "384", said
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_hugging_face_config(plan: Plan, of_transformers: Callable[..., str], checkpointing: bool) -> None:
+    config = of_transformers(model_type="llama", architectures=["LlamaForCausalLM"])
+    flags = ["--checkpointing", "--chunk", "100"] if checkpointing else []
+    arguments = ["--memory", "40MB", "--seq", "128", "--method", "lomo, f", *flags]
+    status, printed, said = plan("--model", config, *arguments)
+    assert status == 0, said
+    assert "Lomo, fused" in cells_of(printed)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give --model, or --layers"),
+        (["--layers", "3"], "--d-model is missing"),
+        (["--model", "llama-7b", "--layers", "3"], "give --model, or"),
+        (["--model", "llama-7b", "--memory", "much"], "--memory much is not like 24GB"),
+        (["--model", "llama-7b", "--method", "adam2"], "--method adam2 is none of: AdamW"),
+        (["--model", "llama-7b", "--gpus", "0"], "--gpus must be at least 1, not 0"),
+        (["--model", "llama-7b", "--gpus", "100000"], "--gpus 100000 are more than the 1024 that can be simulated"),
+        (["--model", "/nowhere/at/all"], "--model /nowhere/at/all"),
+        ([*SIZES, "--memory", "1.2.3GB"], "--memory 1.2.3GB is not like 24GB"),
+        ([*SIZES, "--memory", "0.0GB"], "--memory 0.0GB is none"),
+        ([*SIZES, "--memory", "99999999GB"], "--memory 99999999GB is more than 1048576GB"),
+        ([*SIZES, "--seq", "10000000000000"], "--batch 1 of --seq 10000000000000 are more than"),
+        ([*SIZES, "--group", "block"], "--group block is of FSDP2: it needs --gpus of 2 or more"),
+        ([*SIZES, "--d-model", "24"], "the head is 6 wide, expected"),
+    ],
+)
+def test_bad_options_get_one_sentence(plan: Plan, arguments: list[str], message: str) -> None:
+    status, printed, said = plan(*arguments)
+    assert status == 2 and not printed
+    assert message in said and len(said.strip().splitlines()) == 1
+
+
+def test_it_is_a_command() -> None:
+    command = [sys.executable, "-m", "lomo_kernels", "plan", "--model", "llama-7b", "--gpus", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr == "python -m lomo_kernels plan: --gpus must be at least 1, not 0\n"
