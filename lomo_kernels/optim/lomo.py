@@ -436,9 +436,13 @@ class Lomo(torch.optim.Optimizer):
 
     def _find_norm(self, loss: Tensor, scale: Tensor | None) -> None:
         self._state.zero_slots()
-        scaled = scale is not None or self._state.divides
-        self._sweep(NormPass(self._state.devices, scaled=scaled, ranks=self._ranks), loss, scale, retain_graph=True)
+        self._look(loss, scale, self._ranks)
         self._state.decide(self._clip_grad_norm)
+
+    def _look(self, loss: Tensor, scale: Tensor | None, ranks: Ranks | None) -> None:
+        """A backward that adds up norms and leaves the graph for another one."""
+        scaled = scale is not None or self._state.divides
+        self._sweep(NormPass(self._state.devices, scaled=scaled, ranks=ranks), loss, scale, retain_graph=True)
 
     def _drop_norm(self) -> None:
         """Forgets a norm that `grad_norm` found and no `fused_backward` used."""
@@ -449,11 +453,13 @@ class Lomo(torch.optim.Optimizer):
     def _check_reentrancy(self, loss: Tensor, scale: Tensor | None) -> None:
         """With one backward, a gradient that comes twice must be found before a weight has changed.
 
-        So a backward with reentrant checkpoints, where their number is new, is preceded by one that only looks.
+        So a backward with reentrant checkpoints, where their number is new, is preceded by one that only looks. It
+        sends nothing where ranks count different numbers: the others would not be there.
         """
         count = reentrant_checkpoints(loss, thorough=self._checkpoints is None)
         if count and count != self._checkpoints:
-            self._find_norm(loss, scale)
+            alone = self._ranks is not None and not self._ranks.same_graphs
+            self._look(loss, scale, None if alone else self._ranks)
         self._checkpoints = count or self._checkpoints or 0
 
     def _sweep(self, sweep: Pass, loss: Tensor, scale: Tensor | None, *, retain_graph: bool) -> None:

@@ -37,6 +37,8 @@ class Ranks:
 
     #: What a local gradient, as `reduced` gives it, is divided by in the kernels.
     divisor = 1
+    #: Whether every rank's graph has the same parts, so that what one rank finds in its own, all find.
+    same_graphs = True
     #: All ranks, as groups over which something is done in turn to reach everyone: one, or one per mesh dimension.
     groups: Sequence[dist.ProcessGroup] = ()
 

@@ -49,6 +49,8 @@ class Averaged(Ranks):
         ValueError: the parameters lie on several devices.
     """
 
+    same_graphs = False
+
     def __init__(self, group: dist.ProcessGroup, records: Sequence[Record]) -> None:
         places = {record.param.device for record in records}
         if len(places) > 1:
