@@ -108,6 +108,10 @@ class Sharded(Ranks):
         if local.device.type != self._device_type:
             # CPU offload: not every version of FSDP2 has waited for its copy, and a kernel on the CPU reads at once.
             torch.get_device_module(self._device_type).current_stream().synchronize()
+        if local.is_cuda:
+            # With HSDP or FSDPModule.set_all_reduce_hook this hook runs on another stream than the one whose memory the
+            # shard is, and FSDP2 counts on .grad to hold it. On its own stream this costs nothing.
+            local.record_stream(torch.cuda.current_stream(local.device))
         # FSDP2's gradients are views of one buffer per group of modules: a small one that waits would keep all of it.
         if record.small and local.untyped_storage().nbytes() > 2 * record.bytes:
             local = local.clone()
