@@ -422,12 +422,13 @@ def test_a_step_sends_eight_bytes_beside_fsdp(ranks: Any, clip: float | None) ->
     ranks(2).call(traffic, clip)
 
 
-def peak_above_weights(rank: int, count: int) -> int:
+def peak_above_weights(rank: int, count: int, replicas: bool) -> int:
     """Of a step of `count` blocks, each of a matrix (large, also in shards) and a bias (small, and waits)."""
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(count)))
+    mesh = square("replicas", "shards") if replicas else line()
     for layer in model:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     optimizer = Lomo(model, lr=1e-3)
     x = torch.randn(4, 256)
     optimizer.backward(model(x).square().sum())
@@ -438,8 +439,15 @@ def peak_above_weights(rank: int, count: int) -> int:
 
 def test_gradients_do_not_pile_up(ranks: Any) -> None:
     """FSDP2's buffers included, the peak grows by a block's activations, not by its gradient's shard (128 KiB)."""
-    few, many = (ranks(2).call(peak_above_weights, count)[0] for count in (4, 12))
-    assert many - few < 8 * 16 * 1024
+
+    def grown(world: int, replicas: bool) -> float:
+        few, many = (ranks(world).call(peak_above_weights, count, replicas)[0] for count in (4, 12))
+        return (many - few) / 8
+
+    assert grown(2, replicas=False) < 16 * 1024
+    # FSDP2 keeps them under HSDP. Where a version no longer does, docs/distributed.md is to be changed.
+    shard = (256 * 256 + 256) * 4 // 2
+    assert shard <= grown(4, replicas=True) < shard + 16 * 1024
 
 
 # ---- Orders and wrappers that are refused ---------------------------------------------------------------------------
