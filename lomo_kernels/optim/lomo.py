@@ -69,7 +69,7 @@ class Lomo(torch.optim.Optimizer):
         fused_layers: True: the weights of the model's `nn.Linear` and `nn.Embedding` get no gradient; their updates are
             formed from its factors, tile by tile. With parameters or groups in place of the model, the model itself.
             `summary` says which weights that concerns.
-        process_group: data parallel without a wrapper: gradients are averaged over this
+        process_group: False: none. Data parallel without a wrapper: gradients are averaged over this
             `torch.distributed.ProcessGroup` inside backward, and parameters and buffers start as its first rank's. Not
             for DTensor parameters (FSDP2, tensor parallel), which need nothing but that the optimizer is made after
             ``fully_shard`` or ``parallelize_module``. Or, with parameters or groups in place of DeepSpeed's engine, the
@@ -95,13 +95,13 @@ class Lomo(torch.optim.Optimizer):
         rounding: str = "nearest",
         nonfinite: str = "skip",
         fused_layers: bool | nn.Module = False,
-        process_group: Any = None,
+        process_group: Any = False,
         seed: int = 0,
     ) -> None:
         if clip_passes not in ("one", "two"):
             raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
         if is_engine(model_or_params):
-            if process_group is not None:
+            if process_group is not False:
                 raise ValueError("Lomo: a DeepSpeed engine has its own process group; leave process_group out")
             engine: Any = model_or_params
             model_or_params, process_group = engine.module, engine

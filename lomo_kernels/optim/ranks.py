@@ -108,7 +108,8 @@ def is_engine(model: Any) -> bool:
 
 
 def ranks_of(records: Sequence[Record], process_group: Any, *, stochastic: bool) -> Ranks | None:
-    """The engine that `records` and `process_group` speak of; None: one process. `stochastic`: the rounding.
+    """The engine that `records` and `process_group` (False: none) speak of; None: one process. `stochastic`: how one
+    rounds.
 
     Raises:
         TypeError, ValueError, NotImplementedError: no engine can take these parameters.
@@ -123,9 +124,14 @@ def ranks_of(records: Sequence[Record], process_group: Any, *, stochastic: bool)
             "Lomo: the parameters are cut by DeepSpeed's ZeRO-3; pass the engine that deepspeed.initialize returns, "
             "Lomo(engine, ...), or with parameter groups process_group=engine"
         )
-    if process_group is not None:
+    if process_group is not False:
         from .reduce import Averaged
 
+        if process_group is None:  # torch's functions take it for the default group: not to be trained alone, unasked
+            raise TypeError(
+                "Lomo: process_group is None, as torch.distributed.group.WORLD is before init_process_group(). Call "
+                "that first; on one process leave process_group out"
+            )
         if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
                 f"Lomo: process_group is a {type(process_group).__name__}, expected a torch.distributed.ProcessGroup "
