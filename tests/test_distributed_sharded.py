@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lomo_kernels import Lomo
 from lomo_kernels.memory import LiveBytes
+from lomo_kernels.optim.ranks import Ranks
 
 LR = 0.3
 
@@ -550,6 +551,18 @@ def group_beside_dtensors(rank: int) -> None:
 )
 def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
     ranks(2).call(check)
+
+
+def one_rank_that_differs(rank: int) -> None:
+    """The groups of a mesh on a part of the world are gone through in turn: the ranks of the others learn of it too."""
+    ranks = Ranks()
+    ranks.groups = square("a", "b").get_all_groups()
+    with pytest.raises(ValueError, match="seeds on rank 3 and on rank 0 differ"):
+        ranks.agree({"options": "these", "seeds": rank == 3})
+
+
+def test_one_rank_that_differs(ranks: Any) -> None:
+    ranks(4).call(one_rank_that_differs)
 
 
 def meshes_apart(rank: int) -> None:

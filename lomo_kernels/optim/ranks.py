@@ -79,16 +79,19 @@ class Ranks:
     def agree(self, facts: dict[str, Any]) -> None:
         """Raises ValueError, on every rank, unless all have the same `facts`: otherwise steps would hang or diverge."""
         ours = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
-        for group in self.groups:
+        seen = {dist.get_rank(): ours}
+        for group in self.groups:  # all of them before anything is raised: the next one's others would wait
             theirs: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(theirs, ours, group=group)
-            for rank, other in enumerate(theirs):
-                different = [name for name in ours if other[name] != theirs[0][name]]
-                if different:
-                    raise ValueError(
-                        f"Lomo: {' and '.join(different)} on rank {dist.get_global_rank(group, rank)} and on rank "
-                        f"{dist.get_global_rank(group, 0)} differ; make the same optimizer of the same model everywhere"
-                    )
+            dist.all_gather_object(theirs, seen, group=group)
+            seen = {rank: other for some in theirs for rank, other in some.items()}
+        first = min(seen)
+        for rank in sorted(seen):
+            different = [name for name in ours if seen[rank][name] != seen[first][name]]
+            if different:
+                raise ValueError(
+                    f"Lomo: {' and '.join(different)} on rank {rank} and on rank {first} differ; make the same "
+                    "optimizer of the same model everywhere"
+                )
 
 
 def local_of(param: Tensor) -> Tensor:
