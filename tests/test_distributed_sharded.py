@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from lomo_kernels import Lomo
 from lomo_kernels.memory import LiveBytes
 from lomo_kernels.optim.ranks import Ranks
+from lomo_kernels.optim.sharding import _fsdp_groups
 
 LR = 0.3
 
@@ -504,6 +505,15 @@ def fsdp1(rank: int) -> None:
         Lomo([flat], lr=LR)
 
 
+def another_fsdp2(rank: int) -> None:
+    model = transformer_of_vectors()
+    fsdp(model)
+    group = next(iter(_fsdp_groups({id(param) for param in model.parameters()})))
+    del group.fsdp_params[0].unsharded_accumulated_grad
+    with pytest.raises(RuntimeError, match=r"FSDP2 of torch .* 2\.11 to 2\.14"):
+        Lomo(model, lr=LR)
+
+
 def partial_parameter(rank: int) -> None:
     param = nn.Parameter(DTensor.from_local(torch.ones(2), line(), [Partial()]))
     with pytest.raises(ValueError, match="Partial"):
@@ -542,6 +552,7 @@ def group_beside_dtensors(rank: int) -> None:
         root_not_sharded,
         unsharded_at_the_time,
         fsdp1,
+        another_fsdp2,
         partial_parameter,
         fused,
         ranks_that_differ,

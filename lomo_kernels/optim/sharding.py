@@ -66,6 +66,15 @@ class Sharded(Ranks):
 
     def start(self, records: Sequence[Record], model: nn.Module | None) -> None:
         self._fsdp = list(_fsdp_groups({id(record.param) for record in records}))
+        if not all(
+            hasattr(group, "_partial_reduce_output")
+            and all(hasattr(param, "unsharded_accumulated_grad") for param in group.fsdp_params)
+            for group in self._fsdp
+        ):
+            raise RuntimeError(
+                f"Lomo: the FSDP2 of torch {torch.__version__} keeps gradients of backwards without synchronisation "
+                "elsewhere than that of 2.11 to 2.14, where they are looked for; use one of these"
+            )
         in_model = model is not None and any(isinstance(module, FSDPModule) for module in model.modules())
         for record in records if self._fsdp or in_model else ():
             if record.param.requires_grad and not isinstance(record.param, DTensor):
