@@ -188,8 +188,12 @@ class ZeRO3(Ranks):
             work.wait()  # on a GPU the current stream does
             here(parts, stream), here(whole, stream)
             del whole
-            for record, part in zip(records, parts.split([one.local.numel() for one in records]), strict=True):
-                yield record, part.to(record.local.device)
+            # Under offload one copy, which the host waits for, brings them all to the CPU. Parts of parameters that
+            # DeepSpeed keeps whole stay on the GPU, so a message may be for both.
+            sizes = [record.local.numel() for record in records]
+            placed = {device: parts.to(device).split(sizes) for device in {record.local.device for record in records}}
+            for place, record in enumerate(records):
+                yield record, placed[record.local.device][place]
 
     def _left(self) -> Iterator[tuple[Record, Tensor]]:
         if self._open:
