@@ -357,6 +357,10 @@ def sparse(rank: int) -> None:
     optimizer = Lomo(model, lr=LR, process_group=dist.group.WORLD)
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.backward(model(torch.tensor([1])).sum())
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"), pytest.warns(UserWarning, match=r"optimizer\.backward"):
+        optimizer.step()
+    assert not optimizer._ranks._agreed  # no order came of it: the other ranks, where it went well, still ask for one
 
 
 def differing(rank: int) -> None:

@@ -11,7 +11,8 @@ the optimizer has one `Ranks`, chosen when it is made (`ranks_of`), which answer
    weight goes through `sum_`, after which every rank has the same number, hence the same overflow flag, clip
    coefficient and decision to skip.
 
-Every method is called by all ranks in the same order, inside `no_grad`, and may communicate. Nothing here reads a
+Every method is called by all ranks in the same order, and may communicate; what autograd or `step` calls runs under
+`no_grad`, what `backward` calls itself as its caller does, on tensors that need no gradient. Nothing here reads a
 device tensor on the host, and nothing knows which ranks share a host.
 
 `sharding.Sharded` serves DTensor (FSDP2, tensor parallel), `reduce.Averaged` a process group. A third engine is a
