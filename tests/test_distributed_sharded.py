@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -574,6 +575,35 @@ def one_rank_that_differs(rank: int) -> None:
 
 def test_one_rank_that_differs(ranks: Any) -> None:
     ranks(4).call(one_rank_that_differs)
+
+
+def groups_in_turn(rank: int) -> None:
+    """As on a part of the world. Communicators are free to add in orders of their own: here they are made to."""
+    model = transformer_of_vectors()
+    book = Textbook(model, lr=LR, clip_grad_norm=0.3)
+    mesh = square("replicas", "shards")
+    fsdp(model, mesh)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3)
+    optimizer._ranks.groups = mesh.get_all_groups()
+    real = dist.all_reduce
+
+    def rounded_elsewhere(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+        real(tensor, *args, **kwargs)
+        if tensor.dtype is torch.float64:
+            tensor.mul_(1 + rank * torch.finfo(torch.float64).eps)
+
+    with mock.patch.object(dist, "all_reduce", rounded_elsewhere):
+        for step in range(3):
+            book.step(sum(loss_of(book.model, 4 * step + n) for n in range(4)) / 4)
+            optimizer.backward(loss_of(model, 4 * step + rank))
+            assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
+            norms: list[Any] = [None] * 4
+            dist.all_gather_object(norms, optimizer.last_grad_norm.item())
+            assert len(set(norms)) == 1, norms
+
+
+def test_groups_in_turn_give_one_norm(ranks: Any) -> None:
+    ranks(4).call(groups_in_turn)
 
 
 def meshes_apart(rank: int) -> None:

@@ -128,8 +128,15 @@ class Sharded(Ranks):
 
     def sum_(self, total: Tensor) -> None:
         there = total if total.device.type == self._device_type else total.to(self._device_type)
-        for group in self.groups:
-            dist.all_reduce(there, group=group)
+        if len(self.groups) == 1:
+            dist.all_reduce(there, group=self.groups[0])
+        else:
+            # The groups of one mesh dimension may each all-reduce in an order of their own: a last bit that differs, in
+            # the norm and so in the clip coefficient, and replicas that drift apart. Gathered, all add alike.
+            for group in self.groups:
+                parts = [torch.empty_like(there) for _ in range(dist.get_world_size(group))]
+                dist.all_gather(parts, there, group=group)
+                there = torch.stack(parts).sum()
         if there is not total:
             total.copy_(there)
 
