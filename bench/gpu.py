@@ -53,7 +53,8 @@ def test() -> dict[str, Any]:
     files = ["tests/test_gpu.py", "tests/test_sgd.py", "tests/test_sq_norm.py"]
     outcome = {backend: run([*pytest, *files], LOMO_KERNELS_BACKEND=backend) for backend in BACKENDS}
     # What a user has who forces nothing: the CUDA library, and Triton for the layers' operators.
-    return outcome | {"chosen": run([*pytest, "tests/test_gpu.py", "tests/test_plan.py"], LOMO_KERNELS_BACKEND="")}
+    files = ["tests/test_gpu.py", "tests/test_plan.py", "tests/test_distributed_backends.py"]
+    return outcome | {"chosen": run([*pytest, *files], LOMO_KERNELS_BACKEND="")}
 
 
 def sanitize() -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Real processes over gloo, for the tests of several ranks: started once per file and world size, then given work."""
+"""Real processes, over gloo unless told otherwise, for the tests of several ranks: started once per file and world
+size, then given work."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # A forked server imports torch once for all of them: seconds less per process.
 _context = multiprocessing.get_context("forkserver")
@@ -27,9 +29,9 @@ GRACE = 2.0
 
 
 class Processes:
-    """`world` processes with a default group."""
+    """`world` processes with a default group. With another backend than gloo each takes the GPU of its rank."""
 
-    def __init__(self, world: int, timeout: float = GROUP_TIMEOUT) -> None:
+    def __init__(self, world: int, timeout: float = GROUP_TIMEOUT, backend: str = "gloo") -> None:
         self.world = world
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
@@ -37,7 +39,7 @@ class Processes:
         for rank in range(world):
             ours, theirs = _context.Pipe()
             store = os.path.join(self._folder.name, "store")
-            process = _context.Process(target=_serve, args=(rank, world, timeout, store, theirs), daemon=True)
+            process = _context.Process(target=_serve, args=(rank, world, timeout, backend, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -100,15 +102,33 @@ def by_world() -> Iterator[Callable[[int], Processes]]:
         some.close()
 
 
+class Collectives(TorchDispatchMode):
+    """Elements that each kind of collective is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensor = args[1] if "reduce_scatter" in func.__name__ else args[0]
+            while isinstance(tensor, (list, tuple)):
+                (tensor,) = tensor
+            self.sent.setdefault(func.__name__.split(".")[0], []).append(tensor.numel())
+        return func(*args, **(kwargs or {}))
+
+
 class Failed:
     def __init__(self, text: str) -> None:
         self.text = text
 
 
-def _serve(rank: int, world: int, timeout: float, store: str, pipe: Connection) -> None:
+def _serve(rank: int, world: int, timeout: float, backend: str, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    if backend != "gloo":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,

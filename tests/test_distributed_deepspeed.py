@@ -14,11 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import Options, assert_same_bits, batch, loss_of, same_bits, transformer, weights_of
-from processes import Processes, by_world
+from processes import Collectives, Processes, by_world
 from textbook import Textbook
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lomo_kernels import Lomo
 from lomo_kernels.memory import LiveBytes
@@ -242,22 +241,6 @@ def test_prefetching_goes_on(ranks: Any, settings: dict[str, Any]) -> None:
 
 
 # ---- Traffic and memory ----------------------------------------------------------------------------------------------
-
-
-class Collectives(TorchDispatchMode):
-    """Elements that each kind of collective is called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: dict[str, list[int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            tensor = args[1] if "reduce_scatter" in func.__name__ else args[0]
-            while isinstance(tensor, (list, tuple)):
-                (tensor,) = tensor
-            self.sent.setdefault(func.__name__.split(".")[0], []).append(tensor.numel())
-        return func(*args, **(kwargs or {}))
 
 
 def traffic(rank: int, settings: dict[str, Any]) -> None:

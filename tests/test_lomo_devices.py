@@ -44,12 +44,12 @@ class Lent(Tensor):
 
 
 class Calls(Pass):
-    """A pass that remembers its list calls and the stream each was made on."""
+    """A pass that remembers its list calls and, of each, the stream it was made on or what else is `current` then."""
 
-    def __init__(self, current: Callable[[], Stream]) -> None:
+    def __init__(self, current: Callable[[], Any]) -> None:
         super().__init__([GPU], scaled=False)
         self.current = current
-        self.made: list[tuple[Stream, list[Tensor]]] = []
+        self.made: list[tuple[Any, list[Tensor]]] = []
 
     def _list(self, records: Any, grads: list[Tensor]) -> None:
         self.made.append((self.current(), grads))
@@ -97,6 +97,17 @@ def test_a_stream_waits_once_for_the_callers(cuda: Cuda) -> None:
     assert first.join(CPU) is None
 
 
+def test_the_callers_stream_waits_for_those_that_joined(cuda: Cuda) -> None:
+    """Before anything is read or handed on: FSDP2's streams are tied to the caller's in the last backward only."""
+    caller, side = cuda.stream, Stream()
+    sweep = Calls(lambda: list(caller.waited_for))
+    cuda.stream = side
+    sweep.add(records_of(1)[0], lent_of(1)[0])
+    cuda.stream = caller
+    sweep.flush()
+    assert [waited for waited, _ in sweep.made] == [[side]]
+
+
 def test_gradients_of_two_streams_do_not_share_a_call(cuda: Cuda) -> None:
     caller, left, right = cuda.stream, Stream(), Stream()
     sweep = Calls(lambda: cuda.stream)
@@ -106,7 +117,7 @@ def test_gradients_of_two_streams_do_not_share_a_call(cuda: Cuda) -> None:
         sweep.add(record, grad)
     cuda.stream = caller
     sweep.flush()
-    assert left.waited_for == right.waited_for == [caller] and caller.waited_for == []
+    assert left.waited_for == right.waited_for == [caller] and caller.waited_for == [left, right]
     together = [[[grad is other for other in grads].index(True) for grad in some] for _, some in sweep.made]
     assert sorted(together) == [[0, 2], [1, 3], [4]]
     assert all(stream is caller for stream, _ in sweep.made)

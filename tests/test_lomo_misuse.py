@@ -118,6 +118,11 @@ def test_process_group_that_is_no_group() -> None:
         Lomo([vector(1.0)], process_group=object())
 
 
+def test_process_group_before_there_is_one() -> None:
+    with pytest.raises(TypeError, match=r"process_group is None.*init_process_group.*leave process_group out"):
+        Lomo([vector(1.0)], process_group=dist.group.WORLD)
+
+
 @pytest.mark.parametrize("wrong", ["three", 1, None])
 def test_clip_passes(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r'clip_passes is .*expected "two" or "one"'):

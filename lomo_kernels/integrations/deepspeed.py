@@ -107,6 +107,7 @@ class ZeRO3(Ranks):
 
     def _forget(self) -> None:
         self._open: list[_Come] = []  # small gradients that will travel together
+        self._open_bytes = 0
         self._sent: deque[_Sent] = deque()
         self._bytes = 0  # of `_sent`
         self._counted = []
@@ -122,7 +123,8 @@ class ZeRO3(Ranks):
             if self._open and self._open[0].grad.dtype is not come.grad.dtype:
                 self._send_open()
             self._open.append(come)
-            if sum(one.grad.nbytes for one in self._open) >= BUCKET_BYTES:
+            self._open_bytes += come.grad.nbytes
+            if self._open_bytes >= BUCKET_BYTES:
                 self._send_open()
         del come
         yield from self._received(IN_FLIGHT_BYTES)
@@ -159,7 +161,7 @@ class ZeRO3(Ranks):
             total.copy_(there)
 
     def _send_open(self) -> None:
-        come, self._open = self._open, []
+        come, self._open, self._open_bytes = self._open, [], 0
         self._send(come)
 
     def _send(self, come: list[_Come]) -> None:
@@ -188,8 +190,12 @@ class ZeRO3(Ranks):
             work.wait()  # on a GPU the current stream does
             here(parts, stream), here(whole, stream)
             del whole
-            for record, part in zip(records, parts.split([one.local.numel() for one in records]), strict=True):
-                yield record, part.to(record.local.device)
+            # Under offload one copy, which the host waits for, brings them all to the CPU. Parts of parameters that
+            # DeepSpeed keeps whole stay on the GPU, so a message may be for both.
+            sizes = [record.local.numel() for record in records]
+            placed = {device: parts.to(device).split(sizes) for device in {record.local.device for record in records}}
+            for place, record in enumerate(records):
+                yield record, placed[record.local.device][place]
 
     def _left(self) -> Iterator[tuple[Record, Tensor]]:
         if self._open:

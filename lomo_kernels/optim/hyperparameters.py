@@ -24,6 +24,12 @@ def check_group(group: dict[str, Any], where: str) -> None:
         )
 
 
+def numbers_of(group: dict[str, Any]) -> list[float | None]:
+    """A parameter group's options as they are now. Tensors are read, which may wait for their device."""
+    values = [group[name] for name in ("lr", "weight_decay", "clip_grad_value")]
+    return [None if value is None else float(value) for value in values]
+
+
 def check_positive(name: str, value: Any) -> None:
     """Raises TypeError or ValueError unless `value` is a finite number above zero."""
     if isinstance(value, Tensor):

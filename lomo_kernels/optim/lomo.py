@@ -22,7 +22,7 @@ from .graph import (
     reentrant_checkpoints,
     run_backward,
 )
-from .hyperparameters import check_group, check_positive
+from .hyperparameters import check_group, check_positive, numbers_of
 from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, ranks_of, shape_of
@@ -69,7 +69,7 @@ class Lomo(torch.optim.Optimizer):
         fused_layers: True: the weights of the model's `nn.Linear` and `nn.Embedding` get no gradient; their updates are
             formed from its factors, tile by tile. With parameters or groups in place of the model, the model itself.
             `summary` says which weights that concerns.
-        process_group: data parallel without a wrapper: gradients are averaged over this
+        process_group: False: none. Data parallel without a wrapper: gradients are averaged over this
             `torch.distributed.ProcessGroup` inside backward, and parameters and buffers start as its first rank's. Not
             for DTensor parameters (FSDP2, tensor parallel), which need nothing but that the optimizer is made after
             ``fully_shard`` or ``parallelize_module``. Or, with parameters or groups in place of DeepSpeed's engine, the
@@ -95,13 +95,13 @@ class Lomo(torch.optim.Optimizer):
         rounding: str = "nearest",
         nonfinite: str = "skip",
         fused_layers: bool | nn.Module = False,
-        process_group: Any = None,
+        process_group: Any = False,
         seed: int = 0,
     ) -> None:
         if clip_passes not in ("one", "two"):
             raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
         if is_engine(model_or_params):
-            if process_group is not None:
+            if process_group is not False:
                 raise ValueError("Lomo: a DeepSpeed engine has its own process group; leave process_group out")
             engine: Any = model_or_params
             model_or_params, process_group = engine.module, engine
@@ -143,7 +143,7 @@ class Lomo(torch.optim.Optimizer):
         self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
         super().__init__(named_groups(model_or_params), defaults)
-        self._ranks = self._join_ranks(self._records)
+        self._ranks = self._join_ranks(self._records, self.param_groups)
         self._state = State(self._records, self.param_groups, loss_scale, ranks=self._ranks)
         self._repeat_state()
         if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
@@ -302,7 +302,8 @@ class Lomo(torch.optim.Optimizer):
         check_apart((record.name, record.param) for record in (*self._records, *records))
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
-        ranks = self._join_ranks([*self._records, *records]) if self._attached else None
+        groups = [*self.param_groups, group]
+        ranks = self._join_ranks([*self._records, *records], groups) if self._attached else None
         super().add_param_group(group)
         self._records.extend(records)
         self._ids = known
@@ -436,9 +437,13 @@ class Lomo(torch.optim.Optimizer):
 
     def _find_norm(self, loss: Tensor, scale: Tensor | None) -> None:
         self._state.zero_slots()
-        scaled = scale is not None or self._state.divides
-        self._sweep(NormPass(self._state.devices, scaled=scaled, ranks=self._ranks), loss, scale, retain_graph=True)
+        self._look(loss, scale, self._ranks)
         self._state.decide(self._clip_grad_norm)
+
+    def _look(self, loss: Tensor, scale: Tensor | None, ranks: Ranks | None) -> None:
+        """A backward that adds up norms and leaves the graph for another one."""
+        scaled = scale is not None or self._state.divides
+        self._sweep(NormPass(self._state.devices, scaled=scaled, ranks=ranks), loss, scale, retain_graph=True)
 
     def _drop_norm(self) -> None:
         """Forgets a norm that `grad_norm` found and no `fused_backward` used."""
@@ -449,11 +454,13 @@ class Lomo(torch.optim.Optimizer):
     def _check_reentrancy(self, loss: Tensor, scale: Tensor | None) -> None:
         """With one backward, a gradient that comes twice must be found before a weight has changed.
 
-        So a backward with reentrant checkpoints, where their number is new, is preceded by one that only looks.
+        So a backward with reentrant checkpoints, where their number is new, is preceded by one that only looks. It
+        sends nothing where ranks count different numbers: the others would not be there.
         """
         count = reentrant_checkpoints(loss, thorough=self._checkpoints is None)
         if count and count != self._checkpoints:
-            self._find_norm(loss, scale)
+            alone = self._ranks is not None and not self._ranks.same_graphs
+            self._look(loss, scale, None if alone else self._ranks)
         self._checkpoints = count or self._checkpoints or 0
 
     def _sweep(self, sweep: Pass, loss: Tensor, scale: Tensor | None, *, retain_graph: bool) -> None:
@@ -630,7 +637,7 @@ class Lomo(torch.optim.Optimizer):
         self._state = State(self._records, self.param_groups, self._wanted_scale, ranks=self._ranks, before=self._state)
         self._repeat_state()
 
-    def _join_ranks(self, records: Sequence[Record]) -> Ranks | None:
+    def _join_ranks(self, records: Sequence[Record], groups: Sequence[dict[str, Any]]) -> Ranks | None:
         """Finds the processes that take part in training these parameters, and starts from the same everywhere."""
         ranks = ranks_of(records, self._process_group, stochastic=self._stochastic)
         if ranks is None:
@@ -647,6 +654,7 @@ class Lomo(torch.optim.Optimizer):
                 "parameters": [(one.name, tuple(shape_of(one.param)), one.param.dtype) for one in records],
                 "frozen parameters": [one.param.requires_grad for one in records],
                 "options": (self._clip_grad_norm, self._one_pass, self._wanted_scale, self._stochastic, self._raise),
+                "hyperparameters": [(len(group["params"]), numbers_of(group)) for group in groups],
                 "seeds": self._seed,
             }
         )

@@ -141,6 +141,7 @@ class Pass:
 
     def flush(self) -> None:
         """Hands on what still waits. Called when backward has ended, on the caller's streams."""
+        self._streams.leave()
         if self._ranks is not None:
             for record, grad in self._ranks.rest():
                 self.add(record, grad)

@@ -11,7 +11,8 @@ the optimizer has one `Ranks`, chosen when it is made (`ranks_of`), which answer
    weight goes through `sum_`, after which every rank has the same number, hence the same overflow flag, clip
    coefficient and decision to skip.
 
-Every method is called by all ranks in the same order, inside `no_grad`, and may communicate. Nothing here reads a
+Every method is called by all ranks in the same order, and may communicate; what autograd or `step` calls runs under
+`no_grad`, what `backward` calls itself as its caller does, on tensors that need no gradient. Nothing here reads a
 device tensor on the host, and nothing knows which ranks share a host.
 
 `sharding.Sharded` serves DTensor (FSDP2, tensor parallel), `reduce.Averaged` a process group. A third engine is a
@@ -37,6 +38,8 @@ class Ranks:
 
     #: What a local gradient, as `reduced` gives it, is divided by in the kernels.
     divisor = 1
+    #: Whether every rank's graph has the same parts, so that what one rank finds in its own, all find.
+    same_graphs = True
     #: All ranks, as groups over which something is done in turn to reach everyone: one, or one per mesh dimension.
     groups: Sequence[dist.ProcessGroup] = ()
 
@@ -77,16 +80,19 @@ class Ranks:
     def agree(self, facts: dict[str, Any]) -> None:
         """Raises ValueError, on every rank, unless all have the same `facts`: otherwise steps would hang or diverge."""
         ours = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
-        for group in self.groups:
+        seen = {dist.get_rank(): ours}
+        for group in self.groups:  # all of them before anything is raised: the next one's others would wait
             theirs: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(theirs, ours, group=group)
-            for rank, other in enumerate(theirs):
-                different = [name for name in ours if other[name] != theirs[0][name]]
-                if different:
-                    raise ValueError(
-                        f"Lomo: {' and '.join(different)} on rank {dist.get_global_rank(group, rank)} and on rank "
-                        f"{dist.get_global_rank(group, 0)} differ; make the same optimizer of the same model everywhere"
-                    )
+            dist.all_gather_object(theirs, seen, group=group)
+            seen = {rank: other for some in theirs for rank, other in some.items()}
+        first = min(seen)
+        for rank in sorted(seen):
+            different = [name for name in ours if seen[rank][name] != seen[first][name]]
+            if different:
+                raise ValueError(
+                    f"Lomo: {' and '.join(different)} on rank {rank} and on rank {first} differ; make the same "
+                    "optimizer of the same model everywhere"
+                )
 
 
 def local_of(param: Tensor) -> Tensor:
@@ -106,7 +112,8 @@ def is_engine(model: Any) -> bool:
 
 
 def ranks_of(records: Sequence[Record], process_group: Any, *, stochastic: bool) -> Ranks | None:
-    """The engine that `records` and `process_group` speak of; None: one process. `stochastic`: the rounding.
+    """The engine that `records` and `process_group` (False: none) speak of; None: one process. `stochastic`: how one
+    rounds.
 
     Raises:
         TypeError, ValueError, NotImplementedError: no engine can take these parameters.
@@ -121,9 +128,14 @@ def ranks_of(records: Sequence[Record], process_group: Any, *, stochastic: bool)
             "Lomo: the parameters are cut by DeepSpeed's ZeRO-3; pass the engine that deepspeed.initialize returns, "
             "Lomo(engine, ...), or with parameter groups process_group=engine"
         )
-    if process_group is not None:
+    if process_group is not False:
         from .reduce import Averaged
 
+        if process_group is None:  # torch's functions take it for the default group: not to be trained alone, unasked
+            raise TypeError(
+                "Lomo: process_group is None, as torch.distributed.group.WORLD is before init_process_group(). Call "
+                "that first; on one process leave process_group out"
+            )
         if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
                 f"Lomo: process_group is a {type(process_group).__name__}, expected a torch.distributed.ProcessGroup "

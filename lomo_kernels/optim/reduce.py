@@ -49,6 +49,8 @@ class Averaged(Ranks):
         ValueError: the parameters lie on several devices.
     """
 
+    same_graphs = False
+
     def __init__(self, group: dist.ProcessGroup, records: Sequence[Record]) -> None:
         places = {record.param.device for record in records}
         if len(places) > 1:
@@ -99,6 +101,18 @@ class Averaged(Ranks):
         yield from self._received(IN_FLIGHT_BYTES)
 
     def rest(self) -> Iterator[tuple[Record, Tensor]]:
+        yield from self._left()
+        if not self._agreed:
+            self._agree_on_order()
+
+    def kept(self, kept: Kept, *, copy: bool) -> Kept:
+        self._begin({record.index for record, _ in kept})
+        ready: Kept = []
+        for record, grad in kept:
+            ready += self.reduced(record, grad.clone() if copy else grad)
+        return [*ready, *self._left()]  # and no agreement: the order of .grad says nothing
+
+    def _left(self) -> Iterator[tuple[Record, Tensor]]:
         while self._next < len(self._messages):
             for record in self._messages[self._next]:
                 if record.index not in self._waiting[self._next]:
@@ -107,18 +121,6 @@ class Averaged(Ranks):
             self._send()
             yield from self._received(IN_FLIGHT_BYTES)
         yield from self._received(-1)
-        if not self._agreed:
-            self._agree_on_order()
-
-    def kept(self, kept: Kept, *, copy: bool) -> Kept:
-        self._begin({record.index for record, _ in kept})
-        agreed, self._agreed = self._agreed, True  # the order of .grad says nothing
-        ready: Kept = []
-        for record, grad in kept:
-            ready += self.reduced(record, grad.clone() if copy else grad)
-        ready += self.rest()
-        self._agreed = agreed
-        return ready
 
     def _plan(self, records: Sequence[Record]) -> None:
         """Which gradients travel together: each large one alone, small ones of one dtype up to `BUCKET_BYTES`."""

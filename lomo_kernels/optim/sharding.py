@@ -66,6 +66,15 @@ class Sharded(Ranks):
 
     def start(self, records: Sequence[Record], model: nn.Module | None) -> None:
         self._fsdp = list(_fsdp_groups({id(record.param) for record in records}))
+        if not all(
+            hasattr(group, "_partial_reduce_output")
+            and all(hasattr(param, "unsharded_accumulated_grad") for param in group.fsdp_params)
+            for group in self._fsdp
+        ):
+            raise RuntimeError(
+                f"Lomo: the FSDP2 of torch {torch.__version__} keeps gradients of backwards without synchronisation "
+                "elsewhere than that of 2.11 to 2.14, where they are looked for; use one of these"
+            )
         in_model = model is not None and any(isinstance(module, FSDPModule) for module in model.modules())
         for record in records if self._fsdp or in_model else ():
             if record.param.requires_grad and not isinstance(record.param, DTensor):
@@ -108,6 +117,10 @@ class Sharded(Ranks):
         if local.device.type != self._device_type:
             # CPU offload: not every version of FSDP2 has waited for its copy, and a kernel on the CPU reads at once.
             torch.get_device_module(self._device_type).current_stream().synchronize()
+        if local.is_cuda:
+            # With HSDP or FSDPModule.set_all_reduce_hook this hook runs on another stream than the one whose memory the
+            # shard is, and FSDP2 counts on .grad to hold it. On its own stream this costs nothing.
+            local.record_stream(torch.cuda.current_stream(local.device))
         # FSDP2's gradients are views of one buffer per group of modules: a small one that waits would keep all of it.
         if record.small and local.untyped_storage().nbytes() > 2 * record.bytes:
             local = local.clone()
@@ -115,8 +128,15 @@ class Sharded(Ranks):
 
     def sum_(self, total: Tensor) -> None:
         there = total if total.device.type == self._device_type else total.to(self._device_type)
-        for group in self.groups:
-            dist.all_reduce(there, group=group)
+        if len(self.groups) == 1:
+            dist.all_reduce(there, group=self.groups[0])
+        else:
+            # The groups of one mesh dimension may each all-reduce in an order of their own: a last bit that differs, in
+            # the norm and so in the clip coefficient, and replicas that drift apart. Gathered, all add alike.
+            for group in self.groups:
+                parts = [torch.empty_like(there) for _ in range(dist.get_world_size(group))]
+                dist.all_gather(parts, there, group=group)
+                there = torch.stack(parts).sum()
         if there is not total:
             total.copy_(there)
 

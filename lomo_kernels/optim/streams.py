@@ -1,9 +1,10 @@
 """Which CUDA streams the hooks of one backward run on, and what they must wait for. Nothing of it concerns the CPU.
 
-Autograd runs each hook on the stream its parameter was used on, in one thread per device. When backward ends, the
-streams it ran on are waited for by the caller's (`torch.autograd.backward` does that), but where it begins only the
-loss's stream is tied to the caller's: the caller set hyperparameters and slots on its own stream of every device, so
-each other stream waits for that one before its first kernel.
+Autograd runs each hook on the stream its parameter was used on, in one thread per device; FSDP2 calls hooks on streams
+of its own. Where backward begins only the loss's stream is tied to the caller's: the caller set hyperparameters and
+slots on its own stream of every device, so each other stream waits for that one before its first kernel. When backward
+ends, autograd makes the caller's streams wait for those it ran on itself, FSDP2 for its own only in the last backward
+(`set_is_last_backward`): so the caller's wait for all that joined.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Streams:
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._caller = {device: torch.cuda.current_stream(device) for device in devices if device.type == "cuda"}
-        self._joined = set(self._caller.values())
+        self._joined = {stream: device for device, stream in self._caller.items()}
         self._lock = threading.Lock()
 
     def join(self, device: torch.device) -> torch.cuda.Stream | None:
@@ -34,9 +35,15 @@ class Streams:
         stream = torch.cuda.current_stream(device)
         with self._lock:
             if stream not in self._joined:
-                self._joined.add(stream)
+                self._joined[stream] = device
                 stream.wait_stream(self._caller[device])
         return stream
+
+    def leave(self) -> None:
+        """The caller's streams wait for all that joined: what their kernels wrote is read from here on."""
+        for stream, device in self._joined.items():
+            if stream != (caller := self._caller[device]):
+                caller.wait_stream(stream)
 
     @staticmethod
     def lend(tensors: Iterable[Tensor], device: torch.device, owner: torch.cuda.Stream | None) -> None:
