@@ -1,0 +1,103 @@
+"""The document's programs, started by its `torchrun` lines: on one node, and on two whose ranks repeat each other's
+LOCAL_RANK. Both nodes are this machine, and gloo takes NCCL's place."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import loss_of
+from test_distributed_sharded import transformer_of_vectors
+from textbook import Textbook
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "distributed.md"
+RANKS, STEPS, LR = 4, 3, 3e-2
+
+BEFORE = """
+import os
+import sys
+import torch
+import models
+from lomo_kernels import Lomo
+from test_distributed_sharded import transformer_of_vectors
+
+def build():
+    model = transformer_of_vectors()
+    model.forward = lambda seed, forward=model.forward: forward(*models.batch(seed))
+    return model
+
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+loader = [world * step + rank for step in range({steps})]
+"""
+AFTER = """
+def full(param):
+    return (param.full_tensor() if hasattr(param, "full_tensor") else param).detach()
+
+whole = {name: full(param) for name, param in model.named_parameters()}
+torch.save((optimizer.last_grad_norm, whole, os.environ["LOCAL_RANK"]), f"{sys.argv[1]}/{rank}")
+torch.distributed.destroy_process_group()
+"""
+
+
+def document(pattern: str) -> str:
+    found = re.search(pattern, DOCUMENT.read_text(), re.S | re.M)
+    assert found, pattern
+    return found[1]
+
+
+def program(section: str) -> str:
+    """The first Python block of a section, on the CPU."""
+    code = document(rf"^## {section}\n.*?```python\n(.*?)```")
+    code, changed = re.subn(r"\.cuda\(\)|torch\.cuda\.set_device\([^\n]*\n", "", code)
+    assert changed == 2
+    code = code.replace("init_process_group()", 'init_process_group("gloo")')
+    return BEFORE.replace("{steps}", str(STEPS)) + code + AFTER
+
+
+def torchrun(nodes: int, script: Path, folder: Path) -> None:
+    """The document's line for so many nodes, on each of them."""
+    line = document(rf"^torchrun ({'--nnodes 2' if nodes == 2 else '--nproc'}[^\n]*) train.py$")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = line.replace("--nproc-per-node 8", f"--nproc-per-node {RANKS // nodes}")
+    line = line.replace("node0:29500", f"127.0.0.1:{port}")
+    here = ["--local-addr", "127.0.0.1", *(["--master-port", str(port)] if nodes == 1 else [])]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *here, *line.split(), str(script), str(folder)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(nodes)
+    ]
+    try:
+        said = [one.communicate(timeout=120)[0] for one in running]
+    finally:
+        for one in running:
+            one.kill()
+    assert [one.returncode for one in running] == [0] * nodes, "\n".join(said)
+
+
+@pytest.mark.parametrize("section, nodes", [("Data parallel", 1), ("Shards: FSDP2", 2)])
+def test_documents_program(section: str, nodes: int, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(program(section))
+    torchrun(nodes, script, tmp_path)
+    book = Textbook(transformer_of_vectors(), lr=LR, clip_grad_norm=1.0)
+    for step in range(STEPS):
+        book.step(sum(loss_of(book.model, RANKS * step + n) for n in range(RANKS)) / RANKS)
+    for rank in range(RANKS):
+        norm, weights, local = torch.load(tmp_path / str(rank))
+        assert int(local) == rank % (RANKS // nodes)
+        assert norm.item() == pytest.approx(book.norm, rel=1e-6)
+        for name, param in book.model.named_parameters():
+            assert (weights[name] - param).abs().max().item() <= 1e-6, name
