@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lomo_kernels import Lomo
 
-#: Some tens of milliseconds, in which a stream that does not wait has long used what is not there yet.
+#: Of a GPU: many times what a kernel here takes, so that a stream that does not wait uses what is not there yet.
 CYCLES = 50_000_000
 
 

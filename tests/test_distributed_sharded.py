@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from lomo_kernels import Lomo
 from lomo_kernels.memory import LiveBytes
 from lomo_kernels.optim.ranks import Ranks
-from lomo_kernels.optim.sharding import _fsdp_groups
 
 LR = 0.3
 
@@ -507,7 +506,8 @@ def fsdp1(rank: int) -> None:
 def another_fsdp2(rank: int) -> None:
     model = transformer_of_vectors()
     fsdp(model)
-    group = next(iter(_fsdp_groups({id(param) for param in model.parameters()})))
+    with Lomo(model, lr=LR) as optimizer:
+        group = optimizer._ranks._fsdp[0]
     del group.fsdp_params[0].unsharded_accumulated_grad
     with pytest.raises(RuntimeError, match=r"FSDP2 of torch .* 2\.11 to 2\.14"):
         Lomo(model, lr=LR)
