@@ -14,7 +14,6 @@ from models import Options, assert_same_bits, loss_of, same_bits, transformer, w
 from test_distributed_sharded import Planted
 from textbook import Textbook
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lomo_kernels import Lomo
 from lomo_kernels.memory import LiveBytes
@@ -100,7 +99,10 @@ class Routed(nn.Module):
     def forward(self, route: tuple[int, ...]) -> Tensor:
         x = torch.linspace(-1, 1, 2 * 144).view(2, 144).requires_grad_(self.reentrant)
         for index in route:
-            x = checkpoint(self.one, index, x, use_reentrant=True) if self.reentrant else self.one(index, x)
+            if self.reentrant:
+                x = torch.utils.checkpoint.checkpoint(self.one, index, x, use_reentrant=True)
+            else:
+                x = self.one(index, x)
         return x.square().mean()
 
 
