@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 VOCAB = 19
@@ -92,6 +93,36 @@ def transformer(options: Options = Options(), seed: int = 0) -> TinyTransformer:
     return model
 
 
+def transformer_of_vectors(options: Options = Options()) -> TinyTransformer:
+    """FSDP2 and DeepSpeed take no scalar parameters. One of a single element leaves all ranks but one an empty shard,
+    or one of padding only."""
+    model = transformer(options)
+    model.gain = nn.Parameter(model.gain.detach().reshape(1), requires_grad=model.gain.requires_grad)
+    return model
+
+
+class Planted(nn.Module):
+    """Gradients known beforehand and the same on every rank, so that averaging is exact and bits can be compared."""
+
+    SHAPES = ((19, 6), (7,), (5, 4, 3), (1,), (600, 121))  # the last one too large to wait for a list call
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in self.SHAPES)
+
+    def forward(self, step: int) -> Tensor:
+        total = torch.zeros(())
+        for index, param in enumerate(self.weights):
+            generator = torch.Generator().manual_seed(100 * step + index)
+            grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            if isinstance(param, DTensor):
+                grad = distribute_tensor(grad, param.device_mesh, param.placements)
+            product = (param.float() * grad.float()).sum()
+            total = total + (product.full_tensor() if isinstance(product, DTensor) else product)
+        return total
+
+
 def batch(seed: int, size: int = 3) -> tuple[Tensor, Tensor]:
     """Tokens and targets, both [size, SEQ]."""
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -106,6 +137,20 @@ def loss_of(model: nn.Module, seed: int) -> Tensor:
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters."""
     return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def whole(param: Tensor) -> Tensor:
+    return param.full_tensor() if isinstance(param, DTensor) else param.detach()
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters, gathered where they are DTensors."""
+    return {name: whole(param).detach().clone() for name, param in model.named_parameters()}
+
+
+def assert_close(actual: dict[str, Tensor], expected: nn.Module, atol: float = 1e-6) -> None:
+    for name, weight in actual.items():
+        assert (weight - expected.get_parameter(name)).abs().max().item() <= atol, name
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import assert_same_bits, weights_of
+from models import assert_same_bits, weights_of, whole_weights
 from processes import Processes
-from test_distributed_sharded import whole_weights
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from lomo_kernels import Lomo
 
-#: Some tens of milliseconds, in which a stream that does not wait has long used what is not there yet.
+#: Of a GPU: many times what a kernel here takes, so that a stream that does not wait uses what is not there yet.
 CYCLES = 50_000_000
 
 

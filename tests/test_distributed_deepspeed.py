@@ -13,7 +13,16 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from models import Options, assert_same_bits, batch, loss_of, same_bits, transformer, weights_of
+from models import (
+    Options,
+    assert_close,
+    assert_same_bits,
+    batch,
+    loss_of,
+    same_bits,
+    transformer_of_vectors,
+    weights_of,
+)
 from processes import Collectives, Processes, by_world
 from textbook import Textbook
 from torch import Tensor, nn
@@ -81,13 +90,6 @@ class Borrowing(nn.Module):
         return F.cross_entropy(F.linear(x, self.embedding.weight).view(-1, 19), targets.view(-1))
 
 
-def transformer_of_vectors(options: Options) -> nn.Module:
-    """DeepSpeed takes no scalar parameters. One of a single element leaves all ranks but one a part of padding only."""
-    model = transformer(options)
-    model.gain = nn.Parameter(model.gain.detach().reshape(1), requires_grad=model.gain.requires_grad)
-    return model
-
-
 #: Name: (model, or its options; what `initialize` takes).
 WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plain": (Options(), {}),
@@ -145,8 +147,7 @@ def made_in_parts(rank: int) -> None:
     for step in range(5):
         book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
         optimizer.backward(engine.module(*batch(2 * step + rank)))
-    for name, weight in whole_weights(engine).items():
-        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+    assert_close(whole_weights(engine), book.model)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -429,8 +430,7 @@ def accumulation(rank: int, how: str, clip: float | None) -> None:
             optimizer.zero_grad()
         assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
         assert all(param.grad is None for param in model.parameters())
-    for name, weight in whole_weights(engine).items():
-        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+    assert_close(whole_weights(engine), book.model)
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from models import loss_of, transformer
+from models import loss_of, transformer, transformer_of_vectors
 from processes import Failed, Processes
-from test_distributed_sharded import fsdp, transformer_of_vectors
+from test_distributed_sharded import fsdp
 
 from lomo_kernels import Lomo
 

@@ -12,7 +12,20 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from models import VOCAB, Options, assert_same_bits, loss_of, same_bits, transformer, weights_of
+from models import (
+    VOCAB,
+    Options,
+    Planted,
+    assert_close,
+    assert_same_bits,
+    loss_of,
+    same_bits,
+    transformer,
+    transformer_of_vectors,
+    weights_of,
+    whole,
+    whole_weights,
+)
 from processes import Collectives
 from textbook import Textbook
 from torch import Tensor, nn
@@ -25,24 +38,8 @@ from torch.nn import functional as F
 from lomo_kernels import Lomo
 from lomo_kernels.memory import LiveBytes
 from lomo_kernels.optim.ranks import Ranks
-from lomo_kernels.optim.sharding import _fsdp_groups
 
 LR = 0.3
-
-
-def transformer_of_vectors(options: Options | None = None) -> nn.Module:
-    """FSDP2 takes no scalar parameters. One of a single element leaves all ranks but one an empty shard."""
-    model = transformer(options or Options())
-    model.gain = nn.Parameter(model.gain.detach().reshape(1), requires_grad=model.gain.requires_grad)
-    return model
-
-
-def whole(param: Tensor) -> Tensor:
-    return param.full_tensor() if isinstance(param, DTensor) else param.detach()
-
-
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(param).detach().clone() for name, param in model.named_parameters()}
 
 
 # ---- How models are spread ------------------------------------------------------------------------------------------
@@ -204,30 +201,7 @@ def mixed_precision(rank: int) -> None:
         book.zero_grad()
         optimizer.backward(loss_of(model, 2 * step + rank))
         assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-5)
-    for name, weight in whole_weights(model).items():
-        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-5, name
-
-
-class Planted(nn.Module):
-    """Gradients known beforehand and the same on every rank, so that averaging is exact and bits can be compared."""
-
-    SHAPES = ((19, 6), (7,), (5, 4, 3), (1,), (600, 121))  # the last one too large to wait for a list call
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.weights = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in self.SHAPES)
-
-    def forward(self, step: int) -> Tensor:
-        total = torch.zeros(())
-        for index, param in enumerate(self.weights):
-            generator = torch.Generator().manual_seed(100 * step + index)
-            grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-            if isinstance(param, DTensor):
-                grad = distribute_tensor(grad, param.device_mesh, param.placements)
-            product = (param.float() * grad.float()).sum()
-            total = total + (product.full_tensor() if isinstance(product, DTensor) else product)
-        return total
+    assert_close(whole_weights(model), book.model, atol=1e-5)
 
 
 PLACEMENTS: dict[str, Any] = {
@@ -371,8 +345,7 @@ def accumulation(rank: int, how: str, clip: float | None) -> None:
             optimizer.zero_grad()
         assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
         assert all(param.grad is None for param in model.parameters())
-    for name, weight in whole_weights(model).items():
-        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+    assert_close(whole_weights(model), book.model)
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])
@@ -507,7 +480,8 @@ def fsdp1(rank: int) -> None:
 def another_fsdp2(rank: int) -> None:
     model = transformer_of_vectors()
     fsdp(model)
-    group = next(iter(_fsdp_groups({id(param) for param in model.parameters()})))
+    with Lomo(model, lr=LR) as optimizer:
+        group = optimizer._ranks._fsdp[0]
     del group.fsdp_params[0].unsharded_accumulated_grad
     with pytest.raises(RuntimeError, match=r"FSDP2 of torch .* 2\.11 to 2\.14"):
         Lomo(model, lr=LR)
@@ -628,8 +602,7 @@ def some_ranks(rank: int) -> None:
         book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
         optimizer.backward(loss_of(model, 2 * step + rank - 1))
         assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
-    for name, weight in whole_weights(model).items():
-        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+    assert_close(whole_weights(model), book.model)
 
 
 def test_some_of_the_ranks(ranks: Any) -> None:

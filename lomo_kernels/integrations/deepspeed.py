@@ -20,7 +20,6 @@ expert not chosen) must still be part of the graph.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +31,8 @@ from torch import Tensor
 
 from ..optim.ranks import Kept, Ranks
 from ..optim.records import Record
-from ..optim.reduce import BUCKET_BYTES, IN_FLIGHT_BYTES, current, here
+from ..optim.reduce import BUCKET_BYTES, IN_FLIGHT_BYTES, InFlight
+from ..optim.streams import current, here
 
 # Its name since torch 2.13, and before.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -53,16 +53,6 @@ class _Come(NamedTuple):
 
     record: Record
     grad: Tensor
-    stream: torch.cuda.Stream | None  # whose memory it is
-
-
-class _Sent(NamedTuple):
-    """One reduction under way."""
-
-    records: Sequence[Record]
-    parts: Tensor  # of this rank: [sum over records of the padded part's elements]
-    whole: Tensor  # what is reduced: [ranks, the same]
-    work: dist.Work
     stream: torch.cuda.Stream | None  # whose memory it is
 
 
@@ -108,8 +98,7 @@ class ZeRO3(Ranks):
     def _forget(self) -> None:
         self._open: list[_Come] = []  # small gradients that will travel together
         self._open_bytes = 0
-        self._sent: deque[_Sent] = deque()
-        self._bytes = 0  # of `_sent`
+        self._in_flight = InFlight()
         self._counted = []
 
     def reduced(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
@@ -171,10 +160,9 @@ class ZeRO3(Ranks):
         whole = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         come.clear()
         del rows
-        parts = whole.new_empty(whole.shape[1])
+        parts = whole.new_empty(whole.shape[1])  # this rank's row of `whole`: its padded parts, side by side
         work = _reduce_scatter(parts, whole.view(-1), group=self._group, async_op=True)
-        self._sent.append(_Sent(records, parts, whole, work, current(parts)))
-        self._bytes += whole.nbytes
+        self._in_flight.put(records, parts, whole, work)
 
     def _rows(self, record: Record, grad: Tensor) -> Tensor:
         """A whole gradient as [ranks, elements of a part]; a copy only where the last part is padded."""
@@ -183,13 +171,7 @@ class ZeRO3(Ranks):
         return (torch.nn.functional.pad(flat, (0, padding)) if padding else flat).view(self.divisor, -1)
 
     def _received(self, limit: int) -> Iterator[tuple[Record, Tensor]]:
-        """The parts of the oldest reductions, until those left, but for the newest, take no more than `limit`."""
-        while self._sent and self._bytes - self._sent[-1].whole.nbytes > limit:
-            records, parts, whole, work, stream = self._sent.popleft()
-            self._bytes -= whole.nbytes
-            work.wait()  # on a GPU the current stream does
-            here(parts, stream), here(whole, stream)
-            del whole
+        for records, parts in self._in_flight.take(limit):
             # Under offload one copy, which the host waits for, brings them all to the CPU. Parts of parameters that
             # DeepSpeed keeps whole stay on the GPU, so a message may be for both.
             sizes = [record.local.numel() for record in records]

@@ -25,9 +25,8 @@ def check_group(group: dict[str, Any], where: str) -> None:
 
 
 def numbers_of(group: dict[str, Any]) -> list[float | None]:
-    """A parameter group's options as they are now. Tensors are read, which may wait for their device."""
-    values = [group[name] for name in ("lr", "weight_decay", "clip_grad_value")]
-    return [None if value is None else float(value) for value in values]
+    """A checked group's options. Reads those that are tensors."""
+    return [None if group[name] is None else float(group[name]) for name in ("lr", "weight_decay", "clip_grad_value")]
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -302,8 +302,9 @@ class Lomo(torch.optim.Optimizer):
         check_apart((record.name, record.param) for record in (*self._records, *records))
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
-        groups = [*self.param_groups, group]
-        ranks = self._join_ranks([*self._records, *records], groups) if self._attached else None
+        ranks = None
+        if self._attached:
+            ranks = self._join_ranks([*self._records, *records], [*self.param_groups, group])
         super().add_param_group(group)
         self._records.extend(records)
         self._ids = known
@@ -653,8 +654,8 @@ class Lomo(torch.optim.Optimizer):
             {
                 "parameters": [(one.name, tuple(shape_of(one.param)), one.param.dtype) for one in records],
                 "frozen parameters": [one.param.requires_grad for one in records],
+                "hyperparameters": [(len(group["params"]), *numbers_of(group)) for group in groups],
                 "options": (self._clip_grad_norm, self._one_pass, self._wanted_scale, self._stochastic, self._raise),
-                "hyperparameters": [(len(group["params"]), numbers_of(group)) for group in groups],
                 "seeds": self._seed,
             }
         )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .ranks import Kept, Ranks
 from .records import Record
+from .streams import current, here
 
 # Small gradients that travel together: as much as their list call takes (passes.BUFFER_BYTES).
 BUCKET_BYTES = 1024 * 1024
@@ -34,12 +35,37 @@ IN_FLIGHT_BYTES = 32 * 1024 * 1024
 
 
 class _Sent(NamedTuple):
-    """One reduction under way."""
-
     records: Sequence[Record]
-    tensor: Tensor
+    result: Tensor
+    source: Tensor
     work: dist.Work
-    stream: torch.cuda.Stream | None  # whose memory it is
+    stream: torch.cuda.Stream | None  # whose memory both are
+
+
+class InFlight:
+    """Reductions under way."""
+
+    def __init__(self) -> None:
+        self._sent: deque[_Sent] = deque()
+        self._bytes = 0
+
+    def put(self, records: Sequence[Record], result: Tensor, source: Tensor, work: dist.Work) -> None:
+        """One more, which `work` stands for. `source` and `result`, perhaps one tensor, are the current stream's."""
+        self._sent.append(_Sent(records, result, source, work, current(result)))
+        self._bytes += source.nbytes
+
+    def take(self, limit: int) -> Iterator[tuple[Sequence[Record], Tensor]]:
+        """Records and results of the oldest, for use on the current stream, until the sources of those left, but for
+        the newest, take no more than `limit` bytes."""
+        while self._sent and self._bytes - self._sent[-1].source.nbytes > limit:
+            records, result, source, work, stream = self._sent.popleft()
+            self._bytes -= source.nbytes
+            work.wait()  # on a GPU the current stream does
+            here(result, stream)
+            if source is not result:
+                here(source, stream)
+            del source
+            yield records, result
 
 
 class Averaged(Ranks):
@@ -87,8 +113,7 @@ class Averaged(Ranks):
         self._came: list[int] = []
         self._waiting: list[dict[int, tuple[Tensor, torch.cuda.Stream | None]]] = [{} for _ in self._messages]
         self._next = 0
-        self._sent: deque[_Sent] = deque()
-        self._bytes = 0
+        self._in_flight = InFlight()
 
     def reduced(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
         if grad.layout is not torch.strided:
@@ -147,16 +172,10 @@ class Averaged(Ranks):
         grads = [here(*waiting.pop(record.index)) for record in records]
         tensor = torch.cat([grad.reshape(-1) for grad in grads]) if len(grads) > 1 else _own(grads[0])
         work = dist.all_reduce(tensor, group=self._group, async_op=True)
-        self._sent.append(_Sent(records, tensor, work, current(tensor)))
-        self._bytes += tensor.nbytes
+        self._in_flight.put(records, tensor, tensor, work)
 
     def _received(self, limit: int) -> Iterator[tuple[Record, Tensor]]:
-        """The gradients of the oldest reductions, until those left, but for the newest, take no more than `limit`."""
-        while self._sent and self._bytes - self._sent[-1].tensor.nbytes > limit:
-            records, tensor, work, stream = self._sent.popleft()
-            self._bytes -= tensor.nbytes
-            work.wait()  # on a GPU the current stream does
-            here(tensor, stream)
+        for records, tensor in self._in_flight.take(limit):
             if len(records) == 1:
                 yield records[0], tensor.view(records[0].param.shape)
                 continue
@@ -181,15 +200,3 @@ def _own(grad: Tensor) -> Tensor:
     if torch._C._storage_Use_Count(storage._cdata) > 2:  # the tensor and `storage`
         return grad.clone(memory_format=torch.contiguous_format)
     return grad.contiguous()
-
-
-def current(tensor: Tensor) -> torch.cuda.Stream | None:
-    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
-
-
-def here(tensor: Tensor, made_on: torch.cuda.Stream | None) -> Tensor:
-    """`tensor`, for use on the current stream: what another one does to it is waited for, and its memory is kept."""
-    if made_on is not None and (current := torch.cuda.current_stream(tensor.device)) != made_on:
-        current.wait_stream(made_on)
-        tensor.record_stream(current)
-    return tensor

@@ -66,6 +66,14 @@ class Sharded(Ranks):
 
     def start(self, records: Sequence[Record], model: nn.Module | None) -> None:
         self._fsdp = list(_fsdp_groups({id(record.param) for record in records}))
+        in_model = model is not None and any(isinstance(module, FSDPModule) for module in model.modules())
+        for record in records if self._fsdp or in_model else ():
+            if record.param.requires_grad and not isinstance(record.param, DTensor):
+                raise ValueError(
+                    f"Lomo: {record.name} is a plain parameter beside FSDP2's, which no one reduces the gradient of. "
+                    "Call fully_shard on the whole model too, after its parts, or freeze it; after a forward without a "
+                    "backward call model.reshard() first"
+                )
         if not all(
             hasattr(group, "_partial_reduce_output")
             and all(hasattr(param, "unsharded_accumulated_grad") for param in group.fsdp_params)
@@ -75,14 +83,6 @@ class Sharded(Ranks):
                 f"Lomo: the FSDP2 of torch {torch.__version__} keeps gradients of backwards without synchronisation "
                 "elsewhere than that of 2.11 to 2.14, where they are looked for; use one of these"
             )
-        in_model = model is not None and any(isinstance(module, FSDPModule) for module in model.modules())
-        for record in records if self._fsdp or in_model else ():
-            if record.param.requires_grad and not isinstance(record.param, DTensor):
-                raise ValueError(
-                    f"Lomo: {record.name} is a plain parameter beside FSDP2's, which no one reduces the gradient of. "
-                    "Call fully_shard on the whole model too, after its parts, or freeze it; after a forward without a "
-                    "backward call model.reshard() first"
-                )
 
     def place(self, record: Record) -> None:
         param = record.param

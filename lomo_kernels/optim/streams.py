@@ -54,3 +54,16 @@ class Streams:
         if current != owner:
             for tensor in tensors:
                 tensor.record_stream(current)
+
+
+def current(tensor: Tensor) -> torch.cuda.Stream | None:
+    """The stream current on the tensor's device. None for the CPU."""
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
+def here(tensor: Tensor, made_on: torch.cuda.Stream | None) -> Tensor:
+    """`tensor`, for use on the current stream: what another one does to it is waited for, and its memory is kept."""
+    if made_on is not None and (now := torch.cuda.current_stream(tensor.device)) != made_on:
+        now.wait_stream(made_on)
+        tensor.record_stream(now)
+    return tensor
