@@ -48,9 +48,9 @@ def test_views_and_in_place_results_are_not_counted_again():
 
 
 def test_views_of_older_tensors_count_nothing():
-    older = kilobyte()
+    older, other = kilobyte(), kilobyte()
     with LiveBytes() as live:
-        views = [older[:5], older.mul_(2), torch.add(older, 1, out=older)]
+        views = [older[:5], older.mul_(2), torch.add(older, 1, out=other)]
         del views, older
     assert (live.current, live.peak) == (0, 0)
 

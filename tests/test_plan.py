@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import bench_memory
+from bench.measure import allocations, peak_of
 from lomo_kernels import Lomo, tiled
 from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.optim.records import SMALL_BYTES
@@ -21,7 +22,8 @@ from lomo_kernels.plan.models import chunked_loss
 CONFIG = Config(layers=3, d_model=256, heads=4, kv_heads=2, ffn=512, vocab=1024)
 BATCH, SEQ = 2, 64
 # Beside storages that operators return, the profiler sees what CPU kernels take for themselves: oneDNN's copies of
-# operands, attention's scratch. Largest difference over all methods here: 1.1%.
+# operands, attention's scratch. Largest difference over all methods here: 1.1%. (A tile of 2 MiB stays after its first
+# use, and is simulated only in use: 5% with two passes over 1 x 128 tokens.)
 PROFILED = 0.03
 
 methods = pytest.mark.parametrize("name", METHODS)
@@ -64,9 +66,16 @@ def test_the_second_step_is_as_the_first(name: str) -> None:
 @checkpointing
 def test_what_kernels_take_for_themselves_is_little(name: str, checkpointing: bool) -> None:
     """torch's profiler sees every allocation on the CPU, those inside operators too."""
-    mode = {"checkpointing": checkpointing}
-    simulated = bench_memory.simulated(name, CONFIG, BATCH * SEQ, 1, mode, "cpu")
-    real = bench_memory.measured(name, CONFIG, BATCH * SEQ, mode, "cpu")
+    build, loss = llama(CONFIG, checkpointing=checkpointing), loss_of(BATCH, SEQ)
+    simulated = simulate(build, loss, METHODS[name], kernels="cpu")
+    model = build()
+    attached = METHODS[name].attach(model)
+    weights = sum(param.nbytes for param in model.parameters())
+    attached.update(loss(model))
+    gc.collect()
+    states = sum(tensor.nbytes for tensor in attached.states())
+    tiled.buffer.memory = torch.empty(0)  # else its tile was there before
+    real = peak_of(allocations(lambda: attached.update(loss(model)))) + weights + states
     print(f"{name}, checkpointing={checkpointing}: {simulated.peak / real:.4f}")
     without = simulated.peak - simulated.at_peak["workspace"]  # its bound is not reached everywhere
     assert (1 - PROFILED) * without <= real <= (1 + PROFILED) * simulated.peak

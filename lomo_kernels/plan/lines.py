@@ -42,7 +42,7 @@ def _aligned(less: Parts, more: Parts) -> Iterator[tuple[Any, Sample, Sample]]:
         if len(ours) == len(theirs):
             yield from ((key, *pair) for pair in zip(ours, theirs, strict=True))
         else:
-            by = (sum, *map(itemgetter, range(len(CATEGORIES))))
+            by: list[Callable[[Sample], int]] = [sum, *map(itemgetter, range(len(CATEGORIES)))]
             yield from ((key, max(ours, key=value), max(theirs, key=value)) for value in by)
 
 
