@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import loss_of
-from test_distributed_sharded import transformer_of_vectors
+from models import loss_of, transformer_of_vectors
 from textbook import Textbook
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "distributed.md"
@@ -25,7 +24,7 @@ import sys
 import torch
 import models
 from lomo_kernels import Lomo
-from test_distributed_sharded import transformer_of_vectors
+from models import transformer_of_vectors
 
 def build():
     model = transformer_of_vectors()

@@ -144,12 +144,4 @@ METHODS: dict[str, Method] = {
 }
 
 #: Those that FSDP2 leaves possible: gradients are reduced before they reach a hook, so layers cannot be fused.
-SHARDED = (
-    "AdamW, fp32 master",
-    "SGD, fp32 master",
-    "AdamW",
-    "AdamW, foreach",
-    "SGD",
-    "Lomo",
-    "Lomo, clipping, two passes",
-)
+SHARDED = tuple(name for name in METHODS if not name.startswith("lomo_optim") and not name.endswith("fused"))
