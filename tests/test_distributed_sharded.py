@@ -291,6 +291,36 @@ def test_a_shard_that_is_no_rows(ranks: Any) -> None:
     ranks(4).call(a_shard_that_is_no_rows)
 
 
+# ---- Another optimizer ----------------------------------------------------------------------------------------------
+
+
+def another_optimizer(rank: int, settings: dict[str, Any], parts: int) -> None:
+    """Its gradients are what a plain backward leaves, also where ours takes two backwards or a loss scale."""
+    model = transformer_of_vectors()
+    book = Textbook(model, lr=LR)
+    fsdp(model)
+    ours = Lomo(model.blocks.parameters(), lr=LR, **settings)
+    theirs = torch.optim.SGD([param for name, param in model.named_parameters() if "blocks" not in name], lr=LR)
+    for step in range(3):
+        for part in range(parts):
+            first = 2 * (parts * step + part)
+            book.backward(sum(loss_of(book.model, first + n) for n in range(2)) / 2)
+            with ours.accumulate() if part < parts - 1 else nullcontext():
+                ours.backward(loss_of(model, first + rank))
+        book.apply()
+        book.zero_grad()
+        theirs.step()
+        theirs.zero_grad()
+    for name, weight in whole_weights(model).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+@pytest.mark.parametrize("settings", [{"clip_grad_norm": 1e6}, {"loss_scale": 8.0}], ids=str)
+def test_another_optimizer_beside(ranks: Any, settings: dict[str, Any]) -> None:
+    for parts in (1, 2):
+        ranks(2).call(another_optimizer, settings, parts)
+
+
 # ---- Steps that are skipped -----------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ranks import local_of
+
 
 def check_loss(loss: Tensor) -> None:
     """Raises TypeError, ValueError or RuntimeError unless `loss` is one number that depends on a parameter."""
@@ -116,5 +118,7 @@ def gradients_kept_apart(leaves: list[Tensor], scale: Tensor | None, *, wanted: 
     for leaf, grad in zip(leaves, made, strict=bool(made)):
         if grad is not None:
             # Not in place: autograd may have given the leaf the very memory of a gradient that a fused layer keeps.
-            grad = grad if scale is None else grad.div(scale.to(grad.device))
+            if scale is not None:
+                grad = grad.clone()
+                local_of(grad).div_(scale.to(grad.device))  # a DTensor takes no plain tensor
             leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)

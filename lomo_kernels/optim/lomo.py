@@ -458,7 +458,7 @@ class Lomo(torch.optim.Optimizer):
 
     def _sweep(self, sweep: Pass, loss: Tensor, scale: Tensor | None, *, retain_graph: bool) -> None:
         """One backward in which hooks hand their gradients to `sweep`."""
-        leaves = [] if scale is None and not retain_graph else foreign_leaves(loss, self._ids)
+        leaves = [] if scale is None and not retain_graph else self._foreign_leaves(loss)
         self._run = sweep
         try:
             with gradients_kept_apart(leaves, scale, wanted=not retain_graph):
@@ -474,6 +474,11 @@ class Lomo(torch.optim.Optimizer):
                 "set_requires_gradient_sync(False) use optimizer.accumulate()"
             )
 
+    def _foreign_leaves(self, loss: Tensor) -> list[Tensor]:
+        """What a backward from `loss` may give gradients besides our parameters."""
+        of_engine = () if self._ranks is None else self._ranks.leaves()
+        return foreign_leaves(loss, self._ids) + [leaf for leaf in of_engine if id(leaf) not in self._ids]
+
     def _add_to_kept(self, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
         """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
         if not kept and self._state.scale.used:
@@ -485,7 +490,7 @@ class Lomo(torch.optim.Optimizer):
                 "scale all parts of a step need one dtype, which the scale is rounded to"
             )
         self._plain_is_scaled = scale is not None
-        leaves = [] if scale is None else foreign_leaves(loss, self._ids)
+        leaves = [] if scale is None else self._foreign_leaves(loss)
         try:
             with gradients_kept_apart(leaves, scale, wanted=True):
                 run_backward(loss, scale, retain_graph=False)

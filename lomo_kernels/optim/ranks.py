@@ -70,6 +70,10 @@ class Ranks:
     def sum_(self, total: Tensor) -> None:
         """Adds up `total` (float64, no dimensions: this rank's weighted sum of squares) over all ranks, in place."""
 
+    def leaves(self) -> Iterable[Tensor]:
+        """Parameters, ours and others, that backward gives gradients though the graph has something else for them."""
+        return ()
+
     def unreduced(self) -> bool:
         """Whether the engine holds gradients that it adds to the next backward's only once, then drops."""
         return False
