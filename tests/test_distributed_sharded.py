@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
 from torch.nn import functional as F
 
 from lomo_kernels import Lomo
@@ -291,7 +297,7 @@ def test_a_shard_that_is_no_rows(ranks: Any) -> None:
     ranks(4).call(a_shard_that_is_no_rows)
 
 
-# ---- Another optimizer ----------------------------------------------------------------------------------------------
+# ---- Another optimizer, and losses that are DTensors -----------------------------------------------------------------
 
 
 def another_optimizer(rank: int, settings: dict[str, Any], parts: int) -> None:
@@ -319,6 +325,28 @@ def another_optimizer(rank: int, settings: dict[str, Any], parts: int) -> None:
 def test_another_optimizer_beside(ranks: Any, settings: dict[str, Any]) -> None:
     for parts in (1, 2):
         ranks(2).call(another_optimizer, settings, parts)
+
+
+def loss_in_parts(rank: int) -> None:
+    """A loss that is itself a DTensor starts backward with one."""
+    param = nn.Parameter(distribute_tensor(torch.ones(4), line(), [Shard(0)]))
+    optimizer = Lomo([param], lr=1.0, loss_scale=8.0)
+    optimizer.backward(param.square().sum())
+    assert torch.equal(whole(param), torch.full((4,), -1.0))
+    head = nn.Linear(16, 20)
+    book = Textbook(head, lr=LR, clip_grad_norm=0.3)
+    parallelize_module(head, line(), ColwiseParallel(use_local_output=False))
+    optimizer = Lomo(head, lr=LR, clip_grad_norm=0.3, loss_scale="dynamic")
+    x, targets = torch.randn(6, 16), torch.arange(6)
+    book.step(F.cross_entropy(book.model(x), targets))
+    with loss_parallel():
+        optimizer.backward(F.cross_entropy(head(x), targets))
+    for name, weight in whole_weights(head).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+def test_a_loss_that_is_a_dtensor(ranks: Any) -> None:
+    ranks(2).call(loss_in_parts)
 
 
 # ---- Steps that are skipped -----------------------------------------------------------------------------------------

@@ -29,7 +29,10 @@ def check_loss(loss: Tensor) -> None:
 
 def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None:
     """``(loss * scale).backward()``, with the scale (of no dimensions) as the gradient that backward starts from."""
-    start = None if scale is None else scale.to(device=loss.device, dtype=loss.dtype).expand(loss.shape)
+    start = None
+    if scale is not None:
+        start = torch.ones_like(loss)  # where the loss is a DTensor, as with loss_parallel(), this is one too
+        local_of(start).mul_(scale.to(device=loss.device, dtype=loss.dtype))
     try:
         torch.autograd.backward(loss, start, retain_graph=retain_graph)
     except RuntimeError as error:
