@@ -507,8 +507,30 @@ def other_engines(rank: int) -> None:
         Lomo(initialize(model_of("plain")[0], config=config), lr=LR)
 
 
+def given_to_the_engine(rank: int) -> None:
+    """DeepSpeed's optimizers put parts of their own into param_groups, and no gradient into .grad."""
+    initialize(nn.Linear(2, 2))  # sets DeepSpeed up for these processes
+    import deepspeed
+
+    for stage in (1, 2, 3):
+        model, _ = model_of("plain")
+        optimizer = Lomo(model, lr=LR)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+        engine.backward(engine(*batch(rank)))
+        with pytest.raises(RuntimeError, match=r"param_groups.* by an engine that was given this optimizer"):
+            engine.step()
+        optimizer.remove()
+
+
 @pytest.mark.parametrize(
-    "check", [module_without_engine, forward_of_the_engine, other_engines], ids=lambda check: check.__name__
+    "check",
+    [module_without_engine, forward_of_the_engine, other_engines, given_to_the_engine],
+    ids=lambda check: check.__name__,
 )
 def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
     ranks(2).call(check)

@@ -32,7 +32,10 @@ from .state import State
 from .summary import summary
 
 _STATE = "lomo"  # the key of our part of a state dict
-_BY_HAND = " by hand; use add_param_group(), or make a new optimizer"
+_NOT_OURS = (
+    ", by hand or by an engine that was given this optimizer (DeepSpeed's ZeRO: give it none, see "
+    "docs/distributed.md); use add_param_group(), or make a new optimizer"
+)
 _NOTHING_CHANGED = "no weight was changed"
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
@@ -193,6 +196,7 @@ class Lomo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_groups()
         if any(record.param.grad is not None for record in self._records):
             if not self._warned:
                 self._warned = True
@@ -609,19 +613,24 @@ class Lomo(torch.optim.Optimizer):
     def _refresh(self, lr: float | Tensor | None = None) -> None:
         """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
         self._check_not_removed()
-        params = [param for group in self.param_groups for param in group["params"]]
-        if len(params) != len(self._records):
-            raise RuntimeError(f"Lomo: parameters were put into or taken out of param_groups{_BY_HAND}")
-        for record, param in zip(self._records, params, strict=True):
-            if param is not record.param:
-                raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_BY_HAND}")
+        self._check_groups()
+        for record in self._records:
             if self._ranks is not None:
                 self._ranks.place(record)
             if record.local.dtype is not record.dtype or record.local.device != record.device:
                 self._place()
-            if not record.hooked and param.requires_grad:
+            if not record.hooked and record.param.requires_grad:
                 self._attach()
         self._state.refresh(self.param_groups, lr)
+
+    def _check_groups(self) -> None:
+        """Raises RuntimeError where `param_groups` hold other parameters than those with our hooks."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if len(params) != len(self._records):
+            raise RuntimeError(f"Lomo: parameters were put into or taken out of param_groups{_NOT_OURS}")
+        for record, param in zip(self._records, params, strict=True):
+            if param is not record.param:
+                raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_NOT_OURS}")
 
     def _check_not_removed(self) -> None:
         if self._removed:
