@@ -364,7 +364,28 @@ def devices(rank: int) -> None:
         reduce.Averaged(dist.group.WORLD, [type("Record", (), {"param": param}) for param in params])
 
 
-@pytest.mark.parametrize("check", [wrapped, fused, sparse, differing, devices], ids=lambda check: check.__name__)
+def grad_scaler(rank: int) -> None:
+    """Only rank 1 sees an infinity. Left to itself, the scaler would let rank 0 step alone."""
+    model = transformer()
+    optimizer = Lomo(model, lr=LR, process_group=dist.group.WORLD)
+    before = weights_of(model)
+    for unscale in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        scaler.scale(loss_of(model, rank) * (math.inf if rank == 1 else 1.0)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        with pytest.raises(RuntimeError, match=r'GradScaler decides on every rank alone.*loss_scale="dynamic"'):
+            scaler.step(optimizer)
+        optimizer.zero_grad()
+    assert_same_bits(weights_of(model), before)
+    loss_of(model, rank).backward()
+    with pytest.warns(UserWarning, match=r"optimizer\.backward"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "check", [wrapped, fused, sparse, differing, devices, grad_scaler], ids=lambda check: check.__name__
+)
 def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
     ranks(2).call(check)
 

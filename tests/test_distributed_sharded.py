@@ -375,6 +375,31 @@ def test_one_rank_with_a_nan(ranks: Any, clip: float | None) -> None:
         ranks(2).call(all_skip, clip, dtype, bad)
 
 
+def grad_scaler(rank: int) -> None:
+    """torch's own, with plain backwards: an infinity on one rank is in all ranks' gradients, or counted for all."""
+    model = transformer_of_vectors()
+    book = Textbook(model, lr=LR, clip_grad_norm=0.3)
+    fsdp(model)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for step in range(4):
+        bad = step == 1 and rank == 1
+        scaler.scale(loss_of(model, 2 * step + rank) * (math.inf if bad else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step != 1:
+            book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
+    assert optimizer.step_count.item() == 3 and scaler.get_scale() == 2.0**7
+    for name, weight in whole_weights(model).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+@pytest.mark.filterwarnings("ignore:Lomo.step")
+def test_grad_scaler(ranks: Any) -> None:
+    ranks(2).call(grad_scaler)
+
+
 def a_nan_in_one_shard(rank: int) -> None:
     """Only rank 1's shard has it, yet all skip, and all raise."""
     param = nn.Parameter(distribute_tensor(torch.ones(4, 2), line(), [Shard(0)]))

@@ -197,6 +197,13 @@ class Lomo(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_groups()
+        if self._step_supports_amp_scaling and hasattr(self, "found_inf"):
+            del self.found_inf
+            raise RuntimeError(
+                "Lomo: torch's GradScaler decides on every rank alone whether to step, from gradients that are not summed "
+                'over the ranks yet. Use optimizer.backward(loss), and loss_scale="dynamic" in the scaler\'s place. No '
+                "weight was changed"
+            )
         if any(record.param.grad is not None for record in self._records):
             if not self._warned:
                 self._warned = True
@@ -209,6 +216,11 @@ class Lomo(torch.optim.Optimizer):
                 self._refresh()
                 self._apply_kept(keep=True)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch's GradScaler asks: whether to hand `found_inf` and `grad_scale` to `step`, to be refused there."""
+        return self._state.divides
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops what plain backwards left in ``.grad``. Always to None: tensors of zeros would only take memory."""
