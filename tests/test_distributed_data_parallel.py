@@ -14,6 +14,7 @@ from models import Options, assert_same_bits, loss_of, same_bits, transformer, w
 from test_distributed_sharded import Planted
 from textbook import Textbook
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 
 from lomo_kernels import Lomo
 from lomo_kernels.memory import LiveBytes
@@ -337,6 +338,8 @@ def wrapped(rank: int) -> None:
     with pytest.raises(RuntimeError, match=r"Pass the plain module, and process_group=torch\.distributed"):
         Lomo(model, lr=LR, process_group=dist.group.WORLD)
     Lomo(model.module, lr=LR, process_group=dist.group.WORLD).backward(loss_of(model.module, rank))
+    with pytest.raises(RuntimeError, match=r"holds a DDPLinear.*Pass the plain module"):
+        Lomo(nn.Sequential(replicate(nn.Linear(3, 3))), lr=LR)
 
 
 def fused(rank: int) -> None:

@@ -200,9 +200,8 @@ class Lomo(torch.optim.Optimizer):
         if self._step_supports_amp_scaling and hasattr(self, "found_inf"):
             del self.found_inf
             raise RuntimeError(
-                "Lomo: torch's GradScaler decides on every rank alone whether to step, from gradients that are not summed "
-                'over the ranks yet. Use optimizer.backward(loss), and loss_scale="dynamic" in the scaler\'s place. No '
-                "weight was changed"
+                "Lomo: torch's GradScaler decides on every rank alone whether to step, from gradients that are not "
+                'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place'
             )
         if any(record.param.grad is not None for record in self._records):
             if not self._warned:
