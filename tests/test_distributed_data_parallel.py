@@ -357,6 +357,16 @@ def sparse(rank: int) -> None:
 def differing(rank: int) -> None:
     with pytest.raises(ValueError, match="parameters on rank 1 and on rank 0 differ"):
         Lomo(transformer(Options(width=16 + rank)), lr=LR, process_group=dist.group.WORLD)
+    for groups in (
+        {"lr": LR + rank},
+        {"lr": torch.tensor(LR + rank)},
+        {"lr": LR, "clip_grad_value": 1.0 if rank else None},
+    ):
+        with pytest.raises(ValueError, match="hyperparameters on rank 1 and on rank 0 differ"):
+            Lomo(transformer(), process_group=dist.group.WORLD, **groups)
+    optimizer = Lomo(transformer(), lr=LR, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="hyperparameters on rank 1 and on rank 0 differ"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "weight_decay": 0.1 * rank})
     with pytest.raises(ValueError, match="options on rank 1 and on rank 0 differ"):
         Lomo(transformer(), lr=LR, clip_grad_norm=None if rank else 1.0, process_group=dist.group.WORLD)
 

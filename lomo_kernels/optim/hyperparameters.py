@@ -24,6 +24,11 @@ def check_group(group: dict[str, Any], where: str) -> None:
         )
 
 
+def numbers_of(group: dict[str, Any]) -> list[float | None]:
+    """A checked group's options. Reads those that are tensors."""
+    return [None if group[name] is None else float(group[name]) for name in ("lr", "weight_decay", "clip_grad_value")]
+
+
 def check_positive(name: str, value: Any) -> None:
     """Raises TypeError or ValueError unless `value` is a finite number above zero."""
     if isinstance(value, Tensor):

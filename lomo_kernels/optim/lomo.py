@@ -22,7 +22,7 @@ from .graph import (
     reentrant_checkpoints,
     run_backward,
 )
-from .hyperparameters import check_group, check_positive
+from .hyperparameters import check_group, check_positive, numbers_of
 from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, ranks_of, shape_of
@@ -146,7 +146,7 @@ class Lomo(torch.optim.Optimizer):
         self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
         super().__init__(named_groups(model_or_params), defaults)
-        self._ranks = self._join_ranks(self._records)
+        self._ranks = self._join_ranks(self._records, self.param_groups)
         self._state = State(self._records, self.param_groups, loss_scale, ranks=self._ranks)
         self._repeat_state()
         if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
@@ -317,7 +317,9 @@ class Lomo(torch.optim.Optimizer):
         check_apart((record.name, record.param) for record in (*self._records, *records))
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
-        ranks = self._join_ranks([*self._records, *records]) if self._attached else None
+        ranks = None
+        if self._attached:
+            ranks = self._join_ranks([*self._records, *records], [*self.param_groups, group])
         super().add_param_group(group)
         self._records.extend(records)
         self._ids = known
@@ -655,7 +657,7 @@ class Lomo(torch.optim.Optimizer):
         self._state = State(self._records, self.param_groups, self._wanted_scale, ranks=self._ranks, before=self._state)
         self._repeat_state()
 
-    def _join_ranks(self, records: Sequence[Record]) -> Ranks | None:
+    def _join_ranks(self, records: Sequence[Record], groups: Sequence[dict[str, Any]]) -> Ranks | None:
         """Finds the processes that take part in training these parameters, and starts from the same everywhere."""
         ranks = ranks_of(records, self._process_group, stochastic=self._stochastic)
         if ranks is None:
@@ -671,6 +673,7 @@ class Lomo(torch.optim.Optimizer):
             {
                 "parameters": [(one.name, tuple(shape_of(one.param)), one.param.dtype) for one in records],
                 "frozen parameters": [one.param.requires_grad for one in records],
+                "hyperparameters": [(len(group["params"]), *numbers_of(group)) for group in groups],
                 "options": (self._clip_grad_norm, self._one_pass, self._wanted_scale, self._stochastic, self._raise),
                 "seeds": self._seed,
             }
