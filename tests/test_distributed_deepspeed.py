@@ -507,6 +507,19 @@ def other_engines(rank: int) -> None:
         Lomo(initialize(model_of("plain")[0], config=config), lr=LR)
 
 
+def made_before_the_engine(rank: int) -> None:
+    for group in (None, dist.group.WORLD):
+        for given in (lambda model: model, lambda model: model.parameters()):
+            model, _ = model_of("plain")
+            optimizer = Lomo(given(model), lr=LR, process_group=group)
+            engine = initialize(model)
+            before = whole_weights(engine)
+            with pytest.raises(RuntimeError, match=r"Make the optimizer after deepspeed\.initialize, from the engine"):
+                optimizer.backward(engine.module(*batch(rank)))
+            assert_same_bits(whole_weights(engine), before)
+            optimizer.remove()
+
+
 def given_to_the_engine(rank: int) -> None:
     """DeepSpeed's optimizers put parts of their own into param_groups, and no gradient into .grad."""
     initialize(nn.Linear(2, 2))  # sets DeepSpeed up for these processes
@@ -529,7 +542,7 @@ def given_to_the_engine(rank: int) -> None:
 
 @pytest.mark.parametrize(
     "check",
-    [module_without_engine, forward_of_the_engine, other_engines, given_to_the_engine],
+    [module_without_engine, forward_of_the_engine, other_engines, made_before_the_engine, given_to_the_engine],
     ids=lambda check: check.__name__,
 )
 def test_refused(ranks: Any, check: Callable[[int], None]) -> None:

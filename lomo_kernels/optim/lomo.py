@@ -25,7 +25,7 @@ from .graph import (
 from .hyperparameters import check_group, check_positive, numbers_of
 from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
-from .ranks import Ranks, is_engine, ranks_of, shape_of
+from .ranks import Ranks, is_engine, local_of, ranks_of, shape_of
 from .records import Record
 from .scaling import KINDS, LossScale
 from .state import State
@@ -141,7 +141,9 @@ class Lomo(torch.optim.Optimizer):
         self._removed = False
         self._attached = False
         # Until the first step, which asks whether its parameters are still these.
-        self._whole = weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else None
+        self._whole: Callable[[], nn.Module | None] | None = (
+            weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else lambda: None
+        )
         self._busy = threading.Lock()
         self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
@@ -408,7 +410,7 @@ class Lomo(torch.optim.Optimizer):
             self._drop_norm()
         self._refresh(lr)
         if self._whole is not None:
-            self._check_model()
+            self._check_still_there()
         known, self._norm_is_known = self._norm_is_known, False
         kept = self._kept()
         if self._accumulating or kept or self._unreduced():
@@ -681,11 +683,17 @@ class Lomo(torch.optim.Optimizer):
         ranks.start(records, None if self._whole is None else self._whole())
         return ranks
 
-    def _check_model(self) -> None:
+    def _check_still_there(self) -> None:
         """Asks once, before the first step, whether the model still has the parameters that the hooks are on.
 
         FSDP2 exchanges its own for others while it runs, so where they are ours there is nothing to compare.
         """
+        for record in self._records:
+            if record.local is not local_of(record.param):
+                raise RuntimeError(
+                    f"Lomo: {record.name} was cut into parts since the optimizer was made. Make the optimizer after "
+                    "deepspeed.initialize, from the engine. No weight was changed"
+                )
         model = None if self._whole is None else self._whole()
         if model is None or self._ranks is not None:
             self._whole = None
