@@ -500,11 +500,25 @@ def other_engines(rank: int) -> None:
             model=model, config=config, optimizer=torch.optim.SGD(model.parameters(), lr=LR)
         )
         Lomo(engine, lr=LR)
+    with pytest.raises(ValueError, match=r"communication_data_type \(use nothing"):
+        Lomo(initialize(model_of("plain")[0], config={"communication_data_type": "fp32"}), lr=LR)
     config = {"gradient_clipping": 1.0, "gradient_accumulation_steps": 2}
     with pytest.raises(
         ValueError, match=r"gradient_clipping \(use Lomo's clip_grad_norm\), gradient_accumulation_steps"
     ):
         Lomo(initialize(model_of("plain")[0], config=config), lr=LR)
+
+
+def versions(rank: int) -> None:
+    """What pyproject.toml has, and nothing else."""
+    initialize(nn.Linear(2, 2))
+    from lomo_kernels.integrations.deepspeed import check_version
+
+    for version in ("0.19.8", "0.19.8+from.source", "0.19.30"):
+        check_version(version)
+    for version in ("0.18.9", "0.19.3", "0.19.7", "0.20.0"):
+        with pytest.raises(ImportError, match=rf"is version {version}, expected .*>=0\.19\.8.*pip install"):
+            check_version(version)
 
 
 def made_before_the_engine(rank: int) -> None:
@@ -542,7 +556,14 @@ def given_to_the_engine(rank: int) -> None:
 
 @pytest.mark.parametrize(
     "check",
-    [module_without_engine, forward_of_the_engine, other_engines, made_before_the_engine, given_to_the_engine],
+    [
+        module_without_engine,
+        forward_of_the_engine,
+        other_engines,
+        versions,
+        made_before_the_engine,
+        given_to_the_engine,
+    ],
     ids=lambda check: check.__name__,
 )
 def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
