@@ -632,6 +632,10 @@ def meshes_apart(rank: int) -> None:
     params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh[name], [Shard(0)])) for name in ("a", "b")]
     with pytest.raises(NotImplementedError, match="neither contains the other"):
         Lomo(params)
+    meshes = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2, 3])
+    params = [nn.Parameter(distribute_tensor(torch.ones(4), one, [Shard(0)])) for one in meshes]
+    with pytest.raises(ValueError, match="parameters on rank 2 and on rank 0 differ"):
+        Lomo(params)  # half of the first one's squared norm would be missing
 
 
 def test_meshes_apart(ranks: Any) -> None:

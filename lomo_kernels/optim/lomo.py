@@ -25,7 +25,7 @@ from .graph import (
 from .hyperparameters import check_group, check_positive, numbers_of
 from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
-from .ranks import Ranks, is_engine, local_of, ranks_of, shape_of
+from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
 from .records import Record
 from .scaling import KINDS, LossScale
 from .state import State
@@ -673,7 +673,9 @@ class Lomo(torch.optim.Optimizer):
             ranks.place(record)
         ranks.agree(
             {
-                "parameters": [(one.name, tuple(shape_of(one.param)), one.param.dtype) for one in records],
+                "parameters": [
+                    (one.name, tuple(shape_of(one.param)), one.param.dtype, is_here(one.param)) for one in records
+                ],
                 "frozen parameters": [one.param.requires_grad for one in records],
                 "hyperparameters": [(len(group["params"]), *numbers_of(group)) for group in groups],
                 "options": (self._clip_grad_norm, self._one_pass, self._wanted_scale, self._stochastic, self._raise),

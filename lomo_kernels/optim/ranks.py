@@ -99,6 +99,12 @@ def local_of(param: Tensor) -> Tensor:
     return getattr(param, "ds_tensor", getattr(param, "_local_tensor", param))
 
 
+def is_here(param: Tensor) -> bool:
+    """Whether this process has a part of the parameter, if only an empty one: whether a DTensor's mesh contains it."""
+    mesh = getattr(param, "device_mesh", None)
+    return mesh is None or mesh.get_coordinate() is not None
+
+
 def shape_of(param: Tensor) -> Sequence[int]:
     """The shape of the whole parameter."""
     return getattr(param, "ds_shape", param.shape)
