@@ -13,6 +13,7 @@ import torch.distributed as dist
 from models import Options, Planted, assert_close, assert_same_bits, loss_of, same_bits, transformer, weights_of
 from textbook import Textbook
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 
 from lomo_kernels import Lomo
 from lomo_kernels.memory import LiveBytes
@@ -341,6 +342,8 @@ def wrapped(rank: int) -> None:
     with pytest.raises(RuntimeError, match=r"Pass the plain module, and process_group=torch\.distributed"):
         Lomo(model, lr=LR, process_group=dist.group.WORLD)
     Lomo(model.module, lr=LR, process_group=dist.group.WORLD).backward(loss_of(model.module, rank))
+    with pytest.raises(RuntimeError, match=r"holds a DDPLinear.*Pass the plain module"):
+        Lomo(nn.Sequential(replicate(nn.Linear(3, 3))), lr=LR)
 
 
 def fused(rank: int) -> None:
@@ -382,7 +385,28 @@ def devices(rank: int) -> None:
         reduce.Averaged(dist.group.WORLD, [type("Record", (), {"param": param}) for param in params])
 
 
-@pytest.mark.parametrize("check", [wrapped, fused, sparse, differing, devices], ids=lambda check: check.__name__)
+def grad_scaler(rank: int) -> None:
+    """Only rank 1 sees an infinity. Left to itself, the scaler would let rank 0 step alone."""
+    model = transformer()
+    optimizer = Lomo(model, lr=LR, process_group=dist.group.WORLD)
+    before = weights_of(model)
+    for unscale in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        scaler.scale(loss_of(model, rank) * (math.inf if rank == 1 else 1.0)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        with pytest.raises(RuntimeError, match=r'GradScaler decides on every rank alone.*loss_scale="dynamic"'):
+            scaler.step(optimizer)
+        optimizer.zero_grad()
+    assert_same_bits(weights_of(model), before)
+    loss_of(model, rank).backward()
+    with pytest.warns(UserWarning, match=r"optimizer\.backward"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "check", [wrapped, fused, sparse, differing, devices, grad_scaler], ids=lambda check: check.__name__
+)
 def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
     ranks(2).call(check)
 

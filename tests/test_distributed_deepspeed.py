@@ -483,6 +483,8 @@ def other_engines(rank: int) -> None:
             model=model, config=config, optimizer=torch.optim.SGD(model.parameters(), lr=LR)
         )
         Lomo(engine, lr=LR)
+    with pytest.raises(ValueError, match=r"communication_data_type \(use nothing"):
+        Lomo(initialize(model_of("plain")[0], config={"communication_data_type": "fp32"}), lr=LR)
     config = {"gradient_clipping": 1.0, "gradient_accumulation_steps": 2}
     with pytest.raises(
         ValueError, match=r"gradient_clipping \(use Lomo's clip_grad_norm\), gradient_accumulation_steps"
@@ -490,8 +492,62 @@ def other_engines(rank: int) -> None:
         Lomo(initialize(model_of("plain")[0], config=config), lr=LR)
 
 
+def versions(rank: int) -> None:
+    """What pyproject.toml has, and nothing else."""
+    initialize(nn.Linear(2, 2))
+    from lomo_kernels.integrations.deepspeed import check_version
+
+    for version in ("0.19.8", "0.19.8+from.source", "0.19.30"):
+        check_version(version)
+    for version in ("0.18.9", "0.19.3", "0.19.7", "0.20.0"):
+        with pytest.raises(ImportError, match=rf"is version {version}, expected .*>=0\.19\.8.*pip install"):
+            check_version(version)
+
+
+def made_before_the_engine(rank: int) -> None:
+    for group in (None, dist.group.WORLD):
+        for given in (lambda model: model, lambda model: model.parameters()):
+            model, _ = model_of("plain")
+            optimizer = Lomo(given(model), lr=LR, process_group=group)
+            engine = initialize(model)
+            before = whole_weights(engine)
+            with pytest.raises(RuntimeError, match=r"Make the optimizer after deepspeed\.initialize, from the engine"):
+                optimizer.backward(engine.module(*batch(rank)))
+            assert_same_bits(whole_weights(engine), before)
+            optimizer.remove()
+
+
+def given_to_the_engine(rank: int) -> None:
+    """DeepSpeed's optimizers put parts of their own into param_groups, and no gradient into .grad."""
+    initialize(nn.Linear(2, 2))  # sets DeepSpeed up for these processes
+    import deepspeed
+
+    for stage in (1, 2, 3):
+        model, _ = model_of("plain")
+        optimizer = Lomo(model, lr=LR)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+        engine.backward(engine(*batch(rank)))
+        with pytest.raises(RuntimeError, match=r"param_groups.* by an engine that was given this optimizer"):
+            engine.step()
+        optimizer.remove()
+
+
 @pytest.mark.parametrize(
-    "check", [module_without_engine, forward_of_the_engine, other_engines], ids=lambda check: check.__name__
+    "check",
+    [
+        module_without_engine,
+        forward_of_the_engine,
+        other_engines,
+        versions,
+        made_before_the_engine,
+        given_to_the_engine,
+    ],
+    ids=lambda check: check.__name__,
 )
 def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
     ranks(2).call(check)

@@ -32,7 +32,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
 from torch.nn import functional as F
 
 from lomo_kernels import Lomo
@@ -269,6 +275,58 @@ def test_a_shard_that_is_no_rows(ranks: Any) -> None:
     ranks(4).call(a_shard_that_is_no_rows)
 
 
+# ---- Another optimizer, and losses that are DTensors -----------------------------------------------------------------
+
+
+def another_optimizer(rank: int, settings: dict[str, Any], parts: int) -> None:
+    """Its gradients are what a plain backward leaves, also where ours takes two backwards or a loss scale."""
+    model = transformer_of_vectors()
+    book = Textbook(model, lr=LR)
+    fsdp(model)
+    ours = Lomo(model.blocks.parameters(), lr=LR, **settings)
+    theirs = torch.optim.SGD([param for name, param in model.named_parameters() if "blocks" not in name], lr=LR)
+    for step in range(3):
+        for part in range(parts):
+            first = 2 * (parts * step + part)
+            book.backward(sum(loss_of(book.model, first + n) for n in range(2)) / 2)
+            with ours.accumulate() if part < parts - 1 else nullcontext():
+                ours.backward(loss_of(model, first + rank))
+        book.apply()
+        book.zero_grad()
+        theirs.step()
+        theirs.zero_grad()
+    for name, weight in whole_weights(model).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+@pytest.mark.parametrize("settings", [{"clip_grad_norm": 1e6}, {"loss_scale": 8.0}], ids=str)
+def test_another_optimizer_beside(ranks: Any, settings: dict[str, Any]) -> None:
+    for parts in (1, 2):
+        ranks(2).call(another_optimizer, settings, parts)
+
+
+def loss_in_parts(rank: int) -> None:
+    """A loss that is itself a DTensor starts backward with one."""
+    param = nn.Parameter(distribute_tensor(torch.ones(4), line(), [Shard(0)]))
+    optimizer = Lomo([param], lr=1.0, loss_scale=8.0)
+    optimizer.backward(param.square().sum())
+    assert torch.equal(whole(param), torch.full((4,), -1.0))
+    head = nn.Linear(16, 20)
+    book = Textbook(head, lr=LR, clip_grad_norm=0.3)
+    parallelize_module(head, line(), ColwiseParallel(use_local_output=False))
+    optimizer = Lomo(head, lr=LR, clip_grad_norm=0.3, loss_scale="dynamic")
+    x, targets = torch.randn(6, 16), torch.arange(6)
+    book.step(F.cross_entropy(book.model(x), targets))
+    with loss_parallel():
+        optimizer.backward(F.cross_entropy(head(x), targets))
+    for name, weight in whole_weights(head).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+def test_a_loss_that_is_a_dtensor(ranks: Any) -> None:
+    ranks(2).call(loss_in_parts)
+
+
 # ---- Steps that are skipped -----------------------------------------------------------------------------------------
 
 
@@ -293,6 +351,31 @@ def all_skip(rank: int, clip: float | None, dtype: torch.dtype, bad: float) -> N
 def test_one_rank_with_a_nan(ranks: Any, clip: float | None) -> None:
     for dtype, bad in ((torch.float32, math.nan), (torch.float32, math.inf), (torch.float16, math.inf)):
         ranks(2).call(all_skip, clip, dtype, bad)
+
+
+def grad_scaler(rank: int) -> None:
+    """torch's own, with plain backwards: an infinity on one rank is in all ranks' gradients, or counted for all."""
+    model = transformer_of_vectors()
+    book = Textbook(model, lr=LR, clip_grad_norm=0.3)
+    fsdp(model)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for step in range(4):
+        bad = step == 1 and rank == 1
+        scaler.scale(loss_of(model, 2 * step + rank) * (math.inf if bad else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step != 1:
+            book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
+    assert optimizer.step_count.item() == 3 and scaler.get_scale() == 2.0**7
+    for name, weight in whole_weights(model).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+@pytest.mark.filterwarnings("ignore:Lomo.step")
+def test_grad_scaler(ranks: Any) -> None:
+    ranks(2).call(grad_scaler)
 
 
 def a_nan_in_one_shard(rank: int) -> None:
@@ -583,6 +666,10 @@ def meshes_apart(rank: int) -> None:
     params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh[name], [Shard(0)])) for name in ("a", "b")]
     with pytest.raises(NotImplementedError, match="neither contains the other"):
         Lomo(params)
+    meshes = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2, 3])
+    params = [nn.Parameter(distribute_tensor(torch.ones(4), one, [Shard(0)])) for one in meshes]
+    with pytest.raises(ValueError, match="parameters on rank 2 and on rank 0 differ"):
+        Lomo(params)  # half of the first one's squared norm would be missing
 
 
 def test_meshes_apart(ranks: Any) -> None:

@@ -21,12 +21,15 @@ expert not chosen) must still be part of the graph.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, requires
 from typing import Any, NamedTuple
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from packaging.requirements import Requirement
 from torch import Tensor
 
 from ..optim.ranks import Kept, Ranks
@@ -40,8 +43,23 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 # How often a module's hooks are still to be called in backward. DeepSpeed counts down from what the forward counted.
 _COUNTERS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
 
-if not hasattr(DeepSpeedZeRoOffload, "release_backward_leftovers"):
-    raise ImportError('Lomo: DeepSpeed is too old, expected 0.19.8 or newer: pip install "lomo_kernels[deepspeed]"')
+
+def check_version(installed: str) -> None:
+    """Raises ImportError unless `installed` is a version of DeepSpeed that this package's extra asks for."""
+    try:
+        required = map(Requirement, requires("lomo_kernels") or ())
+    except PackageNotFoundError:  # imported from a source folder that was not installed
+        return
+    for one in required:
+        wanted = one.name == "deepspeed" and one.marker is not None and one.marker.evaluate({"extra": "deepspeed"})
+        if wanted and not one.specifier.contains(installed, prereleases=True):
+            raise ImportError(
+                f"Lomo: DeepSpeed is version {installed}, expected {one.specifier}: "
+                'pip install "lomo_kernels[deepspeed]"'
+            )
+
+
+check_version(deepspeed.__version__)
 
 _INITIALIZE = (
     'initialize it with "zero_optimization": {"stage": 3} and without an optimizer, in the config or as an argument'
@@ -199,6 +217,10 @@ def _check_engine(engine: Any) -> None:
         "gradient_clipping": (given.get("gradient_clipping"), "Lomo's clip_grad_norm"),
         "gradient_accumulation_steps": (engine.gradient_accumulation_steps() > 1, "optimizer.accumulate()"),
         "scheduler": (given.get("scheduler"), "one of torch.optim.lr_scheduler"),
+        "communication_data_type": (
+            given.get("communication_data_type"),
+            "nothing: gradients travel in their own dtype",
+        ),
         "torch_autocast": (engine.torch_autocast_enabled(), "torch.autocast around the forward"),
     }
     found = [f"{name} (use {instead})" for name, (set_, instead) in ignored.items() if set_]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ranks import local_of
+
 
 def check_loss(loss: Tensor) -> None:
     """Raises TypeError, ValueError or RuntimeError unless `loss` is one number that depends on a parameter."""
@@ -27,7 +29,10 @@ def check_loss(loss: Tensor) -> None:
 
 def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None:
     """``(loss * scale).backward()``, with the scale (of no dimensions) as the gradient that backward starts from."""
-    start = None if scale is None else scale.to(device=loss.device, dtype=loss.dtype).expand(loss.shape)
+    start = None
+    if scale is not None:
+        start = torch.ones_like(loss)  # where the loss is a DTensor, as with loss_parallel(), this is one too
+        local_of(start).mul_(scale.to(device=loss.device, dtype=loss.dtype))
     try:
         torch.autograd.backward(loss, start, retain_graph=retain_graph)
     except RuntimeError as error:
@@ -116,5 +121,7 @@ def gradients_kept_apart(leaves: list[Tensor], scale: Tensor | None, *, wanted: 
     for leaf, grad in zip(leaves, made, strict=bool(made)):
         if grad is not None:
             # Not in place: autograd may have given the leaf the very memory of a gradient that a fused layer keeps.
-            grad = grad if scale is None else grad.div(scale.to(grad.device))
+            if scale is not None:
+                grad = grad.clone()
+                local_of(grad).div_(scale.to(grad.device))  # a DTensor takes no plain tensor
             leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)

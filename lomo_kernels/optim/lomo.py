@@ -25,14 +25,17 @@ from .graph import (
 from .hyperparameters import check_group, check_positive, numbers_of
 from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
-from .ranks import Ranks, is_engine, ranks_of, shape_of
+from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
 from .records import Record
 from .scaling import KINDS, LossScale
 from .state import State
 from .summary import summary
 
 _STATE = "lomo"  # the key of our part of a state dict
-_BY_HAND = " by hand; use add_param_group(), or make a new optimizer"
+_NOT_OURS = (
+    ", by hand or by an engine that was given this optimizer (DeepSpeed's ZeRO: give it none, see "
+    "docs/distributed.md); use add_param_group(), or make a new optimizer"
+)
 _NOTHING_CHANGED = "no weight was changed"
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
@@ -138,7 +141,9 @@ class Lomo(torch.optim.Optimizer):
         self._removed = False
         self._attached = False
         # Until the first step, which asks whether its parameters are still these.
-        self._whole = weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else None
+        self._whole: Callable[[], nn.Module | None] | None = (
+            weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else lambda: None
+        )
         self._busy = threading.Lock()
         self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
@@ -193,6 +198,13 @@ class Lomo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_groups()
+        if self._step_supports_amp_scaling and hasattr(self, "found_inf"):
+            del self.found_inf
+            raise RuntimeError(
+                "Lomo: torch's GradScaler decides on every rank alone whether to step, from gradients that are not "
+                'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place'
+            )
         if any(record.param.grad is not None for record in self._records):
             if not self._warned:
                 self._warned = True
@@ -205,6 +217,11 @@ class Lomo(torch.optim.Optimizer):
                 self._refresh()
                 self._apply_kept(keep=True)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch's GradScaler asks: whether to hand `found_inf` and `grad_scale` to `step`, to be refused there."""
+        return self._state.divides
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops what plain backwards left in ``.grad``. Always to None: tensors of zeros would only take memory."""
@@ -393,7 +410,7 @@ class Lomo(torch.optim.Optimizer):
             self._drop_norm()
         self._refresh(lr)
         if self._whole is not None:
-            self._check_model()
+            self._check_still_there()
         known, self._norm_is_known = self._norm_is_known, False
         kept = self._kept()
         if self._accumulating or kept or self._unreduced():
@@ -466,7 +483,7 @@ class Lomo(torch.optim.Optimizer):
 
     def _sweep(self, sweep: Pass, loss: Tensor, scale: Tensor | None, *, retain_graph: bool) -> None:
         """One backward in which hooks hand their gradients to `sweep`."""
-        leaves = [] if scale is None and not retain_graph else foreign_leaves(loss, self._ids)
+        leaves = [] if scale is None and not retain_graph else self._foreign_leaves(loss)
         self._run = sweep
         try:
             with gradients_kept_apart(leaves, scale, wanted=not retain_graph):
@@ -482,6 +499,11 @@ class Lomo(torch.optim.Optimizer):
                 "set_requires_gradient_sync(False) use optimizer.accumulate()"
             )
 
+    def _foreign_leaves(self, loss: Tensor) -> list[Tensor]:
+        """What a backward from `loss` may give gradients besides our parameters."""
+        of_engine = () if self._ranks is None else self._ranks.leaves()
+        return foreign_leaves(loss, self._ids) + [leaf for leaf in of_engine if id(leaf) not in self._ids]
+
     def _add_to_kept(self, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
         """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
         if not kept and self._state.scale.used:
@@ -493,7 +515,7 @@ class Lomo(torch.optim.Optimizer):
                 "scale all parts of a step need one dtype, which the scale is rounded to"
             )
         self._plain_is_scaled = scale is not None
-        leaves = [] if scale is None else foreign_leaves(loss, self._ids)
+        leaves = [] if scale is None else self._foreign_leaves(loss)
         try:
             with gradients_kept_apart(leaves, scale, wanted=True):
                 run_backward(loss, scale, retain_graph=False)
@@ -612,19 +634,24 @@ class Lomo(torch.optim.Optimizer):
     def _refresh(self, lr: float | Tensor | None = None) -> None:
         """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
         self._check_not_removed()
-        params = [param for group in self.param_groups for param in group["params"]]
-        if len(params) != len(self._records):
-            raise RuntimeError(f"Lomo: parameters were put into or taken out of param_groups{_BY_HAND}")
-        for record, param in zip(self._records, params, strict=True):
-            if param is not record.param:
-                raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_BY_HAND}")
+        self._check_groups()
+        for record in self._records:
             if self._ranks is not None:
                 self._ranks.place(record)
             if record.local.dtype is not record.dtype or record.local.device != record.device:
                 self._place()
-            if not record.hooked and param.requires_grad:
+            if not record.hooked and record.param.requires_grad:
                 self._attach()
         self._state.refresh(self.param_groups, lr)
+
+    def _check_groups(self) -> None:
+        """Raises RuntimeError where `param_groups` hold other parameters than those with our hooks."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if len(params) != len(self._records):
+            raise RuntimeError(f"Lomo: parameters were put into or taken out of param_groups{_NOT_OURS}")
+        for record, param in zip(self._records, params, strict=True):
+            if param is not record.param:
+                raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_NOT_OURS}")
 
     def _check_not_removed(self) -> None:
         if self._removed:
@@ -652,7 +679,9 @@ class Lomo(torch.optim.Optimizer):
             ranks.place(record)
         ranks.agree(
             {
-                "parameters": [(one.name, tuple(shape_of(one.param)), one.param.dtype) for one in records],
+                "parameters": [
+                    (one.name, tuple(shape_of(one.param)), one.param.dtype, is_here(one.param)) for one in records
+                ],
                 "frozen parameters": [one.param.requires_grad for one in records],
                 "hyperparameters": [(len(group["params"]), *numbers_of(group)) for group in groups],
                 "options": (self._clip_grad_norm, self._one_pass, self._wanted_scale, self._stochastic, self._raise),
@@ -662,11 +691,17 @@ class Lomo(torch.optim.Optimizer):
         ranks.start(records, None if self._whole is None else self._whole())
         return ranks
 
-    def _check_model(self) -> None:
+    def _check_still_there(self) -> None:
         """Asks once, before the first step, whether the model still has the parameters that the hooks are on.
 
         FSDP2 exchanges its own for others while it runs, so where they are ours there is nothing to compare.
         """
+        for record in self._records:
+            if record.local is not local_of(record.param):
+                raise RuntimeError(
+                    f"Lomo: {record.name} was cut into parts since the optimizer was made. Make the optimizer after "
+                    "deepspeed.initialize, from the engine. No weight was changed"
+                )
         model = None if self._whole is None else self._whole()
         if model is None or self._ranks is not None:
             self._whole = None

@@ -52,7 +52,9 @@ _INSTEAD = (
 def _refuse_wrappers(model: nn.Module) -> None:
     for module in model.modules():
         kind = type(module).__name__
-        if isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
+        # replicate() has a DistributedDataParallel behind the module, whose class it makes a DDP of its own.
+        replicated = any(base.__module__ == "torch.distributed._composable.replicate" for base in type(module).__mro__)
+        if replicated or isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
             raise RuntimeError(
                 f"Lomo: the model holds a {kind}. Gradients reach the hooks before it has reduced them (or not at "
                 f"all), and the ranks would drift apart without a word. {_INSTEAD[kind == 'FullyShardedDataParallel']}"

@@ -73,6 +73,10 @@ class Ranks:
     def sum_(self, total: Tensor) -> None:
         """Adds up `total` (float64, no dimensions: this rank's weighted sum of squares) over all ranks, in place."""
 
+    def leaves(self) -> Iterable[Tensor]:
+        """Parameters, ours and others, that backward gives gradients though the graph has something else for them."""
+        return ()
+
     def unreduced(self) -> bool:
         """Whether the engine holds gradients that it adds to the next backward's only once, then drops."""
         return False
@@ -99,6 +103,12 @@ def local_of(param: Tensor) -> Tensor:
     """The part of a parameter that is in this process's memory: the local shard of a DTensor or of DeepSpeed's ZeRO-3
     (padded there), otherwise itself."""
     return getattr(param, "ds_tensor", getattr(param, "_local_tensor", param))
+
+
+def is_here(param: Tensor) -> bool:
+    """Whether this process has a part of the parameter, if only an empty one: whether a DTensor's mesh contains it."""
+    mesh = getattr(param, "device_mesh", None)
+    return mesh is None or mesh.get_coordinate() is not None
 
 
 def shape_of(param: Tensor) -> Sequence[int]:

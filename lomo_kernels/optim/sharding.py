@@ -65,7 +65,10 @@ class Sharded(Ranks):
         self._device_type = largest.device_type
 
     def start(self, records: Sequence[Record], model: nn.Module | None) -> None:
-        self._fsdp = list(_fsdp_groups({id(record.param) for record in records}))
+        ids = {id(record.param) for record in records}
+        self._fsdp = [
+            group for group in _fsdp_groups() if any(id(param.sharded_param) in ids for param in group.fsdp_params)
+        ]
         in_model = model is not None and any(isinstance(module, FSDPModule) for module in model.modules())
         for record in records if self._fsdp or in_model else ():
             if record.param.requires_grad and not isinstance(record.param, DTensor):
@@ -140,6 +143,10 @@ class Sharded(Ranks):
         if there is not total:
             total.copy_(there)
 
+    def leaves(self) -> Iterator[Tensor]:
+        # The graph has FSDP2's gathered parameters; the gradients go to the shards, also of another optimizer.
+        return (param.sharded_param for group in _fsdp_groups() for param in group.fsdp_params)
+
     def unreduced(self) -> bool:
         return any(
             group._partial_reduce_output is not None
@@ -178,12 +185,10 @@ def _whole(tensor: Tensor) -> Shard:
     return 0, elements, elements
 
 
-def _fsdp_groups(ids: set[int]) -> Iterator[Any]:
-    """FSDP2's own records of what has parameters with these ids, wherever their modules are."""
+def _fsdp_groups() -> Iterator[Any]:
+    """FSDP2's own records of the parameters that it gathers together, of all models there are."""
     for module in list(_module_state_mapping):
         if isinstance(module, FSDPModule):
             state = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None)
-            for group in [state._fsdp_param_group] if groups is None else groups:
-                if group is not None and any(id(param.sharded_param) in ids for param in group.fsdp_params):
-                    yield group
+            yield from filter(None, [state._fsdp_param_group] if groups is None else groups)
