@@ -30,7 +30,7 @@ from processes import Collectives
 from textbook import Textbook
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -273,6 +273,39 @@ def a_shard_that_is_no_rows(rank: int) -> None:
 
 def test_a_shard_that_is_no_rows(ranks: Any) -> None:
     ranks(4).call(a_shard_that_is_no_rows)
+
+
+# ---- Parameters that not every rank uses -----------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, expert: int) -> Tensor:
+        x = torch.linspace(-1, 1, 12).view(2, 6)
+        return (x + self.experts[expert](x).tanh()).square().mean()
+
+
+def different_experts(rank: int, clip: float | None) -> None:
+    model = Experts()
+    book = Textbook(model, lr=LR, clip_grad_norm=clip)
+    fully_shard(model)
+    model.set_reduce_scatter_unused_params(True)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip)
+    for step in range(4):
+        book.step(sum(book.model((step + n) % 3) for n in range(2)) / 2)
+        optimizer.backward(model((step + rank) % 3))
+        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
+    for name, weight in whole_weights(model).items():
+        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+
+
+@pytest.mark.skipif(not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="needs torch 2.13")
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_different_experts(ranks: Any, clip: float | None) -> None:
+    ranks(2).call(different_experts, clip)
 
 
 # ---- Another optimizer, and losses that are DTensors -----------------------------------------------------------------
