@@ -153,7 +153,9 @@ def test_configs_that_cannot_be_simulated_get_one_sentence(plan: Plan, of_transf
     for config, message in (
         ({"model_type": "t5"}, "Unrecognized configuration class"),
         ({"model_type": "gemma2", "head_dim": 64}, "its blocks are not all alike"),
-        ({"model_type": "mistral", "sliding_window": 128}, "attn_mask is given"),
+        ({"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": 128}, "attn_mask is given"),
+        ({"model_type": "llama", "hidden_size": 250}, "hidden size (250) is not a multiple"),
+        ({"model_type": "llama", "num_key_value_heads": 3}, "3 heads of keys do not divide 4 of queries"),
         ({"model_type": "llama", "max_position_embeddings": 512}, "--seq 1024 is more than the 512 tokens"),
     ):
         status, printed, said = plan("--model", of_transformers(**config), "--method", "sgd")

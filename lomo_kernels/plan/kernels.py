@@ -37,7 +37,10 @@ def flash_attention(
 
     Raises:
         NotImplementedError: a mask is given, or the head is not a multiple of 8 wide.
+        ValueError: the heads of keys do not divide those of queries.
     """
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"attention: {key.shape[1]} heads of keys do not divide {query.shape[1]} of queries")
     if query.dtype is torch.float32:
         return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None or query.shape[-1] % 8:

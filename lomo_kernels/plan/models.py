@@ -103,9 +103,13 @@ def of_transformers(name: str) -> Model:
         OSError, ValueError: there is no such config, it is of no causal language model, or the model's blocks are not
             all alike.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
-    config = AutoConfig.from_pretrained(name).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(name).get_text_config()
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
     config.use_cache = False
     with torch.device("meta"):
         blocks = blocks_of(AutoModelForCausalLM.from_config(config))
