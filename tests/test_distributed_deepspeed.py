@@ -505,7 +505,7 @@ def versions(rank: int) -> None:
 
 
 def made_before_the_engine(rank: int) -> None:
-    for group in (None, dist.group.WORLD):
+    for group in (False, dist.group.WORLD):
         for given in (lambda model: model, lambda model: model.parameters()):
             model, _ = model_of("plain")
             optimizer = Lomo(given(model), lr=LR, process_group=group)

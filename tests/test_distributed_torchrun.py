@@ -50,9 +50,15 @@ def document(pattern: str) -> str:
     return found[1]
 
 
-def program(section: str) -> str:
-    """The first Python block of a section, on the CPU."""
-    code = document(rf"^## {section}\n.*?```python\n(.*?)```")
+def program(section: str, sharding: str = "") -> str:
+    """The first Python block of a section, on the CPU; with another section's calls of `fully_shard`."""
+    block = r"\n.*?```python\n(.*?)```"
+    code = document(rf"^## {section}{block}")
+    if sharding:
+        code, changed = re.subn(
+            r"for block .*?fully_shard\(model\)[^\n]*\n", document(rf"^### {sharding}{block}"), code, flags=re.S
+        )
+        assert changed == 1
     code, changed = re.subn(r"\.cuda\(\)|torch\.cuda\.set_device\([^\n]*\n", "", code)
     assert changed == 2
     code = code.replace("init_process_group()", 'init_process_group("gloo")')
@@ -86,10 +92,17 @@ def torchrun(nodes: int, script: Path, folder: Path) -> None:
     assert [one.returncode for one in running] == [0] * nodes, "\n".join(said)
 
 
-@pytest.mark.parametrize("section, nodes", [("Data parallel", 1), ("Shards: FSDP2", 2)])
-def test_documents_program(section: str, nodes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "code, nodes",
+    [
+        (("Data parallel",), 1),
+        (("Shards: FSDP2",), 2),
+        (("Shards: FSDP2", "What to gather together"), 1),
+    ],
+)
+def test_documents_program(code: tuple[str, ...], nodes: int, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
-    script.write_text(program(section))
+    script.write_text(program(*code))
     torchrun(nodes, script, tmp_path)
     book = Textbook(transformer_of_vectors(), lr=LR, clip_grad_norm=1.0)
     for step in range(STEPS):

@@ -111,7 +111,7 @@ def test_every_command_of_the_readme_selects_tests_and_questions():
     selected = [word for words in re.findall(r"""-k '?([\w ]+)""", text) for word in words.split(" or ")]
     assert len(selected) > 10
     for word in selected:
-        assert (ROOT / "tests" / f"{word}.py").exists(), word
+        assert any((ROOT / "tests").glob(f"{word}*.py")), word  # -k takes parts of names
     asked = re.findall(r"make bench ARGS=(\w+)|python -m bench (\w+)", text)
     assert asked and {one or other for one, other in asked} <= set(QUESTIONS)
 
