@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +86,13 @@ def measured(
     """
     with tempfile.TemporaryDirectory() as folder:
         store, result = f"{folder}/store", f"{folder}/result"
-        torch.multiprocessing.spawn(_work, (store, make, expected, tokens, rounds, result), nprocs=WORLD)
+        try:
+            torch.multiprocessing.spawn(_work, (store, make, expected, tokens, rounds, result), nprocs=WORLD)
+        except torch.multiprocessing.ProcessExitedException as error:
+            # torch 2.13's FSDP2 over gloo corrupts its heap now and then: 1 of 19 runs of 12 steps, SGD alone.
+            warnings.warn(f"{error}; measuring anew", stacklevel=2)
+            store = f"{folder}/another store"
+            torch.multiprocessing.spawn(_work, (store, make, expected, tokens, rounds, result), nprocs=WORLD)
         seconds, memory = json.loads(Path(result).read_text())
         return seconds, memory
 
