@@ -11,7 +11,7 @@ from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama
 
 from . import ranks
-from .ranks import LR, OPTIONS, TOKENS, Trained  # noqa: F401  tests are made of TOKENS
+from .ranks import CLIP, LR, OPTIONS, TOKENS, Trained  # noqa: F401  tests are made of TOKENS
 from .rivals import clips
 
 BASE = "DDP, SGD, clip_grad_norm_"
@@ -29,9 +29,9 @@ class _WithLoss(nn.Module):
         return self.model.loss(window)
 
 
-def _ddp(clip: bool) -> Trained:
+def _ddp(clip: float | None = None) -> Trained:
     wrapped = nn.parallel.DistributedDataParallel(_WithLoss(ranks.build()), gradient_as_bucket_view=True)
-    step = ranks.sgd(wrapped, clip=clip)
+    step = ranks.sgd(wrapped, clip)
     buckets = sum(param.nbytes for param in wrapped.parameters())  # the gradients are views of them
     return Trained(wrapped.module.model, lambda window: step(wrapped(window)), kept=buckets)
 
@@ -43,7 +43,7 @@ def _lomo(name: str) -> Trained:
 
 
 def made() -> dict[str, Trained]:
-    return {BASE: _ddp(clip=True), "DDP, SGD": _ddp(clip=False)} | {name: _lomo(name) for name in OPTIONS}
+    return {BASE: _ddp(CLIP), "DDP, SGD": _ddp()} | {name: _lomo(name) for name in OPTIONS}
 
 
 def expected(name: str) -> str:

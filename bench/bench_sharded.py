@@ -11,7 +11,7 @@ from lomo_kernels.plan.command import GROUPS
 from lomo_kernels.plan.sharded import shard
 
 from . import ranks
-from .ranks import LR, OPTIONS, TOKENS, Trained  # noqa: F401  tests are made of TOKENS
+from .ranks import CLIP, LR, OPTIONS, TOKENS, Trained  # noqa: F401  tests are made of TOKENS
 from .rivals import clips
 
 BASE = "FSDP2, SGD, clip_grad_norm_"
@@ -22,7 +22,7 @@ def _trained(contestant: str, group: str) -> Trained:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = shard(ranks.build, mesh, group)()
     ours = OPTIONS.get(contestant)
-    step = Lomo(model, lr=LR, **ours).backward if ours else ranks.sgd(model, clip=True)
+    step = Lomo(model, lr=LR, **ours).backward if ours else ranks.sgd(model, CLIP)
     return Trained(model, lambda window: step(model.loss(window)))
 
 

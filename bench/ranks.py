@@ -16,9 +16,10 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from lomo_kernels.demo.model import ByteLlama, Config
+from lomo_kernels.optim.ranks import local_of
+from lomo_kernels.plan.methods import CLIP, plain
 
 from .measure import interleave, memory_of
-from .methods import CLIP
 
 LR = 1e-3
 WORLD = 2
@@ -49,19 +50,9 @@ def build() -> ByteLlama:
     return ByteLlama(CONFIG)
 
 
-def sgd(model: nn.Module, *, clip: bool) -> Callable[[Tensor], None]:
+def sgd(model: nn.Module, clip: float | None = None) -> Callable[[Tensor], object]:
     """SGD as torch has it, but not fused, which DTensor lacks: a step from the loss."""
-    params = list(model.parameters())
-    optimizer = torch.optim.SGD(params, lr=LR, foreach=True)
-
-    def step(loss: Tensor) -> None:
-        loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return plain(torch.optim.SGD, LR, clip, foreach=True)(model).update
 
 
 def case(tokens: int) -> dict[str, Any]:
@@ -85,14 +76,17 @@ def measured(
         tokens: of one rank's batch.
     """
     with tempfile.TemporaryDirectory() as folder:
-        store, result = f"{folder}/store", f"{folder}/result"
-        try:
+        result = f"{folder}/result"
+
+        def run(store: str) -> None:
             torch.multiprocessing.spawn(_work, (store, make, expected, tokens, rounds, result), nprocs=WORLD)
+
+        try:
+            run(f"{folder}/store")
         except torch.multiprocessing.ProcessExitedException as error:
             # torch 2.13's FSDP2 over gloo corrupts its heap now and then: 1 of 19 runs of 12 steps, SGD alone.
             warnings.warn(f"{error}; measuring anew", stacklevel=2)
-            store = f"{folder}/another store"
-            torch.multiprocessing.spawn(_work, (store, make, expected, tokens, rounds, result), nprocs=WORLD)
+            run(f"{folder}/another store")
         seconds, memory = json.loads(Path(result).read_text())
         return seconds, memory
 
@@ -122,17 +116,13 @@ def _work(rank: int, store: str, make: Make, expected: Callable[[str], str], tok
     seconds = interleave({name: timed(step) for name, (_, step, _) in made.items()}, rounds)
     memory = {}
     for name, (model, step, kept) in made.items():
-        weights = sum(_local(param).nbytes for param in model.parameters())
+        weights = sum(local_of(param).nbytes for param in model.parameters())
         peak = memory_of(lambda step=step: step(windows[0]), "cpu")[1]  # type: ignore[misc]
         memory[name] = {"weights": weights, "states": kept, "peak": kept + peak}
     if rank == 0:
         Path(to).write_text(json.dumps([seconds, memory]))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _local(param: Tensor) -> Tensor:
-    return getattr(param, "_local_tensor", param)
 
 
 def _whole(param: Tensor) -> Tensor:
