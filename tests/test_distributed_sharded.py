@@ -298,8 +298,7 @@ def different_experts(rank: int, clip: float | None) -> None:
         book.step(sum(book.model((step + n) % 3) for n in range(2)) / 2)
         optimizer.backward(model((step + rank) % 3))
         assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
-    for name, weight in whole_weights(model).items():
-        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+    assert_close(whole_weights(model), book.model)
 
 
 @pytest.mark.skipif(not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="needs torch 2.13")
@@ -328,8 +327,7 @@ def another_optimizer(rank: int, settings: dict[str, Any], parts: int) -> None:
         book.zero_grad()
         theirs.step()
         theirs.zero_grad()
-    for name, weight in whole_weights(model).items():
-        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+    assert_close(whole_weights(model), book.model)
 
 
 @pytest.mark.parametrize("settings", [{"clip_grad_norm": 1e6}, {"loss_scale": 8.0}], ids=str)
@@ -352,8 +350,7 @@ def loss_in_parts(rank: int) -> None:
     book.step(F.cross_entropy(book.model(x), targets))
     with loss_parallel():
         optimizer.backward(F.cross_entropy(head(x), targets))
-    for name, weight in whole_weights(head).items():
-        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+    assert_close(whole_weights(head), book.model)
 
 
 def test_a_loss_that_is_a_dtensor(ranks: Any) -> None:
@@ -402,8 +399,7 @@ def grad_scaler(rank: int) -> None:
         if step != 1:
             book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
     assert optimizer.step_count.item() == 3 and scaler.get_scale() == 2.0**7
-    for name, weight in whole_weights(model).items():
-        assert (weight - book.model.get_parameter(name)).abs().max().item() <= 1e-6, name
+    assert_close(whole_weights(model), book.model)
 
 
 @pytest.mark.filterwarnings("ignore:Lomo.step")
