@@ -19,7 +19,7 @@ from .hyperparameters import GroupScalars
 from .pairs import Held, Holdings
 from .ranks import Ranks
 from .records import Record
-from .streams import Streams
+from .streams import Streams, current
 from .terms import Terms
 
 # Bound on the small gradients that wait for a list call.
@@ -220,8 +220,7 @@ class KeepPass(NormPass):
 
     def add(self, record: Record, grad: Tensor | None, pairs: Sequence[Held] = ()) -> None:
         super().add(record, grad, pairs)
-        stream = torch.cuda.current_stream(record.device) if record.on_gpu else None
-        self._kept.append(_Kept(record, grad, pairs, stream))
+        self._kept.append(_Kept(record, grad, pairs, current(record.local)))
 
     def check(self) -> None:
         """Raises RuntimeError where a factor was altered since it was kept."""

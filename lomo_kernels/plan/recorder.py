@@ -214,3 +214,7 @@ class Recorder(LiveBytes):
                 samples.append(tuple(now))
         if part is not None:
             yield part, samples
+
+    def peak_of_parts(self) -> Peak:
+        """The peak from the first mark on."""
+        return Peak.of(sample for _, samples in self.parts() for sample in samples)

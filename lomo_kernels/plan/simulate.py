@@ -39,7 +39,7 @@ def simulate(
     Raises:
         KeyError: another name of kernels.
     """
-    return Peak.of(sample for _, samples in _simulated(build, loss, method, kernels).parts() for sample in samples)
+    return _simulated(build, loss, method, kernels).peak_of_parts()
 
 
 def simulate_blocks(
@@ -107,8 +107,7 @@ def record(
 ) -> Peak:
     """As `simulate`, but the steps are taken, with whatever tensors `build` makes: on the CPU every byte outside of
     operators is counted."""
-    parts = _recorded(build, loss, method, workspaces).parts()
-    return Peak.of(sample for _, samples in parts for sample in samples)
+    return _recorded(build, loss, method, workspaces).peak_of_parts()
 
 
 def _recorded(build: Callable[[], nn.Module], loss: Any, method: Method, workspaces: Workspaces | None) -> Recorder:
