@@ -23,13 +23,12 @@ from models import (
     transformer_of_vectors,
     weights_of,
 )
-from processes import Collectives, Processes, by_world
+from processes import Collectives, Processes, by_world, lowest_peak
 from textbook import Textbook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lomo_kernels import Lomo
-from lomo_kernels.memory import LiveBytes
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip('needs DeepSpeed: pip install "lomo_kernels[deepspeed]"', allow_module_level=True)
@@ -273,12 +272,14 @@ def peak_above_weights(rank: int, count: int, settings: dict[str, Any]) -> int:
     engine = initialize(model, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
     optimizer = Lomo(engine, lr=1e-3, **settings)
     x = torch.randn(4, 256)
+
+    def step() -> None:
+        optimizer.backward(engine.module(x).square().sum())
+
     for _ in range(3):
-        optimizer.backward(engine.module(x).square().sum())
-    one_at_a_time = mock.patch("lomo_kernels.integrations.deepspeed.IN_FLIGHT_BYTES", 0)
-    with one_at_a_time, LiveBytes() as live:
-        optimizer.backward(engine.module(x).square().sum())
-    return live.peak
+        step()
+    with mock.patch("lomo_kernels.integrations.deepspeed.IN_FLIGHT_BYTES", 0):  # one at a time
+        return lowest_peak(step)
 
 
 def test_gradients_do_not_pile_up(ranks: Any) -> None:
