@@ -2,7 +2,7 @@
 
 Compared is the speed as a fraction of what ran beside it (the probe of memory bandwidth, a plain product, the rival's
 step), which a busier or a slower machine changes little. A measurement counts as changed where the ranges that hold
-four fifths of either's samples have nothing in common.
+nineteen of twenty samples of either have nothing in common.
 """
 
 from __future__ import annotations

@@ -163,15 +163,14 @@ def page(devices: list[Device]) -> str:
 
 
 HOW = (
-    "- Figures are medians, with the 10th and the 90th percentile beside them: four samples of five lie between.",
+    "- Figures are medians, with the range in which nineteen samples of twenty lie (percentiles 2.5 to 97.5).",
     "- What is compared ran side by side: each sample of a call comes right after one of its probe, or all methods run",
     "  in every round, and ratios are taken round by round. So a busy machine moves both.",
     "  Compare the fractions and ratios of two rows, not their times or GB/s, which were taken at different moments.",
     "- Updates and norms use their buffers in turn, 256 MiB of them (512 on a GPU; 64 at 1 Ki elements of 16 bits), so",
     "  they come from memory. Lists and layers have one set, which may stay in the cache, and so has their yardstick.",
     "- Ours, and rivals' updates and steps, are checked against the reference before anything is timed.",
-    "- Somebody is called faster where the two ranges have nothing in common; where they overlap and a rival's median",
-    "  is higher, that is listed by itself.",
+    "- A rival is listed as faster where its median is, by more than 2%, also where the ranges overlap.",
     "- **Bold** is ours.",
 )
 

@@ -163,7 +163,7 @@ def norm(results: Results) -> Figure:
 
 
 def lines(axes: Axes, series: dict[str, list[tuple[int, Spread]]], pick: Callable[[str], tuple[str, str]]) -> None:
-    """One line for each, with the range of four fifths as a band, named at its right end."""
+    """One line for each, with the range as a band, named at its right end."""
     ends = []
     for label, points in series.items():
         points.sort(key=lambda point: point[0])
@@ -266,7 +266,8 @@ def over_sizes(
             if one.case["dtype"] == dtype:
                 series.setdefault(label(one), []).append((one.case["elements"], one.fraction))
         size_axis(axes, sizes)
-        axes.set_ylim(0, max(1.08, *(of.high for points in series.values() for _, of in points)))
+        # A band may leave the axes: one sample taken beside a stalled probe would press all lines together.
+        axes.set_ylim(0, 1.08 * max(1.0, *(of.median for points in series.values() for _, of in points)))
         axes.axhline(1, color=GREY, linewidth=1.2)
         axes.text(sizes[0] / 1.25, 1.015, f"the probe “{results.of(question)[0].beside}”", fontsize=8.5, color=GREY)
         axes.set_title(dtype)
@@ -282,7 +283,7 @@ def update_sizes(results: Results) -> Figure:
     usual = tables.default(measured)
     chosen = [one for one in measured if tables.setting(one)[:2] == usual[:2]]
     figure = over_sizes(results, "update", chosen, line, lambda one: _label(one, usual))
-    figure.suptitle("One update over sizes (bands: 10th to 90th percentile)")
+    figure.suptitle("One update over sizes (bands: 19 samples of 20)")
     return figure
 
 
@@ -299,7 +300,7 @@ def update_settings(results: Results) -> Figure:
     figure = over_sizes(
         results, "update", chosen, pick, lambda one: f"{one.contestant}, {tables.serving(tables.setting(one))}"
     )
-    figure.suptitle("One update by instruction set or backend (bands: 10th to 90th percentile)")
+    figure.suptitle("One update by instruction set or backend (bands: 19 samples of 20)")
     return figure
 
 

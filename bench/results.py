@@ -23,7 +23,10 @@ DTYPES = ("bfloat16", "float16", "float32")  # of kernels, in the order in which
 
 
 class Spread(NamedTuple):
-    """Median, and the tenth and ninetieth percentile: four samples of five lie between these."""
+    """Median, and the range of nineteen samples of twenty: percentiles 2.5 and 97.5.
+
+    Of 1700 comparisons between runs of one commit no such ranges were apart; of those of four samples of five, 8 were.
+    """
 
     median: float
     low: float
@@ -33,8 +36,8 @@ class Spread(NamedTuple):
     def of(cls, samples: list[float]) -> Spread:
         if len(samples) == 1:
             return cls(samples[0], samples[0], samples[0])
-        deciles = statistics.quantiles(samples, n=10, method="inclusive")
-        return cls(statistics.median(samples), deciles[0], deciles[-1])
+        fortieths = statistics.quantiles(samples, n=40, method="inclusive")
+        return cls(statistics.median(samples), fortieths[0], fortieths[-1])
 
     def apart(self, other: Spread) -> bool:
         """Whether the two ranges have nothing in common."""

@@ -47,8 +47,8 @@ def test_ratios_are_taken_round_by_round():
     assert one.above.median == 1.0
 
 
-def test_spread_holds_four_fifths_of_the_samples():
-    assert Spread.of([float(n) for n in range(11)]) == (5.0, 1.0, 9.0)
+def test_spread_holds_nineteen_of_twenty_samples():
+    assert Spread.of([float(n) for n in range(41)]) == (20.0, 1.0, 39.0)
     assert Spread.of([7.0]) == (7.0, 7.0, 7.0)
 
 

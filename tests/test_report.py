@@ -135,8 +135,8 @@ def test_every_question_has_a_section(machine):
 
 def test_the_page_has_medians_spreads_and_gigabytes(machine):
     row = next(line for line in page.page([machine]).splitlines() if line.startswith("| **`sgd_` nearest** |"))
-    # 3 MB in 1 ms / 0.9; four fifths of five equidistant samples lie within 1.6 of 2 steps
-    assert row == "| **`sgd_` nearest** | 1.11 ms | 2.7 | 0.90 | 0.89-0.91 |"
+    # 3 MB in 1 ms / 0.9; nineteen of twenty of five equidistant samples lie within 1.9 of 2 steps
+    assert row == "| **`sgd_` nearest** | 1.11 ms | 2.7 | 0.90 | 0.88-0.92 |"
 
 
 def test_where_a_rival_is_faster_it_is_said_and_nowhere_else(machine):
@@ -190,16 +190,16 @@ def test_losses_of_memory_are_listed_with_chunks_and_with_other_kernels():
     assert len(said) == 2 and all("smaller than Lomo: 2.00 times" in line for line in said)
 
 
-def test_a_higher_median_is_listed_where_the_ranges_overlap():
+@pytest.mark.parametrize(("speed", "count"), [(0.81, 0), (0.82, 1)])
+def test_a_rival_is_faster_by_its_median_though_the_ranges_overlap(speed, count):
     case = {"dtype": "bfloat16", "elements": 2**20}
     pairs = [
         timed("update", "sgd_ nearest", 0.80, spread=0.05, **case),
-        timed("update", "add_", 0.82, spread=0.05, **case),
+        timed("update", "add_", speed, spread=0.05, **case),
     ]
     said = "\n".join(tables.lost(Results(ABOUT, {}, pairs), "update"))
-    assert "0 of 1 comparisons" in said
-    assert "In 1 more a rival's median is higher, and the ranges overlap" in said
-    assert "- bfloat16: add_ is faster in the median than `sgd_` nearest: 1.02 times at 1 Mi elements." in said
+    assert f"{count} of 1 comparisons" in said
+    assert ("- bfloat16: add_ is faster than `sgd_` nearest: 1.02 times at 1 Mi elements." in said) == bool(count)
 
 
 def test_the_headline_has_a_rival_with_the_malloc_that_it_is_faster_with(machine):
@@ -234,15 +234,6 @@ def test_without_matplotlib_nothing_is_written_and_what_to_install_is_said(monke
     monkeypatch.setattr(report, "documents", lambda devices: pytest.fail("begun"))
     with pytest.raises(SystemExit, match=r"matplotlib: pip install 'lomo_kernels\[bench\]'"):
         report.main()
-
-
-def test_ranges_that_overlap_decide_nothing():
-    case = {"dtype": "bfloat16", "elements": 2**20}
-    pairs = [
-        timed("update", "sgd_ nearest", 0.80, spread=0.05, **case),
-        timed("update", "add_", 0.82, spread=0.05, **case),
-    ]
-    assert [pair.faster for pair in rivals.pairs(Results(ABOUT, {}, pairs), "update")] == [False]
 
 
 def test_a_rival_that_nothing_is_held_against_is_an_error():
