@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -127,6 +129,37 @@ def test_the_command_sharded(plan: Plan) -> None:
     assert status == 0, said
     assert "FSDP2 by linear" in printed
     assert list(cells_of(printed)) == ["Lomo, clipping, two passes", "Lomo, clipping, one pass"]
+
+
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how many there are."""
+
+    def there_are(number: int) -> None:
+        monkeypatch.setattr(command.os, "sched_getaffinity", lambda _: set(range(number)), raising=False)
+
+    return there_are
+
+
+def test_several_processes_print_what_one_prints(plan: Plan, cores: Callable[[int], None]) -> None:
+    asked = [*SIZES, "--memory", "40MB", "--seq", "256", "--method", "sgd", "--method", "lomo, f", "--method", "adamw"]
+    printed = []
+    for number in (1, 2):
+        cores(number)
+        with mock.patch.object(command, "row", wraps=command.row) as here:
+            printed.append(plan(*asked)[:2])
+        assert here.called == (number == 1)
+    assert printed[0] == printed[1] and printed[0][0] == 0
+
+
+def test_several_processes_end_with_the_sentence_of_one(
+    plan: Plan, of_transformers: Callable[..., str], cores: Callable[[int], None]
+) -> None:
+    cores(2)
+    config = of_transformers(model_type="mistral", num_key_value_heads=4, sliding_window=128)
+    status, printed, said = plan("--model", config)
+    assert status == 2 and not printed
+    assert re.fullmatch("python -m lomo_kernels plan: .*attn_mask is given.*\n", said)
 
 
 def test_a_sequence_between_two_steps_that_fits_is_not_more_than_the_largest(plan: Plan) -> None:

@@ -6,10 +6,14 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 from ..demo.model import Config
@@ -164,8 +168,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
     try:
         model, memory, names = check(args)
-        setting = Setting(model, args.gpus, args.checkpointing, args.chunk, args.group or GROUPS[-1])
-        rows = [row(setting, name, args.batch, args.seq, memory) for name in progress(names, "simulating")]
+        setting = setting_of(args, model)
+        rows = rows_of(args, functools.partial(row, setting, args, memory), names)
     except (ValueError, NotImplementedError) as error:
         print(f"python -m lomo_kernels plan: {error}", file=sys.stderr)
         return 2
@@ -179,8 +183,40 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def row(setting: Setting, name: str, batch: int, seq: int, memory: int) -> list[str]:
+def setting_of(args: argparse.Namespace, model: Model) -> Setting:
+    return Setting(model, args.gpus, args.checkpointing, args.chunk, args.group or GROUPS[-1])
+
+
+def rows_of(args: argparse.Namespace, row_of: Callable[[str], list[str]], names: list[str]) -> list[list[str]]:
+    """The table's cells, by as many processes as there are cores, each of at least two methods: until it has imported
+    torch one has passed."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, len(names) // 2)
+    with closing(progress(names, "simulating")) as shown:  # an error is printed when the bar has gone
+        if workers < 2:
+            return [row_of(name) for name in shown]
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start, (args,)) as pool:
+            return [cells for _, cells in zip(shown, pool.map(_row, names), strict=True)]
+
+
+#: In a process of `rows_of`, what it makes rows by.
+_row_of: Callable[[str], list[str]]
+
+
+def _start(args: argparse.Namespace) -> None:
+    """A process of `rows_of` makes the model itself: one of transformers cannot be sent."""
+    global _row_of
+    model, memory, _ = check(args)
+    _row_of = functools.partial(row, setting_of(args, model), args, memory)
+
+
+def _row(name: str) -> list[str]:
+    return _row_of(name)
+
+
+def row(setting: Setting, args: argparse.Namespace, memory: int, name: str) -> list[str]:
     """The table's cells for one method."""
+    batch, seq = args.batch, args.seq
 
     @functools.cache
     def step(batch: int, seq: int) -> Parts:
@@ -228,7 +264,7 @@ def _of_paper(
     return peak_of(setting.step(paper.OURS[name], batch, seq))
 
 
-def progress(items: list[Any], what: str) -> Iterator[Any]:
+def progress(items: list[Any], what: str) -> Generator[Any, None, None]:
     """The items, with a bar where rich is installed, else a line on stderr for each."""
     try:
         from rich.console import Console
@@ -238,7 +274,9 @@ def progress(items: list[Any], what: str) -> Iterator[Any]:
             print(f"{what} {number} of {len(items)}: {item}", file=sys.stderr)
             yield item
     else:
-        yield from track(items, description=what, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        # Where there is no terminal it would print an empty line.
+        yield from track(items, what, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_table(title: str, head: list[str], rows: Iterable[list[str]]) -> None:
