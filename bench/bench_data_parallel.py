@@ -11,9 +11,10 @@ from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama
 
 from . import ranks
-from .ranks import CLIP, LR, OPTIONS, TOKENS, Trained  # noqa: F401  tests are made of TOKENS
+from .ranks import CLIP, LR, OPTIONS, WORLD, Build, Case, Trained
 from .rivals import clips
 
+CASES = {"short": [Case("27M", 32)], "full": [Case("27M", 256), Case("107M", 256)]}
 BASE = "DDP, SGD, clip_grad_norm_"
 CONTESTANTS = (BASE, "DDP, SGD", *OPTIONS)
 
@@ -29,21 +30,21 @@ class _WithLoss(nn.Module):
         return self.model.loss(window)
 
 
-def _ddp(clip: float | None = None) -> Trained:
-    wrapped = nn.parallel.DistributedDataParallel(_WithLoss(ranks.build()), gradient_as_bucket_view=True)
+def _ddp(build: Build, clip: float | None = None) -> Trained:
+    wrapped = nn.parallel.DistributedDataParallel(_WithLoss(build()), gradient_as_bucket_view=True)
     step = ranks.sgd(wrapped, clip)
     buckets = sum(param.nbytes for param in wrapped.parameters())  # the gradients are views of them
     return Trained(wrapped.module.model, lambda window: step(wrapped(window)), kept=buckets)
 
 
-def _lomo(name: str) -> Trained:
-    model = ranks.build()
+def _lomo(build: Build, name: str) -> Trained:
+    model = build()
     optimizer = Lomo(model, lr=LR, process_group=dist.group.WORLD, **OPTIONS[name])
     return Trained(model, lambda window: optimizer.backward(model.loss(window)))
 
 
-def made() -> dict[str, Trained]:
-    return {BASE: _ddp(CLIP), "DDP, SGD": _ddp()} | {name: _lomo(name) for name in OPTIONS}
+def made(build: Build) -> dict[str, Trained]:
+    return {BASE: _ddp(build, CLIP), "DDP, SGD": _ddp(build)} | {name: _lomo(build, name) for name in OPTIONS}
 
 
 def expected(name: str) -> str:
@@ -51,13 +52,13 @@ def expected(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def measured(tokens, step_rounds, device):
+def measured(case, step_rounds, device):
     if device != "cpu":
         pytest.skip("one GPU has no two ranks")
-    return ranks.measured(made, expected, tokens, step_rounds)
+    return ranks.measured(made, expected, case, step_rounds)
 
 
-def test_data_parallel(reported, contestant, tokens, measured):
+def test_data_parallel(reported, contestant, case, measured):
     seconds, memory = measured
     beside = {"beside": BASE, "beside_seconds": seconds[BASE]}
-    reported(contestant, ranks.case(tokens), seconds[contestant], memory=memory[contestant], **beside)
+    reported(contestant, case._asdict() | {"ranks": WORLD}, seconds[contestant], memory=memory[contestant], **beside)

@@ -11,16 +11,17 @@ from lomo_kernels.plan.command import GROUPS
 from lomo_kernels.plan.sharded import shard
 
 from . import ranks
-from .ranks import CLIP, LR, OPTIONS, TOKENS, Trained  # noqa: F401  tests are made of TOKENS
+from .ranks import CLIP, LR, OPTIONS, WORLD, Build, Case, Trained
 from .rivals import clips
 
+CASES = {"short": [Case("27M", 32)], "full": [Case("27M", 256)]}
 BASE = "FSDP2, SGD, clip_grad_norm_"
 CONTESTANTS = (BASE, *filter(clips, OPTIONS))
 
 
-def _trained(contestant: str, group: str) -> Trained:
+def _trained(build: Build, contestant: str, group: str) -> Trained:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = shard(ranks.build, mesh, group)()
+    model = shard(build, mesh, group)()
     ours = OPTIONS.get(contestant)
     step = Lomo(model, lr=LR, **ours).backward if ours else ranks.sgd(model, CLIP)
     return Trained(model, lambda window: step(model.loss(window)))
@@ -33,9 +34,9 @@ def named(contestant: str, group: str) -> str:
 FIRST = named(BASE, GROUPS[0])
 
 
-def made() -> dict[str, Trained]:
+def made(build: Build) -> dict[str, Trained]:
     """All groups in one go: what one costs is a ratio to another."""
-    return {named(name, group): _trained(name, group) for group in GROUPS for name in CONTESTANTS}
+    return {named(name, group): _trained(build, name, group) for group in GROUPS for name in CONTESTANTS}
 
 
 def expected(_: str) -> str:
@@ -43,14 +44,16 @@ def expected(_: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def measured(tokens, step_rounds, device):
+def measured(case, step_rounds, device):
     if device != "cpu":
         pytest.skip("one GPU has no two ranks")
-    return ranks.measured(made, expected, tokens, step_rounds)
+    return ranks.measured(made, expected, case, step_rounds)
 
 
-def test_sharded(reported, contestant, group, tokens, measured):
+def test_sharded(reported, contestant, group, case, measured):
     seconds, memory = measured
     name = named(contestant, group)
     beside = {"beside": FIRST, "beside_seconds": seconds[FIRST]}
-    reported(contestant, ranks.case(tokens) | {"group": group}, seconds[name], memory=memory[name], **beside)
+    reported(
+        contestant, case._asdict() | {"ranks": WORLD, "group": group}, seconds[name], memory=memory[name], **beside
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 import time
@@ -23,8 +24,12 @@ from .measure import interleave, memory_of
 
 LR = 1e-3
 WORLD = 2
-TOKENS = {"short": [32], "full": [256]}
-CONFIG = Config(layers=8, d_model=512, heads=8, kv_heads=8, ffn=1408, vocab=2048)
+VOCAB = 2048
+#: By their number of parameters. Matrices are of 1 to 4 MiB, and of 4 to 11.
+MODELS = {
+    "27M": Config(layers=8, d_model=512, heads=8, kv_heads=8, ffn=1408, vocab=VOCAB),
+    "107M": Config(layers=8, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=VOCAB),
+}
 #: Ours, without fused layers, which reduction rules out.
 OPTIONS: dict[str, dict[str, Any]] = {
     "Lomo": {},
@@ -41,22 +46,30 @@ class Trained(NamedTuple):
     kept: int = 0
 
 
-Make = Callable[[], dict[str, Trained]]
+class Case(NamedTuple):
+    """A model of `MODELS`, and the tokens of one rank's batch."""
+
+    model: str
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.tokens} tokens"
 
 
-def build() -> ByteLlama:
+Build = Callable[[], ByteLlama]
+#: Makes all contestants, of models that a function makes.
+Make = Callable[[Build], dict[str, Trained]]
+
+
+def build(model: str) -> ByteLlama:
     """The same on every rank."""
     torch.manual_seed(0)
-    return ByteLlama(CONFIG)
+    return ByteLlama(MODELS[model])
 
 
 def sgd(model: nn.Module, clip: float | None = None) -> Callable[[Tensor], object]:
     """SGD as torch has it, but not fused, which DTensor lacks: a step from the loss."""
     return plain(torch.optim.SGD, LR, clip, foreach=True)(model).update
-
-
-def case(tokens: int) -> dict[str, Any]:
-    return {"model": "27M", "tokens": tokens, "ranks": WORLD}
 
 
 def same_step(param: Tensor, expected: Tensor, before: Tensor) -> bool:
@@ -66,20 +79,19 @@ def same_step(param: Tensor, expected: Tensor, before: Tensor) -> bool:
 
 
 def measured(
-    make: Make, expected: Callable[[str], str], tokens: int, rounds: int
+    make: Make, expected: Callable[[str], str], case: Case, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
     """Seconds of rank 0's steps, from a barrier on, and bytes, by contestant.
 
     Args:
-        make: makes all contestants, in each process; a function of a module.
+        make: is called in each process; a function of a module.
         expected: from a contestant's name to that of the one whose first step it has to take as well.
-        tokens: of one rank's batch.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = f"{folder}/result"
 
         def run(store: str) -> None:
-            torch.multiprocessing.spawn(_work, (store, make, expected, tokens, rounds, result), nprocs=WORLD)
+            torch.multiprocessing.spawn(_work, (store, make, expected, case, rounds, result), nprocs=WORLD)
 
         try:
             run(f"{folder}/store")
@@ -91,17 +103,18 @@ def measured(
         return seconds, memory
 
 
-def _work(rank: int, store: str, make: Make, expected: Callable[[str], str], tokens: int, rounds: int, to: str) -> None:
+def _work(rank: int, store: str, make: Make, expected: Callable[[str], str], case: Case, rounds: int, to: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    made = make()
+    anew = functools.partial(build, case.model)
+    made = make(anew)
     generator = torch.Generator().manual_seed(rank)
-    windows = [torch.randint(CONFIG.vocab, (1, tokens + 1), generator=generator) for _ in range(4)]
+    windows = [torch.randint(VOCAB, (1, case.tokens + 1), generator=generator) for _ in range(4)]
     for _, step, _ in made.values():
         step(windows[0])
     for name, (model, *_) in made.items():  # a bench of wrong results is worth nothing
         same = made[expected(name)].model
-        for params in zip(model.parameters(), same.parameters(), build().parameters(), strict=True):
+        for params in zip(model.parameters(), same.parameters(), anew().parameters(), strict=True):
             assert same_step(*map(_whole, params)), f"{name}: another step than that of {expected(name)}"
 
     def timed(step: Callable[[Tensor], object]) -> Callable[[int], float]:
