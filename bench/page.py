@@ -126,8 +126,8 @@ EXPLAINED = {
     ),
     "data_parallel": (
         "Whole steps of a small Llama in float32, two processes over gloo on this machine, interleaved as above. "
-        "DistributedDataParallel keeps its buckets, which the gradients are views of, between steps; so that the memory "
-        "of gradients that end does not go back to the system, to be faulted in anew, malloc keeps it for everybody."
+        "DistributedDataParallel keeps its buckets, which the gradients are views of, between steps. So that "
+        "gradients which end and come do not fault in new pages, malloc keeps freed memory, for everybody."
     ),
     "sharded": (
         "The same steps under `fully_shard`, which gathers, and reduces, a block at a time, or its attention and its "
