@@ -35,6 +35,7 @@ loader = [world * step + rank for step in range({steps})]
 """
 AFTER = """
 torch.save((optimizer.last_grad_norm, models.whole_weights(model), os.environ["LOCAL_RANK"]), f"{sys.argv[1]}/{rank}")
+torch.distributed.barrier()  # without it a rank aborted once, in some dozens of runs, at a time unknown
 torch.distributed.destroy_process_group()
 """
 
