@@ -11,7 +11,7 @@ from lomo_kernels.plan.command import GROUPS
 from lomo_kernels.plan.sharded import shard
 
 from . import ranks
-from .ranks import CLIP, LR, OPTIONS, WORLD, Build, Case, Trained
+from .ranks import CLIP, LR, OPTIONS, Build, Case, Trained
 from .rivals import clips
 
 CASES = {"short": [Case("27M", 32)], "full": [Case("27M", 256)]}
@@ -54,6 +54,4 @@ def test_sharded(reported, contestant, group, case, measured):
     seconds, memory = measured
     name = named(contestant, group)
     beside = {"beside": FIRST, "beside_seconds": seconds[FIRST]}
-    reported(
-        contestant, case._asdict() | {"ranks": WORLD, "group": group}, seconds[name], memory=memory[name], **beside
-    )
+    reported(contestant, case._asdict() | {"group": group}, seconds[name], memory=memory[name], **beside)

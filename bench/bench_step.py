@@ -21,7 +21,7 @@ from lomo_kernels.plan import SHAPES
 
 from .buffers import free_memory
 from .measure import interleave, memory_of, synchronize
-from .methods import ADAM, METHODS, SGD, Step, cannot, fused_is_wrong, wrong
+from .methods import ADAM, LLAMA_107M, METHODS, SGD, Step, cannot, fused_is_wrong, wrong
 from .rivals import BASE, FORWARD
 
 pytestmark = pytest.mark.timeout(1800)  # the first contestant's test runs the rounds of all
@@ -34,7 +34,7 @@ DTYPE = torch.bfloat16
 MODELS = {
     "17M": Config(layers=1, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048),
     "30M": Config(layers=2, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048),
-    "107M": Config(layers=8, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048),
+    "107M": LLAMA_107M,
     "1.1B": SHAPES["llama-1b"],
     "6.7B": SHAPES["llama-7b"],
 }

@@ -121,6 +121,7 @@ METHODS = {
     ),
 }
 
+LLAMA_107M = Config(layers=8, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048)  # on a CPU; over ranks, too
 TINY = Config(layers=2, d_model=64, heads=4, kv_heads=2, ffn=96, vocab=64)
 
 

@@ -21,14 +21,14 @@ from lomo_kernels.optim.ranks import local_of
 from lomo_kernels.plan.methods import CLIP, plain
 
 from .measure import interleave, memory_of
+from .methods import LLAMA_107M
 
 LR = 1e-3
 WORLD = 2
-VOCAB = 2048
 #: By their number of parameters. Matrices are of 1 to 4 MiB, and of 4 to 11.
 MODELS = {
-    "27M": Config(layers=8, d_model=512, heads=8, kv_heads=8, ffn=1408, vocab=VOCAB),
-    "107M": Config(layers=8, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=VOCAB),
+    "27M": Config(layers=8, d_model=512, heads=8, kv_heads=8, ffn=1408, vocab=2048),
+    "107M": LLAMA_107M,
 }
 #: Ours, without fused layers, which reduction rules out.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -51,6 +51,7 @@ class Case(NamedTuple):
 
     model: str
     tokens: int
+    ranks: int = WORLD
 
     def __str__(self) -> str:
         return f"{self.model}, {self.tokens} tokens"
@@ -109,7 +110,7 @@ def _work(rank: int, store: str, make: Make, expected: Callable[[str], str], cas
     anew = functools.partial(build, case.model)
     made = make(anew)
     generator = torch.Generator().manual_seed(rank)
-    windows = [torch.randint(VOCAB, (1, case.tokens + 1), generator=generator) for _ in range(4)]
+    windows = [torch.randint(MODELS[case.model].vocab, (1, case.tokens + 1), generator=generator) for _ in range(4)]
     for _, step, _ in made.values():
         step(windows[0])
     for name, (model, *_) in made.items():  # a bench of wrong results is worth nothing

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -169,7 +169,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         model, memory, names = check(args)
         setting = setting_of(args, model)
-        rows = rows_of(args, functools.partial(row, setting, args, memory), names)
+        rows = rows_of(setting, args, memory, names)
     except (ValueError, NotImplementedError) as error:
         print(f"python -m lomo_kernels plan: {error}", file=sys.stderr)
         return 2
@@ -187,31 +187,31 @@ def setting_of(args: argparse.Namespace, model: Model) -> Setting:
     return Setting(model, args.gpus, args.checkpointing, args.chunk, args.group or GROUPS[-1])
 
 
-def rows_of(args: argparse.Namespace, row_of: Callable[[str], list[str]], names: list[str]) -> list[list[str]]:
+def rows_of(setting: Setting, args: argparse.Namespace, memory: int, names: list[str]) -> list[list[str]]:
     """The table's cells, by as many processes as there are cores, each of at least two methods: until it has imported
     torch one has passed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, len(names) // 2)
     with closing(progress(names, "simulating")) as shown:  # an error is printed when the bar has gone
         if workers < 2:
-            return [row_of(name) for name in shown]
+            return [row(setting, args, memory, name) for name in shown]
         with ProcessPoolExecutor(workers, get_context("spawn"), _start, (args,)) as pool:
             return [cells for _, cells in zip(shown, pool.map(_row, names), strict=True)]
 
 
-#: In a process of `rows_of`, what it makes rows by.
-_row_of: Callable[[str], list[str]]
+#: What a process of `rows_of` calls `row` with.
+_asked: tuple[Setting, argparse.Namespace, int]
 
 
 def _start(args: argparse.Namespace) -> None:
     """A process of `rows_of` makes the model itself: one of transformers cannot be sent."""
-    global _row_of
+    global _asked
     model, memory, _ = check(args)
-    _row_of = functools.partial(row, setting_of(args, model), args, memory)
+    _asked = setting_of(args, model), args, memory
 
 
 def _row(name: str) -> list[str]:
-    return _row_of(name)
+    return row(*_asked, name)
 
 
 def row(setting: Setting, args: argparse.Namespace, memory: int, name: str) -> list[str]:
