@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,7 +52,7 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None
 
 def _nodes(loss: Tensor) -> Iterator[Any]:
     """The nodes of the graph of `loss`, those near it first; about 1 us each."""
-    seen: set[Any] = {loss.grad_fn}
+    seen: set[Any] = {loss.grad_fn} - {None}  # a loss that is itself a parameter has no node
     waiting = deque(seen)
     while waiting:
         node = waiting.popleft()
@@ -92,13 +92,15 @@ def check_fused_weights(loss: Tensor) -> None:
             )
 
 
-def foreign_leaves(loss: Tensor, ours: Container[int]) -> list[Tensor]:
-    """The leaves of the graph of `loss` whose ids are not among `ours`: inputs, or another optimizer's parameters.
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The leaves of the graph of `loss` that need a gradient.
 
     Those used only inside a reentrant checkpoint are not seen: its graph does not exist before backward.
     """
+    if loss.grad_fn is None:
+        return [loss]
     leaves = (getattr(node, "variable", None) for node in _nodes(loss))
-    return [leaf for leaf in leaves if leaf is not None and id(leaf) not in ours]
+    return [leaf for leaf in leaves if leaf is not None]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -17,13 +17,14 @@ from ..ops.sgd import is_stochastic
 from .graph import (
     check_fused_weights,
     check_loss,
-    foreign_leaves,
     gradients_kept_apart,
+    leaves_of,
     reentrant_checkpoints,
     run_backward,
 )
 from .hyperparameters import check_group, check_positive, numbers_of
-from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
+from .owners import backward_of, claim, optimizer_backward, owner_of, release, unmanaged, unscale_grads
+from .parameters import check_apart, check_parameter, is_served, name_of, named_groups
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
 from .records import Record
@@ -37,6 +38,7 @@ _NOT_OURS = (
     "docs/distributed.md); use add_param_group(), or make a new optimizer"
 )
 _NOTHING_CHANGED = "no weight was changed"
+_hooking = threading.Lock()  # an optimizer's hooks are also put on by another one's backward, in another thread
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
 
@@ -53,8 +55,8 @@ class Lomo(torch.optim.Optimizer):
 
     Args:
         model_or_params: an `nn.Module`, an iterable of parameters or of (name, parameter) pairs, or torch parameter
-            groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16.
-            Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.integrations.deepspeed`).
+            groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16;
+            frozen ones of any dtype. Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.integrations.deepspeed`).
         lr: learning rate, a number or a one-element tensor; read from ``param_groups`` at every step.
         clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. It is known
             only after a backward pass: see `clip_passes`.
@@ -81,7 +83,7 @@ class Lomo(torch.optim.Optimizer):
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
-        RuntimeError: a parameter is managed by another `Lomo`; the model is in DistributedDataParallel or FSDP1.
+        RuntimeError: the model is in DistributedDataParallel or FSDP1; a parameter's other `Lomo` is amid a step.
         NotImplementedError: a kind of parameter that this version does not have.
     """
 
@@ -125,6 +127,7 @@ class Lomo(torch.optim.Optimizer):
         self._ranks: Ranks | None = None
 
         self._records: list[Record] = []
+        self._claimed: list[int] = []  # ids of the parameters noted as ours
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._model = None if model is None else weakref.ref(model)  # in which layers are fused
         self._fused: list[weakref.ref[nn.Module]] = []
@@ -138,7 +141,10 @@ class Lomo(torch.optim.Optimizer):
         self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
         self._ids: set[int] = set()  # of the parameters
         self._warned = False
-        self._removed = False
+        self._passed_over = False  # another optimizer's backward dropped a gradient of ours
+        self._trained = False  # there was a step since step() was last called
+        self._itself = weakref.ref(self)  # not so through a wrapper made of this class, as Lightning makes
+        self._ended = ""  # why it cannot be used any more
         self._attached = False
         # Until the first step, which asks whether its parameters are still these.
         self._whole: Callable[[], nn.Module | None] | None = (
@@ -153,10 +159,14 @@ class Lomo(torch.optim.Optimizer):
         self._repeat_state()
         if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
             raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
-        self._attach()
+        with self._former_owners(self._records) as former:
+            _replace(former)
+            self._attach()
         self._attached = True
         # An optimizer that is dropped without remove() leaves no hooks behind.
-        weakref.finalize(self, _detach, self._handles, self._takers, self._fused)
+        weakref.finalize(
+            self, _detach, id(self), self._claimed, self._records, self._handles, self._takers, self._fused
+        ).atexit = False
 
     # ---- What a user calls ------------------------------------------------------------------------------------------
 
@@ -181,6 +191,7 @@ class Lomo(torch.optim.Optimizer):
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Inside, `backward` only adds its gradients to ``.grad``; the next one outside applies the sum. Exact."""
+        self._check_not_wrapped()
         before, self._accumulating = self._accumulating, True
         try:
             yield
@@ -193,7 +204,8 @@ class Lomo(torch.optim.Optimizer):
         Args:
             closure: called first, with gradients enabled; its result is returned.
         """
-        self._check_not_removed()
+        self._check_not_ended()
+        trained, self._trained = self._trained, False
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -216,6 +228,14 @@ class Lomo(torch.optim.Optimizer):
             with self._exclusive(), torch.no_grad():
                 self._refresh()
                 self._apply_kept(keep=True)
+        elif self._passed_over and not (trained or self._trained):
+            self._passed_over = False
+            warnings.warn(
+                "Lomo.step() found no gradients. The backward of another Lomo ran through these parameters, and leaves "
+                "gradients only to its own. Use this optimizer's backward() too, or one Lomo with parameter groups",
+                stacklevel=3,
+            )
+        self._trained = False
         return loss
 
     @property
@@ -225,7 +245,13 @@ class Lomo(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops what plain backwards left in ``.grad``. Always to None: tensors of zeros would only take memory."""
+        itself = self._itself()
+        if itself is not None and itself is not self:  # Lightning's wrapper is made of this class
+            itself.zero_grad()
+            return
         super().zero_grad(set_to_none=True)
+        for record in self._records:
+            record.scaled_grad = None
         self._drop_norm()
 
     def grad_norm(self, loss: Tensor) -> Tensor:
@@ -260,10 +286,8 @@ class Lomo(torch.optim.Optimizer):
 
     def remove(self) -> None:
         """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again."""
-        _detach(self._handles, self._takers, self._fused)
-        for record in self._records:
-            release(record.param, self)
-        self._removed = True
+        self._check_not_wrapped()
+        self._end_use("remove() was called on this optimizer; make a new one")
 
     def __enter__(self) -> Lomo:
         return self
@@ -300,7 +324,8 @@ class Lomo(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError, NotImplementedError, RuntimeError: as the constructor; nothing is added then.
         """
-        self._check_not_removed()
+        self._check_not_wrapped()
+        self._check_not_ended()
         if not isinstance(param_group, dict):
             raise TypeError(f"Lomo: a parameter group is a {type(param_group).__name__}, expected a dict")
         entries = param_group["params"]
@@ -311,24 +336,27 @@ class Lomo(torch.optim.Optimizer):
         records = []
         for index, entry in enumerate(entries, start=len(self._records)):
             name, param = name_of(entry, index)
-            check_parameter(name, param, self)
+            check_parameter(name, param)
             if id(param) in known:
                 raise ValueError(f"Lomo: {name} is given twice; each parameter has one place in one group")
             known.add(id(param))
             records.append(Record(param, index, name))
+            records[-1].served = is_served(param)
         check_apart((record.name, record.param) for record in (*self._records, *records))
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
         ranks = None
         if self._attached:
             ranks = self._join_ranks([*self._records, *records], [*self.param_groups, group])
-        super().add_param_group(group)
-        self._records.extend(records)
-        self._ids = known
-        self._ranks = ranks
-        if self._attached:
-            self._place()
-            self._attach()
+        with self._former_owners(records) as former:
+            super().add_param_group(group)
+            self._records.extend(records)
+            self._ids = known
+            self._ranks = ranks
+            if self._attached:
+                self._place()
+                _replace(former)
+                self._attach()
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters.
@@ -348,6 +376,7 @@ class Lomo(torch.optim.Optimizer):
             ValueError: it is not a Lomo's, or of other parameters (their order, names and shapes count: a parameter's
                 place keys its random bits), or of another kind of loss scaling; nothing is loaded then.
         """
+        self._check_not_wrapped()
         ours: dict[str, Any] = state_dict.get(_STATE, {})
         if not ours and state_dict.get("state"):  # from torch.distributed.checkpoint, which goes by names
             ours = next(iter(state_dict["state"].values()))
@@ -486,7 +515,7 @@ class Lomo(torch.optim.Optimizer):
         leaves = [] if scale is None and not retain_graph else self._foreign_leaves(loss)
         self._run = sweep
         try:
-            with gradients_kept_apart(leaves, scale, wanted=not retain_graph):
+            with backward_of(self), gradients_kept_apart(leaves, scale, wanted=not retain_graph):
                 run_backward(loss, scale, retain_graph)
             sweep.flush()
         finally:
@@ -500,9 +529,8 @@ class Lomo(torch.optim.Optimizer):
             )
 
     def _foreign_leaves(self, loss: Tensor) -> list[Tensor]:
-        """What a backward from `loss` may give gradients besides our parameters."""
-        of_engine = () if self._ranks is None else self._ranks.leaves()
-        return foreign_leaves(loss, self._ids) + [leaf for leaf in of_engine if id(leaf) not in self._ids]
+        """What a backward from `loss` may give gradients besides parameters that a `Lomo` manages."""
+        return unmanaged([*leaves_of(loss), *(() if self._ranks is None else self._ranks.leaves())])
 
     def _add_to_kept(self, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
         """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
@@ -517,7 +545,7 @@ class Lomo(torch.optim.Optimizer):
         self._plain_is_scaled = scale is not None
         leaves = [] if scale is None else self._foreign_leaves(loss)
         try:
-            with gradients_kept_apart(leaves, scale, wanted=True):
+            with backward_of(self), gradients_kept_apart(leaves, scale, wanted=True):
                 run_backward(loss, scale, retain_graph=False)
         finally:
             self._plain_is_scaled = False
@@ -531,7 +559,7 @@ class Lomo(torch.optim.Optimizer):
         self._state.unscale_by(self._kept_scale if scaled else None)
         if not keep:
             for record, _ in kept:
-                record.param.grad = None
+                record.param.grad = record.scaled_grad = None
         if self._ranks is not None:
             kept = self._ranks.kept(kept, copy=keep)
         self._state.zero_slots()
@@ -588,7 +616,7 @@ class Lomo(torch.optim.Optimizer):
         )
 
     def _params_of_fused(self) -> list[Tensor]:
-        return [record.param for record in self._records] if self._takers else []
+        return [record.param for record in self._records if record.served] if self._takers else []
 
     def _finish(self, scaled: bool) -> None:
         if not self._needs_norm_first:
@@ -614,6 +642,7 @@ class Lomo(torch.optim.Optimizer):
         if self._ranks is not None:
             self._ranks.end()
         self._state.end_step(scaled)
+        self._trained = True
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
         self._opt_called = True  # what schedulers look at to see that the optimizer went before them
 
@@ -624,7 +653,7 @@ class Lomo(torch.optim.Optimizer):
         if record.param.grad is None:  # a custom layer that keeps it to itself
             return
         if self._plain_is_scaled:
-            record.scaled_grad = weakref.ref(record.param.grad)
+            record.scaled_grad, record.grad_scale = record.param.grad, self._kept_scale
         elif record.scaled:
             raise RuntimeError(
                 f"Lomo: a plain backward added to the gradient of {record.name}, which accumulate() left with the loss "
@@ -633,15 +662,17 @@ class Lomo(torch.optim.Optimizer):
 
     def _refresh(self, lr: float | Tensor | None = None) -> None:
         """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
-        self._check_not_removed()
+        self._check_not_ended()
         self._check_groups()
         for record in self._records:
             if self._ranks is not None:
                 self._ranks.place(record)
-            if record.local.dtype is not record.dtype or record.local.device != record.device:
+            unfrozen = record.param.requires_grad and not record.served
+            if unfrozen or record.local.dtype is not record.dtype or record.local.device != record.device:
                 self._place()
-            if not record.hooked and record.param.requires_grad:
-                self._attach()
+            if not record.scaled:
+                record.scaled_grad = None
+        self._hook_all()
         self._state.refresh(self.param_groups, lr)
 
     def _check_groups(self) -> None:
@@ -653,14 +684,24 @@ class Lomo(torch.optim.Optimizer):
             if param is not record.param:
                 raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_NOT_OURS}")
 
-    def _check_not_removed(self) -> None:
-        if self._removed:
-            raise RuntimeError("Lomo: remove() was called on this optimizer; make a new one")
+    def _check_not_wrapped(self) -> None:
+        """Raises RuntimeError on a wrapper that is a subclass of ours, which reads the optimizer's attributes and keeps
+        to itself what is written."""
+        if self._itself() is not self:
+            raise RuntimeError(
+                f"Lomo: this is a {type(self).__name__} around the optimizer, on which a step would be only half done. "
+                "Call the optimizer itself: with Lightning, self.optimizers(use_pl_optimizer=False)"
+            )
+
+    def _check_not_ended(self) -> None:
+        if self._ended:
+            raise RuntimeError(f"Lomo: {self._ended}")
 
     def _place(self) -> None:
         """Makes the device side anew: parameters were added, or moved to another device or dtype."""
         for record in self._records:
-            check_parameter(record.name, record.param, self)
+            check_parameter(record.name, record.param)
+            record.served = is_served(record.param)
         self._drop_norm()
         self._state = State(self._records, self.param_groups, self._wanted_scale, ranks=self._ranks, before=self._state)
         self._repeat_state()
@@ -716,19 +757,56 @@ class Lomo(torch.optim.Optimizer):
             )
         self._whole = None
 
+    @contextmanager
+    def _former_owners(self, records: Sequence[Record]) -> Iterator[Sequence[Lomo]]:
+        """The other optimizers that manage some of `records`, kept from starting a step."""
+        former: dict[int, Lomo] = {}
+        with ExitStack() as stack:
+            for record in records:
+                owner = owner_of(record.param)
+                if owner is None or owner is self or id(owner) in former:
+                    continue
+                if not owner._busy.acquire(blocking=False):
+                    raise RuntimeError(
+                        f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer "
+                        "when that step has ended"
+                    )
+                stack.callback(owner._busy.release)
+                former[id(owner)] = owner
+            yield list(former.values())
+
+    def _end_use(self, reason: str) -> None:
+        """Takes everything off the parameters. `reason`: what a later use is refused with."""
+        _detach(id(self), self._claimed, self._records, self._handles, self._takers, self._fused)
+        self._ended = self._ended or reason
+
     def _attach(self) -> None:
-        """Puts hooks on trainable parameters that have none yet, and keeps other optimizers off all of them."""
-        for record in self._records:
-            if not record.claimed:
-                claim(record.param, self)
-                record.claimed = True
-            if not record.hooked and record.param.requires_grad:
-                record.hooked = True
-                hook = _hook(weakref.ref(self), record)
-                self._handles.append(record.param.register_post_accumulate_grad_hook(hook))
+        """Makes all parameters this optimizer's: notes it, and puts hooks on those that are trained."""
+        self._claimed[:] = claim((record.param for record in self._records), self)
+        self._hook_all()
         model = None if self._model is None else self._model()
         if model is not None:
             self._fuse(model)
+
+    def _hook_all(self) -> None:
+        """Puts hooks on trainable parameters that have none: at first, and on those unfrozen or swapped since then.
+
+        `torch.utils.swap_tensors` exchanges a parameter's memory and its dict of attributes, and leaves its hooks in
+        place though they are not called any more. Called before every backward, also another optimizer's.
+        """
+        for record in self._records:
+            if record.attributes is record.param.__dict__ and (record.hooked or not record.param.requires_grad):
+                continue
+            with _hooking:
+                param: Any = record.param
+                if record.attributes is not param.__dict__:
+                    if record.hooked:
+                        param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # makes torch call them
+                    record.attributes = param.__dict__
+                if not record.hooked and param.requires_grad:
+                    record.hooked = True
+                    hook = _hook(weakref.ref(self), record)
+                    self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
     def _fuse(self, model: nn.Module) -> None:
         """Fuses the layers of `model` whose weights are ours and that can be, unless they are."""
@@ -750,6 +828,7 @@ class Lomo(torch.optim.Optimizer):
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One step at a time: another thread waits, a hook that starts one inside another is told."""
+        self._check_not_wrapped()
         # On GPUs autograd runs hooks in threads of its own, which would wait here for the step that waits for them.
         in_backward = torch._C._current_graph_task_id() != -1
         if self._busy_thread == threading.get_ident() or (in_backward and self._busy.locked()):
@@ -769,7 +848,11 @@ def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], No
         owner = optimizer()
         if owner is None:
             return
-        if owner._run is not None:
+        backward = optimizer_backward()
+        if backward is not None and backward.optimizer is not owner:
+            backward.drop(record.param)
+            owner._passed_over = True
+        elif owner._run is not None:
             owner._run.take(record)
         else:
             owner._on_plain_gradient(record)
@@ -782,23 +865,42 @@ def _taker(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Pair], Seq
 
     def on_pair(pair: Pair) -> Sequence[Pair]:
         owner = optimizer()
-        if owner is None or owner._run is None:
+        if owner is None:
             return (pair,)
-        return owner._run.take_pair(record, pair)
+        backward = optimizer_backward()
+        if backward is not None and backward.optimizer is not owner:
+            return ()  # its gradient would be dropped
+        return (pair,) if owner._run is None else owner._run.take_pair(record, pair)
 
     return on_pair
 
 
+def _replace(former: Iterable[Lomo]) -> None:
+    """Ends the use of optimizers some of whose parameters a newer one takes over."""
+    for optimizer in former:
+        optimizer._end_use(
+            "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters; a parameter "
+            "has one optimizer. Use the newer one, or make one of the parameters that are left"
+        )
+
+
 def _detach(
-    handles: list[torch.utils.hooks.RemovableHandle], ids: list[int], fused: list[weakref.ref[nn.Module]]
+    optimizer_id: int,
+    claimed: list[int],
+    records: Sequence[Record],
+    handles: list[torch.utils.hooks.RemovableHandle],
+    ids: list[int],
+    fused: list[weakref.ref[nn.Module]],
 ) -> None:
-    """Takes an optimizer's hooks off, and makes its layers plain ones again."""
+    """Takes an optimizer off its parameters: hooks, fused layers, and the loss scale in gradients that stay."""
+    release(optimizer_id, claimed)
     while handles:
         handles.pop().remove()
     while ids:
         takers.pop(ids.pop(), None)
     unfuse(fused)
     fused.clear()
+    unscale_grads(records)
 
 
 def _model_of(model_or_params: Any, fused_layers: bool | nn.Module) -> nn.Module | None:

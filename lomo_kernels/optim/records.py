@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,14 +39,14 @@ class Record:
         self.param = param
         self.index = index
         self.name = name
-        self.claimed = False  # noted as ours
+        self.served = True  # the kernels can update it; False: frozen, and of another dtype or so
         self.hooked = False  # a frozen parameter has no hook
+        self.attributes: dict[str, Any] | None = None  # the parameter's __dict__, which swap_tensors exchanges
         self.fused = False  # some of its layers hand over factors in place of its gradient
         self.reused = False  # several layers have it, or one was used several times in a backward
         self.fired = -1  # the last pass in which its gradient came
-        self.scaled_grad: weakref.ref[Tensor] | None = (
-            None  # what accumulate() left in .grad, with the loss scale in it
-        )
+        self.scaled_grad: Tensor | None = None  # what accumulate() left in .grad, with `grad_scale` in it
+        self.grad_scale: Tensor | None = None
         self.dtype: torch.dtype | None = None
         # What `Ranks.place` sets anew where several processes take part.
         self.local: Tensor = param  # what the kernels update
@@ -56,7 +56,7 @@ class Record:
     @property
     def scaled(self) -> bool:
         """Whether what stands in ``.grad`` carries the loss scale: whether it is what `accumulate` left there."""
-        return self.scaled_grad is not None and self.param.grad is self.scaled_grad()
+        return self.scaled_grad is not None and self.param.grad is self.scaled_grad
 
     def not_dense(self, grad: Tensor) -> RuntimeError:
         """What to raise where a gradient of this parameter is not strided. The caller looks: it is a hot path."""
