@@ -50,7 +50,7 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None
         raise
 
 
-def _nodes(loss: Tensor) -> Iterator[Any]:
+def nodes_of(loss: Tensor) -> Iterator[Any]:
     """The nodes of the graph of `loss`, those near it first; about 1 us each."""
     seen: set[Any] = {loss.grad_fn} - {None}  # a loss that is itself a parameter has no node
     waiting = deque(seen)
@@ -70,7 +70,7 @@ def reentrant_checkpoints(loss: Tensor, *, thorough: bool) -> int:
     `thorough`, a graph without one in its first 64 nodes (some 40 us) counts as having none.
     """
     count = 0
-    for place, node in enumerate(_nodes(loss)):
+    for place, node in enumerate(nodes_of(loss)):
         count += node.name() == "CheckpointFunctionBackward"
         if place == 64 and not count and not thorough:
             break
@@ -82,7 +82,7 @@ def check_fused_weights(loss: Tensor) -> None:
 
     Autograd would raise as well, but only when it comes to that layer: with others updated already.
     """
-    for node in _nodes(loss):
+    for node in nodes_of(loss):
         version = getattr(node, "weight_version", None)
         if version is not None and node.needs_input_grad[0] and node.weight._version != version:
             raise RuntimeError(
@@ -99,7 +99,7 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
     """
     if loss.grad_fn is None:
         return [loss]
-    leaves = (getattr(node, "variable", None) for node in _nodes(loss))
+    leaves = (getattr(node, "variable", None) for node in nodes_of(loss))
     return [leaf for leaf in leaves if leaf is not None]
 
 

@@ -22,13 +22,13 @@ from .graph import (
     reentrant_checkpoints,
     run_backward,
 )
-from .hyperparameters import check_group, check_positive, numbers_of
+from .hyperparameters import check_group, check_positive, numbers_of, unused_momentum
 from .owners import backward_of, claim, optimizer_backward, owner_of, release, unmanaged, unscale_grads
 from .parameters import check_apart, check_parameter, is_served, name_of, named_groups
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
 from .records import Record
-from .scaling import KINDS, LossScale
+from .scaling import KINDS, LossScale, computes_in_float16, factor_of, is_of_grad_scaler
 from .state import State
 from .summary import summary
 
@@ -65,7 +65,8 @@ class Lomo(torch.optim.Optimizer):
         clip_passes: for clipping by norm and dynamic loss scaling. "two": a backward for the norm, then one for the
             update; least memory. "one": one backward, which keeps every gradient until the norm is known, of fused
             layers the factors where those are smaller (`docs/one_backward.md`): fastest.
-        loss_scale: None, a number, "dynamic", or "auto": dynamic exactly when a parameter is float16.
+        loss_scale: None, a number, "dynamic", or "auto": dynamic when a parameter is float16, or when the first
+            backward computes in float16, as under autocast; over several processes that is only warned of.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
             updates far below a weight's last bit still count on average.
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
@@ -119,6 +120,7 @@ class Lomo(torch.optim.Optimizer):
         self._clip_grad_norm = clip_grad_norm
         self._one_pass = clip_passes == "one"
         self._wanted_scale = loss_scale
+        self._scale_is_open = loss_scale == "auto"  # until the first backward says whether it computes in float16
         self._stochastic = is_stochastic("Lomo", rounding)
         self._raise = nonfinite == "raise"
         self._seed = _check_seed(seed)
@@ -141,6 +143,8 @@ class Lomo(torch.optim.Optimizer):
         self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
         self._ids: set[int] = set()  # of the parameters
         self._warned = False
+        self._warned_of_momentum = False
+        self._looked_for_scaler = False
         self._passed_over = False  # another optimizer's backward dropped a gradient of ours
         self._trained = False  # there was a step since step() was last called
         self._itself = weakref.ref(self)  # not so through a wrapper made of this class, as Lightning makes
@@ -153,6 +157,7 @@ class Lomo(torch.optim.Optimizer):
         self._busy = threading.Lock()
         self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
+        defaults["momentum"] = 0.0  # is not used; OneCycleLR and CyclicLR want to set it
         super().__init__(named_groups(model_or_params), defaults)
         self._ranks = self._join_ranks(self._records, self.param_groups)
         self._state = State(self._records, self.param_groups, loss_scale, ranks=self._ranks)
@@ -262,8 +267,8 @@ class Lomo(torch.optim.Optimizer):
         """
         with self._exclusive():
             self._drop_norm()
-            check_loss(loss)
-            self._refresh()
+            self._check_loss(loss)
+            self._refresh(loss)
             if self._kept():
                 raise RuntimeError("Lomo: gradients stand in .grad; use backward(), which adds them in, or zero_grad()")
             self._find_norm(loss, self._start_scale(loss))
@@ -388,7 +393,8 @@ class Lomo(torch.optim.Optimizer):
                 "Lomo.state_dict()"
             )
         self._check_layout(ours["parameters"])
-        if ours["scaling"] != self._state.scale.kind:
+        to_dynamic = self._scale_is_open and ours["scaling"] == "dynamic"  # settled by the run that is resumed
+        if ours["scaling"] != self._state.scale.kind and not to_dynamic:
             raise ValueError(
                 f"Lomo: the state dict was taken with {ours['scaling']} loss scaling, this optimizer has "
                 f"{self._state.scale.kind}; construct it with the same loss_scale"
@@ -397,6 +403,9 @@ class Lomo(torch.optim.Optimizer):
         for index, group in enumerate(state_dict["param_groups"]):
             check_group({**self.defaults, **group}, f"Lomo: param_groups[{index}] of the state dict")
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        if to_dynamic:
+            self._wanted_scale = "dynamic"
+            self._place()
         self._state.load(ours)
         self._seed = seed
         self._repeat_state()
@@ -434,10 +443,10 @@ class Lomo(torch.optim.Optimizer):
         return self._clip_grad_norm is not None or self._state.scale.kind == "dynamic"
 
     def _train(self, loss: Tensor, lr: float | Tensor | None = None, *, after_grad_norm: bool = False) -> None:
-        check_loss(loss)
+        self._check_loss(loss)
         if not after_grad_norm:
             self._drop_norm()
-        self._refresh(lr)
+        self._refresh(loss, lr)
         if self._whole is not None:
             self._check_still_there()
         known, self._norm_is_known = self._norm_is_known, False
@@ -475,6 +484,37 @@ class Lomo(torch.optim.Optimizer):
             self._state.zero_slots()
         self._sweep(self._update_pass(scaled, self._ranks), loss, scale, retain_graph=False)
         self._finish(scaled)
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """Raises TypeError, ValueError or RuntimeError unless `loss` is one number that no GradScaler has scaled."""
+        check_loss(loss)
+        factor = None if self._looked_for_scaler else factor_of(loss)
+        if factor is None:
+            return
+        if is_of_grad_scaler(factor):
+            raise RuntimeError(
+                "Lomo: the loss was multiplied by the scale of a torch.amp.GradScaler, and the update would be so many "
+                'times too large. Use optimizer.backward(loss), with Lomo(..., loss_scale="dynamic") in the scaler\'s '
+                "place. No weight was changed"
+            )
+        self._looked_for_scaler = True  # once: some loops multiply by another tensor each time
+
+    def _scale_float16(self, loss: Tensor) -> None:
+        """The first backward settles what ``loss_scale="auto"`` means with parameters none of which is float16."""
+        if not self._scale_is_open:
+            return
+        self._scale_is_open = False
+        if self._state.scale.used or not computes_in_float16(loss):
+            return
+        if self._ranks is not None:  # which would have to agree on it
+            warnings.warn(
+                "Lomo: backward computes in float16 (autocast?) without a loss scale, and small gradients become zero. "
+                'Over several processes, say loss_scale="dynamic" (or None) when the optimizer is made',
+                stacklevel=5,
+            )
+            return
+        self._wanted_scale = "dynamic"
+        self._place()
 
     def _start_scale(self, loss: Tensor) -> Tensor | None:
         """The loss scale for a backward from `loss`, which the kernels are told to take out again. None: no scaling."""
@@ -660,7 +700,7 @@ class Lomo(torch.optim.Optimizer):
                 f"scale in it. {_ONE_KIND}"
             )
 
-    def _refresh(self, lr: float | Tensor | None = None) -> None:
+    def _refresh(self, loss: Tensor | None = None, lr: float | Tensor | None = None) -> None:
         """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
         self._check_not_ended()
         self._check_groups()
@@ -673,6 +713,11 @@ class Lomo(torch.optim.Optimizer):
             if not record.scaled:
                 record.scaled_grad = None
         self._hook_all()
+        if loss is not None:
+            self._scale_float16(loss)
+        if not self._warned_of_momentum and (text := unused_momentum(self.param_groups)):
+            self._warned_of_momentum = True
+            warnings.warn(text, stacklevel=5)
         self._state.refresh(self.param_groups, lr)
 
     def _check_groups(self) -> None:
@@ -690,7 +735,7 @@ class Lomo(torch.optim.Optimizer):
         if self._itself() is not self:
             raise RuntimeError(
                 f"Lomo: this is a {type(self).__name__} around the optimizer, on which a step would be only half done. "
-                "Call the optimizer itself: with Lightning, self.optimizers(use_pl_optimizer=False)"
+                "Call the optimizer itself: the wrapper's .optimizer. No weight was changed"
             )
 
     def _check_not_ended(self) -> None:
