@@ -7,6 +7,7 @@ import gc
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lomo_kernels import Lomo
+from lomo_kernels.layers import linear
 
 LR = 0.5
 NORM = 0.05
@@ -164,6 +166,19 @@ def test_what_the_other_has_accumulated_keeps_every_bit(
     book.step(is_real(book.model(real), 1.0), norm=opt_d.last_grad_norm)
     for name, weight in d.named_parameters():
         torch.testing.assert_close(weight, book.model.get_parameter(name), rtol=1e-5, atol=1e-6)
+
+
+@BY_RULE
+def test_fused_layers_of_the_other_form_no_gradient(rule: str) -> None:
+    """It would be dropped."""
+    g, d = generator_and_discriminator()
+    opt_g, opt_d = (Lomo(model, LR, fused_layers=True, **RULES[rule]) for model in (g, d))
+    with mock.patch.object(linear, "gradient_of", wraps=linear.gradient_of) as formed:
+        opt_g.backward(losses(g, d, 0)[1]())
+        assert formed.call_count == 0
+        losses(g, d, 0)[1]().backward()
+        assert formed.call_count == 6  # a plain backward: each of the six layers
+    opt_d.zero_grad()
 
 
 @BY_RULE

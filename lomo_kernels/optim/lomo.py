@@ -48,6 +48,7 @@ class Lomo(torch.optim.Optimizer):
     ``optimizer.backward(loss)`` takes the place of ``loss.backward()``, ``optimizer.step()`` and
     ``optimizer.zero_grad()``. Only it (and `fused_backward`) consumes gradients: a plain ``loss.backward()`` leaves
     them in ``.grad`` as ever, and `step` applies them, so this is a `torch.optim.Optimizer` like others in any trainer.
+    A parameter has one optimizer: a newer `Lomo` of some of them takes them over and ends the use of the older one.
 
     Per element, with g the gradient over the loss scale (`lomo_kernels.reference` states it bit for bit)::
 
@@ -180,7 +181,8 @@ class Lomo(torch.optim.Optimizer):
 
         With `clip_grad_norm` or dynamic loss scaling the graph is run twice, first for the norm. Gradients that plain
         backwards (or `accumulate`) left in ``.grad`` are part of the step: this one is added to them, then all are
-        applied and freed. Inside `accumulate` it only adds to ``.grad``.
+        applied and freed. Inside `accumulate` it only adds to ``.grad``. Parameters that another `Lomo` manages get no
+        gradient, and keep what stands in their ``.grad``; leaves that none manages get that of one plain backward.
 
         Args:
             loss: one floating-point element, not scaled.
