@@ -488,9 +488,12 @@ class Lomo(torch.optim.Optimizer):
         groups, settings, numbers = self._parts(copied)
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        process_group = settings.pop("process_group")  # as little copied as the processes
-        settings = copy.deepcopy(settings, memo) | {"process_group": process_group}
-        new._become(copy.deepcopy(groups, memo), settings, numbers)
+
+        def own(options: dict[str, Any]) -> dict[str, Any]:
+            done = ("params", "fused_layers", "process_group")  # the last is as little copied as the processes
+            return {key: value if key in done else copy.deepcopy(value, memo) for key, value in options.items()}
+
+        new._become([own(group) for group in groups], own(settings), numbers)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
