@@ -41,10 +41,14 @@ def claim(params: Iterable[Tensor], optimizer: Owner) -> list[int]:
     return ids
 
 
-def release(optimizer_id: int, ids: list[int]) -> None:
-    """Forgets what `claim` noted, and empties `ids`."""
+def release(ids: list[int]) -> None:
+    """Forgets what `claim` noted of parameters, and empties `ids`."""
     while ids:
         _owners.pop(ids.pop(), None)
+
+
+def forget(optimizer_id: int) -> None:
+    """Forgets an optimizer, whose parameters were released."""
     _live.pop(optimizer_id, None)
 
 
@@ -62,7 +66,7 @@ def unscale_grads(records: Iterable[Record]) -> None:
             grad = record.scaled_grad.clone()
             local_of(grad).div_(record.grad_scale.to(grad.device))  # a DTensor takes no plain tensor
             record.param.grad = grad
-        record.scaled_grad = None
+        record.scaled_grad = record.zeros = None
 
 
 # ---- Whose backward runs --------------------------------------------------------------------------------------------
