@@ -33,8 +33,8 @@ def find_torch() -> str:
     if not version or not found or (int(found[2]), int(found[3])) < (2, 11):
         sys.exit(
             f"lomo_kernels is built against the installed torch and finds {found[1] if found else 'none'}: "
-            "`pip install 'torch>=2.11'` first. If it is installed, this build cannot see it, as with uv, which hides it "
-            "from builds: `pip install 'setuptools>=77' cmake ninja`, then `uv pip install --no-build-isolation .` "
+            "`pip install 'torch>=2.11'` first. If it is installed, this build cannot see it, as uv hides it: "
+            "`pip install 'setuptools>=77' cmake ninja`, then `uv pip install --no-build-isolation .` "
             "(or the same with pip)."
         )
     return str(version.parent)
