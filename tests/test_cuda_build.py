@@ -1,6 +1,7 @@
 """The CUDA library is compiled and linked for every target, and its code is what it should be. Needs nvcc, no GPU.
 
-nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else the one of `pip install lomo_kernels[cuda-build]`.
+nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else the one of `pip install nvidia-cuda-nvcc
+nvidia-cuda-runtime`.
 """
 
 import fcntl
@@ -54,7 +55,7 @@ def nvcc():
         if failed and "no nvcc" in output:
             pytest.skip(
                 "THE CUDA KERNELS WERE NOT COMPILED AND THEIR CODE NOT CHECKED: there is no nvcc. Install CUDA, or "
-                "`pip install lomo_kernels[cuda-build]`"
+                "`pip install nvidia-cuda-nvcc nvidia-cuda-runtime`"
             )
         assert not failed, output
         failed, output = output_of(tool("cmake"), "--build", str(BUILD), "--target", "_cuda")

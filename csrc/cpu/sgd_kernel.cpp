@@ -174,7 +174,11 @@ template <bool kFinite, bool kStochastic, class G>
 LOMO_FN void update_group(uint16_t* p, const typename G::Storage* __restrict g, const Scalars& s, Random random,
                           BFloat16, G) {
   Pair* __restrict pairs = reinterpret_cast<Pair*>(p);
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
 #pragma GCC ivdep
+#endif
   for (int i = 0; i < kGroup / 2; ++i) {
     const uint32_t bits = kStochastic ? random_bits(random.block, random.counter + static_cast<uint32_t>(i)) : 0;
     float g_even, g_odd;
