@@ -945,6 +945,11 @@ class Lomo(torch.optim.Optimizer):
             )
         self._whole = None
 
+    @property
+    def _is_stepping(self) -> bool:
+        """Whether a step is under way, in whatever thread."""
+        return self._busy.locked()
+
     def _replace_owners(self, records: Sequence[Record]) -> None:
         """Ends the use of other optimizers that manage some of `records`. Raises RuntimeError if one is amid a step."""
         former: dict[int, Lomo] = {}
@@ -952,7 +957,7 @@ class Lomo(torch.optim.Optimizer):
             owner = owner_of(record.param)
             if owner is None or owner is self:
                 continue
-            if owner._busy.locked():
+            if owner._is_stepping:
                 raise RuntimeError(
                     f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer "
                     "when that step has ended"

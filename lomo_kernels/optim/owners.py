@@ -22,6 +22,10 @@ class Owner(Protocol):
 
     _records: list[Record]
 
+    @property
+    def _is_stepping(self) -> bool:
+        """Whether a step is under way."""
+
     def _hook_all(self) -> None:
         """Puts hooks on trainable parameters without one."""
 
@@ -131,7 +135,9 @@ class OptimizerBackward:
 
 def optimizer_backward() -> OptimizerBackward | None:
     """The innermost backward that a `Lomo` runs around the caller, which may be a hook in one of autograd's threads."""
-    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+    backward = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+    # An interrupt may keep `backward_of` from taking its note back.
+    return backward if backward is not None and backward.optimizer._is_stepping else None
 
 
 @contextmanager
