@@ -22,6 +22,10 @@ class Owner(Protocol):
 
     _records: list[Record]
 
+    @property
+    def _is_stepping(self) -> bool:
+        """Whether a step is under way."""
+
     def _hook_all(self) -> None:
         """Puts hooks on trainable parameters without one."""
 
@@ -32,13 +36,11 @@ _owners: dict[int, weakref.ref[Any]] = {}
 _live: dict[int, weakref.ref[Any]] = {}
 
 
-def claim(params: Iterable[Tensor], optimizer: Owner) -> list[int]:
-    """Notes that `optimizer` manages `params`. Returns their ids, for `release`."""
+def claim(ids: Iterable[int], optimizer: Owner) -> None:
+    """Notes that `optimizer` manages the parameters of these ids."""
     reference = weakref.ref(optimizer)
-    ids = [id(param) for param in params]
     _owners.update(dict.fromkeys(ids, reference))
     _live[id(optimizer)] = reference
-    return ids
 
 
 def release(ids: list[int]) -> None:
@@ -133,7 +135,9 @@ class OptimizerBackward:
 
 def optimizer_backward() -> OptimizerBackward | None:
     """The innermost backward that a `Lomo` runs around the caller, which may be a hook in one of autograd's threads."""
-    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+    backward = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+    # An interrupt may keep `backward_of` from taking its note back.
+    return backward if backward is not None and backward.optimizer._is_stepping else None
 
 
 @contextmanager
