@@ -153,7 +153,6 @@ def test_a_schedule_is_resumed_twice(name: str, tensor_lr: bool) -> None:
     assert all(same_bits(a, b) for a, b in zip(params, straight, strict=True))
 
 
-@pytest.mark.skipif("momentum" not in Lomo([vector(0.0)]).defaults, reason="groups have no momentum to cycle")
 @pytest.mark.parametrize("name", WITH_MOMENTUM)
 def test_schedulers_that_cycle_momentum_by_default(name: str) -> None:
     ours, optimizer, scheduler = start(Lomo, WITH_MOMENTUM[name], False)
