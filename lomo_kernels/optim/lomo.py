@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -42,7 +42,6 @@ _NOT_OURS = (
     "docs/distributed.md); use add_param_group(), or make a new optimizer"
 )
 _NOTHING_CHANGED = "no weight was changed"
-_hooking = threading.Lock()  # an optimizer's hooks are also put on by another one's backward, in another thread
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
 
@@ -171,9 +170,8 @@ class Lomo(torch.optim.Optimizer):
         self._repeat_state()
         if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
             raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
-        with self._former_owners(self._records) as former:
-            _replace(former)
-            self._attach()
+        self._replace_owners(self._records)
+        self._attach()
         self._attached = True
         # An optimizer that is dropped without remove() leaves no hooks behind.
         weakref.finalize(
@@ -406,12 +404,11 @@ class Lomo(torch.optim.Optimizer):
 
     def _add_later(self, group: dict[str, Any], records: Sequence[Record]) -> None:
         ranks = self._join_ranks([*self._records, *records], [*self.param_groups, group])
-        with self._former_owners(records) as former:
-            self._add(group, records)
-            self._ranks = ranks
-            self._place()
-            _replace(former)
-            self._attach()
+        self._add(group, records)
+        self._ranks = ranks
+        self._place()
+        self._replace_owners(records)
+        self._attach()
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters.
@@ -949,23 +946,24 @@ class Lomo(torch.optim.Optimizer):
             )
         self._whole = None
 
-    @contextmanager
-    def _former_owners(self, records: Sequence[Record]) -> Iterator[Sequence[Lomo]]:
-        """The other optimizers that manage some of `records`, kept from starting a step."""
+    def _replace_owners(self, records: Sequence[Record]) -> None:
+        """Ends the use of other optimizers that manage some of `records`. Raises RuntimeError if one is amid a step."""
         former: dict[int, Lomo] = {}
-        with ExitStack() as stack:
-            for record in records:
-                owner = owner_of(record.param)
-                if owner is None or owner is self or id(owner) in former:
-                    continue
-                if not owner._busy.acquire(blocking=False):
-                    raise RuntimeError(
-                        f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer "
-                        "when that step has ended"
-                    )
-                stack.callback(owner._busy.release)
-                former[id(owner)] = owner
-            yield list(former.values())
+        for record in records:
+            owner = owner_of(record.param)
+            if owner is None or owner is self:
+                continue
+            if owner._busy.locked():
+                raise RuntimeError(
+                    f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer "
+                    "when that step has ended"
+                )
+            former[id(owner)] = owner
+        for owner in former.values():
+            owner._end_use(
+                "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters; a "
+                "parameter has one optimizer. Use the newer one, or make one of the parameters that are left"
+            )
 
     def _end_use(self, reason: str) -> None:
         """Takes everything off the parameters. `reason`: what a later use is refused with."""
@@ -974,7 +972,8 @@ class Lomo(torch.optim.Optimizer):
 
     def _attach(self) -> None:
         """Makes all parameters this optimizer's: notes it, and puts hooks on those that are trained."""
-        self._claimed[:] = claim((record.param for record in self._records), self)
+        self._claimed[:] = [id(record.param) for record in self._records]  # first: see `_fuse`
+        claim(self._claimed, self)
         self._hook_all()
         model = None if self._model is None else self._model()
         if model is not None:
@@ -989,16 +988,15 @@ class Lomo(torch.optim.Optimizer):
         for record in self._records:
             if record.attributes is record.param.__dict__ and (record.hooked or not record.param.requires_grad):
                 continue
-            with _hooking:
-                param: Any = record.param
-                if record.attributes is not param.__dict__:
-                    if record.hooked:
-                        param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # makes torch call them
-                    record.attributes = param.__dict__
-                if not record.hooked and param.requires_grad:
-                    record.hooked = True
-                    hook = _hook(weakref.ref(self), record)
-                    self._handles.append(param.register_post_accumulate_grad_hook(hook))
+            param: Any = record.param
+            if record.attributes is not param.__dict__:
+                if record.hooked:
+                    param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # makes torch call them
+                record.attributes = param.__dict__
+            if not record.hooked and param.requires_grad:
+                record.hooked = True
+                hook = _hook(weakref.ref(self), record)
+                self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
     def _fuse(self, model: nn.Module) -> None:
         """Fuses the layers of `model` whose weights are ours and that can be, unless they are."""
@@ -1096,15 +1094,6 @@ def _taker(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Pair], Seq
         return (pair,) if owner._run is None else owner._run.take_pair(record, pair)
 
     return on_pair
-
-
-def _replace(former: Iterable[Lomo]) -> None:
-    """Ends the use of optimizers some of whose parameters a newer one takes over."""
-    for optimizer in former:
-        optimizer._end_use(
-            "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters; a parameter "
-            "has one optimizer. Use the newer one, or make one of the parameters that are left"
-        )
 
 
 def _let_go(optimizer_id: int, claimed: list[int], records: Sequence[Record], *attached: Any) -> None:

@@ -32,13 +32,11 @@ _owners: dict[int, weakref.ref[Any]] = {}
 _live: dict[int, weakref.ref[Any]] = {}
 
 
-def claim(params: Iterable[Tensor], optimizer: Owner) -> list[int]:
-    """Notes that `optimizer` manages `params`. Returns their ids, for `release`."""
+def claim(ids: Iterable[int], optimizer: Owner) -> None:
+    """Notes that `optimizer` manages the parameters of these ids."""
     reference = weakref.ref(optimizer)
-    ids = [id(param) for param in params]
     _owners.update(dict.fromkeys(ids, reference))
     _live[id(optimizer)] = reference
-    return ids
 
 
 def release(ids: list[int]) -> None:
