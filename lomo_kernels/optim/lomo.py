@@ -836,6 +836,7 @@ class Lomo(torch.optim.Optimizer):
         """Called when a gradient went into ``.grad``: notes whether it carries the loss scale."""
         if record.param.grad is None:  # a custom layer that keeps it to itself
             return
+        record.zeros = None  # FSDP2 adds to the shard inside a DTensor, whose version stays as it was
         if self._plain_is_scaled:
             record.scaled_grad, record.grad_scale = record.param.grad, self._kept_scale
         elif record.scaled:
