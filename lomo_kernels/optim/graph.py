@@ -168,9 +168,13 @@ def release_deep_graphs() -> None:
             waiting = [] if _is_held(nodes, first) else list(reversed(nodes))
             while waiting:
                 key = waiting.pop()
-                if key in nodes and not _is_held(nodes, key):
-                    waiting.extend(id(after) for after, _ in nodes[key].next_functions if after is not None)
+                if key not in nodes:
+                    continue
+                after = nodes[key].next_functions
+                if not after or not _is_held(nodes, key):  # a leaf's node ends every chain, and new graphs hold it too
                     del nodes[key]
+                    waiting.extend(id(node) for node, _ in after if node is not None)
+                del after
             if not nodes:
                 _deep_graphs.remove(nodes)
     finally:
