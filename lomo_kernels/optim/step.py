@@ -23,6 +23,7 @@ class Step:
         self._stood = [
             (record, grad, grad._version) for record in records if (grad := record.param.grad) is not None
         ]  # gradients of the user's, and their versions
+        self._accumulated = any(not record.zeroed for record, _, _ in self._stood)
         self._isolated: list[tuple[Tensor, Tensor | None]] = []  # leaves of others, and the gradients they had
         self.sink: Pass | None = None  # what hooks hand their gradients to; None: they stay in .grad
         self.adds_scaled = False  # whether the backward that now runs into .grad carries the loss scale
@@ -30,7 +31,7 @@ class Step:
         self.applied = False  # every gradient was
         self.ended = False  # counted: an error after that is about gradients that are not finite
         self.taken_back = False
-        self.dropped = 0  # number of the user's gradients that the step has altered before it broke off
+        self.dropped = False  # whether gradients of the user's had to be
 
     @property
     def outcome(self) -> str:
@@ -77,7 +78,7 @@ class Step:
         for record in self._records:
             if record.index not in theirs:
                 record.param.grad = None
-        self.dropped = 0 if stay or self.ended else len(self._stood)
+        self.dropped = self._accumulated and not stay and not self.ended
         self.taken_back = True
 
     def _restore_isolated(self) -> None:
