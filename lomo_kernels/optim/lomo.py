@@ -36,6 +36,7 @@ _NOT_OURS = (
     "docs/distributed.md); use add_param_group(), or make a new optimizer"
 )
 _NOTHING_CHANGED = "no weight was changed"
+_INSIDE = "a step was started inside another one of the same optimizer"
 _T = TypeVar("_T")
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
@@ -211,6 +212,7 @@ class Lomo(torch.optim.Optimizer):
             closure: called first, with gradients enabled; its result is returned.
         """
         self._check_not_removed()
+        self._check_not_inside(_INSIDE)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -969,7 +971,7 @@ class Lomo(torch.optim.Optimizer):
         However the step ends, nothing of it is left. An interrupt (Ctrl-C) may also come between any two lines of what
         takes a broken step back, and before the lock is given back: so both are done again if need be.
         """
-        self._check_not_inside("a step was started inside another one of the same optimizer")
+        self._check_not_inside(_INSIDE)
         try:
             with self._busy:
                 return self._run(Step(self._records), run)
