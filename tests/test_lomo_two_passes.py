@@ -375,3 +375,49 @@ def test_cross_entropy_of_liger(run_python: Any) -> None:
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed: it is in the extra 'test'")
     done = run_python(LIGER, TRITON_INTERPRET="1")
     assert done.stdout.strip().endswith("exact"), done.stderr[-3000:]
+
+
+# ---- What is the same ------------------------------------------------------------------------------------------------
+
+
+def summed_in_another_order(grads: Tensor, seed: int) -> Tensor:
+    """The sum over the first dimension, rounded to the dtype after each term, as atomics do it."""
+    order = torch.randperm(len(grads), generator=torch.Generator().manual_seed(seed))
+    total = torch.zeros_like(grads[0])
+    for index in order.tolist():
+        total += grads[index]
+    return total
+
+
+@pytest.mark.parametrize("size", [1, 16, 640, 40_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_sums_in_another_order_are_the_same(dtype: torch.dtype, size: int) -> None:
+    """As GPUs have them. They moved a norm by a third of the tolerance at most."""
+    w = nn.Parameter(torch.zeros(size, dtype=dtype))
+    grads = torch.randn(100, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    for seed in range(3):
+        on_gradient_pass(w, lambda number, grad, seed=seed: summed_in_another_order(grads, 100 * seed + number))
+        optimizer = Lomo([w], lr=0.0, clip_grad_norm=1.0, loss_scale=None)
+        optimizer.backward(w.float().sum())
+        optimizer.remove()
+        w._backward_hooks.clear()
+
+
+def test_a_gradient_that_is_nothing_but_rounding_may_be_any_other() -> None:
+    """A key's bias: softmax does not depend on it."""
+    bias, w = nn.Parameter(torch.zeros(64)), nn.Parameter(torch.zeros(300, 300))
+    bias.register_hook(lambda grad: torch.randn(64) * 1e-9)
+    optimizer = Lomo([bias, w], lr=0.0, clip_grad_norm=1.0)
+    optimizer.backward(bias.sum() + w.sum())
+
+
+@pytest.mark.parametrize("size", [3, 40_000])
+@pytest.mark.parametrize("factor", [0.5, 0.99, 1.01, 1e4, 0.0, float("inf"), float("nan")])
+def test_a_gradient_that_is_not_the_same(factor: float, size: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16) if factor not in (0.99, 1.01) else (torch.float32,):
+        w = nn.Parameter(torch.ones(size, dtype=dtype))
+        on_gradient_pass(w, lambda number, grad: grad * factor if number else grad)
+        optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+        with pytest.raises(RuntimeError, match="parameter 0, whose norm is"):
+            optimizer.backward(w.float().sum())
+        assert (w == 1).all()

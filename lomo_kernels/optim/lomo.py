@@ -659,7 +659,7 @@ class Lomo(torch.optim.Optimizer):
         first = [device.slots.clone() for device in devices]
         look_again(lambda: self._look(step, graph, scale, ranks), self._trained(), devices, advice)
         second = [device.slots.clone() for device in devices]
-        indices = differing(first, second)
+        indices = differing(self._records, first, second)
         number = torch.tensor(float(len(indices)), dtype=torch.float64, device=self._state.norm.device)
         if ranks is not None:
             ranks.sum_(number)
@@ -738,8 +738,7 @@ class Lomo(torch.optim.Optimizer):
         assert not scaled or self._kept_scale is not None
         self._state.unscale_by(self._kept_scale if scaled else None)
         if not keep:
-            for record, _ in kept:
-                record.param.grad = None
+            step.consume()
         if self._ranks is not None:
             kept = self._ranks.kept(kept, copy=keep)
         self._state.zero_slots()
@@ -1003,14 +1002,15 @@ class Lomo(torch.optim.Optimizer):
         self._step = None
         self._norm_is_known = False
         self._outcome = step.outcome
-        self._state.level_steps()
         step.take_back()
+        self._state.level_steps()
+        step.taken_back = True
         if step.dropped:
             warnings.warn(
                 f"Lomo: a step broke off, and the gradients that stood in .grad before it were dropped with its own: "
                 f"{'it had added to them' if step.outcome == 'unchanged' else 'some weights were updated already'}. "
                 "Begin that step again, with its first backward",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _check_not_inside(self, refusal: str) -> None:

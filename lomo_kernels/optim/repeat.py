@@ -17,13 +17,6 @@ from torch._subclasses import FakeTensor
 from .graph import Graph
 from .records import Device, Record
 
-# By how much a parameter's norm may differ, relative to itself and to the norm of all. Eager kernels on a CPU repeat
-# every bit; code of torch.compile adds to rows of an embedding in any order there, and GPUs add with atomics. The order
-# moves a float32 norm by 1e-7 and one in bfloat16, whose every term is rounded, by 4e-3 at most (100 terms an element).
-# A gradient that is zero but for rounding (a key's bias) may be any other: hence the share of the norm of all.
-TOLERANCES = {"cpu": (1e-4, 1e-6)}
-_OTHER_TOLERANCES = (1e-2, 1e-3)
-
 # A model whose graph is another in every step (experts, lengths) pays for this many. After them only a graph with a new
 # kind of node is looked at twice.
 _SHAPES = 64
@@ -113,17 +106,30 @@ def _statistics_kept(model: nn.Module | None) -> Iterator[None]:
             buffer.data.copy_(before)  # .data: with a version counter of its own, for autograd has saved the buffer
 
 
-def differing(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[int]:
-    """Indices of the parameters whose norm is not the same in two passes, given as slots (one per device)."""
-    different: set[int] = set()
-    pairs = [(a.sqrt(), b.sqrt()) for a, b in zip(first, second, strict=True)]
-    total = max(float(torch.nan_to_num(norm, nan=0.0, posinf=0.0).norm()) for pair in pairs for norm in pair)
-    for a, b in pairs:
-        relative, share = TOLERANCES.get(a.device.type, _OTHER_TOLERANCES)
-        near = (a - b).abs() <= relative * torch.maximum(a, b) + share * total
-        same = torch.where(a.isfinite() & b.isfinite(), near, a.isfinite() == b.isfinite())
-        different.update(same.logical_not().nonzero().flatten().tolist())
-    return sorted(different)
+def tolerance(record: Record) -> tuple[float, float]:
+    """By how much a parameter's norm may differ in two passes: relative to itself, and to the norm of all.
+
+    Eager kernels on a CPU repeat every bit. Code of torch.compile adds to an embedding's rows in any order there, and
+    GPUs add with atomics. Another order of 100 terms an element moves a norm by up to 2e-6 in float32. In bfloat16, in
+    which each sum is rounded, it is 3e-2 for one element, 1e-2 for 16, 2e-3 for 640 and 3e-4 for 25,600. On a GPU a
+    float32 gradient may come through bfloat16 as well (autocast). A gradient that is zero except for rounding (of a
+    key's bias) may be any other, so a share of the norm of all is added.
+    """
+    if record.device.type == "cpu" and record.dtype is torch.float32:
+        return 1e-4, 1e-6
+    return max(0.1 / max(record.local.numel(), 1) ** 0.5, 5e-3), 1e-3
+
+
+def differing(records: Sequence[Record], first: Sequence[Tensor], second: Sequence[Tensor]) -> list[int]:
+    """Indices of the parameters whose norm is not the same in two passes, given as slots (one tensor per device)."""
+    # One per parameter: the slots of other devices than its own are zero.
+    a, b = (torch.stack([slots.cpu() for slots in some]).sum(0).sqrt() for some in (first, second))
+    relative, share = torch.tensor([tolerance(record) for record in records], dtype=torch.float64).unbind(1)
+    both = torch.stack([a, b])
+    total = both.nan_to_num(nan=0.0, posinf=0.0).norm(dim=1).max()
+    near = (a - b).abs() <= relative * both.amax(0) + share * total
+    same = torch.where(both.isfinite().all(0), near, a.isfinite() == b.isfinite())
+    return same.logical_not().nonzero().flatten().tolist()
 
 
 def difference(

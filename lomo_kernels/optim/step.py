@@ -24,13 +24,14 @@ class Step:
             (record, grad, grad._version) for record in records if (grad := record.param.grad) is not None
         ]  # gradients of the user's, and their versions
         self._accumulated = any(not record.zeroed for record, _, _ in self._stood)
+        self._consumed = False
         self._isolated: list[tuple[Tensor, Tensor | None]] = []  # leaves of others, and the gradients they had
         self.sink: Pass | None = None  # what hooks hand their gradients to; None: they stay in .grad
         self.adds_scaled = False  # whether the backward that now runs into .grad carries the loss scale
         self.update: UpdatePass | None = None
         self.applied = False  # every gradient was
         self.ended = False  # counted: an error after that is about gradients that are not finite
-        self.taken_back = False
+        self.taken_back = False  # nothing is left of it
         self.dropped = False  # whether gradients of the user's had to be
 
     @property
@@ -63,23 +64,31 @@ class Step:
                 leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
         self._isolated = []
 
+    def consume(self) -> None:
+        """Takes the gradients out of ``.grad``: they are the step's own from here on, freed as they are applied."""
+        self._consumed = True
+        self._stood.clear()
+        for record in self._records:
+            record.param.grad = None
+
     def take_back(self) -> None:
-        """Called when the step has failed: leaves no gradient of it behind. A second call does what an interrupt kept
-        the first from doing.
+        """Called when the step has failed: leaves no gradient of it behind. Another call does what an interrupt kept
+        this one from doing.
 
         Gradients that stood in ``.grad`` before are the user's. They stay if the step has neither added to them nor
         changed a weight; otherwise all are dropped, since they no longer belong to these weights or to one batch.
         """
         self._restore_isolated()
-        stay = (self.ended or self.outcome == "unchanged") and all(
-            record.param.grad is grad and grad._version == version for record, grad, version in self._stood
+        stay = (
+            (self.ended or self.outcome == "unchanged")
+            and not self._consumed
+            and all(record.param.grad is grad and grad._version == version for record, grad, version in self._stood)
         )
         theirs = {record.index for record, _, _ in self._stood} if stay else set()
         for record in self._records:
             if record.index not in theirs:
                 record.param.grad = None
         self.dropped = self._accumulated and not stay and not self.ended
-        self.taken_back = True
 
     def _restore_isolated(self) -> None:
         for leaf, grad in self._isolated:
