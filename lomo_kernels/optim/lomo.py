@@ -232,8 +232,7 @@ class Lomo(torch.optim.Optimizer):
                     "optimizer.backward(loss) in place of loss.backward() frees each as soon as it is there",
                     stacklevel=3,  # `as_step` wraps step() once, twice where there are hooks
                 )
-            with torch.no_grad():
-                self._exclusively(self._apply_plain)
+            self._exclusively(self._apply_plain)
         elif self._unpickled and closure is None:
             raise RuntimeError(
                 "Lomo: no gradient has come to the parameters of this optimizer since it was unpickled. They are "
@@ -727,8 +726,9 @@ class Lomo(torch.optim.Optimizer):
         step.rejoin(scale, wanted=True)
 
     def _apply_plain(self, step: Step) -> None:
-        self._refresh()
-        self._apply_kept(step, keep=True)
+        with torch.no_grad():
+            self._refresh()
+            self._apply_kept(step, keep=True)
 
     def _apply_kept(self, step: Step, *, keep: bool) -> None:
         """One step from what stands in ``.grad``, which stays there where `keep`."""

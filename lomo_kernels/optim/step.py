@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .passes import Pass, UpdatePass
@@ -20,6 +21,7 @@ class Step:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._records = records
+        self._grad_mode = torch.is_grad_enabled()
         self._stood = [
             (record, grad, grad._version) for record in records if (grad := record.param.grad) is not None
         ]  # gradients of the user's, and their versions
@@ -78,6 +80,7 @@ class Step:
         Gradients that stood in ``.grad`` before are the user's. They stay if the step has neither added to them nor
         changed a weight; otherwise all are dropped, since they no longer belong to these weights or to one batch.
         """
+        torch.set_grad_enabled(self._grad_mode)  # the interrupt may have come as a torch.no_grad() was to end
         self._restore_isolated()
         stay = (
             (self.ended or self.outcome == "unchanged")
