@@ -263,7 +263,7 @@ def test_add_param_group_that_fails_adds_nothing() -> None:
     bad: list[dict[str, Any]] = [
         {"params": [b, a]},
         {"params": [b], "lr": math.nan},
-        {"params": [b, torch.ones(1, dtype=torch.float64)]},
+        {"params": [b, vector(1.0, dtype=torch.float64)]},
         {"params": [b, b]},
         {"params": [b], "clip_grad_value": 0.0},
         {"params": [("name", b)]},

@@ -73,7 +73,7 @@ class Graph:
         kinds: set[str] = set()
         custom: set[str] = set()
         shape = 0
-        for node in _nodes(self.loss):
+        for node in nodes_of(self.loss):
             name = node.name()
             shape = hash((shape, name))
             kinds.add(name)
@@ -113,7 +113,7 @@ class Graph:
         `thorough`, a graph without one in its first 64 nodes (some 40 us) counts as having none.
         """
         count = 0
-        for position, node in enumerate(_nodes(self.loss)):
+        for position, node in enumerate(nodes_of(self.loss)):
             count += node.name() == "CheckpointFunctionBackward"
             if position == 64 and not count and not thorough:
                 break
@@ -130,7 +130,7 @@ class _Walk(NamedTuple):
 _OWN_BACKWARDS = ("torch.", "lomo_kernels.")
 
 
-def _nodes(loss: Tensor) -> Iterator[Any]:
+def nodes_of(loss: Tensor) -> Iterator[Any]:
     """The nodes of the graph of `loss`, those near it first; about 1 us each."""
     release_deep_graphs()
     first = get_gradient_edge(loss).node  # also of a leaf, which has no grad_fn
@@ -198,7 +198,7 @@ def check_fused_weights(loss: Tensor) -> None:
 
     Autograd would raise as well, but only when it comes to that layer: with others updated already.
     """
-    for node in _nodes(loss):
+    for node in nodes_of(loss):
         version = getattr(node, "weight_version", None)
         if version is not None and node.needs_input_grad[0] and node.weight._version != version:
             raise RuntimeError(

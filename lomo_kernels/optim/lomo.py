@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -19,13 +19,14 @@ from ..layers import Pair, fuse, layers_of, takers, unfuse
 from ..ops.sgd import is_stochastic
 from . import resume
 from .graph import Graph, check_fused_weights, check_loss, run_backward
-from .hyperparameters import check_group, check_positive, check_seed, numbers_of
-from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
+from .hyperparameters import check_group, check_positive, check_seed, numbers_of, unused_momentum
+from .owners import OptimizerBackward, claim, forget, optimizer_backward, owner_of, release, unmanaged, unscale_grads
+from .parameters import check_apart, check_parameter, is_served, name_of, named_groups
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
 from .records import Record
 from .repeat import CHECKPOINTS, TWO_PASSES, Shapes, can_compare, difference, differing, look_again
-from .scaling import LossScale
+from .scaling import LossScale, computes_in_float16, factor_of, is_of_grad_scaler
 from .state import State
 from .step import Step
 from .step_hooks import as_step
@@ -38,6 +39,7 @@ _NOT_OURS = (
 _NOTHING_CHANGED = "no weight was changed"
 _INSIDE = "a step was started inside another one of the same optimizer"
 _T = TypeVar("_T")
+_hooking = threading.Lock()  # an optimizer's hooks are also put on by another one's backward, in another thread
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
 
@@ -47,6 +49,7 @@ class Lomo(torch.optim.Optimizer):
     ``optimizer.backward(loss)`` takes the place of ``loss.backward()``, ``optimizer.step()`` and
     ``optimizer.zero_grad()``. Only it (and `fused_backward`) consumes gradients: a plain ``loss.backward()`` leaves
     them in ``.grad`` as ever, and `step` applies them, so this is a `torch.optim.Optimizer` like others in any trainer.
+    A parameter has one optimizer: a newer `Lomo` of some of them takes them over and ends the use of the older one.
 
     Per element, with g the gradient over the loss scale (`lomo_kernels.reference` states it bit for bit)::
 
@@ -54,8 +57,8 @@ class Lomo(torch.optim.Optimizer):
 
     Args:
         model_or_params: an `nn.Module`, an iterable of parameters or of (name, parameter) pairs, or torch parameter
-            groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16.
-            Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.integrations.deepspeed`).
+            groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16;
+            frozen ones of any dtype. Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.integrations.deepspeed`).
         lr: learning rate, a number or a one-element tensor; read from ``param_groups`` at every step.
         clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. It is known
             only after a backward pass: see `clip_passes`.
@@ -64,7 +67,8 @@ class Lomo(torch.optim.Optimizer):
         clip_passes: for clipping by norm and dynamic loss scaling. "two": a backward for the norm, then one for the
             update; least memory. "one": one backward, which keeps every gradient until the norm is known, of fused
             layers the factors where those are smaller (`docs/one_backward.md`): fastest.
-        loss_scale: None, a number, "dynamic", or "auto": dynamic exactly when a parameter is float16.
+        loss_scale: None, a number, "dynamic", or "auto": dynamic when a parameter is float16, or when the first
+            backward computes in float16, as under autocast; over several processes that is only warned of.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
             updates far below a weight's last bit still count on average.
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
@@ -82,7 +86,7 @@ class Lomo(torch.optim.Optimizer):
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
-        RuntimeError: a parameter is managed by another `Lomo`; the model is in DistributedDataParallel or FSDP1.
+        RuntimeError: the model is in DistributedDataParallel or FSDP1; a parameter's other `Lomo` is amid a step.
         NotImplementedError: a kind of parameter that this version does not have.
     """
 
@@ -118,6 +122,7 @@ class Lomo(torch.optim.Optimizer):
         self._clip_grad_norm = clip_grad_norm
         self._one_pass = clip_passes == "one"
         self._wanted_scale = loss_scale
+        self._scale_is_open = loss_scale == "auto"  # until the first backward says whether it computes in float16
         self._stochastic = is_stochastic("Lomo", rounding)
         self._raise = nonfinite == "raise"
         self._seed = check_seed(seed, "Lomo: seed")
@@ -126,6 +131,7 @@ class Lomo(torch.optim.Optimizer):
         self._ranks: Ranks | None = None
 
         self._records: list[Record] = []
+        self._claimed: list[int] = []  # ids of the parameters noted as ours
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._model = None if model is None else weakref.ref(model)  # in which layers are fused
         self._fused: list[weakref.ref[nn.Module]] = []
@@ -140,28 +146,38 @@ class Lomo(torch.optim.Optimizer):
         self._shapes = Shapes()  # of graphs through which two backwards gave the same
         self._ids: set[int] = set()  # of the parameters
         self._warned = False
-        self._removed = False
+        self._warned_of_momentum = False
+        self._looked_for_scaler = False
+        self._passed_over = False  # another optimizer's backward dropped a gradient of ours
+        self._trained = False  # there was a step since step() was last called
+        self._itself = weakref.ref(self)  # not so through a wrapper made of this class, as Lightning makes
+        self._ended = ""  # why it cannot be used any more
         self._attached = False
         self._unpickled = False  # until the first step
         # Until the first step, which asks whether its parameters are still these.
         self._whole: Callable[[], nn.Module | None] | None = (
             weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else lambda: None
         )
-        self._trained: Callable[[], nn.Module | None] = self._whole if model is None else weakref.ref(model)
+        self._trained_model: Callable[[], nn.Module | None] = self._whole if model is None else weakref.ref(model)
         self._stale = False  # `_place` was begun and not ended
         self._busy: Any = threading.RLock()  # held during a step
         self._stepping: set[int] = set()  # threads in which step hooks are called now
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
+        defaults["momentum"] = 0.0  # is not used; OneCycleLR and CyclicLR want to set it
         super().__init__(named_groups(model_or_params), defaults)
         self._ranks = self._join_ranks(self._records, self.param_groups)
         self._state = State(self._records, self.param_groups, loss_scale, ranks=self._ranks)
         self._repeat_state()
         if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
             raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
-        self._attach()
+        with self._former_owners(self._records) as former:
+            _replace(former)
+            self._attach()
         self._attached = True
         # An optimizer that is dropped without remove() leaves no hooks behind.
-        weakref.finalize(self, _detach, self._handles, self._takers, self._fused)
+        weakref.finalize(
+            self, _let_go, id(self), self._claimed, self._records, self._handles, self._takers, self._fused
+        ).atexit = False
 
     # ---- What a user calls ------------------------------------------------------------------------------------------
 
@@ -171,7 +187,8 @@ class Lomo(torch.optim.Optimizer):
 
         With `clip_grad_norm` or dynamic loss scaling the graph is run twice, first for the norm. Gradients that plain
         backwards (or `accumulate`) left in ``.grad`` are part of the step: this one is added to them, then all are
-        applied and freed. Inside `accumulate` it only adds to ``.grad``.
+        applied and freed. Inside `accumulate` it only adds to ``.grad``. Parameters that another `Lomo` manages get no
+        gradient, and keep what stands in their ``.grad``; leaves that none manages get that of one plain backward.
 
         Otherwise it is the step that torch's step hooks are called around, the optimizer's own
         (`register_step_pre_hook`, `register_step_post_hook`) and the global ones, with ``(optimizer, loss)`` as args.
@@ -193,6 +210,7 @@ class Lomo(torch.optim.Optimizer):
         A `backward` inside that breaks off (an interrupt, an error in a hook) after it has added to some gradients
         drops all that were accumulated, with a warning: begin that step again.
         """
+        self._check_not_wrapped()
         before = self._accumulating
         try:
             try:
@@ -211,8 +229,9 @@ class Lomo(torch.optim.Optimizer):
         Args:
             closure: called first, with gradients enabled; its result is returned.
         """
-        self._check_not_removed()
+        self._check_not_ended()
         self._check_not_inside(_INSIDE)
+        trained, self._trained = self._trained, False
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -238,6 +257,14 @@ class Lomo(torch.optim.Optimizer):
                 "Lomo: no gradient has come to the parameters of this optimizer since it was unpickled. They are "
                 "copies; pickle model and optimizer together, as one tuple, and use both from there"
             )
+        elif self._passed_over and not (trained or self._trained):
+            self._passed_over = False
+            warnings.warn(
+                "Lomo.step() found no gradients. The backward of another Lomo ran through these parameters, and leaves "
+                "gradients only to its own. Use this optimizer's backward() too, or one Lomo with parameter groups",
+                stacklevel=3,
+            )
+        self._trained = False
         return loss
 
     @property
@@ -253,6 +280,10 @@ class Lomo(torch.optim.Optimizer):
                 as torch's optimizers see it: weight decay goes to their parameters, and the next `backward`, which
                 frees them, takes the memory of all of them once more.
         """
+        itself = self._itself()
+        if itself is not None and itself is not self:  # Lightning's wrapper is made of this class
+            itself.zero_grad(set_to_none)
+            return
         super().zero_grad(set_to_none=set_to_none)
         for record in self._records:
             record.note_zeros()
@@ -267,8 +298,8 @@ class Lomo(torch.optim.Optimizer):
 
         def find(step: Step) -> Tensor:
             self._drop_norm()
-            check_loss(loss)
-            self._refresh()
+            self._check_loss(loss)
+            self._refresh(loss)
             if self._kept():
                 raise RuntimeError("Lomo: gradients stand in .grad; use backward(), which adds them in, or zero_grad()")
             self._find_norm(step, Graph(loss), self._start_scale(loss))
@@ -298,10 +329,7 @@ class Lomo(torch.optim.Optimizer):
             RuntimeError: called inside a step, by a hook. Gradients still to come would stay in ``.grad``.
         """
         self._check_not_inside("remove() was called inside a step of the same optimizer; call it when that has ended")
-        _detach(self._handles, self._takers, self._fused)
-        for record in self._records:
-            release(record.param, self)
-        self._removed = True
+        self._end_use("remove() was called on this optimizer; make a new one")
 
     def __enter__(self) -> Lomo:
         return self
@@ -371,7 +399,8 @@ class Lomo(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError, NotImplementedError, RuntimeError: as the constructor; nothing is added then.
         """
-        self._check_not_removed()
+        self._check_not_wrapped()
+        self._check_not_ended()
         if not isinstance(param_group, dict):
             raise TypeError(f"Lomo: a parameter group is a {type(param_group).__name__}, expected a dict")
         entries = param_group["params"]
@@ -382,11 +411,12 @@ class Lomo(torch.optim.Optimizer):
         records = []
         for index, entry in enumerate(entries, start=len(self._records)):
             name, param = name_of(entry, index)
-            check_parameter(name, param, self)
+            check_parameter(name, param)
             if id(param) in known:
                 raise ValueError(f"Lomo: {name} is given twice; each parameter has one place in one group")
             known.add(id(param))
             records.append(Record(param, index, name))
+            records[-1].served = is_served(param)
         check_apart((record.name, record.param) for record in (*self._records, *records))
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
@@ -402,10 +432,12 @@ class Lomo(torch.optim.Optimizer):
 
     def _add_later(self, group: dict[str, Any], records: Sequence[Record]) -> None:
         ranks = self._join_ranks([*self._records, *records], [*self.param_groups, group])
-        self._add(group, records)
-        self._ranks = ranks
-        self._place()
-        self._attach()
+        with self._former_owners(records) as former:
+            self._add(group, records)
+            self._ranks = ranks
+            self._place()
+            _replace(former)
+            self._attach()
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters.
@@ -431,6 +463,7 @@ class Lomo(torch.optim.Optimizer):
             TypeError, ValueError: it is neither a Lomo's nor an SGD's, of other parameters, of another kind of loss
                 scaling, of a later version, or has a value that no run can have come to.
         """
+        self._check_not_wrapped()
         self._all_or_nothing(functools.partial(self._load, state_dict))
 
     def _load(self, state_dict: dict[str, Any]) -> None:
@@ -439,7 +472,9 @@ class Lomo(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        read = resume.read(state_dict, self._records, self.param_groups, self.defaults, self._state.scale.kind)
+        kind = self._state.scale.kind
+        kinds = (kind, "dynamic") if self._scale_is_open else (kind,)
+        read = resume.read(state_dict, self._records, self.param_groups, self.defaults, kinds)
         if read.numbers is None:
             warnings.warn(
                 "Lomo: the state dict is of torch.optim.SGD. Loaded: learning rates, weight decay and what schedulers "
@@ -449,6 +484,9 @@ class Lomo(torch.optim.Optimizer):
             self._drop_norm()
         else:
             self._norm_is_known = False
+            if read.numbers["scaling"] != kind:  # what the first backward of the run that is resumed has settled
+                self._wanted_scale = read.numbers["scaling"]
+                self._place()
             self._state.load(read.numbers)
             self._seed = read.numbers["seed"]
         self.param_groups = [
@@ -472,14 +510,13 @@ class Lomo(torch.optim.Optimizer):
         attributes = vars(self).copy()
         records = [(record, vars(record).copy()) for record in self._records]
         groups, handles = len(self.param_groups), len(self._handles)
-        sinks, layers = len(self._takers), len(self._fused)
+        sinks, layers, claimed = len(self._takers), len(self._fused), len(self._claimed)
         state, numbers = dict(self.state), self._state.export()
         try:
             change()
         except BaseException:
             self.__dict__ = attributes
-            for record in self._records[len(records) :]:
-                release(record.param, self)
+            release(_cut(self._claimed, claimed))
             _detach(_cut(self._handles, handles), _cut(self._takers, sinks), _cut(self._fused, layers))
             _cut(self._records, len(records))
             _cut(self.param_groups, groups)
@@ -535,7 +572,7 @@ class Lomo(torch.optim.Optimizer):
         Args:
             of: gives for a parameter, or the model in which layers are fused, and its name, the other one.
         """
-        self._check_not_removed()
+        self._check_not_ended()
         self._check_groups()
         if is_engine(self._process_group):
             raise TypeError("Lomo: an optimizer of a DeepSpeed engine cannot be copied; save its state_dict()")
@@ -576,10 +613,10 @@ class Lomo(torch.optim.Optimizer):
     def _train(
         self, step: Step, loss: Tensor, lr: float | Tensor | None = None, *, after_grad_norm: bool = False
     ) -> None:
-        check_loss(loss)
+        self._check_loss(loss)
         if not after_grad_norm:
             self._drop_norm()
-        self._refresh(lr)
+        self._refresh(loss, lr)
         if self._whole is not None:
             self._check_still_there()
         known, self._norm_is_known = self._norm_is_known, False
@@ -620,6 +657,37 @@ class Lomo(torch.optim.Optimizer):
         self._sweep(step, self._update_pass(step, scaled, self._ranks), graph, scale, retain_graph=False)
         self._finish(step, scaled)
 
+    def _check_loss(self, loss: Tensor) -> None:
+        """Raises TypeError, ValueError or RuntimeError unless `loss` is one number that no GradScaler has scaled."""
+        check_loss(loss)
+        factor = None if self._looked_for_scaler else factor_of(loss)
+        if factor is None:
+            return
+        if is_of_grad_scaler(factor):
+            raise RuntimeError(
+                "Lomo: the loss was multiplied by the scale of a torch.amp.GradScaler, and the update would be so many "
+                'times too large. Use optimizer.backward(loss), with Lomo(..., loss_scale="dynamic") in the scaler\'s '
+                "place. No weight was changed"
+            )
+        self._looked_for_scaler = True  # once: some loops multiply by another tensor each time
+
+    def _scale_float16(self, loss: Tensor) -> None:
+        """The first backward settles what ``loss_scale="auto"`` means with parameters none of which is float16."""
+        if not self._scale_is_open:
+            return
+        self._scale_is_open = False
+        if self._state.scale.used or not computes_in_float16(loss):
+            return
+        if self._ranks is not None:  # which would have to agree on it
+            warnings.warn(
+                "Lomo: backward computes in float16 (autocast?) without a loss scale, and small gradients become zero. "
+                'Over several processes, say loss_scale="dynamic" (or None) when the optimizer is made',
+                stacklevel=9,
+            )
+            return
+        self._wanted_scale = "dynamic"
+        self._place()
+
     def _start_scale(self, loss: Tensor) -> Tensor | None:
         """The loss scale for a backward from `loss`, which the kernels are told to take out again. None: no scaling."""
         scale = self._state.scale.of(loss) if self._state.scale.used else None
@@ -656,7 +724,7 @@ class Lomo(torch.optim.Optimizer):
         if ranks is None and self._ranks is not None:  # this rank alone: its slots hold norms of all ranks' gradients
             self._look(step, graph, scale, None)
         first = [device.slots.clone() for device in devices]
-        look_again(lambda: self._look(step, graph, scale, ranks), self._trained(), devices, advice)
+        look_again(lambda: self._look(step, graph, scale, ranks), self._trained_model(), devices, advice)
         second = [device.slots.clone() for device in devices]
         indices = differing(self._records, first, second)
         number = torch.tensor(float(len(indices)), dtype=torch.float64, device=self._state.norm.device)
@@ -691,8 +759,10 @@ class Lomo(torch.optim.Optimizer):
         """One backward in which hooks hand their gradients to `sweep`."""
         step.isolate([] if scale is None and not retain_graph else self._foreign_leaves(graph))
         step.sink = sweep
+        step.enter(OptimizerBackward(self))
         run_backward(graph.loss, scale, retain_graph)
         step.rejoin(scale, wanted=not retain_graph)
+        step.leave()
         sweep.flush()
         step.sink = None
         if not any(record.fired == sweep.serial for record in self._records):
@@ -704,9 +774,8 @@ class Lomo(torch.optim.Optimizer):
             )
 
     def _foreign_leaves(self, graph: Graph) -> list[Tensor]:
-        """What a backward through `graph` may give gradients besides our parameters."""
-        of_engine = () if self._ranks is None else self._ranks.leaves()
-        return [leaf for leaf in (*graph.leaves, *of_engine) if id(leaf) not in self._ids]
+        """What a backward through `graph` may give gradients besides parameters that a `Lomo` manages."""
+        return unmanaged([*graph.leaves, *(() if self._ranks is None else self._ranks.leaves())])
 
     def _add_to_kept(self, step: Step, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
         """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
@@ -721,9 +790,11 @@ class Lomo(torch.optim.Optimizer):
             )
         step.isolate([] if scale is None else self._foreign_leaves(Graph(loss)))
         step.adds_scaled = scale is not None
+        step.enter(OptimizerBackward(self))
         run_backward(loss, scale, retain_graph=False)
         step.adds_scaled = False
         step.rejoin(scale, wanted=True)
+        step.leave()
 
     def _apply_plain(self, step: Step) -> None:
         with torch.no_grad():
@@ -799,7 +870,7 @@ class Lomo(torch.optim.Optimizer):
         return step.update
 
     def _params_of_fused(self) -> list[Tensor]:
-        return [record.param for record in self._records] if self._takers else []
+        return [record.param for record in self._records if record.served] if self._takers else []
 
     def _finish(self, step: Step, scaled: bool) -> None:
         step.applied = True
@@ -826,6 +897,7 @@ class Lomo(torch.optim.Optimizer):
         if self._ranks is not None:
             self._ranks.end()
         self._state.end_step(scaled)
+        self._trained = True
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
         step.ended = True
         self._unpickled = False
@@ -838,24 +910,31 @@ class Lomo(torch.optim.Optimizer):
         if record.param.grad is None:  # a custom layer that keeps it to itself
             return
         if self._step is not None and self._step.adds_scaled:
-            record.scaled_grad = weakref.ref(record.param.grad)
+            record.scaled_grad, record.grad_scale = record.param.grad, self._kept_scale
         elif record.scaled:
             raise RuntimeError(
                 f"Lomo: a plain backward added to the gradient of {record.name}, which accumulate() left with the loss "
                 f"scale in it. {_ONE_KIND}"
             )
 
-    def _refresh(self, lr: float | Tensor | None = None) -> None:
+    def _refresh(self, loss: Tensor | None = None, lr: float | Tensor | None = None) -> None:
         """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
-        self._check_not_removed()
+        self._check_not_ended()
         self._check_groups()
         for record in self._records:
             if self._ranks is not None:
                 self._ranks.place(record)
-            if self._stale or record.local.dtype is not record.dtype or record.local.device != record.device:
+            unfrozen = record.param.requires_grad and not record.served
+            stale = self._stale or unfrozen
+            if stale or record.local.dtype is not record.dtype or record.local.device != record.device:
                 self._place()
-            if not record.hooked and record.param.requires_grad:
-                self._attach()
+            record.forget_old_grad()
+        self._hook_all()
+        if loss is not None:
+            self._scale_float16(loss)
+        if not self._warned_of_momentum and (text := unused_momentum(self.param_groups)):
+            self._warned_of_momentum = True
+            warnings.warn(text, stacklevel=8)
         self._state.refresh(self.param_groups, lr)
 
     def _check_groups(self) -> None:
@@ -867,14 +946,24 @@ class Lomo(torch.optim.Optimizer):
             if param is not record.param:
                 raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_NOT_OURS}")
 
-    def _check_not_removed(self) -> None:
-        if self._removed:
-            raise RuntimeError("Lomo: remove() was called on this optimizer; make a new one")
+    def _check_not_wrapped(self) -> None:
+        """Raises RuntimeError on a wrapper that is a subclass of ours, which reads the optimizer's attributes and keeps
+        to itself what is written."""
+        if self._itself() is not self:
+            raise RuntimeError(
+                f"Lomo: this is a {type(self).__name__} around the optimizer, on which a step would be only half done. "
+                "Call the optimizer itself: the wrapper's .optimizer. No weight was changed"
+            )
+
+    def _check_not_ended(self) -> None:
+        if self._ended:
+            raise RuntimeError(f"Lomo: {self._ended}")
 
     def _place(self) -> None:
         """Makes the device side anew: parameters were added, or moved to another device or dtype."""
         for record in self._records:
-            check_parameter(record.name, record.param, self)
+            check_parameter(record.name, record.param)
+            record.served = is_served(record.param)
         self._drop_norm()
         self._stale = True
         self._state = State(self._records, self.param_groups, self._wanted_scale, ranks=self._ranks, before=self._state)
@@ -932,19 +1021,56 @@ class Lomo(torch.optim.Optimizer):
             )
         self._whole = None
 
+    @contextmanager
+    def _former_owners(self, records: Sequence[Record]) -> Iterator[Sequence[Lomo]]:
+        """The other optimizers that manage some of `records`, kept from starting a step."""
+        former: dict[int, Lomo] = {}
+        with ExitStack() as stack:
+            for record in records:
+                owner = owner_of(record.param)
+                if owner is None or owner is self or id(owner) in former:
+                    continue
+                if owner._step is not None or not owner._busy.acquire(blocking=False):
+                    raise RuntimeError(
+                        f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer "
+                        "when that step has ended"
+                    )
+                stack.callback(owner._busy.release)
+                former[id(owner)] = owner
+            yield list(former.values())
+
+    def _end_use(self, reason: str) -> None:
+        """Takes everything off the parameters. `reason`: what a later use is refused with."""
+        _let_go(id(self), self._claimed, self._records, self._handles, self._takers, self._fused)
+        self._ended = self._ended or reason
+
     def _attach(self) -> None:
-        """Puts hooks on trainable parameters that have none yet, and keeps other optimizers off all of them."""
-        for record in self._records:
-            if not record.claimed:
-                claim(record.param, self)
-                record.claimed = True
-            if not record.hooked and record.param.requires_grad:
-                hook = _hook(weakref.ref(self), record)
-                self._handles.append(record.param.register_post_accumulate_grad_hook(hook))
-                record.hooked = True
+        """Makes all parameters this optimizer's: notes it, and puts hooks on those that are trained."""
+        self._claimed[:] = claim((record.param for record in self._records), self)
+        self._hook_all()
         model = None if self._model is None else self._model()
         if model is not None:
             self._fuse(model)
+
+    def _hook_all(self) -> None:
+        """Puts hooks on trainable parameters that have none: at first, and on those unfrozen or swapped since then.
+
+        `torch.utils.swap_tensors` exchanges a parameter's memory and its dict of attributes, and leaves its hooks in
+        place though they are not called any more. Called before every backward, also another optimizer's.
+        """
+        for record in self._records:
+            if record.attributes is record.param.__dict__ and (record.hooked or not record.param.requires_grad):
+                continue
+            with _hooking:
+                param: Any = record.param
+                if record.attributes is not param.__dict__:
+                    if record.hooked:
+                        param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # makes torch call them
+                    record.attributes = param.__dict__
+                if not record.hooked and param.requires_grad:
+                    hook = _hook(weakref.ref(self), record)
+                    self._handles.append(param.register_post_accumulate_grad_hook(hook))
+                    record.hooked = True
 
     def _fuse(self, model: nn.Module) -> None:
         """Fuses the layers of `model` whose weights are ours and that can be, unless they are."""
@@ -970,6 +1096,7 @@ class Lomo(torch.optim.Optimizer):
         However the step ends, nothing of it is left. An interrupt (Ctrl-C) may also come between any two lines of what
         takes a broken step back, and before the lock is given back: so both are done again if need be.
         """
+        self._check_not_wrapped()
         self._check_not_inside(_INSIDE)
         try:
             with self._busy:
@@ -1058,8 +1185,11 @@ def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], No
         owner = optimizer()
         if owner is None:
             return
-        step = owner._step
-        if step is not None and step.sink is not None:
+        backward = optimizer_backward()
+        if backward is not None and backward.optimizer is not owner:
+            backward.drop(record.param)
+            owner._passed_over = True
+        elif (step := owner._step) is not None and step.sink is not None:
             step.sink.take(record)
         else:
             owner._on_plain_gradient(record)
@@ -1072,12 +1202,32 @@ def _taker(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Pair], Seq
 
     def on_pair(pair: Pair) -> Sequence[Pair]:
         owner = optimizer()
-        step = None if owner is None else owner._step
-        if step is None or step.sink is None:
+        if owner is None:
             return (pair,)
-        return step.sink.take_pair(record, pair)
+        backward = optimizer_backward()
+        if backward is not None and backward.optimizer is not owner:
+            return ()  # its gradient would be dropped
+        step = owner._step
+        return (pair,) if step is None or step.sink is None else step.sink.take_pair(record, pair)
 
     return on_pair
+
+
+def _replace(former: Iterable[Lomo]) -> None:
+    """Ends the use of optimizers some of whose parameters a newer one takes over."""
+    for optimizer in former:
+        optimizer._end_use(
+            "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters; a parameter "
+            "has one optimizer. Use the newer one, or make one of the parameters that are left"
+        )
+
+
+def _let_go(optimizer_id: int, claimed: list[int], records: Sequence[Record], *attached: Any) -> None:
+    """Takes an optimizer off its parameters: `attached`, as `_detach` takes it, and the loss scale in gradients."""
+    release(claimed)
+    forget(optimizer_id)
+    _detach(*attached)
+    unscale_grads(records)
 
 
 def _detach(

@@ -41,7 +41,8 @@ class State:
         before: State | None = None,
     ) -> None:
         self._ranks = ranks
-        places = list(dict.fromkeys(record.local.device for record in records))
+        places = list(dict.fromkeys(record.local.device for record in records if record.served))
+        places = places or [torch.device("cpu")]
         self.devices = {place: Device(place, len(records)) for place in places}
         self.home = self.devices[places[0]]
         self.scalars: list[dict[torch.device, GroupScalars]] = []
@@ -49,13 +50,13 @@ class State:
         for group in groups:
             by_device: dict[torch.device, GroupScalars] = {}
             for _, record in zip(group["params"], remaining, strict=False):
-                place = record.local.device
+                place = record.local.device if record.served else places[0]
                 if place not in by_device:
                     by_device[place] = GroupScalars(place)
                 record.place(self.devices[place], by_device[place])
             self.scalars.append(by_device)
         if any(record.weight != 1.0 for record in records):
-            weights = torch.tensor([record.weight for record in records], dtype=torch.float64)
+            weights = torch.tensor([record.weight for record in records], dtype=torch.float64, device="cpu")
             for place, device in self.devices.items():
                 device.weights = weights.to(place)
         if loss_scale == "auto":

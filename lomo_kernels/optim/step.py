@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .owners import OptimizerBackward, optimizer_backward, set_optimizer_backward
 from .passes import Pass, UpdatePass
 from .ranks import local_of
 from .records import Record
@@ -22,6 +23,8 @@ class Step:
     def __init__(self, records: Sequence[Record]) -> None:
         self._records = records
         self._grad_mode = torch.is_grad_enabled()
+        self._around = optimizer_backward()
+        self._backward: OptimizerBackward | None = None
         self._stood = [
             (record, grad, grad._version) for record in records if (grad := record.param.grad) is not None
         ]  # gradients of the user's, and their versions
@@ -66,12 +69,25 @@ class Step:
                 leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
         self._isolated = []
 
+    def enter(self, backward: OptimizerBackward) -> None:
+        """The step's optimizer runs `backward` from here on, until `leave`."""
+        self._backward = backward
+        set_optimizer_backward(backward)
+        backward.begin()
+
+    def leave(self) -> None:
+        """Ends `enter`."""
+        if self._backward is not None:
+            self._backward.end()
+            set_optimizer_backward(self._around)
+            self._backward = None
+
     def consume(self) -> None:
         """Takes the gradients out of ``.grad``: they are the step's own from here on, freed as they are applied."""
         self._consumed = True
         self._stood.clear()
         for record in self._records:
-            record.param.grad = None
+            record.param.grad = record.scaled_grad = record.zeros = None
 
     def take_back(self) -> None:
         """Called when the step has failed: leaves no gradient of it behind. Another call does what an interrupt kept
@@ -81,6 +97,7 @@ class Step:
         changed a weight; otherwise all are dropped, since they no longer belong to these weights or to one batch.
         """
         torch.set_grad_enabled(self._grad_mode)  # the interrupt may have come as a torch.no_grad() was to end
+        self.leave()
         self._restore_isolated()
         stay = (
             (self.ended or self.outcome == "unchanged")
@@ -90,7 +107,7 @@ class Step:
         theirs = {record.index for record, _, _ in self._stood} if stay else set()
         for record in self._records:
             if record.index not in theirs:
-                record.param.grad = None
+                record.param.grad = record.scaled_grad = record.zeros = None
         self.dropped = self._accumulated and not stay and not self.ended
 
     def _restore_isolated(self) -> None:
