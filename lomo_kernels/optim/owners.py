@@ -6,8 +6,7 @@ Nothing here holds a weak reference to a tensor: `torch.utils.swap_tensors` refu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -140,23 +139,13 @@ def optimizer_backward() -> OptimizerBackward | None:
     return backward if backward is not None and backward.optimizer._is_stepping else None
 
 
-@contextmanager
-def backward_of(optimizer: Owner) -> Iterator[None]:
-    """Inside, `optimizer_backward` says that the backward is `optimizer`'s.
-
-    It is noted in torch's thread-local objects, which autograd hands on to its own threads.
-    """
-    around, backward = optimizer_backward(), OptimizerBackward(optimizer)
-    torch._C._stash_obj_in_tls(_KEY, backward)
-    try:
-        backward.begin()
-        yield
-    finally:
-        backward.end()
-        if around is None:
-            torch._C._remove_obj_from_tls(_KEY)
-        else:
-            torch._C._stash_obj_in_tls(_KEY, around)
+def set_optimizer_backward(backward: OptimizerBackward | None) -> None:
+    """Says what `optimizer_backward` gives. It is noted in torch's thread-local objects, which autograd hands on to its
+    own threads."""
+    if backward is not None:
+        torch._C._stash_obj_in_tls(_KEY, backward)
+    elif torch._C._is_key_in_tls(_KEY):
+        torch._C._remove_obj_from_tls(_KEY)
 
 
 def unmanaged(leaves: Sequence[Tensor]) -> list[Tensor]:
