@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 class Access(IntEnum):
@@ -103,6 +105,11 @@ def share_memory(a: Region, b: Region) -> bool:
     return _reaches(list(merged.items()), distance - (a.size - 1), distance + (b.size - 1), [10000])
 
 
+def have_addresses(tensors: Iterable[Tensor]) -> bool:
+    """Whether the tensors lie in memory: fake ones, those on "meta" and those of a function being compiled do not."""
+    return not torch.compiler.is_compiling() and not any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
+
+
 def find_conflict(all_regions: Iterable[Region]) -> tuple[Region, Region] | None:
     """The first two that share memory so that the order of reading and writing would decide the result.
 
@@ -131,3 +138,18 @@ def check_no_overlap(op: str, *lists: Iterable[Region]) -> None:
         f"{op}: {written.name} and {read.name} share memory: one would change before it is read. Pass a copy of "
         f"{read.name}"
     )
+
+
+def check_scalars_apart(
+    op: str, scalars: Mapping[str, object], added: tuple[str, Sequence[Tensor]], written: tuple[str, Sequence[Tensor]]
+) -> None:
+    """Raises RuntimeError if a scalar that is a tensor lies in memory that the call writes: it could change while
+    elements, or tiles of a product, still need it. `added`, `written`: slots and parameters, and their name."""
+    tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
+    if tensors and have_addresses((*tensors.values(), *added[1], *written[1])):
+        check_no_overlap(
+            op,
+            regions(Access.ADDED, *added),
+            regions(Access.WRITTEN, *written),
+            *(regions(Access.READ, name, [value]) for name, value in tensors.items()),
+        )

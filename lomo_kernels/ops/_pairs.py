@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from ._arguments import as_list, check_element_type, check_lengths
-from ._overlap import Access, check_no_overlap, regions
+from ._overlap import Access, check_no_overlap, have_addresses, regions
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -58,7 +57,7 @@ def check_factors_apart(op: str, factors: Sequence[Tensor], weight: Tensor | Non
     part of it would change before it is used."""
     slots = [] if slot is None else [slot]
     weights = [] if weight is None else [weight]
-    if torch.compiler.is_compiling() or any(isinstance(t, FakeTensor) or t.is_meta for t in (*weights, *slots)):
+    if not have_addresses((*weights, *slots)):
         return
     check_no_overlap(
         op,
