@@ -84,7 +84,7 @@ sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, u
 	  OMP_NUM_THREADS=1 LOMO_KERNELS_ISA=$$isa PYTHONPATH=$(checked) \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py $$layers $(ARGS) || exit 1; done
+	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py tests/test_overlap.py $$layers $(ARGS) || exit 1; done
 
 clean:           ## remove what was built; VENV stays
 	rm -rf build dist *.egg-info lomo_kernels/*.so
