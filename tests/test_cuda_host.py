@@ -20,7 +20,7 @@ from lomo_kernels import reference
 
 host = lomo_kernels_testing.cuda
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TILE, BLOCKS = host.TILE, host.TENSOR_BLOCKS
+TILE, BLOCKS, NORM_BLOCKS = host.TILE, host.TENSOR_BLOCKS, host.NORM_BLOCKS
 WHOLE = (0, 2**63 - 1, 2**63 - 1)
 
 every_param = pytest.mark.parametrize("param_dtype", DTYPES, ids=name_of)
@@ -234,7 +234,8 @@ def test_a_list_of_all_dtypes_and_sizes():
 
 def test_launches_are_bounded():
     """By their blocks too, as many as there is memory for partial sums."""
-    grads = [oracle.ordinary(BLOCKS * TILE - i, torch.bfloat16, i) for i in range(2 * host.LAUNCH_BLOCKS // BLOCKS - 1)]
+    n = 2 * (host.LAUNCH_BLOCKS // NORM_BLOCKS)
+    grads = [oracle.ordinary(NORM_BLOCKS * TILE - i, torch.bfloat16, i) for i in range(n)]
     slots = torch.zeros(len(grads), dtype=torch.float64)
     call = [gradient(g, s) for g, s in zip(grads, slots, strict=True)]
     assert launches_of(lambda: host.sq_norm(call, number(1.0))) == 2
