@@ -58,22 +58,20 @@ def product_constants(g, tile, gpu, aligned):
 
 
 def update(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True):
-    tile = linear.tile_of(DTYPES[g], gpu, linear.is_much(DTYPES[p], stochastic, norm, aligned))
+    tile = linear.tile_of(DTYPES[g], gpu, aligned, DTYPES[p])
     constants = {"P": TYPES[p], "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": pairs, "NORM": norm}
-    constants |= product_constants(g, tile, gpu, aligned)
+    constants |= {"PARTS": tile.parts} | product_constants(g, tile, gpu, aligned)
     if not norm:
         constants |= {"partials": None, "counter": None}
     pointers = POINTERS | {"weight": f"*{p}", "gy": f"*{g}", "x": f"*{g}"}
-    options = launch.options(tile.warps) | {"num_stages": tile.stages}
-    return source(linear.linear_sgd_kernel, pointers, constants, aligned), options, tile
+    return source(linear.linear_sgd_kernel, pointers, constants, aligned), tile.options(), tile
 
 
 def norm_of(gpu, g, *, gram=False, aligned=True):
-    tile = linear.tile_of(DTYPES[g], gpu, not aligned)
+    tile = linear.tile_of(DTYPES[g], gpu, aligned)
     constants = product_constants(g, tile, gpu, aligned) | {"GRAM": gram} | ({} if gram else {"done": None})
     pointers = POINTERS | {"gy": f"*{g}", "x": f"*{g}"}
-    options = launch.options(tile.warps) | {"num_stages": tile.stages}
-    return source(linear.linear_sq_norm_kernel, pointers, constants, aligned), options, tile
+    return source(linear.linear_sq_norm_kernel, pointers, constants, aligned), tile.options(), tile
 
 
 def gram_of(gpu, g, *, aligned=True):
@@ -81,8 +79,7 @@ def gram_of(gpu, g, *, aligned=True):
     constants = {"G": TYPES[g], "ALIGNED": aligned, "BT": tile.rows, "BK": tile.tokens, "ROWS": None, "COLUMNS": None}
     constants["WIDEN"] = linear.widened(DTYPES[g], gpu)
     pointers = POINTERS | {"gy": f"*{g}", "x": f"*{g}"}
-    options = launch.options(tile.warps) | {"num_stages": tile.stages}
-    return source(linear.gram_kernel, pointers, constants, aligned), options, tile
+    return source(linear.gram_kernel, pointers, constants, aligned), tile.options(), tile
 
 
 def lengths_of(gpu, g):

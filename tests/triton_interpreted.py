@@ -298,7 +298,7 @@ def test_one_launch_for_one_kind():
     """Tensors of one pair of dtypes and one alignment are one launch, whatever their sizes and shards."""
     rows = [launch.Row(0, 0, 0, n, 0, launch.indices_of("", (o, 9, 9), n), ("a",)) for n, o in ((5, 0), (BLOCK + 1, 1))]
     rows.append(launch.Row(0, 0, 0, 1, 0, launch.WHOLE, ("b",)))
-    _, begin, launches = launch.upload(rows, torch.device("cpu"))
+    _, begin, launches = launch.upload(rows, torch.device("cpu"), launch.blocks_of)
     assert begin == 3 * launch.COLUMNS.value
     assert launches == [launch.Launch(("a",), 0, 3, True, False), launch.Launch(("b",), 3, 1, False, True)]
 
