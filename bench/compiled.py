@@ -150,7 +150,7 @@ def _constant(name: str) -> int:
 
 def cuda_kernels(arch: int) -> Iterator[Kernel]:
     """Those of one tensor, from `build_cuda`'s objects."""
-    threads, elements = _constant("kThreads"), _constant("kVector") * _constant("kGroups")
+    threads, elements = _constant("kThreads"), _constant("kShare")
     tiles = LAYER // (threads * elements)
     for source, operator in (("sgd_kernel.cu", "sgd_"), ("sq_norm_kernel.cu", "sq_norm_")):
         for name, code, usage in _dumped(OBJECTS / f"{source}.o", arch):
@@ -162,8 +162,10 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
             resources = code, usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"], threads, elements
             if operator == "sgd_":
                 yield Kernel(*what, False, *resources, -(-tiles // _constant("kTensorBlocks")))
-            # An update with a norm is the same code on another way: sums over the warp, of a tile and of the block.
-            yield Kernel(*what, True, *resources, -(-tiles // _constant("kTensorBlocks")), (("SHFL", 15),))
+            # An update with a norm is the same code on another way: per tile a vote of the warp whether a sum must be
+            # formed again in float64, and at the end a float64 sum over the warp.
+            each = -(-tiles // _constant("kNormBlocks"))
+            yield Kernel(*what, True, *resources, each, (("VOTE", each), ("SHFL", 10)))
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -207,12 +209,12 @@ def _triton_update(p: str, g: str, stochastic: bool, norm: bool) -> tuple[Any, d
 def _triton_norm(g: str) -> tuple[Any, dict[str, Any]]:
     import triton.language as tl
 
-    from lomo_kernels.triton import launch, numerics, sq_norm
+    from lomo_kernels.triton import numerics, sq_norm
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
     constants = {"G": types[g], "BLOCK": numerics.BLOCK, "ALIGNED": False, "table": None, "COLUMNS": 0}
     pointers = {"grad": f"*{g}", "partials": "*fp64", "counters": "*i64"}
-    return triton_source(sq_norm.sq_norm_kernel, pointers, constants), launch.options()
+    return triton_source(sq_norm.sq_norm_kernel, pointers, constants), sq_norm.options()
 
 
 def triton_compile(source: Any, options: dict[str, Any], arch: int, folder: Path) -> tuple[Any, list[Any]]:
@@ -228,7 +230,7 @@ def triton_compile(source: Any, options: dict[str, Any], arch: int, folder: Path
 
 def triton_kernels(arch: int) -> Iterator[Kernel]:
     """Those of one tensor, of whole parameters and without a clamp."""
-    from lomo_kernels.triton import numerics
+    from lomo_kernels.triton import numerics, sq_norm
 
     cases = [
         ("sgd_", p, g, stochastic, norm, _triton_update(p, g, stochastic, norm))
@@ -240,7 +242,9 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
         for *what, (source, options) in cases:
             _, resources = triton_compile(source, options, arch, Path(folder))
             threads = 32 * options["num_warps"]
-            yield Kernel(*what, *resources, threads, numerics.BLOCK // threads)
+            blocks = LAYER // numerics.BLOCK
+            each = blocks // sq_norm.programs_of(LAYER) if source.fn is sq_norm.sq_norm_kernel else 1
+            yield Kernel(*what, *resources, threads, numerics.BLOCK // threads, each)
 
 
 @dataclass(frozen=True)
@@ -261,28 +265,27 @@ def triton_products(arch: int) -> Iterator[Product]:
     import torch
     import triton.language as tl
 
-    from lomo_kernels.triton import launch, linear
+    from lomo_kernels.triton import linear
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-    def tiled(g: str, tile: Any, **constants: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def tiled(g: str, tile: Any, **constants: Any) -> dict[str, Any]:
         constants |= {"G": types[g], "ALIGNED": True, "BM": tile.rows, "BN": tile.columns, "BK": tile.tokens}
-        constants |= {"WIDEN": linear.widened(dtypes[g], arch), "TOKENS": None}
-        return constants, launch.options(tile.warps) | {"num_stages": tile.stages}
+        return constants | {"WIDEN": linear.widened(dtypes[g], arch), "TOKENS": None}
 
     def update(p: str, g: str, stochastic: bool, norm: bool, clamp: bool) -> tuple[Any, dict[str, Any]]:
-        tile = linear.tile_of(dtypes[g], arch, linear.is_much(dtypes[p], stochastic, norm, True))
-        absent = {} if norm else {"partials": None, "counter": None}
-        constants = {"P": types[p], "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": True, "NORM": norm}
-        constants, options = tiled(g, tile, **constants, **absent)
+        tile = linear.tile_of(dtypes[g], arch, True, dtypes[p])
+        constants = tiled(g, tile, P=types[p], CLAMP=clamp, STOCHASTIC=stochastic, PAIRS=True, NORM=norm)
+        constants |= {"PARTS": tile.parts} | ({} if norm else {"partials": None, "counter": None})
         pointers = {"weight": f"*{p}", "gy": f"*{g}", "x": f"*{g}", "partials": "*fp64", "counter": "*i64"}
-        return triton_source(linear.linear_sgd_kernel, pointers, constants), options
+        return triton_source(linear.linear_sgd_kernel, pointers, constants), tile.options()
 
     def norm_of(g: str) -> tuple[Any, dict[str, Any]]:
-        constants, options = tiled(g, linear.tile_of(dtypes[g], arch, False), GRAM=False, done=None)
+        tile = linear.tile_of(dtypes[g], arch, True)
         pointers = {"gy": f"*{g}", "x": f"*{g}", "partials": "*fp64", "counter": "*i64"}
-        return triton_source(linear.linear_sq_norm_kernel, pointers, constants), options
+        constants = tiled(g, tile, GRAM=False, done=None)
+        return triton_source(linear.linear_sq_norm_kernel, pointers, constants), tile.options()
 
     cases = {
         f"`linear_sgd_` {p} by {g}{', stochastic' * stochastic}{', norm' * norm}{', clamp' * clamp}": update(

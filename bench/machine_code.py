@@ -121,8 +121,6 @@ def facts_of(kernel: Kernel, arch: int) -> Facts:
         raise ValueError(f"{name_of(kernel)}, sm_{arch}: accesses of a whole tile have less than {8 * narrowest} bits")
     loads = sass.loads_of_tiles(path, read // kernel.tiles, kernel.tiles, narrowest)
     together = min(sass.loads_together(path, of_tile) for of_tile in loads)
-    first = [place for of_tile in loads for place in of_tile]  # a kernel may ask for the next tile, too
-    in_flight = sass.loads_together(path, first)
     blocks = blocks_per_multiprocessor(arch, kernel.threads, kernel.registers, kernel.shared)
     return Facts(
         instructions=len(path) / count,
@@ -132,7 +130,7 @@ def facts_of(kernel: Kernel, arch: int) -> Facts:
         registers=kernel.registers,
         stack=kernel.stack,
         blocks=blocks,
-        in_flight=sum(path[place].wide for place in first[:in_flight]) * kernel.threads * blocks / 1024,
+        in_flight=sum(path[place].wide for place in loads[0][:together]) * kernel.threads * blocks / 1024,
     )
 
 

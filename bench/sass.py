@@ -58,12 +58,13 @@ class Instruction(NamedTuple):
 
     @property
     def wide(self) -> int:
-        """Bytes that a thread reads from or writes to global memory, if they are at least 64 bits; else 0. What has 64
-        bits and a predicate is a scalar, which may be an argument or in memory."""
+        """Bytes that a thread reads from or writes to global memory, if they are at least 64 bits; else 0. A load of 64
+        bits with a predicate is that of a scalar, which may be in memory or an argument."""
         if not self.name.startswith(("LDG.", "STG.")):
             return 0
         bits = re.search(r"\.(64|128|256)(\.|$)", self.name)
-        return int(bits[1]) // 8 if bits and not (bits[1] == "64" and self.predicate) else 0
+        is_scalar = self.is_load and self.predicate and ".64" in self.name
+        return int(bits[1]) // 8 if bits and not is_scalar else 0
 
     @property
     def is_narrow(self) -> bool:
