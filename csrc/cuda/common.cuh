@@ -174,6 +174,15 @@ struct Share {
   }
 };
 
+// Memory as a wide access takes it, which must be aligned: a GPU stops at one that is not, and so does the emulation.
+template <class V, class T>
+LOMO_DEVICE V* wide(T* at) {
+#if !defined(__CUDACC__)
+  emulation::require_aligned(at, sizeof(V));
+#endif
+  return reinterpret_cast<V*>(at);
+}
+
 enum class Use { once, again };  // `once`: dead after it is read, so that other data may take its place in the caches
 
 // This thread's share of a tile that is whole and aligned, from its element 0 on: straight loads, none of which waits
@@ -182,32 +191,31 @@ template <Use use, class T, int kCount>
 LOMO_DEVICE void load_straight(Share<T, kCount>& share, const typename T::Storage* own) {
 #pragma unroll
   for (int i = 0; i < kShare; i += kCount) {
-    const void* from = own + distance<kCount>(i);
+    const auto* from = own + distance<kCount>(i);
     uint32_t* words = share.words + i / share.kPerWord;
     if constexpr (share.kPerAccess == 4) {
-      const auto* at = static_cast<const uint4*>(from);
+      const auto* at = wide<const uint4>(from);
       const uint4 four = use == Use::once ? __ldcs(at) : *at;
       words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
     } else {
-      const auto* at = static_cast<const uint2*>(from);
+      const auto* at = wide<const uint2>(from);
       const uint2 two = use == Use::once ? __ldcs(at) : *at;
       words[0] = two.x, words[1] = two.y;
     }
   }
 }
 
-// Stores 8 of them, which begin with element `begin`.
 template <class T, int kCount>
-LOMO_DEVICE void store_straight(const uint32_t* words, typename T::Storage* own, int begin) {
-  using S = Share<T, kCount>;
+LOMO_DEVICE void store_straight(const Share<T, kCount>& share, typename T::Storage* own) {
 #pragma unroll
-  for (int i = 0; i < 8; i += kCount, words += S::kPerAccess) {
-    void* to = own + distance<kCount>(begin + i);
+  for (int i = 0; i < kShare; i += kCount) {
+    auto* to = own + distance<kCount>(i);
+    const uint32_t* words = share.words + i / share.kPerWord;
     // The default policy; a plain assignment was compiled to four 32-bit stores.
-    if constexpr (S::kPerAccess == 4) {
-      __stwb(static_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+    if constexpr (share.kPerAccess == 4) {
+      __stwb(wide<uint4>(to), make_uint4(words[0], words[1], words[2], words[3]));
     } else {
-      __stwb(static_cast<uint2*>(to), make_uint2(words[0], words[1]));
+      __stwb(wide<uint2>(to), make_uint2(words[0], words[1]));
     }
   }
 }

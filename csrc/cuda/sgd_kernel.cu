@@ -61,15 +61,16 @@ LOMO_DEVICE uint64_t index_of(const Shared& shared, uint32_t x) {
   return shared.row + rows * shared.row_stride + (column - rows * length);
 }
 
-// Random words for the block's elements [x, x + kCount): one for two of bfloat16, of which the even one has the low
-// half, or one for each of float16, without end_hash. False if the elements are not neighbours in the whole parameter,
-// or do not share the block's key.
+// A random word of `draw`.
 template <class P>
 LOMO_DEVICE uint32_t word_of(uint32_t begun, uint32_t addend) {
   const uint32_t hash = continue_hash(begun, addend);
   return P::kPerHash == 2 ? end_hash(hash) : hash;
 }
 
+// Random words for the block's elements [x, x + kCount): one for two of bfloat16, of which the even one has the low
+// half, or one for each of float16, without end_hash. False if the elements are not neighbours in the whole parameter,
+// or do not share the block's key.
 template <class P, int kCount>
 LOMO_DEVICE bool draw(uint32_t* words, const Shared& shared, uint32_t x) {
   constexpr int kWords = kCount / P::kPerHash;
@@ -96,43 +97,60 @@ LOMO_DEVICE bool draw(uint32_t* words, const Shared& shared, uint32_t x) {
   return true;
 }
 
-// The update of 8 elements of a straight tile, this thread's from `begin` on; element 0 stands at `own` and is the
-// block's element x. False, and nothing is stored, if one of them is an exception to what holds nearly always: all
-// gradients are finite, all results are to be rounded in the ordinary way.
-template <class P, class G, int kCount, bool kStochastic>
-LOMO_DEVICE bool update_8(const Share<P, kCount>& p, const Share<G, kCount>& g, int begin, const Scalars& scalars,
-                          const Shared& shared, uint32_t x, typename P::Storage* own) {
-  float scaled[8], results[8];
+// Rounds 8 results to words of two. Nearly always all of them are ordinary, see numerics.h.
+template <class P>
+LOMO_DEVICE void round_stochastic(uint32_t* words, const float (&x)[8], const uint32_t* random) {
+  if (P::all_ordinary(x)) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    scaled[i] = g.get(begin + i) * scalars.inv_scale;
-    results[i] = updated(p.get(begin + i), scaled[i], scalars);
+    for (int i = 0; i < 8; i += 2) words[i / 2] = P::stochastic_pair(x[i], x[i + 1], random + i / P::kPerHash);
+    return;
   }
-  bool ordinary = sum_of_magnitudes(scaled) <= kLargest;
-  uint32_t words[8 / p.kPerWord];
-  if constexpr (kStochastic) {
-    uint32_t random[8 / P::kPerHash];
+  const auto rounded = [&](int i) {
+    const uint32_t word = random[i / P::kPerHash];
+    return P::stochastic(x[i], P::kPerHash == 1 ? end_hash(word) : i % 2 ? word >> 16 : word & 0xffffu);
+  };
 #pragma unroll
-    for (int i = 0; i < 8; i += kCount) {
-      if (!draw<P, kCount>(random + i / P::kPerHash, shared, x + distance<kCount>(begin + i))) return false;
+  for (int i = 0; i < 8; i += 2) words[i / 2] = rounded(i) | rounded(i + 1) << 16;
+}
+
+// The update of this thread's share of a straight tile, whose element 0 stands at `own` and is the block's element x.
+// False, and nothing is stored, if there is an exception to what holds nearly always: all gradients are finite, and
+// neighbours here are neighbours in the whole parameter.
+template <class P, class G, int kCount, bool kStochastic>
+LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCount>& g, const Scalars& scalars,
+                                 const Shared& shared, uint32_t x, typename P::Storage* own) {
+  Share<P, kCount> updates;
+  float scaled[kShare];
+#pragma unroll
+  for (int begin = 0; begin < kShare; begin += 8) {
+    float results[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      scaled[begin + i] = g.get(begin + i) * scalars.inv_scale;
+      results[i] = updated(p.get(begin + i), scaled[begin + i], scalars);
     }
-    ordinary = ordinary & P::all_ordinary(results);
+    uint32_t* words = updates.words + begin / p.kPerWord;
+    if constexpr (kStochastic) {
+      uint32_t random[8 / P::kPerHash];
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      words[i / 2] = P::stochastic_pair(results[i], results[i + 1], random + i / P::kPerHash);
-    }
-  } else {
+      for (int i = 0; i < 8; i += kCount) {
+        if (!draw<P, kCount>(random + i / P::kPerHash, shared, x + distance<kCount>(begin + i))) return false;
+      }
+      round_stochastic<P>(words, results, random);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 8; i += p.kPerWord) {
-      if constexpr (p.kWide) {
-        words[i] = P::nearest(results[i]);
-      } else {
-        words[i / 2] = P::nearest_pair(results[i], results[i + 1]);
+      for (int i = 0; i < 8; i += p.kPerWord) {
+        if constexpr (p.kWide) {
+          words[i] = P::nearest(results[i]);
+        } else {
+          words[i / 2] = P::nearest_pair(results[i], results[i + 1]);
+        }
       }
     }
   }
-  if (ordinary) store_straight<P, kCount>(words, own, begin);
-  return ordinary;
+  const bool all_finite = sum_of_magnitudes(scaled) <= kLargest;
+  if (all_finite) store_straight(updates, own);
+  return all_finite;
 }
 
 // The update of any elements, by the formula, one by one: the ends of a tensor, what is not aligned, what is not
@@ -202,11 +220,9 @@ __global__ void __launch_bounds__(kThreads, kResident<P, G, kStochastic>)
       sum += sum_squares<kCount>([&](int i) { return g.get(i) * scalars.inv_scale; });
     }
     if (shared.scalars[kFoundInf] != 0.0f) continue;
-    const bool low = straight && update_8<P, G, kCount, kStochastic>(p, g, 0, scalars, shared, x, own_p);
-    const bool high = straight && update_8<P, G, kCount, kStochastic>(p, g, 8, scalars, shared, x, own_p);
-    if (low && high) continue;
+    if (straight && update_straight<P, G, kCount, kStochastic>(p, g, scalars, shared, x, own_p)) continue;
 #pragma unroll 1
-    for (int i = low ? 8 : 0; i < (high ? 8 : kShare); i += 4) {
+    for (int i = 0; i < kShare; i += 4) {
       update_4<P, G, kCount, kStochastic>(entry, scalars, shared, block, x + distance<kCount>(i));
     }
   } while (++tile < entry.tiles_per_block);

@@ -36,9 +36,15 @@ inline uint64_t block_order = 0;
 // How many launches there were.
 inline uint64_t launches = 0;
 
+// Whether some access was not aligned as it must be on a GPU.
+inline bool misaligned = false;
+inline void require_aligned(const void* at, size_t bytes) {
+  misaligned = misaligned || reinterpret_cast<uintptr_t>(at) % bytes != 0;
+}
+
 // Runs kernel() once in each of `threads` threads of each of `blocks` blocks, and returns when all have ended.
-// Throws std::logic_error where a thread waits at a barrier and another of its block or warp has ended or waits
-// elsewhere.
+// Throws std::logic_error if a thread waits at a barrier and another of its block or warp has ended or waits elsewhere,
+// or if an access was not aligned.
 void launch(uint32_t blocks, uint32_t threads, const std::function<void()>& kernel);
 
 // Where this thread goes on only when all threads of its block, or of its warp, have come to the same call.
