@@ -48,7 +48,6 @@ SIZES = ("tokens", "rows", "columns", "gy_stride", "x_stride")
 class Tile(NamedTuple):
     """How a product is divided: rows and columns of the gradient per program, tokens per step, and how it is run.
 
-    parts: into so many columns a tile is divided for the update: a thread has the registers of one part at a time.
     registers: a thread's limit; None leaves it to the compiler.
     """
 
@@ -57,12 +56,15 @@ class Tile(NamedTuple):
     tokens: int
     warps: int
     stages: int
-    parts: int = 1
     registers: int | None = None
 
     def options(self) -> dict[str, Any]:
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_stages": self.stages, **limit, **launch.options(self.warps)}
+
+
+#: Columns of a tile are updated in so many parts, one after the other: a thread has the registers of one part at a time.
+PARTS = 8
 
 
 @functools.cache
@@ -74,28 +76,26 @@ def generation(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def tile_of(factors: torch.dtype, gpu: int, aligned: bool, weight: torch.dtype | None = None) -> Tile:
+def tile_of(factors: torch.dtype, gpu: int, aligned: bool) -> Tile:
     """A fixed choice: trying several, as an autotuner does, would take several steps.
 
     On Hopper and Blackwell 128 registers let two programs share a multiprocessor, one of which multiplies while the
-    other updates. Compiled for sm_90, no update then spills registers, in parts of 32 columns of a bfloat16 weight, or
-    of 16; whole tiles would take 138 to 255 registers.
+    other updates. Compiled for sm_90, no update then spills registers, in parts of 16 columns; whole tiles would take 138
+    to 255 registers.
 
     Args:
         factors: dtype of the factors.
         gpu: `generation`.
         aligned: whether factors are read in vectors. If not, a thread gets half the elements: else some are spilled.
-        weight: dtype of the weight that is updated; None for a norm.
     """
-    parts = 1 if weight is None else 4 if weight == torch.bfloat16 else 8
     if factors == torch.float32 or 0 < gpu < 80:  # multiplied by ordinary instructions
-        return Tile(64, 64 if aligned else 32, 16, 4, 3 if aligned and gpu >= 80 else 2, min(parts, 2))
+        return Tile(64, 64 if aligned else 32, 16, 4, 3 if aligned and gpu >= 80 else 2)
     if gpu == 0:  # 64 KiB of shared memory
-        return Tile(128, 128 if aligned else 64, 32, 4, 2, parts)
-    two = aligned and (gpu == 90 or (gpu in (100, 103) and weight is not None))
+        return Tile(128, 128 if aligned else 64, 32, 4, 2)
+    two = aligned and gpu in (90, 100, 103)
     # 96 KiB of shared memory, or where there are no more than 99 KiB (sm_86, 89, 120) 48 KiB.
     tokens = 64 if gpu in (80, 90, 100, 103) else 32
-    return Tile(128, 128 if aligned else 64, tokens, 8, 3, parts, 128 if two else None)
+    return Tile(128, 128 if aligned else 64, tokens, 8, 3, 128 if two else None)
 
 
 def sums_products(gpu: int, version: str) -> bool:
@@ -182,6 +182,17 @@ def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def sum_of_tile(tile, unscale, SIZE: tl.constexpr):
+    """The float64 sum of squares of the tile's SIZE numbers times `unscale`: of one half, then the other, for which
+    there are registers."""
+    total = tl.zeros((), tl.float64)
+    for half in tl.static_range(2):
+        scaled = part_of(tile, half, 2) * unscale
+        total += sum_of_squares(tl.reshape(scaled, (SIZE // 2,)), SIZE // 2)
+    return total
+
+
+@triton.jit
 def weights_of(corner, rows, columns, stride, first, BM: tl.constexpr, WIDTH: tl.constexpr):
     """Pointers to a part of a tile, and which of them are inside the weight.
 
@@ -258,7 +269,6 @@ def linear_sgd_kernel(
     if STOCHASTIC:
         stream = mix64((key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
     STEP: tl.constexpr = 2 if PAIRS and tl.bfloat16 == P else 1
-    total = tl.zeros((), tl.float64)
     for part in tl.static_range(PARTS):
         pointer, inside = weights_of(weight, rows - row, columns - column, columns, part * WIDTH, BM, WIDTH)
         p_bits = next_bits
@@ -276,9 +286,8 @@ def linear_sgd_kernel(
             rounded = nearest(p, P)
         if not skip:
             tl.store(pointer, tl.where(tl.abs(scaled) < float("inf"), rounded, p_bits), mask=inside)
-        if NORM:
-            total += sum_of_squares(tl.reshape(scaled, (BM * WIDTH,)), BM * WIDTH)
     if NORM:
+        total = sum_of_tile(tile, unscale, BM * BN)
         add_to_slot(total, slot_at(slot), partials, counter, tl.program_id(0), tl.num_programs(0))
 
 
@@ -316,8 +325,7 @@ def linear_sq_norm_kernel(
             rows, columns, gy_stride, x_stride = multiples_of_16(rows, columns, gy_stride, x_stride)
         row, column = corner(tl.program_id(0), rows, columns, BM, BN)
         tile = product(gy, x, tokens, rows, columns, gy_stride, x_stride, row, column, G, BM, BN, BK, WIDEN, TOKENS)
-        scaled = tile * float64_of(inv_scale, kinds, 0).to(tl.float32)
-        total = sum_of_squares(tl.reshape(scaled, (BM * BN,)), BM * BN)
+        total = sum_of_tile(tile, float64_of(inv_scale, kinds, 0).to(tl.float32), BM * BN)
         add_to_slot(total, slot_at(slot), partials, counter, tl.program_id(0), tl.num_programs(0))
 
 
@@ -461,6 +469,14 @@ def gram_kernel(
 
 #: Strides and sizes that kernels multiply by up to 128 in 32 bits; what is larger goes by tiles.
 LARGEST = 2**23
+#: From so many tokens on, torch multiplies 16-bit factors, tile by tile into a buffer, and `sgd_` or `sq_norm_` follows:
+#: cuBLAS is faster than `product` by more than writing and reading the buffer costs. Modelled, not measured. For a weight
+#: 11008 x 4096 on an H100, milliseconds with cuBLAS and with `product`: 0.22 and 0.16 to 0.19 for 1024 tokens, 0.62 and
+#: 0.62 to 0.75 for 4096, 2.2 and 2.5 to 3.0 for 16384. The first measurement replaces it.
+#:
+#: `weight.addmm_` would need no buffer, but a gradient that is not finite would destroy the weight, and alpha and beta
+#: are numbers, which the host would have to read from the device.
+CROSSOVER = 2048
 #: How many times cheaper, in multiplications, inner products of tokens must be than the product of the factors: they
 #: come in few programs, each with a long way to go.
 GRAM_MARGIN = 4
@@ -499,12 +515,14 @@ def _rows_of(matrix: Tensor) -> Tensor:
 
 
 def by_tiles(inputs: list[Tensor], rows: int, columns: int, norm: bool) -> bool:
-    """Whether `tiled` does the work: several pairs, which are added up first, sizes beyond `LARGEST`, and norms where
-    Triton cannot compile them."""
+    """Whether `tiled` does the work: several pairs, which are added up first, many tokens, sizes beyond `LARGEST`,
+    and norms where Triton cannot compile them. The shapes decide, not what is in the tensors."""
     if norm and not sums_products(generation(inputs[0].device), triton.__version__):
         return True
     tokens = inputs[0].numel() // columns
-    return len(inputs) > 1 or max(rows, columns) >= LARGEST or tokens >= 2**31 - 128
+    if len(inputs) > 1 or max(rows, columns) >= LARGEST or tokens >= 2**31 - 128:
+        return True
+    return tokens >= CROSSOVER and tiled.has_mixed_products(inputs[0])
 
 
 def shape_of(factors: Factors, tile: Tile, gpu: int) -> tuple[int, dict[str, Any]]:
@@ -632,7 +650,7 @@ def linear_sgd_(
     stochastic = stochastic and weight.dtype != torch.float32
     factors, gpu = factors_of(inputs[0], grad_outputs[0]), generation(device)
     w = weight.detach().contiguous()
-    tile = tile_of(factors.x.dtype, gpu, factors.aligned, weight.dtype)
+    tile = tile_of(factors.x.dtype, gpu, factors.aligned)
     blocks, constants = shape_of(factors, tile, gpu)
     with launch.on(device):
         slot, partials, counter = 0, None, None
@@ -653,7 +671,7 @@ def linear_sgd_(
             STOCHASTIC=stochastic,
             PAIRS=columns % 2 == 0,
             NORM=sq_norm is not None,
-            PARTS=tile.parts,
+            PARTS=PARTS,
             **constants,
         )
         if not weight.is_contiguous():
