@@ -36,6 +36,13 @@ def check_positive(name: str, value: Any) -> None:
     _check(value, f"Lomo: {name}", "expected a finite number > 0", lambda number: 0 < number < math.inf)
 
 
+def check_seed(seed: Any, where: str) -> int:
+    """Raises ValueError unless `seed` is an integer of 64 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{where} is {seed!r}, expected an integer of 64 bits")
+    return seed
+
+
 def _check(value: Any, where: str, expected: str, allowed: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dtype not in (torch.float64, torch.float32):

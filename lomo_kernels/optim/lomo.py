@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import threading
 import warnings
 import weakref
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers import Pair, fuse, layers_of, takers, unfuse
 from ..ops.sgd import is_stochastic
+from . import resume
 from .graph import (
     check_fused_weights,
     check_loss,
@@ -22,16 +26,16 @@ from .graph import (
     reentrant_checkpoints,
     run_backward,
 )
-from .hyperparameters import check_group, check_positive, numbers_of
+from .hyperparameters import check_group, check_positive, check_seed, numbers_of
 from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
 from .records import Record
-from .scaling import KINDS, LossScale
+from .scaling import LossScale
 from .state import State
+from .step_hooks import as_step
 from .summary import summary
 
-_STATE = "lomo"  # the key of our part of a state dict
 _NOT_OURS = (
     ", by hand or by an engine that was given this optimizer (DeepSpeed's ZeRO: give it none, see "
     "docs/distributed.md); use add_param_group(), or make a new optimizer"
@@ -119,7 +123,7 @@ class Lomo(torch.optim.Optimizer):
         self._wanted_scale = loss_scale
         self._stochastic = is_stochastic("Lomo", rounding)
         self._raise = nonfinite == "raise"
-        self._seed = _check_seed(seed)
+        self._seed = check_seed(seed, "Lomo: seed")
 
         self._process_group = process_group
         self._ranks: Ranks | None = None
@@ -140,10 +144,12 @@ class Lomo(torch.optim.Optimizer):
         self._warned = False
         self._removed = False
         self._attached = False
+        self._unpickled = False  # until the first step
         # Until the first step, which asks whether its parameters are still these.
         self._whole: Callable[[], nn.Module | None] | None = (
             weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else lambda: None
         )
+        self._stepping: set[int] = set()  # threads in which step hooks are called now
         self._busy = threading.Lock()
         self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
@@ -160,12 +166,16 @@ class Lomo(torch.optim.Optimizer):
 
     # ---- What a user calls ------------------------------------------------------------------------------------------
 
+    @as_step(lambda self, *_, **__: not self._accumulating)
     def backward(self, loss: Tensor) -> None:
         """One step of training: backward, with every gradient applied and freed as soon as it is there.
 
         With `clip_grad_norm` or dynamic loss scaling the graph is run twice, first for the norm. Gradients that plain
         backwards (or `accumulate`) left in ``.grad`` are part of the step: this one is added to them, then all are
         applied and freed. Inside `accumulate` it only adds to ``.grad``.
+
+        Otherwise it is the step that torch's step hooks are called around, the optimizer's own
+        (`register_step_pre_hook`, `register_step_post_hook`) and the global ones, with ``(optimizer, loss)`` as args.
 
         Args:
             loss: one floating-point element, not scaled.
@@ -187,8 +197,10 @@ class Lomo(torch.optim.Optimizer):
         finally:
             self._accumulating = before
 
+    @as_step(lambda self, closure=None: closure is not None or self._has_gradients())
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Applies what plain backwards left in ``.grad``, and leaves it there. Does nothing where nothing is there.
+        """Applies what plain backwards left in ``.grad``, and leaves it there. Does nothing, and calls no step hooks,
+        if there is nothing: after `backward`.
 
         Args:
             closure: called first, with gradients enabled; its result is returned.
@@ -205,17 +217,22 @@ class Lomo(torch.optim.Optimizer):
                 "Lomo: torch's GradScaler decides on every rank alone whether to step, from gradients that are not "
                 'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place'
             )
-        if any(record.param.grad is not None for record in self._records):
+        if self._has_gradients():
             if not self._warned:
                 self._warned = True
                 warnings.warn(
                     "Lomo.step() applies gradients that a plain backward kept in memory all at once; "
                     "optimizer.backward(loss) in place of loss.backward() frees each as soon as it is there",
-                    stacklevel=3,  # torch wraps step() once
+                    stacklevel=3,  # `as_step` wraps step() once, twice where there are hooks
                 )
             with self._exclusive(), torch.no_grad():
                 self._refresh()
                 self._apply_kept(keep=True)
+        elif self._unpickled and closure is None:
+            raise RuntimeError(
+                "Lomo: no gradient has come to the parameters of this optimizer since it was unpickled. They are "
+                "copies; pickle model and optimizer together, as one tuple, and use both from there"
+            )
         return loss
 
     @property
@@ -224,8 +241,16 @@ class Lomo(torch.optim.Optimizer):
         return self._state.divides
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops what plain backwards left in ``.grad``. Always to None: tensors of zeros would only take memory."""
-        super().zero_grad(set_to_none=True)
+        """Drops what plain backwards left in ``.grad``.
+
+        Args:
+            set_to_none: False: the tensors stay, filled with zeros, which the next backward adds to. They are gradients
+                as torch's optimizers see it: weight decay goes to their parameters, and the next `backward`, which
+                frees them, takes the memory of all of them once more.
+        """
+        super().zero_grad(set_to_none=set_to_none)
+        for record in self._records:
+            record.note_zeros()
         self._drop_norm()
 
     def grad_norm(self, loss: Tensor) -> Tensor:
@@ -244,6 +269,7 @@ class Lomo(torch.optim.Optimizer):
             self._norm_is_known = True
         return self.last_grad_norm
 
+    @as_step(lambda self, *_, **__: not self._accumulating)
     def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
         """lomo_optim's name for `backward`, with the learning rate of all groups given for this step.
 
@@ -270,6 +296,24 @@ class Lomo(torch.optim.Optimizer):
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def grad_norms(self) -> dict[str, Tensor]:
+        """Norm of each parameter's gradient in the last step: unscaled, before clipping of any kind.
+
+        The host waits for nothing. Over several ranks the norms are those of whole parameters and averaged gradients;
+        with sharded parameters (FSDP2, tensor parallel, DeepSpeed) that takes one all-reduce, so every rank has to call
+        this.
+
+        Returns:
+            By name, in the order of ``param_groups``: float64, no dimensions, on the first parameter's device. Copies.
+            Zero for a parameter that got no gradient. A parameter given without a name is "parameter 3", after its
+            place; to a name that occurs twice "(parameter 3)" is added the second time.
+        """
+        norms: dict[str, Tensor] = {}
+        for record, norm in zip(self._records, self._state.norms().unbind(), strict=True):
+            name = record.name if record.name not in norms else f"{record.name} (parameter {record.index})"
+            norms[name] = norm
+        return norms
 
     @property
     def last_grad_norm(self) -> Tensor:
@@ -319,59 +363,74 @@ class Lomo(torch.optim.Optimizer):
         check_apart((record.name, record.param) for record in (*self._records, *records))
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
-        ranks = None
         if self._attached:
-            ranks = self._join_ranks([*self._records, *records], [*self.param_groups, group])
+            self._all_or_nothing(functools.partial(self._add_later, group, records))
+        else:
+            self._add(group, records)
+
+    def _add(self, group: dict[str, Any], records: Sequence[Record]) -> None:
         super().add_param_group(group)
         self._records.extend(records)
-        self._ids = known
+        self._ids = {id(record.param) for record in self._records}
+
+    def _add_later(self, group: dict[str, Any], records: Sequence[Record]) -> None:
+        ranks = self._join_ranks([*self._records, *records], [*self.param_groups, group])
+        self._add(group, records)
         self._ranks = ranks
-        if self._attached:
-            self._place()
-            self._attach()
+        self._place()
+        self._attach()
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters.
 
-        ``"state"`` repeats the numbers for each parameter: `torch.distributed.checkpoint` keeps nothing else.
+        ``"state"`` repeats the numbers for each parameter: `torch.distributed.checkpoint` keeps nothing else. All
+        tensors are copies.
         """
-        state: dict[str, Any] = super().state_dict()
-        for numbers in state["state"].values():  # torch's own copies of the dicts hold the live tensors
-            numbers |= {key: value.clone() for key, value in numbers.items() if isinstance(value, Tensor)}
-        state[_STATE] = self._state.export() | {"seed": self._seed, "parameters": self._layout()}
+        handle = self.register_state_dict_post_hook(_complete, prepend=True)  # before the user's, who see all of it
+        try:
+            state: dict[str, Any] = super().state_dict()
+        finally:
+            handle.remove()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, bit for bit.
+        """Continues where `state_dict` was taken, bit for bit. All of it is loaded, or nothing.
+
+        Parameters are compared by place and shape (a place keys a parameter's random bits) and, if both sides have
+        them, by names, except for what `torch.compile` and ``checkpoint_wrapper`` put into those. That of a
+        `torch.optim.SGD` gives its groups' learning rates and weight decay, with a warning that names what is dropped.
 
         Raises:
-            ValueError: it is not a Lomo's, or of other parameters (their order, names and shapes count: a parameter's
-                place keys its random bits), or of another kind of loss scaling; nothing is loaded then.
+            TypeError, ValueError: it is neither a Lomo's nor an SGD's, of other parameters, of another kind of loss
+                scaling, of a later version, or has a value that no run can have come to.
         """
-        ours: dict[str, Any] = state_dict.get(_STATE, {})
-        if not ours and state_dict.get("state"):  # from torch.distributed.checkpoint, which goes by names
-            ours = next(iter(state_dict["state"].values()))
-            ours = ours | {"parameters": self._layout(), "scaling": KINDS[int(ours["scaling"])]}
-        missing = self.state_dict()[_STATE].keys() - ours.keys()
-        if missing:
-            raise ValueError(
-                f"Lomo: the state dict's {_STATE!r} entry lacks {', '.join(sorted(missing))}; expected one from "
-                "Lomo.state_dict()"
+        self._all_or_nothing(functools.partial(self._load, state_dict))
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        if isinstance(state_dict, dict):
+            state_dict = state_dict.copy()  # as torch hands it to hooks
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        read = resume.read(state_dict, self._records, self.param_groups, self.defaults, self._state.scale.kind)
+        if read.numbers is None:
+            warnings.warn(
+                "Lomo: the state dict is of torch.optim.SGD. Loaded: learning rates, weight decay and what schedulers "
+                f"keep in the groups. Dropped: {', '.join(read.dropped) or 'nothing that was in use'}",
+                stacklevel=4,  # load_state_dict's caller
             )
-        self._check_layout(ours["parameters"])
-        if ours["scaling"] != self._state.scale.kind:
-            raise ValueError(
-                f"Lomo: the state dict was taken with {ours['scaling']} loss scaling, this optimizer has "
-                f"{self._state.scale.kind}; construct it with the same loss_scale"
-            )
-        seed = _check_seed(ours["seed"])
-        for index, group in enumerate(state_dict["param_groups"]):
-            check_group({**self.defaults, **group}, f"Lomo: param_groups[{index}] of the state dict")
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self._state.load(ours)
-        self._seed = seed
+            self._drop_norm()
+        else:
+            self._norm_is_known = False
+            self._state.load(read.numbers)
+            self._seed = read.numbers["seed"]
+        self.param_groups = [
+            loaded | {key: group[key] for key in ("params", "param_names") if key in group}
+            for group, loaded in zip(self.param_groups, read.groups, strict=True)
+        ]
         self._repeat_state()
-        self._norm_is_known = False
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _repeat_state(self) -> None:
         """Puts our numbers where torch looks for a parameter's state.
@@ -381,22 +440,105 @@ class Lomo(torch.optim.Optimizer):
         for record in self._records:
             self.state[record.param] = self._state.by_parameter() | {"seed": self._seed}
 
-    def __getstate__(self) -> NoReturn:
-        raise TypeError("Lomo: an optimizer with hooks on its parameters cannot be copied or pickled; use state_dict()")
+    def _all_or_nothing(self, change: Callable[[], None]) -> None:
+        """Whatever `change` raises leaves the optimizer, its parameters' hooks and its layers as they were before."""
+        attributes = vars(self).copy()
+        records = [(record, vars(record).copy()) for record in self._records]
+        groups, handles = len(self.param_groups), len(self._handles)
+        sinks, layers = len(self._takers), len(self._fused)
+        state, numbers = dict(self.state), self._state.export()
+        try:
+            change()
+        except BaseException:
+            self.__dict__ = attributes
+            for record in self._records[len(records) :]:
+                release(record.param, self)
+            _detach(_cut(self._handles, handles), _cut(self._takers, sinks), _cut(self._fused, layers))
+            _cut(self._records, len(records))
+            _cut(self.param_groups, groups)
+            for record, before in records:
+                record.__dict__ = before
+            self.state.clear()
+            self.state.update(state)
+            self._state.load(numbers)
+            raise
 
-    def _layout(self) -> list[list[Any]]:
-        return [[record.name, list(shape_of(record.param))] for record in self._records]
+    # ---- Copies -----------------------------------------------------------------------------------------------------
 
-    def _check_layout(self, theirs: list[list[Any]]) -> None:
-        ours = self._layout()
-        if len(ours) != len(theirs):
-            raise ValueError(f"Lomo: the state dict has {len(theirs)} parameters, this optimizer has {len(ours)}")
-        for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            if our != their:
-                raise ValueError(
-                    f"Lomo: parameter {index} is {their[0]} of shape {their[1]} in the state dict, "
-                    f"{our[0]} of shape {our[1]} here"
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "Lomo: copy.copy of the optimizer would be a second one of the same parameters. Use the optimizer itself, "
+            "or copy.deepcopy((model, optimizer))"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lomo:
+        """The same optimizer of the parameters' copies, which have to be in `memo`: they are copied with their model.
+
+        As with torch's optimizers, hooks that were registered on the optimizer and gradients are not copied.
+        """
+
+        def copied(original: Any, name: str) -> Any:
+            if id(original) not in memo:
+                raise TypeError(
+                    f"Lomo: {name} was not copied before the optimizer, whose copy would train nothing. Copy both "
+                    "together, the model first: copy.deepcopy((model, optimizer))"
                 )
+            return memo[id(original)]
+
+        groups, settings, numbers = self._parts(copied)
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+
+        def own(options: dict[str, Any]) -> dict[str, Any]:
+            done = ("params", "fused_layers", "process_group")  # the last is as little copied as the processes
+            return {key: value if key in done else copy.deepcopy(value, memo) for key, value in options.items()}
+
+        new._become([own(group) for group in groups], own(settings), numbers)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles the optimizer with its parameters, which a model in the same pickle has in common with it."""
+        if self._ranks is not None:
+            raise TypeError("Lomo: an optimizer over several ranks cannot be pickled; save its state_dict()")
+        return _unpickled, (type(self), *self._parts(lambda part, _: part))
+
+    def _parts(self, of: Callable[[Any, str], Any]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+        """Groups, the constructor's other arguments, and numbers, of the same optimizer of other parameters.
+
+        Args:
+            of: gives for a parameter, or the model in which layers are fused, and its name, the other one.
+        """
+        self._check_not_removed()
+        self._check_groups()
+        if is_engine(self._process_group):
+            raise TypeError("Lomo: an optimizer of a DeepSpeed engine cannot be copied; save its state_dict()")
+        groups = []
+        records = iter(self._records)
+        for group in self.param_groups:
+            params = [of(record.param, record.name) for record in itertools.islice(records, len(group["params"]))]
+            entries = list(zip(group["param_names"], params, strict=True)) if "param_names" in group else params
+            groups.append({key: value for key, value in group.items() if key != "param_names"} | {"params": entries})
+        model = None if self._model is None else self._model()
+        settings = {
+            "lr": self.defaults["lr"],
+            "weight_decay": self.defaults["weight_decay"],
+            "clip_grad_value": self.defaults["clip_grad_value"],
+            "clip_grad_norm": self._clip_grad_norm,
+            "clip_passes": "one" if self._one_pass else "two",
+            "loss_scale": self._wanted_scale,
+            "rounding": "stochastic" if self._stochastic else "nearest",
+            "nonfinite": "raise" if self._raise else "skip",
+            "fused_layers": False if model is None else of(model, "the model"),
+            "process_group": self._process_group,
+            "seed": self._seed,
+        }
+        return groups, settings, self._state.export() | {"norm": self._state.norm.clone()}
+
+    def _become(self, groups: list[dict[str, Any]], settings: dict[str, Any], numbers: dict[str, Any]) -> None:
+        """Makes a new object the optimizer whose `_parts` these are."""
+        Lomo.__init__(self, groups, **settings)  # a subclass may take other arguments
+        self._state.load(numbers)
+        self._state.norm.copy_(numbers["norm"])
 
     # ---- One step ---------------------------------------------------------------------------------------------------
 
@@ -494,9 +636,9 @@ class Lomo(torch.optim.Optimizer):
         if not any(record.fired == sweep.serial for record in self._records):
             raise RuntimeError(
                 "Lomo: no gradient came: the loss depends on none of the optimizer's parameters, or only on copies of "
-                "them. Make the optimizer after fully_shard, parallelize_module, deepcopy and whatever else exchanges "
-                "parameters; FSDP1 (FullyShardedDataParallel) is not served, fully_shard is; under "
-                "set_requires_gradient_sync(False) use optimizer.accumulate()"
+                "them (model and optimizer were pickled apart?). Make the optimizer after fully_shard, "
+                "parallelize_module, deepcopy and whatever else exchanges parameters; FSDP1 (FullyShardedDataParallel) "
+                "is not served, fully_shard is; under set_requires_gradient_sync(False) use optimizer.accumulate()"
             )
 
     def _foreign_leaves(self, loss: Tensor) -> list[Tensor]:
@@ -506,9 +648,10 @@ class Lomo(torch.optim.Optimizer):
 
     def _add_to_kept(self, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
         """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
-        if not kept and self._state.scale.used:
+        fresh = all(record.zeroed for record, _ in kept)
+        if fresh and self._state.scale.used:
             self._kept_scale, self._kept_dtype = self._state.scale.of(loss), loss.dtype
-        scale = self._kept_scale if self._carries_scale(kept) or not kept else None
+        scale = self._kept_scale if self._carries_scale(kept) or fresh else None
         if scale is not None and loss.dtype is not self._kept_dtype:
             raise RuntimeError(
                 f"Lomo: the loss has dtype {loss.dtype}, those accumulated before have {self._kept_dtype}; with a loss "
@@ -548,6 +691,9 @@ class Lomo(torch.optim.Optimizer):
         update.flush()
         self._finish(scaled)
 
+    def _has_gradients(self) -> bool:
+        return any(record.param.grad is not None for record in self._records)
+
     def _kept(self) -> list[tuple[Record, Tensor]]:
         """The gradients that plain backwards left in ``.grad``."""
         return [(record, grad) for record in self._records if (grad := record.param.grad) is not None]
@@ -568,7 +714,7 @@ class Lomo(torch.optim.Optimizer):
         """Whether gradients in ``.grad`` carry the loss scale. Raises RuntimeError where only some do."""
         if self._kept_scale is None:
             return False
-        kinds = {record.scaled for record, _ in kept}
+        kinds = {record.scaled for record, _ in kept if not record.zeroed}
         if len(kinds) == 2:
             raise RuntimeError(
                 "Lomo: some gradients in .grad carry the loss scale (from accumulate()) and some do not (from a plain "
@@ -615,6 +761,7 @@ class Lomo(torch.optim.Optimizer):
             self._ranks.end()
         self._state.end_step(scaled)
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
+        self._unpickled = False
         self._opt_called = True  # what schedulers look at to see that the optimizer went before them
 
     # ---- Parameters and their hooks ---------------------------------------------------------------------------------
@@ -740,12 +887,13 @@ class Lomo(torch.optim.Optimizer):
             record = records[id(module.weight)]
             new = id(module) not in known
             if new:  # also where another optimizer fused it, whose weight was exchanged since
-                self._fused.append(fuse(module))
+                self._fused.append(weakref.ref(module))  # first: what an interrupt cuts short is taken off again
+                fuse(module)
             record.reused |= record.fused and new
             if not record.fused:
                 record.fused = True
-                takers[id(record.param)] = _taker(weakref.ref(self), record)
                 self._takers.append(id(record.param))
+                takers[id(record.param)] = _taker(weakref.ref(self), record)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -760,6 +908,36 @@ class Lomo(torch.optim.Optimizer):
                 yield
             finally:
                 self._busy_thread = None
+
+
+def _complete(optimizer: Any, state: dict[str, Any]) -> None:
+    """Makes copies of all tensors in what torch put together, and adds our entry."""
+    for group in state["param_groups"]:
+        group.update({key: value.clone() for key, value in group.items() if isinstance(value, Tensor)})
+    state["state"] = {
+        index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in numbers.items()}
+        for index, numbers in state["state"].items()  # the optimizer's own dicts: nothing may be put into them
+    }
+    state[resume.KEY] = {
+        "version": resume.VERSION,
+        **optimizer._state.export(),
+        "seed": optimizer._seed,
+        "parameters": resume.layout(optimizer._records),
+    }
+
+
+def _cut(some: list[Any], length: int) -> list[Any]:
+    """Takes off, and returns, what a list has beyond `length`."""
+    beyond = some[length:]
+    del some[length:]
+    return beyond
+
+
+def _unpickled(kind: type[Lomo], *parts: Any) -> Lomo:
+    optimizer = kind.__new__(kind)
+    optimizer._become(*parts)
+    optimizer._unpickled = True
+    return optimizer
 
 
 def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], None]:
@@ -815,9 +993,3 @@ def _model_of(model_or_params: Any, fused_layers: bool | nn.Module) -> nn.Module
             "fused_layers=model"
         )
     return model_or_params
-
-
-def _check_seed(seed: Any) -> int:
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"Lomo: seed is {seed!r}, expected an integer of 64 bits")
-    return seed

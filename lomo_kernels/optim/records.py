@@ -28,6 +28,10 @@ class Device:
         self.found_inf = scalar(torch.float64)
         self.step = scalar(torch.int64)
 
+    def squares(self) -> Tensor:
+        """Each parameter's share of the sum of squares: a copy of the slots, weighted."""
+        return self.slots.clone() if self.weights is None else self.slots * self.weights
+
     def sum_of_squares(self) -> Tensor:
         return self.slots.sum() if self.weights is None else self.slots.dot(self.weights)
 
@@ -47,6 +51,7 @@ class Record:
         self.scaled_grad: weakref.ref[Tensor] | None = (
             None  # what accumulate() left in .grad, with the loss scale in it
         )
+        self.zeros: tuple[weakref.ref[Tensor], int] | None = None  # what zero_grad() left in .grad, and its version
         self.dtype: torch.dtype | None = None
         # What `Ranks.place` sets anew where several processes take part.
         self.local: Tensor = param  # what the kernels update
@@ -57,6 +62,20 @@ class Record:
     def scaled(self) -> bool:
         """Whether what stands in ``.grad`` carries the loss scale: whether it is what `accumulate` left there."""
         return self.scaled_grad is not None and self.param.grad is self.scaled_grad()
+
+    @property
+    def zeroed(self) -> bool:
+        """Whether what stands in ``.grad`` is the zeros that `zero_grad` left there: zeros carry any loss scale."""
+        if self.zeros is None:
+            return False
+        grad, (zeros, version) = self.param.grad, self.zeros
+        return grad is not None and grad is zeros() and grad._version == version
+
+    def note_zeros(self) -> None:
+        """What stands in ``.grad``, if anything, was filled with zeros."""
+        grad = self.param.grad
+        self.scaled_grad = None
+        self.zeros = None if grad is None else (weakref.ref(grad), grad._version)
 
     def not_dense(self, grad: Tensor) -> RuntimeError:
         """What to raise where a gradient of this parameter is not strided. The caller looks: it is a hot path."""
