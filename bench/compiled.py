@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import sass
-from .measure import ROOT
+from .results import ROOT
 
 BUILD = ROOT / "build" / "cuda"
 OBJECTS = BUILD / "CMakeFiles" / "_cuda.dir" / "csrc" / "cuda"
@@ -275,9 +275,9 @@ def triton_products(arch: int) -> Iterator[Product]:
         return constants | {"WIDEN": linear.widened(dtypes[g], arch), "TOKENS": None}
 
     def update(p: str, g: str, stochastic: bool, norm: bool, clamp: bool) -> tuple[Any, dict[str, Any]]:
-        tile = linear.tile_of(dtypes[g], arch, True, dtypes[p])
+        tile = linear.tile_of(dtypes[g], arch, True)
         constants = tiled(g, tile, P=types[p], CLAMP=clamp, STOCHASTIC=stochastic, PAIRS=True, NORM=norm)
-        constants |= {"PARTS": tile.parts} | ({} if norm else {"partials": None, "counter": None})
+        constants |= {"PARTS": linear.PARTS} | ({} if norm else {"partials": None, "counter": None})
         pointers = {"weight": f"*{p}", "gy": f"*{g}", "x": f"*{g}", "partials": "*fp64", "counter": "*i64"}
         return triton_source(linear.linear_sgd_kernel, pointers, constants), tile.options()
 

@@ -174,10 +174,11 @@ AVOID = 10_000
 def hot_path(
     code: list[Instruction], reads: int, writes: int, narrowest: int = 16, **others: int
 ) -> list[Instruction] | None:
-    """The shortest way through the code on which a thread reads and writes at least so many bytes of global memory.
+    """The shortest way through the code on which a thread reads and writes so many bytes of global memory.
 
     Args:
-        reads, writes: bytes. Accesses of fewer than `narrowest` bytes are not counted.
+        reads, writes: bytes. Accesses of fewer than `narrowest` bytes are not counted. More may be read. More may be
+            written by a scalar at most: else the way would be that of more tiles, some without all of their loads.
         others: instructions that must be on the way, by the beginning of their names, and how many.
 
     Returns:
@@ -199,11 +200,13 @@ def hot_path(
         length, state = heapq.heappop(queue)
         number, had, returns = state
         # A way that was no longer and had as much of everything has been here before: this one leads to nothing better.
-        others_here = reached.setdefault((number, returns), [])
+        others_here = reached.setdefault((number, returns, had[1]), [])
         if any(all(map(ge, other, had)) for other in others_here):
             continue
         others_here.append(had)
         block = blocks[number]
+        if had[1] + gains[number][1] > writes + 8:
+            continue
         had = tuple(map(min, wanted, map(add, had, gains[number])))
         last = block.code[-1]
         if last.name.startswith("EXIT") and had == wanted:

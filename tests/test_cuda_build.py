@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.compiled import BUILD, OBJECTS, NoCompiler, build_cuda, output_of, tool
-from bench.measure import ROOT
+from bench.results import ROOT
 from lomo_kernels import ops
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
