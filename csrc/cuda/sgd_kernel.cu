@@ -123,6 +123,13 @@ LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCoun
   float scaled[kShare];
 #pragma unroll
   for (int begin = 0; begin < kShare; begin += 8) {
+    [[maybe_unused]] uint32_t random[8 / P::kPerHash];
+    if constexpr (kStochastic) {
+#pragma unroll
+      for (int i = 0; i < 8; i += kCount) {
+        if (!draw<P, kCount>(random + i / P::kPerHash, shared, x + distance<kCount>(begin + i))) return false;
+      }
+    }
     float results[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -131,11 +138,6 @@ LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCoun
     }
     uint32_t* words = updates.words + begin / p.kPerWord;
     if constexpr (kStochastic) {
-      uint32_t random[8 / P::kPerHash];
-#pragma unroll
-      for (int i = 0; i < 8; i += kCount) {
-        if (!draw<P, kCount>(random + i / P::kPerHash, shared, x + distance<kCount>(begin + i))) return false;
-      }
       round_stochastic<P>(words, results, random);
     } else {
 #pragma unroll

@@ -17,10 +17,10 @@
 struct uint3 {
   uint32_t x, y, z;
 };
-struct alignas(16) uint4 {
+struct uint4 {
   uint32_t x, y, z, w;
 };
-struct alignas(8) uint2 {
+struct uint2 {
   uint32_t x, y;
 };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
