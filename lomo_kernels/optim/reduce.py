@@ -186,8 +186,11 @@ class Averaged(Ranks):
     def _agree_on_order(self) -> None:
         """Takes over in which order gradients came on rank 0, those that did not come last. Once: it is read here."""
         came = list(dict.fromkeys(self._came))
-        order = torch.tensor([*came, *(index for index in self._order if index not in set(came))])
-        order = order.to(self._records[0].param.device)
+        order = torch.tensor(
+            [*came, *(index for index in self._order if index not in set(came))],
+            dtype=torch.int64,
+            device=self._records[0].param.device,
+        )
         dist.broadcast(order, dist.get_global_rank(self._group, 0), group=self._group)
         self._order = order.tolist()
         self._agreed = True

@@ -55,7 +55,7 @@ class State:
                 record.place(self.devices[place], by_device[place])
             self.scalars.append(by_device)
         if any(record.weight != 1.0 for record in records):
-            weights = torch.tensor([record.weight for record in records], dtype=torch.float64)
+            weights = torch.tensor([record.weight for record in records], dtype=torch.float64, device="cpu")
             for place, device in self.devices.items():
                 device.weights = weights.to(place)
         if loss_scale == "auto":
