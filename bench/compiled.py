@@ -209,12 +209,12 @@ def _triton_update(p: str, g: str, stochastic: bool, norm: bool) -> tuple[Any, d
 def _triton_norm(g: str) -> tuple[Any, dict[str, Any]]:
     import triton.language as tl
 
-    from lomo_kernels.triton import numerics, sq_norm
+    from lomo_kernels.triton import launch, numerics, sq_norm
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
     constants = {"G": types[g], "BLOCK": numerics.BLOCK, "ALIGNED": False, "table": None, "COLUMNS": 0}
     pointers = {"grad": f"*{g}", "partials": "*fp64", "counters": "*i64"}
-    return triton_source(sq_norm.sq_norm_kernel, pointers, constants), sq_norm.options()
+    return triton_source(sq_norm.sq_norm_kernel, pointers, constants), launch.options()
 
 
 def triton_compile(source: Any, options: dict[str, Any], arch: int, folder: Path) -> tuple[Any, list[Any]]:

@@ -82,7 +82,7 @@ class Instruction(NamedTuple):
         """Whether the next instruction is never executed after it, unless through a jump."""
         # A second predicate may stand among the operands: "@P3 BRA !P4, 0x750", "BRA.U UP0, 0x90", "BRA.DIV UR4, …".
         conditional = self.predicate or re.search(r"^\S+ (?:!?U?P\d|~?UR|R\d+, 0x)", self.text)
-        return self.name.startswith(("BRA", "EXIT", "RET")) and not (conditional and not self.name.startswith("RET"))
+        return self.name.startswith(("RET", "BRX")) or (self.name.startswith(("BRA", "EXIT")) and not conditional)
 
 
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;?\s*/\* 0x[0-9a-f]{16} \*/")
@@ -122,7 +122,7 @@ class Block:
 
 
 def blocks_of(code: list[Instruction]) -> list[Block]:
-    ends = [i for i in code if i.target is not None or i.name.startswith(("EXIT", "RET"))]
+    ends = [i for i in code if i.target is not None or i.name.startswith(("EXIT", "RET", "BRX"))]
     starts = {i.target for i in ends} | {i.address + 16 for i in ends}
     blocks: list[Block] = []
     at: dict[int, int] = {}
@@ -140,6 +140,12 @@ def blocks_of(code: list[Instruction]) -> list[Block]:
                 block.call = at[last.target]
             else:
                 block.follow.append(at[last.target])
+    # A jump by a table, which is not in the code: to whatever nothing else leads to.
+    led_to = {0} | {then for block in blocks for then in (*block.follow, block.call)}
+    orphans = [number for number in range(len(blocks)) if number not in led_to]
+    for block in blocks:
+        if block.code[-1].name.startswith("BRX"):
+            block.follow += orphans
     return blocks
 
 
@@ -213,6 +219,7 @@ def hot_path(
             return list(_unwound(blocks, state, before))
         if block.call is not None:
             next_states = [(block.call, had, (*returns, number + 1))]
+            next_states += [(then, had, returns) for then in block.follow if last.predicate]
         elif last.name.startswith("RET") and returns:
             next_states = [(returns[-1], had, returns[:-1])]
         else:

@@ -14,29 +14,29 @@ pytestmark = pytest.mark.timeout(1800)
 #: 13.0.88 and Triton 3.9.0 need. "16": bf16 or fp16. What needs fewer for good is to be lowered, in the same commit.
 INSTRUCTIONS = """
 kernel                    cuda-80     cuda-90     cuda-100    cuda-120    triton-90
-sgd_ fp32 by fp32         19.9 27.3   21.7 29.2   18.7 26.2   18.3 26.5   13.7 20.7
-sgd_ fp32 by 16           20.8 29.3   22.3 30.8   20.0 28.5   19.6 28.9   15.4 23.2
-sgd_ bf16 by fp32         28.6 36.0   30.1 37.6   27.8 35.3   27.4 35.6   23.7 29.9
-sgd_ bf16 by 16           29.9 38.3   31.4 39.9   28.6 37.1   28.2 37.5   25.8 32.2
-sgd_ bf16 by fp32, st     43.2 50.6   44.5 52.0   45.4 52.8   44.8 53.0   30.2 41.7
-sgd_ bf16 by 16, st       44.3 52.7   45.6 54.1   47.0 55.5   46.0 55.3   31.7 44.5
-sgd_ fp16 by fp32         23.8 31.1   25.3 32.8   22.8 30.2   22.5 30.7   16.3 22.4
-sgd_ fp16 by 16           24.8 33.3   26.7 35.2   23.5 32.0   23.3 32.6   17.6 24.3
-sgd_ fp16 by fp32, st     54.6 61.9   55.9 63.3   57.2 64.6   56.3 64.6   59.1 66.5
-sgd_ fp16 by 16, st       55.2 63.6   56.4 64.9   58.1 66.6   57.3 66.5   60.9 68.0
-sq_norm_ fp32             - 11.5      - 12.0      - 13.3      - 14.0      - 10.9
-sq_norm_ 16               - 12.5      - 12.9      - 14.3      - 15.0      - 11.6
+sgd_ fp32 by fp32         12.5 15.4   13.3 16.2   14.4 16.3   14.0 16.3   13.7 20.6
+sgd_ fp32 by 16           13.4 16.9   14.2 17.6   14.5 17.0   14.2 17.0   16.2 23.3
+sgd_ bf16 by fp32         13.8 16.7   14.5 17.4   14.9 16.9   14.7 17.0   23.6 29.4
+sgd_ bf16 by 16           15.0 18.1   15.5 18.5   16.0 18.2   15.6 18.2   25.5 31.7
+sgd_ bf16 by fp32, st     23.0 26.0   24.4 27.3   24.9 26.9   24.6 27.0   23.6 34.8
+sgd_ bf16 by 16, st       23.0 26.0   24.1 27.0   24.1 26.5   23.8 26.5   25.4 36.7
+sgd_ fp16 by fp32         13.8 16.7   14.5 17.4   14.9 16.9   14.7 17.0   16.3 22.6
+sgd_ fp16 by 16           15.0 18.1   15.5 18.5   16.0 18.2   15.6 18.2   17.8 24.5
+sgd_ fp16 by fp32, st     25.2 28.1   26.5 29.4   27.2 29.3   26.9 29.3   44.5 50.3
+sgd_ fp16 by 16, st       24.4 27.4   25.5 28.5   26.4 28.6   25.9 28.5   46.9 52.3
+sq_norm_ fp32             - 6.6       - 6.8       - 6.5       - 6.6       - 9.4
+sq_norm_ 16               - 6.0       - 6.2       - 6.3       - 6.4       - 9.4
 """
 
-#: Blocks of 256 threads that fit on a multiprocessor at least, which bounds a thread's registers.
-BLOCKS = {"cuda": 3, "triton": 2}
-#: KiB that a multiprocessor has asked for at least before it waits. By Little's law an H200 at 4.3 TB/s moves 23 KiB
-#: per multiprocessor in the 0.7 us that an access takes, which is assumed.
-IN_FLIGHT = 24
+#: Threads on a multiprocessor at least, which bounds the registers of each.
+THREADS = {"cuda": 768, "triton": 384}
+#: KiB that a multiprocessor of sm_90 has asked for at least before it waits. By Little's law an H200 at 4.3 TB/s moves
+#: 22 in the 0.7 us that an access is assumed to take. Triton's norms of 16-bit gradients have two blocks and 16.
+IN_FLIGHT = {"cuda": 32, "triton": 16}
 #: The modelled share of a copy's speed that an update's instructions allow at least, and a norm's.
 UPDATE_SHARE, NORM_SHARE = 0.95, 0.90
-#: What is below that today, by the parameter's dtype: stochastic rounding.
-BELOW = {("cuda", "bf16"): 0.75, ("cuda", "fp16"): 0.60, ("triton", "fp16"): 0.50}
+#: What is below that: Triton rounds float16 stochastically with 44 to 46 instructions per element, on an H200.
+BELOW = {("triton", "fp16", "H200"): 0.72}
 
 
 def budgets():
@@ -88,9 +88,7 @@ def test_instructions_per_element(measured):
 
 def test_all_loads_of_a_tile_are_issued_before_the_first_is_waited_for(measured):
     for kernel, facts in measured[2]:
-        # The CUDA kernels of bfloat16 parameters load a group of elements when the one before it has arrived.
-        serial = measured[0] == "cuda" and kernel.param == "bf16" and kernel.operator == "sgd_"
-        assert facts.loads_together >= facts.loads // (2 if serial else 1), name_of(kernel)
+        assert facts.loads_together == facts.loads, name_of(kernel)
 
 
 def test_accesses_are_as_wide_as_they_can_be(measured):
@@ -103,9 +101,9 @@ def test_registers_leave_room_for_blocks(measured):
     backend, arch, kernels = measured
     for kernel, facts in kernels:
         assert facts.stack == 0, f"{name_of(kernel)}: registers are spilled"
-        assert facts.blocks * kernel.threads >= BLOCKS[backend] * 256, (name_of(kernel), facts.registers)
+        assert facts.blocks * kernel.threads >= THREADS[backend], (name_of(kernel), facts.registers)
         if arch == 90:
-            assert facts.in_flight >= IN_FLIGHT, name_of(kernel)
+            assert facts.in_flight >= IN_FLIGHT[backend], name_of(kernel)
 
 
 @pytest.mark.parametrize("measured", [("cuda", 90), ("triton", 90)], indirect=True, ids=["cuda", "triton"])
@@ -116,7 +114,7 @@ def test_instructions_allow_the_speed_of_a_copy(measured):
         for card in (H100, H200):
             share, limit = share_of_copy(facts, kernel.bytes_moved, card)
             least = NORM_SHARE if kernel.norm else UPDATE_SHARE
-            least = BELOW.get((backend, kernel.param), least) if kernel.stochastic else least
+            least = BELOW.get((backend, kernel.param, card.name), least) if kernel.stochastic else least
             assert share >= least, f"{name_of(kernel)} on {card.name}: {share:.0%}, by {limit}"
 
 
@@ -133,16 +131,16 @@ def test_the_committed_table_is_of_these_sources(measured):
 
 #: Blocks on a multiprocessor at least, of kernels of 256 threads, of 128 for fp32.
 PRODUCTS = {
-    "`linear_sgd_` bf16 by bf16": 1,
+    "`linear_sgd_` bf16 by bf16": 2,
     "`linear_sgd_` bf16 by bf16, norm": 2,
     "`linear_sgd_` bf16 by bf16, stochastic, norm, clamp": 2,
     "`linear_sgd_` fp16 by fp16, norm": 2,
-    "`linear_sgd_` fp16 by fp16, stochastic, norm, clamp": 1,
+    "`linear_sgd_` fp16 by fp16, stochastic, norm, clamp": 2,
     "`linear_sgd_` fp32 by bf16, norm": 2,
-    "`linear_sgd_` fp32 by fp32, norm": 7,
-    "`linear_sq_norm_` bf16": 1,
-    "`linear_sq_norm_` fp16": 1,
-    "`linear_sq_norm_` fp32": 6,
+    "`linear_sgd_` fp32 by fp32, norm": 4,
+    "`linear_sq_norm_` bf16": 2,
+    "`linear_sq_norm_` fp16": 2,
+    "`linear_sq_norm_` fp32": 4,
 }
 
 
@@ -215,6 +213,24 @@ def test_a_loop_without_a_tile_is_no_short_cut():
     text += "LDG.E.128 R4, desc[UR4][R2.64]\nEXIT"
     path = sass.hot_path(code(text), reads=16, writes=0)
     assert [i.address // 16 for i in path] == [0, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_a_way_through_more_tiles_is_not_taken():
+    """Twice through a loop that reads 128 bits and writes 128 does not pass for a tile that reads 256 and writes 128."""
+    loop = code("LDG.E.128 R4, desc[UR4][R2.64]\nSTG.E.128 desc[UR4][R2.64], R4\n@P0 BRA @0\nEXIT")
+    assert len(sass.hot_path(loop, reads=32, writes=32)) == 7
+    assert sass.hot_path(loop, reads=32, writes=16) is None
+
+
+def test_a_call_with_a_predicate_may_be_passed_by():
+    text = "@P0 CALL.REL.NOINC @3\nLDG.E.128 R4, desc[UR4][R2.64]\nEXIT\nFADD R1, R1, R1\nRET.REL.NODEC R20 0x0"
+    assert [i.address // 16 for i in sass.hot_path(code(text), reads=16, writes=0)] == [0, 1, 2]
+    assert [i.address // 16 for i in sass.hot_path(code(text), reads=16, writes=0, FADD=1)] == [0, 3, 4, 1, 2]
+
+
+def test_a_jump_by_a_table_leads_to_what_nothing_else_leads_to():
+    text = "BRXU UR4 -0x10\nLDG.E.128 R4, desc[UR4][R2.64]\nEXIT\nLDG.E.128 R8, desc[UR4][R2.64]\nBRA @1"
+    assert [i.address // 16 for i in sass.hot_path(code(text), reads=32, writes=0)] == [0, 3, 4, 1, 2]
 
 
 def test_blocks_per_multiprocessor():
