@@ -144,14 +144,16 @@ def name_of(kernel: Kernel) -> str:
 # ---- The page --------------------------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
-    """The compilers, for each backend."""
-    import triton
+def version_of(backend: str) -> str:
+    """The compiler of a backend's kernels."""
+    if backend == "triton":
+        import triton
 
+        return f"Triton {triton.__version__}"
     _, said = compiled.output_of(compiled.build_cuda(), "--version")
     release = re.search(r"V(\d+\.\d+\.\d+)", said)
     assert release is not None, said
-    return {"cuda": f"nvcc {release[1]}", "triton": f"Triton {triton.__version__}"}
+    return f"nvcc {release[1]}"
 
 
 def title(backend: str, arch: int) -> str:
@@ -188,10 +190,10 @@ def section(backend: str, arch: int, measured: list[tuple[Kernel, Facts]]) -> st
     return "\n".join(lines) + "\n"
 
 
-def products_section(arch: int) -> str:
+def products_section(arch: int, products: Iterable[compiled.Product]) -> str:
     lines = [f"## Products in Triton, sm_{arch}", "", "kernel | registers | bound | shared KiB | blocks | serialized"]
     lines.append("--- | --: | --: | --: | --: | ---")
-    for product in compiled.triton_products(arch):
+    for product in products:
         blocks = blocks_per_multiprocessor(arch, product.threads, product.registers, product.shared)
         cells = [product.name, product.registers, product.maxnreg or "", f"{product.shared / 1024:.0f}", blocks]
         lines.append(" | ".join(map(str, [*cells, "yes" if product.serialized else "no"])))
@@ -218,10 +220,10 @@ def measure(backend: str, arch: int) -> list[tuple[Kernel, Facts]]:
 
 def main() -> None:
     try:
-        parts = [HEAD.format(**versions())]
+        parts = [HEAD.format(**{backend: version_of(backend) for backend in ARCHES})]
         for backend, arches in ARCHES.items():
             parts += [section(backend, arch, measure(backend, arch)) for arch in arches]
-        parts.append(products_section(90))
+        parts.append(products_section(90, compiled.triton_products(90)))
     except compiled.NoCompiler as error:
         sys.exit(f"The kernels cannot be compiled: {error}.")
     FILE.write_text("\n".join(parts))

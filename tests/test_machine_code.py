@@ -118,13 +118,17 @@ def test_instructions_allow_the_speed_of_a_copy(measured):
             assert share >= least, f"{name_of(kernel)} on {card.name}: {share:.0%}, by {limit}"
 
 
-def test_the_committed_table_is_of_these_sources(measured):
-    backend, arch, kernels = measured
+def assert_committed(section, backend):
     committed = machine_code.FILE.read_text()
-    version = machine_code.versions()[backend]
+    version = machine_code.version_of(backend)
     if version not in committed:
         pytest.skip(f"THE TABLE IS NOT COMPARED: it is not of {version}; `make machine-code` writes it anew")
-    assert machine_code.section(backend, arch, kernels) in committed, "`make machine-code` writes it anew"
+    assert section in committed, "`make machine-code` writes it anew"
+
+
+def test_the_committed_table_is_of_these_sources(measured):
+    backend, arch, kernels = measured
+    assert_committed(machine_code.section(backend, arch, kernels), backend)
 
 
 # ---- Products --------------------------------------------------------------------------------------------------------
@@ -146,11 +150,13 @@ PRODUCTS = {
 
 def test_products():
     pytest.importorskip("triton")
-    for product in compiled.triton_products(90):
+    products = list(compiled.triton_products(90))
+    for product in products:
         assert not product.serialized, f"{product.name}: each product is waited for before the next"
         assert product.stack == 0, f"{product.name}: registers are spilled"
         blocks = blocks_per_multiprocessor(90, product.threads, product.registers, product.shared)
         assert blocks >= PRODUCTS[product.name], (product.name, product.registers, product.shared)
+    assert_committed(machine_code.products_section(90, products), "triton")
 
 
 # ---- The reader ------------------------------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ def test_a_loop_without_a_tile_is_no_short_cut():
 
 
 def test_a_way_through_more_tiles_is_not_taken():
-    """Twice through a loop that reads 128 bits and writes 128 does not pass for a tile that reads 256 and writes 128."""
+    """Twice through a loop that reads and writes 128 bits does not pass for a tile that reads 256 and writes 128."""
     loop = code("LDG.E.128 R4, desc[UR4][R2.64]\nSTG.E.128 desc[UR4][R2.64], R4\n@P0 BRA @0\nEXIT")
     assert len(sass.hot_path(loop, reads=32, writes=32)) == 7
     assert sass.hot_path(loop, reads=32, writes=16) is None
