@@ -43,7 +43,7 @@ def tool(name: str) -> str:
 def build_cuda() -> str:
     """Builds _cuda.so for every target in build/cuda, if something has changed, and returns nvcc's path.
 
-    nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else that of ``pip install lomo_kernels[cuda-build]``.
+    nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else that of ``pip install nvidia-cuda-nvcc nvidia-cuda-runtime``.
     What ptxas says of each source is kept beside its object, as ``<source>.o.log``.
 
     Raises:
@@ -62,7 +62,7 @@ def build_cuda() -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest-xdist stand side by side
         failed, output = output_of(tool("cmake"), "-S", ROOT, "-B", BUILD, "-G", "Ninja", *settings)
         if failed and "no nvcc" in output:
-            raise NoCompiler("there is no nvcc. Install CUDA, or `pip install lomo_kernels[cuda-build]`")
+            raise NoCompiler("there is no nvcc. Install CUDA, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime`")
         if not failed:
             failed, output = output_of(tool("cmake"), "--build", BUILD, "--target", "_cuda")
         if failed:

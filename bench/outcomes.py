@@ -18,7 +18,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     about: dict[str, Any] = {"stage": os.environ["LOMO_STAGE"], "test": report.nodeid, "outcome": report.outcome}
     about["seconds"] = round(report.duration, 3)
     if report.failed:
-        about["text"] = report.longreprtext[-8000:]
+        about["text"] = report.longreprtext[-4000:]
     elif report.skipped:
         about["text"] = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     with Path(os.environ["LOMO_OUTCOMES"]).open("a") as file:

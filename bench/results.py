@@ -1,11 +1,11 @@
 """The format of measured results, and its one reader.
 
-A file ``bench/results/<device>-<date>.json`` holds what one device gave on one day:
+A file ``bench/results/<device>-<date>.json`` holds what one device gave on one day. Those of a device add up.
 
 - ``environment``: device, driver, versions, commit, threads.
 - ``missing``: contestants that could not run, by name, with the reason.
 - ``measurements``: a list of `Measurement`, raw samples included.
-- ``checks``: on a GPU, how its build, tests and sanitizers ended (bench/gpu.py).
+- ``checks``: on a GPU, how each stage of bench/gpu.py ended.
 """
 
 from __future__ import annotations

@@ -227,17 +227,19 @@ LOMO_FN uint64_t stream_key(int64_t seed, int64_t parameter_id, int64_t step) {
 // Once per 2^32 counters.
 LOMO_FN uint64_t block_key(uint64_t stream, uint64_t counter) { return mix64(stream ^ (counter >> 32)); }
 
-// Neighbours share the first part: where the low bits of `counter` are zero, begin_hash(block, counter + i) is
-// begin_hash(block, counter) ^ i for i < 128.
-LOMO_FN uint32_t begin_hash(uint64_t block, uint32_t counter) {
-  const uint32_t x = counter ^ static_cast<uint32_t>(block);
+// Neighbours share the first part: if the low bits of `counter` are zero, begin_hash(block, counter + i) is
+// begin_hash(block, counter) ^ i for i < 128. Words: uint32_t, or a vector of them.
+template <class Words>
+LOMO_FN Words begin_hash(uint64_t block, Words counter) {
+  const Words x = counter ^ static_cast<uint32_t>(block);
   return x ^ (x >> 7) ^ (x >> 16);
 }
 // `addend`: of the block. All but the last shift, which only changes the low 17 bits.
 constexpr uint32_t kSecondMultiplier = 0xd35a2d97u;
 LOMO_FN uint32_t addend_of(uint64_t block) { return static_cast<uint32_t>(block >> 32) * kSecondMultiplier; }
-LOMO_FN uint32_t continue_hash(uint32_t begun, uint32_t addend) {
-  const uint32_t x = begun * 0x21f0aaadu;
+template <class Words>
+LOMO_FN Words continue_hash(Words begun, uint32_t addend) {
+  const Words x = begun * 0x21f0aaadu;
   return (x ^ (x >> 15)) * kSecondMultiplier + addend;
 }
 LOMO_FN uint32_t end_hash(uint32_t x) { return x ^ (x >> 15); }
@@ -279,21 +281,35 @@ namespace {
 
 LOMO_FN float decay_of(double lr, double weight_decay) { return static_cast<float>(1.0 - lr * weight_decay); }
 
-LOMO_FN float clamped(float x, float limit) {
+template <class Floats>
+LOMO_FN Floats splat(float x) {
+  if constexpr (sizeof(Floats) > sizeof x) {
+    return Floats{} + x;
+  } else {
+    return x;
+  }
+}
+
+// Floats: float, or a vector of them. Compilers do not see of a vector that clamping to infinity changes nothing.
+template <class Floats>
+LOMO_FN Floats clamped(Floats x, float limit) {
 #if defined(__CUDA_ARCH__)
   return fminf(fmaxf(x, -limit), limit);  // one instruction each. They drop a NaN, whose parameter is kept anyway.
 #elif defined(LOMO_EMULATION)             // the same
   x = x < -limit || is_nan(x) ? -limit : x;
   return x > limit ? limit : x;
 #else
-  x = x < -limit ? -limit : x;
-  return x > limit ? limit : x;
+  if (sizeof(Floats) > sizeof limit && limit == __builtin_inff()) return x;
+  const Floats bound = splat<Floats>(limit);
+  x = x < -bound ? -bound : x;
+  return x > bound ? bound : x;
 #endif
 }
 
-LOMO_FN float updated(float param, float scaled_grad, const Scalars& s) {
-  const float g = clamped(scaled_grad, s.clip_value) * s.clip_coef;
-  const float p = param * s.decay;
+template <class Floats>
+LOMO_FN Floats updated(Floats param, Floats scaled_grad, const Scalars& s) {
+  const Floats g = clamped(scaled_grad, s.clip_value) * s.clip_coef;
+  const Floats p = param * s.decay;
   return p - s.lr * g;
 }
 

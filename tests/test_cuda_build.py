@@ -1,6 +1,7 @@
 """The CUDA library is compiled and linked for every target, and its code is what it should be. Needs nvcc, no GPU.
 
-nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else the one of `pip install lomo_kernels[cuda-build]`.
+nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else the one of `pip install nvidia-cuda-nvcc
+nvidia-cuda-runtime`.
 """
 
 import re

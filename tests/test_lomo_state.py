@@ -263,7 +263,7 @@ def test_add_param_group_that_fails_adds_nothing() -> None:
     bad: list[dict[str, Any]] = [
         {"params": [b, a]},
         {"params": [b], "lr": math.nan},
-        {"params": [b, torch.ones(1, dtype=torch.float64)]},
+        {"params": [b, vector(1.0, dtype=torch.float64)]},
         {"params": [b, b]},
         {"params": [b], "clip_grad_value": 0.0},
         {"params": [("name", b)]},
@@ -354,72 +354,6 @@ def test_weights_loaded_between_steps_are_trained() -> None:
 
 
 # ---- Schedulers -----------------------------------------------------------------------------------------------------
-
-SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda epoch: 0.5**epoch),
-    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda epoch: 0.9),
-    "StepLR": lambda o: schedulers.StepLR(o, step_size=2),
-    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, milestones=[1, 3]),
-    "ConstantLR": lambda o: schedulers.ConstantLR(o, factor=0.5, total_iters=2),
-    "LinearLR": lambda o: schedulers.LinearLR(o, total_iters=3),
-    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, gamma=0.7),
-    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, total_iters=4, power=2.0),
-    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, T_max=3),
-    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=2),
-    "CyclicLR": lambda o: schedulers.CyclicLR(o, base_lr=0.1, max_lr=0.5, step_size_up=2, cycle_momentum=False),
-    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=0.5, total_steps=10, cycle_momentum=False),
-    "SequentialLR": lambda o: schedulers.SequentialLR(
-        o, [schedulers.ConstantLR(o, total_iters=2), schedulers.ExponentialLR(o, gamma=0.5)], milestones=[2]
-    ),
-    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
-        [schedulers.ConstantLR(o, total_iters=2), schedulers.ExponentialLR(o, gamma=0.5)]
-    ),
-}
-
-
-@pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers(name: str, tensor_lr: bool) -> None:
-    """The same weights as torch.optim.SGD under the same scheduler, and no warning about the order of calls."""
-    ours, theirs = nn.Parameter(torch.linspace(-1, 1, 9)), nn.Parameter(torch.linspace(-1, 1, 9))
-
-    def lr() -> float | Tensor:
-        return torch.tensor(0.3) if tensor_lr else 0.3
-
-    optimizer, sgd = Lomo([ours], lr=lr()), torch.optim.SGD([theirs], lr=lr())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        if name == "SequentialLR":  # torch's own, of its deprecated epoch argument
-            warnings.filterwarnings("ignore", message="The epoch parameter")
-        scheduler = SCHEDULERS[name](optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        their_scheduler = SCHEDULERS[name](sgd)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        if name == "SequentialLR":
-            warnings.filterwarnings("ignore", message="The epoch parameter")
-        for _ in range(6):
-            optimizer.backward(ours.square().sum() / 2)
-            scheduler.step()
-            sgd.zero_grad()
-            (theirs.square().sum() / 2).backward()
-            sgd.step()
-            their_scheduler.step()
-            assert float(optimizer.param_groups[0]["lr"]) == float(sgd.param_groups[0]["lr"])
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
-
-
-def test_reduce_on_plateau() -> None:
-    w = vector(0.0)
-    optimizer = Lomo([w], lr=1.0)
-    scheduler = schedulers.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for metric in (1.0, 2.0, 3.0):
-            optimizer.backward(w.sum())
-            scheduler.step(metric)
-    assert w.item() == -2.5
 
 
 @pytest.mark.parametrize("way", ["backward", "fused_backward", "skipped", "accumulated"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,18 @@ def check_group(group: dict[str, Any], where: str) -> None:
             "expected None, a number > 0, or a one-element float64 or float32 tensor",
             lambda value: value > 0,
         )
+
+
+def unused_momentum(groups: Sequence[dict[str, Any]]) -> str:
+    """A warning where a group's ``momentum`` is not zero; otherwise empty. Tensors are not read."""
+    for index, group in enumerate(groups):
+        momentum = group.get("momentum", 0.0)
+        if isinstance(momentum, Tensor) or momentum:
+            return (
+                f"Lomo: param_groups[{index}]['momentum'] is {momentum}, which is not used: SGD without state has no "
+                "momentum. OneCycleLR and CyclicLR set it, unless they are given cycle_momentum=False"
+            )
+    return ""
 
 
 def numbers_of(group: dict[str, Any]) -> list[float | None]:
@@ -69,6 +82,7 @@ class LiveScalar:
                 return
             self._own.copy_(value.reshape(()), non_blocking=self._own.is_cuda)
         elif value != self._number:
+            self._number = None  # in case an interrupt comes before the number is noted below
             self._own.fill_(value)
             # While a CUDA graph is captured nothing is filled yet: the graph has to do it, and an eager step once more.
             captured = self._own.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -42,14 +42,14 @@ def read(
     records: Sequence[Record],
     groups: Sequence[dict[str, Any]],
     defaults: dict[str, Any],
-    kind: str,
+    kinds: Sequence[str],
 ) -> Resumed:
     """Checks all of a state dict, and changes nothing.
 
     Args:
         state_dict: from `Lomo.state_dict`, from `torch.distributed.checkpoint`'s helpers, or from `torch.optim.SGD`.
         records, groups, defaults: of the optimizer that is to load it.
-        kind: of its loss scaling.
+        kinds: of loss scaling, those that it can continue; the first is its present one.
 
     Raises:
         TypeError, ValueError: a key is missing or unknown, a value is of another type or out of range, a parameter is
@@ -66,7 +66,7 @@ def read(
     else:
         raise ValueError(f"Lomo: the state dict has no {KEY!r} entry; {_FROM} or from torch.optim.SGD")
     if numbers is not None:
-        _check_numbers(numbers, kind)
+        _check_numbers(numbers, kinds)
     return Resumed(_options(theirs, groups, defaults, dropped is not None), numbers, dropped or [])
 
 
@@ -185,15 +185,15 @@ def _bare(name: str) -> str:
     return ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
 
 
-def _check_numbers(numbers: dict[str, Any], kind: str) -> None:
+def _check_numbers(numbers: dict[str, Any], kinds: Sequence[str]) -> None:
     """Raises unless step, counters, loss scale and seed are what a run can have come to."""
     scaling = numbers["scaling"]
     if not isinstance(scaling, str) or scaling not in KINDS:
         raise ValueError(f"Lomo: the state dict's scaling is {scaling!r}, expected one of {', '.join(KINDS)}")
-    if scaling != kind:
+    if scaling not in kinds:
         raise ValueError(
-            f"Lomo: the state dict was taken with {scaling} loss scaling, this optimizer has {kind}; construct it with "
-            "the same loss_scale"
+            f"Lomo: the state dict was taken with {scaling} loss scaling, this optimizer has {kinds[0]}; construct it "
+            "with the same loss_scale"
         )
     step = _number("step", numbers["step"], torch.int64, 0, 2**63 - 1)
     _number("skipped_steps", numbers["skipped_steps"], torch.int64, 0, step)
@@ -201,9 +201,9 @@ def _check_numbers(numbers: dict[str, Any], kind: str) -> None:
         "none": (1.0, 1.0),
         "static": (SMALLEST_SCALE, LARGEST_SCALE),
         "dynamic": (SMALLEST_SCALE, torch.finfo(torch.float32).max),
-    }[kind]
+    }[scaling]
     _number("loss_scale", numbers["loss_scale"], torch.float32, smallest, largest)
-    last = GROWTH_INTERVAL - 1 if kind == "dynamic" else 0
+    last = GROWTH_INTERVAL - 1 if scaling == "dynamic" else 0
     _number("growth_tracker", numbers["growth_tracker"], torch.int32, 0, last)
     check_seed(numbers["seed"], "Lomo: the state dict's seed")
 

@@ -41,7 +41,8 @@ class State:
         before: State | None = None,
     ) -> None:
         self._ranks = ranks
-        places = list(dict.fromkeys(record.local.device for record in records))
+        places = list(dict.fromkeys(record.local.device for record in records if record.served))
+        places = places or [torch.device("cpu")]
         self.devices = {place: Device(place, len(records)) for place in places}
         self.home = self.devices[places[0]]
         self.scalars: list[dict[torch.device, GroupScalars]] = []
@@ -49,7 +50,7 @@ class State:
         for group in groups:
             by_device: dict[torch.device, GroupScalars] = {}
             for _, record in zip(group["params"], remaining, strict=False):
-                place = record.local.device
+                place = record.local.device if record.served else places[0]
                 if place not in by_device:
                     by_device[place] = GroupScalars(place)
                 record.place(self.devices[place], by_device[place])
@@ -114,6 +115,12 @@ class State:
         self.skipped.add_(self.home.found_inf.to(torch.int64))
         if scaled:
             self.scale.update(self.home.found_inf)
+
+    def level_steps(self) -> None:
+        """Makes all devices count the same steps again, after an interrupt between two of them."""
+        for device in self.devices.values():
+            if device is not self.home:
+                _send(self.home.step, device.step)
 
     def abandon_step(self) -> None:
         """A norm was found but its step never came. It counts where it overflowed: that is why it did not come."""
