@@ -43,8 +43,8 @@ def tool(name: str) -> str:
 def build_cuda() -> str:
     """Builds _cuda.so for every target in build/cuda, if something has changed, and returns nvcc's path.
 
-    nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else that of ``pip install nvidia-cuda-nvcc nvidia-cuda-runtime``.
-    What ptxas says of each source is kept beside its object, as ``<source>.o.log``.
+    nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else that of ``pip install nvidia-cuda-nvcc
+    nvidia-cuda-runtime``. What ptxas says of each source is kept beside its object, as ``<source>.o.log``.
 
     Raises:
         NoCompiler: there is no nvcc.
