@@ -46,9 +46,9 @@ class Lomo(torch.optim.Optimizer):
     """Trains every parameter with plain SGD, each updated and its gradient freed while backward runs.
 
     ``optimizer.backward(loss)`` takes the place of ``loss.backward()``, ``optimizer.step()`` and
-    ``optimizer.zero_grad()``. Only it (and `fused_backward`) consumes gradients: a plain ``loss.backward()`` leaves
-    them in ``.grad`` as ever, and `step` applies them, so this is a `torch.optim.Optimizer` like others in any trainer.
-    A parameter has one optimizer: a newer `Lomo` of some of them takes them over and ends the use of the older one.
+    ``optimizer.zero_grad()``. Only it (and `fused_backward`) frees gradients. A plain ``loss.backward()`` leaves them
+    in ``.grad``, and `step` applies them: so any trainer can use it as a `torch.optim.Optimizer`. A parameter has one
+    optimizer. A newer `Lomo` of some of the parameters takes them over, and the older one cannot be used any more.
 
     Per element, with g the gradient over the loss scale (`lomo_kernels.reference` states it bit for bit)::
 
@@ -59,34 +59,35 @@ class Lomo(torch.optim.Optimizer):
             groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16;
             frozen ones of any dtype. Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.integrations.deepspeed`).
         lr: learning rate, a number or a one-element tensor; read from ``param_groups`` at every step.
-        clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. It is known
-            only after a backward pass: see `clip_passes`.
+        clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. The norm is
+            known only after a backward pass: see `clip_passes`.
         clip_grad_value: bound on each element of the gradient, applied before the norm's coefficient.
         weight_decay: decoupled.
         clip_passes: for clipping by norm and dynamic loss scaling. "two": a backward for the norm, then one for the
-            update; least memory. "one": one backward, which keeps every gradient until the norm is known, of fused
-            layers the factors where those are smaller (`docs/one_backward.md`): fastest.
-        loss_scale: None, a number, "dynamic", or "auto": dynamic when a parameter is float16, or when the first
-            backward computes in float16, as under autocast; over several processes that is only warned of.
+            update; least memory. The first step of each new graph runs one more, to check that two backwards give the
+            same gradients. "one": one backward, which keeps every gradient until the norm is known; of fused layers it
+            keeps the factors if they are smaller (`docs/one_backward.md`). Fastest.
+        loss_scale: None, a number, "dynamic", or "auto". "auto" is dynamic if a parameter is float16, or if the first
+            backward computes in float16, as under autocast. Over several processes autocast only gives a warning.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
             updates far below a weight's last bit still count on average.
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
             scaling it leaves all weights untouched, otherwise the elements concerned. "raise": it also raises
             FloatingPointError, which takes a host synchronisation per step.
         fused_layers: True: the weights of the model's `nn.Linear` and `nn.Embedding` get no gradient; their updates are
-            formed from its factors, tile by tile. With parameters or groups in place of the model, the model itself.
-            `summary` says which weights that concerns.
-        process_group: False: none. Data parallel without a wrapper: gradients are averaged over this
-            `torch.distributed.ProcessGroup` inside backward, and parameters and buffers start as its first rank's. Not
-            for DTensor parameters (FSDP2, tensor parallel), which need nothing but that the optimizer is made after
-            ``fully_shard`` or ``parallelize_module``. Or, with parameters or groups in place of DeepSpeed's engine, the
-            engine. `docs/distributed.md` has them all.
+            formed from the gradient's factors, tile by tile. If you pass parameters or groups, pass the model here.
+            `summary` says which weights are fused.
+        process_group: False: none. A `torch.distributed.ProcessGroup`: data parallel without a wrapper. Gradients are
+            averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
+            DTensor parameters (FSDP2, tensor parallel): make the optimizer after ``fully_shard`` or
+            ``parallelize_module``, without this argument. If you pass parameters or groups of DeepSpeed's engine, pass
+            the engine here. See `docs/distributed.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
-        RuntimeError: the model is in DistributedDataParallel or FSDP1; a parameter's other `Lomo` is amid a step.
-        NotImplementedError: a kind of parameter that this version does not have.
+        RuntimeError: the model is in DistributedDataParallel or FSDP1; another `Lomo` of a parameter runs a step now.
+        NotImplementedError: a kind of parameter or buffer that is not implemented.
     """
 
     def __init__(
@@ -181,32 +182,33 @@ class Lomo(torch.optim.Optimizer):
 
     @as_step(lambda self, *_, **__: not self._accumulating)
     def backward(self, loss: Tensor) -> None:
-        """One step of training: backward, with every gradient applied and freed as soon as it is there.
+        """One step of training: runs backward, and applies and frees every gradient as soon as it exists.
 
-        With `clip_grad_norm` or dynamic loss scaling the graph is run twice, first for the norm. Gradients that plain
-        backwards (or `accumulate`) left in ``.grad`` are part of the step: this one is added to them, then all are
-        applied and freed. Inside `accumulate` it only adds to ``.grad``. Parameters that another `Lomo` manages get no
-        gradient, and keep what stands in their ``.grad``; leaves that none manages get that of one plain backward.
+        With `clip_grad_norm` or dynamic loss scaling, backward runs twice, first for the norm (see `clip_passes`).
+        Gradients that plain backwards (or `accumulate`) left in ``.grad`` are part of the step: the new gradients are
+        added to them, then all are applied and freed. Inside `accumulate` this call only adds to ``.grad``. Parameters
+        of another `Lomo` get no gradient, and their ``.grad`` stays as it was. Leaves that no `Lomo` manages get the
+        ``.grad`` of one plain backward.
 
-        Otherwise it is the step that torch's step hooks are called around, the optimizer's own
-        (`register_step_pre_hook`, `register_step_post_hook`) and the global ones, with ``(optimizer, loss)`` as args.
+        torch's step hooks are called before and after it, except inside `accumulate`: the optimizer's own
+        (`register_step_pre_hook`, `register_step_post_hook`) and the global ones. Their args are ``(optimizer, loss)``.
 
         Args:
             loss: one floating-point element, not scaled.
 
         Raises:
             TypeError, ValueError, RuntimeError: `loss` is no such tensor or needs no gradient; a parameter's gradient
-                is sparse or comes twice; a hyperparameter is not usable.
-            FloatingPointError: the gradient is not finite and ``nonfinite="raise"``.
+                is sparse or comes twice; two backwards give different gradients; a hyperparameter is not usable.
+            FloatingPointError: the gradient is not finite and ``nonfinite="raise"``. Step post hooks are not called.
         """
         self._exclusively(lambda step: self._train(step, loss))
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Inside, `backward` only adds its gradients to ``.grad``; the next one outside applies the sum. Exact.
+        """Inside, `backward` only adds its gradients to ``.grad``. The next `backward` outside applies the sum. Exact.
 
-        A `backward` inside that breaks off (an interrupt, an error in a hook) after it has added to some gradients
-        drops all that were accumulated, with a warning: begin that step again.
+        If a `backward` inside breaks off (an interrupt, an error in a hook) after it has added to some gradients, all
+        accumulated gradients are dropped, with a warning. Then begin the step again.
         """
         self._check_not_wrapped()
         before = self._accumulating
@@ -217,12 +219,12 @@ class Lomo(torch.optim.Optimizer):
             finally:
                 self._accumulating = before
         finally:
-            self._accumulating = before  # once more, in case an interrupt has kept the line above from running
+            self._accumulating = before  # again: an interrupt may have kept the line above from running
 
     @as_step(lambda self, closure=None: closure is not None or self._has_gradients())
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Applies what plain backwards left in ``.grad``, and leaves it there. Does nothing, and calls no step hooks,
-        if there is nothing: after `backward`.
+        """Applies the gradients that plain backwards left in ``.grad``. They stay there. If there are none, as after
+        `backward`, this does nothing and calls no step hooks.
 
         Args:
             closure: called first, with gradients enabled; its result is returned.
@@ -239,26 +241,27 @@ class Lomo(torch.optim.Optimizer):
             del self.found_inf
             raise RuntimeError(
                 "Lomo: torch's GradScaler decides on every rank alone whether to step, from gradients that are not "
-                'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place'
+                'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place. No '
+                "weight was changed"
             )
         if self._has_gradients():
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    "Lomo.step() applies gradients that a plain backward kept in memory all at once; "
-                    "optimizer.backward(loss) in place of loss.backward() frees each as soon as it is there",
+                    "Lomo.step() applies gradients that a plain backward has kept in memory, all of them. "
+                    "optimizer.backward(loss) in place of loss.backward() frees each gradient as soon as it exists",
                     stacklevel=3,  # `as_step` wraps step() once, twice where there are hooks
                 )
             self._exclusively(self._apply_plain)
         elif self._unpickled and closure is None:
             raise RuntimeError(
-                "Lomo: no gradient has come to the parameters of this optimizer since it was unpickled. They are "
-                "copies; pickle model and optimizer together, as one tuple, and use both from there"
+                "Lomo: the parameters of this optimizer have got no gradient since it was unpickled. They are copies, "
+                "not the model's; pickle model and optimizer together, as one tuple, and use both from it"
             )
         elif self._passed_over and not (trained or self._trained):
             self._passed_over = False
             warnings.warn(
-                "Lomo.step() found no gradients. The backward of another Lomo ran through these parameters, and leaves "
+                "Lomo.step() found no gradients. The backward of another Lomo ran through these parameters, and gives "
                 "gradients only to its own. Use this optimizer's backward() too, or one Lomo with parameter groups",
                 stacklevel=3,
             )
@@ -267,16 +270,16 @@ class Lomo(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What torch's GradScaler asks: whether to hand `found_inf` and `grad_scale` to `step`, to be refused there."""
+        """torch's GradScaler asks this before it hands `found_inf` and `grad_scale` to `step`, which refuses them."""
         return self._state.divides
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops what plain backwards left in ``.grad``.
 
         Args:
-            set_to_none: False: the tensors stay, filled with zeros, which the next backward adds to. They are gradients
-                as torch's optimizers see it: weight decay goes to their parameters, and the next `backward`, which
-                frees them, takes the memory of all of them once more.
+            set_to_none: False: the tensors stay, filled with zeros, and the next backward adds to them. For torch's
+                optimizers they are gradients: weight decay applies to their parameters. So the next `backward` has all
+                gradients in memory; it frees them at its end.
         """
         itself = self._itself()
         if itself is not None and itself is not self:  # Lightning's wrapper is made of this class
@@ -288,7 +291,7 @@ class Lomo(torch.optim.Optimizer):
         self._drop_norm()
 
     def grad_norm(self, loss: Tensor) -> Tensor:
-        """First half of lomo_optim's pair: one backward for the norm; the next `fused_backward` uses it, once.
+        """First call of lomo_optim's pair: a backward for the norm. The next `fused_backward` uses the norm, once.
 
         Returns:
             The norm, as `last_grad_norm`.
@@ -299,7 +302,10 @@ class Lomo(torch.optim.Optimizer):
             self._check_loss(loss)
             self._refresh(loss)
             if self._kept():
-                raise RuntimeError("Lomo: gradients stand in .grad; use backward(), which adds them in, or zero_grad()")
+                raise RuntimeError(
+                    "Lomo: grad_norm() found gradients in .grad, expected none; use backward(), which includes them, "
+                    "or zero_grad(), which drops them"
+                )
             self._find_norm(step, Graph(loss), self._start_scale(loss))
             self._norm_is_known = True
             return self.last_grad_norm
@@ -310,13 +316,13 @@ class Lomo(torch.optim.Optimizer):
     def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
         """lomo_optim's name for `backward`, with the learning rate of all groups given for this step.
 
-        After `grad_norm` it needs one backward more; without, it does both, so a coefficient is never a stale one.
+        After `grad_norm` it runs one backward, otherwise both: an old norm is never used.
         """
         check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
         self._exclusively(lambda step: self._train(step, loss, lr, after_grad_norm=True))
 
     def summary(self) -> str:
-        """A table: what becomes of each parameter's gradient, and why. Print it."""
+        """A table to print: what happens to each parameter's gradient, and why."""
         kept = self._one_pass and self._needs_norm_first
         return summary(self._records, None if self._model is None else self._model(), kept=kept)
 
@@ -324,9 +330,9 @@ class Lomo(torch.optim.Optimizer):
         """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again.
 
         Raises:
-            RuntimeError: called inside a step, by a hook. Gradients still to come would stay in ``.grad``.
+            RuntimeError: a hook called it inside a step. The gradients that come later would stay in ``.grad``.
         """
-        self._check_not_inside("remove() was called inside a step of the same optimizer; call it when that has ended")
+        self._check_not_inside("remove() was called inside a step of the same optimizer; call it after the step")
         self._end_use("remove() was called on this optimizer; make a new one")
 
     def __enter__(self) -> Lomo:
@@ -338,14 +344,14 @@ class Lomo(torch.optim.Optimizer):
     def grad_norms(self) -> dict[str, Tensor]:
         """Norm of each parameter's gradient in the last step: unscaled, before clipping of any kind.
 
-        The host waits for nothing. Over several ranks the norms are those of whole parameters and averaged gradients;
-        with sharded parameters (FSDP2, tensor parallel, DeepSpeed) that takes one all-reduce, so every rank has to call
-        this.
+        The host does not wait for the device. Over several ranks the norms are of whole parameters and averaged
+        gradients. With sharded parameters (FSDP2, tensor parallel, DeepSpeed) this is one all-reduce: every rank has to
+        call it.
 
         Returns:
-            By name, in the order of ``param_groups``: float64, no dimensions, on the first parameter's device. Copies.
-            Zero for a parameter that got no gradient. A parameter given without a name is "parameter 3", after its
-            place; to a name that occurs twice "(parameter 3)" is added the second time.
+            A dict by name, in the order of ``param_groups``. Norms are copies: float64, no dimensions, on the first
+            parameter's device; zero if the parameter got no gradient. The fourth parameter is "parameter 3" if it was
+            given without a name. If its name occurs twice, the second one gets "(parameter 3)" added.
         """
         norms: dict[str, Tensor] = {}
         for record, norm in zip(self._records, self._state.norms().unbind(), strict=True):
@@ -361,16 +367,16 @@ class Lomo(torch.optim.Optimizer):
 
     @property
     def last_step_outcome(self) -> str | None:
-        """What became of the weights in the last call of `backward`, `fused_backward`, `grad_norm` or `step`, also if
-        it ended in an exception, an interrupt included. None before the first.
+        """What happened to the weights in the last call of `backward`, `fused_backward`, `grad_norm` or `step`, also if
+        an exception or an interrupt ended it. None before the first call.
 
-        - ``"complete"``: every gradient was applied (or skipped for not being finite: see `skipped_steps`).
-        - ``"unchanged"``: no weight was changed: `grad_norm`, `accumulate`, or a step that broke off in time.
-        - ``"partial"``: the step broke off after some weights may have been updated. The others have their old values.
+        - ``"complete"``: every gradient was applied (or skipped because it is not finite: see `skipped_steps`).
+        - ``"unchanged"``: no weight was changed: `grad_norm`, `accumulate`, or a step that broke off early.
+        - ``"partial"``: the step broke off, and some weights may have been updated. The others have their old values.
 
-        After an exception the next step starts from the weights as they are. Nothing of the broken one is used: its
-        gradients are dropped, its norm and its loss scale with them. Gradients that stood in ``.grad`` before it stay
-        if it has not added to them and changed no weight; otherwise they are dropped, with a warning.
+        After an exception the next step starts from the weights as they are. It uses nothing of the broken step, whose
+        gradients and norm are dropped. Gradients that were in ``.grad`` before the broken step stay if the step has
+        not added to them and has changed no weight. Otherwise they are dropped, with a warning.
         """
         return self._outcome
 
