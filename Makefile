@@ -49,7 +49,7 @@ bench-full: testing   ## measure every size and case, which takes an hour
 machine-code: $(stamps)/test   ## count the GPU kernels' instructions, without a GPU
 	@$(bin)/python -m bench.machine_code
 
-gpu:             ## what a GPU has to show, within BUDGET seconds, into RESULTS, with PYTHON's torch; ARGS="ncu" selects
+gpu:             ## test and measure a GPU within BUDGET seconds, into RESULTS, with PYTHON's torch; ARGS="ncu" selects
 	@$(PYTHON) -m bench.gpu --budget=$(BUDGET) --results=$(RESULTS) $(ARGS)
 
 lint: $(stamps)/lint   ## formatters, linter and type checker

@@ -53,8 +53,8 @@ def check_linear(op: str, inputs: Sequence[Tensor], grad_outputs: Sequence[Tenso
 
 
 def check_factors_apart(op: str, factors: Sequence[Tensor], weight: Tensor | None, slot: Tensor | None) -> None:
-    """Raises RuntimeError if what is written, the weight and the slot, shares memory with a factor or with the other:
-    part of it would change before it is used."""
+    """Raises RuntimeError if the weight or the slot, which are written, shares memory with a factor or with each other:
+    then a part would change before it is used."""
     slots = [] if slot is None else [slot]
     weights = [] if weight is None else [weight]
     if not have_addresses((*weights, *slots)):

@@ -114,8 +114,8 @@ def linear_sgd_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `weight` share memory with each other, a factor or `sq_norm`, or a factor does with
-            `sq_norm`, or a scalar with `weight` or `sq_norm`; nothing is changed then.
+        RuntimeError: elements of `weight` share memory with each other, with a factor or with `sq_norm`; a factor
+            shares memory with `sq_norm`; or a scalar does with `weight` or `sq_norm`. Nothing is changed then.
     """
     op = "linear_sgd_"
     inputs, grad_outputs = pair_lists(op, "input", input, grad_output)

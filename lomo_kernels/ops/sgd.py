@@ -137,8 +137,8 @@ def sgd_list_(
 
     Raises:
         TypeError, ValueError: as `sgd_`, lists of different lengths, a parameter twice; nothing is changed then.
-        RuntimeError: as `sgd_`, of any two tensors of the lists; nothing is changed then. Several parameters may have
-            one slot, and strided views may interleave if they have no element in common.
+        RuntimeError: as `sgd_`, for any two tensors of the lists; nothing is changed then. Several parameters may have
+            the same slot. Strided views may interleave if they have no element in common.
     """
     op = "sgd_list_"
     params, grads = as_list(op, "params", params), as_list(op, "grads", grads)
