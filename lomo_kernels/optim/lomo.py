@@ -312,8 +312,12 @@ class Lomo(torch.optim.Optimizer):
 
         After `grad_norm` it needs one backward more; without, it does both, so a coefficient is never a stale one.
         """
-        check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
-        self._exclusively(lambda step: self._train(step, loss, lr, after_grad_norm=True))
+
+        def run(step: Step) -> None:
+            check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
+            self._train(step, loss, lr, after_grad_norm=True)
+
+        self._exclusively(run)
 
     def summary(self) -> str:
         """A table: what becomes of each parameter's gradient, and why. Print it."""
