@@ -348,8 +348,9 @@ class Lomo(torch.optim.Optimizer):
 
         Returns:
             By name, in the order of ``param_groups``: float64, no dimensions, on the first parameter's device. Copies.
-            Zero for a parameter that got no gradient. A parameter given without a name is "parameter 3", after its
-            place; to a name that occurs twice "(parameter 3)" is added the second time.
+            Zero for a parameter that got no gradient, and for all after a step that broke off. A parameter given
+            without a name is "parameter 3", after its place; to a name that occurs twice "(parameter 3)" is added the
+            second time.
         """
         norms: dict[str, Tensor] = {}
         for record, norm in zip(self._records, self._state.norms().unbind(), strict=True):
@@ -360,7 +361,7 @@ class Lomo(torch.optim.Optimizer):
     @property
     def last_grad_norm(self) -> Tensor:
         """Global L2 norm of the last step's unscaled, unclamped gradient: float64, no dimensions, on the first
-        parameter's device. Zero before the first step. Overwritten by the next step."""
+        parameter's device. Zero before the first step and after one that broke off. The next step overwrites it."""
         return self._state.norm
 
     @property
@@ -597,13 +598,13 @@ class Lomo(torch.optim.Optimizer):
             "process_group": self._process_group,
             "seed": self._seed,
         }
-        return groups, settings, self._state.export() | {"norm": self._state.norm.clone()}
+        return groups, settings, self._state.export() | self._state.export_norms()
 
     def _become(self, groups: list[dict[str, Any]], settings: dict[str, Any], numbers: dict[str, Any]) -> None:
         """Makes a new object the optimizer whose `_parts` these are."""
         Lomo.__init__(self, groups, **settings)  # a subclass may take other arguments
         self._state.load(numbers)
-        self._state.norm.copy_(numbers["norm"])
+        self._state.load_norms(numbers)
 
     # ---- One step ---------------------------------------------------------------------------------------------------
 
@@ -1138,6 +1139,7 @@ class Lomo(torch.optim.Optimizer):
         self._norm_is_known = False
         self._outcome = step.outcome
         step.take_back()
+        self._state.forget_norms()
         self._state.level_steps()
         step.taken_back = True
         if step.dropped:
