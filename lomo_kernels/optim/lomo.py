@@ -25,7 +25,7 @@ from .parameters import check_apart, check_parameter, is_served, name_of, named_
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
 from .records import Record
-from .repeat import CHECKPOINTS, TWO_PASSES, Shapes, can_compare, difference, differing, look_again
+from .repeat import CHECKPOINTS, TWO_PASSES, Shapes, can_compare, difference, differing, look_again, statistics_kept
 from .scaling import LossScale, computes_in_float16, factor_of, is_of_grad_scaler
 from .state import State
 from .step import Step
@@ -726,7 +726,7 @@ class Lomo(torch.optim.Optimizer):
         if ranks is None and self._ranks is not None:  # this rank alone: its slots hold norms of all ranks' gradients
             self._look(step, graph, scale, None)
         first = [device.slots.clone() for device in devices]
-        look_again(lambda: self._look(step, graph, scale, ranks), self._trained_model(), devices, advice)
+        look_again(lambda: self._look(step, graph, scale, ranks), self, self._trained_model(), devices, advice)
         second = [device.slots.clone() for device in devices]
         indices = differing(self._records, first, second)
         number = torch.tensor(float(len(indices)), dtype=torch.float64, device=self._state.norm.device)
@@ -752,7 +752,8 @@ class Lomo(torch.optim.Optimizer):
         count = graph.reentrant_checkpoints(thorough=self._checkpoints is None)
         if count and count != self._checkpoints:
             ranks = self._ranks if self._ranks is not None and self._ranks.same_graphs else None
-            self._look(step, graph, scale, ranks)
+            with statistics_kept(self, self._trained_model()):  # only the first step of a run begins so
+                self._look(step, graph, scale, ranks)
             if can_compare(list(self._state.devices.values())):
                 self._check_repeats(step, graph, scale, ranks, CHECKPOINTS)
         self._checkpoints = count or self._checkpoints or 0
