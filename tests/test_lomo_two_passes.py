@@ -256,7 +256,9 @@ def test_many_shapes_cost_a_bounded_number_of_passes() -> None:
     assert len(passes) == 3
 
 
-def test_a_second_look_leaves_no_trace() -> None:
+@pytest.mark.parametrize("given", ["model", "parameters"])
+@pytest.mark.parametrize(("options", "reentrant"), [(CLIP, False), (CLIP, True), ({}, True)])
+def test_a_second_look_leaves_no_trace(options: dict[str, Any], reentrant: bool, given: str) -> None:
     """A resumed run begins with one, and has to go on as the run that it resumes: random numbers, batch norms."""
 
     class Net(nn.Module):
@@ -266,15 +268,18 @@ def test_a_second_look_leaves_no_trace() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             block = nn.Sequential(self.first, self.norm, nn.Dropout(0.2))
-            return self.last(checkpoint(block, x, use_reentrant=False)).square().mean()
+            return self.last(checkpoint(block, x, use_reentrant=reentrant)).square().mean()
+
+    def optimizer_of(model: nn.Module) -> Lomo:
+        return Lomo(model if given == "model" else model.parameters(), lr=LR, **options)
 
     torch.manual_seed(1)
     run = Net()
-    x = torch.randn(5, 8)
-    optimizer = Lomo(run, lr=LR, **CLIP)
+    x = torch.randn(5, 8, requires_grad=reentrant)
+    optimizer = optimizer_of(run)
     optimizer.backward(run(x))
     resumed = copy.deepcopy(run)
-    successor = Lomo(resumed, lr=LR, **CLIP)
+    successor = optimizer_of(resumed)
     successor.load_state_dict(optimizer.state_dict())
     after = []
     for model, stepper in ((run, optimizer), (resumed, successor)):

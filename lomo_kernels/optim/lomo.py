@@ -25,7 +25,7 @@ from .parameters import check_apart, check_parameter, is_served, name_of, named_
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
 from .records import Record
-from .repeat import CHECKPOINTS, TWO_PASSES, Shapes, can_compare, difference, differing, look_again
+from .repeat import CHECKPOINTS, TWO_PASSES, Shapes, can_compare, difference, differing, look_again, statistics_kept
 from .scaling import LossScale, computes_in_float16, factor_of, is_of_grad_scaler
 from .state import State
 from .step import Step
@@ -318,8 +318,12 @@ class Lomo(torch.optim.Optimizer):
 
         After `grad_norm` it runs one backward, otherwise both: an old norm is never used.
         """
-        check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
-        self._exclusively(lambda step: self._train(step, loss, lr, after_grad_norm=True))
+
+        def run(step: Step) -> None:
+            check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
+            self._train(step, loss, lr, after_grad_norm=True)
+
+        self._exclusively(run)
 
     def summary(self) -> str:
         """A table to print: what happens to each parameter's gradient, and why."""
@@ -350,7 +354,8 @@ class Lomo(torch.optim.Optimizer):
 
         Returns:
             A dict by name, in the order of ``param_groups``. Norms are copies: float64, no dimensions, on the first
-            parameter's device; zero if the parameter got no gradient. The fourth parameter is "parameter 3" if it was
+            parameter's device; zero if the parameter got no gradient, and all
+            zero after a step that broke off. The fourth parameter is "parameter 3" if it was
             given without a name. If its name occurs twice, the second one gets "(parameter 3)" added.
         """
         norms: dict[str, Tensor] = {}
@@ -362,7 +367,7 @@ class Lomo(torch.optim.Optimizer):
     @property
     def last_grad_norm(self) -> Tensor:
         """Global L2 norm of the last step's unscaled, unclamped gradient: float64, no dimensions, on the first
-        parameter's device. Zero before the first step. Overwritten by the next step."""
+        parameter's device. Zero before the first step and after one that broke off. The next step overwrites it."""
         return self._state.norm
 
     @property
@@ -600,13 +605,13 @@ class Lomo(torch.optim.Optimizer):
             "process_group": self._process_group,
             "seed": self._seed,
         }
-        return groups, settings, self._state.export() | {"norm": self._state.norm.clone()}
+        return groups, settings, self._state.export() | self._state.export_norms()
 
     def _become(self, groups: list[dict[str, Any]], settings: dict[str, Any], numbers: dict[str, Any]) -> None:
         """Initialises a new object from `_parts`."""
         Lomo.__init__(self, groups, **settings)  # a subclass may take other arguments
         self._state.load(numbers)
-        self._state.norm.copy_(numbers["norm"])
+        self._state.load_norms(numbers)
 
     # ---- One step ---------------------------------------------------------------------------------------------------
 
@@ -730,7 +735,7 @@ class Lomo(torch.optim.Optimizer):
         ):  # only this rank checks: its slots hold norms of averaged gradients
             self._look(step, graph, scale, None)
         first = [device.slots.clone() for device in devices]
-        look_again(lambda: self._look(step, graph, scale, ranks), self._trained_model(), devices, advice)
+        look_again(lambda: self._look(step, graph, scale, ranks), self, self._trained_model(), devices, advice)
         second = [device.slots.clone() for device in devices]
         indices = differing(self._records, first, second)
         number = torch.tensor(float(len(indices)), dtype=torch.float64, device=self._state.norm.device)
@@ -756,7 +761,8 @@ class Lomo(torch.optim.Optimizer):
         count = graph.reentrant_checkpoints(thorough=self._checkpoints is None)
         if count and count != self._checkpoints:
             ranks = self._ranks if self._ranks is not None and self._ranks.same_graphs else None
-            self._look(step, graph, scale, ranks)
+            with statistics_kept(self, self._trained_model()):  # only the first step of a run begins so
+                self._look(step, graph, scale, ranks)
             if can_compare(list(self._state.devices.values())):
                 self._check_repeats(step, graph, scale, ranks, CHECKPOINTS)
         self._checkpoints = count or self._checkpoints or 0
@@ -1145,6 +1151,7 @@ class Lomo(torch.optim.Optimizer):
         self._norm_is_known = False
         self._outcome = step.outcome
         step.take_back()
+        self._state.forget_norms()
         self._state.level_steps()
         step.taken_back = True
         if step.dropped:

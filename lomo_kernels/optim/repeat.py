@@ -7,14 +7,18 @@ norm pass twice. It compares the norm of every parameter before any weight chang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .graph import Graph
+from .owners import optimizer_backward
 from .records import Device, Record
 
 # A model's graph may differ in every step (experts, sequence lengths). Graphs of this many shapes are checked. After
@@ -66,7 +70,9 @@ def can_compare(devices: Sequence[Device]) -> bool:
     return not any(isinstance(device.slots, FakeTensor) or device.slots.is_meta for device in devices)
 
 
-def look_again(look: Callable[[], None], model: nn.Module | None, devices: Sequence[Device], advice: str) -> None:
+def look_again(
+    look: Callable[[], None], optimizer: Any, model: nn.Module | None, devices: Sequence[Device], advice: str
+) -> None:
     """Runs the norm pass `look` once more, and restores random number generators and batch norm statistics after it.
 
     A resumed run runs this pass too. It has to continue exactly as the run that it resumes.
@@ -76,7 +82,10 @@ def look_again(look: Callable[[], None], model: nn.Module | None, devices: Seque
     """
     indices = {device.slots.device.index for device in devices if device.slots.is_cuda}
     try:
-        with torch.random.fork_rng(sorted(index for index in indices if index is not None)), _statistics_kept(model):
+        with (
+            torch.random.fork_rng(sorted(index for index in indices if index is not None)),
+            statistics_kept(optimizer, model),
+        ):
             look()
     except torch.OutOfMemoryError:
         raise
@@ -91,19 +100,38 @@ def look_again(look: Callable[[], None], model: nn.Module | None, devices: Seque
 
 
 @contextmanager
-def _statistics_kept(model: nn.Module | None) -> Iterator[None]:
-    """Restores the statistics of batch norms. A checkpoint runs them again in every backward."""
-    buffers = [
-        buffer
-        for module in (() if model is None else model.modules())
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
-        for buffer in module.buffers(recurse=False)
-    ]
-    copies = [buffer.detach().clone() for buffer in buffers]
+def statistics_kept(optimizer: Any, model: nn.Module | None) -> Iterator[None]:
+    """Restores the statistics of batch norms. A checkpoint runs them again in every backward.
+
+    Restored are the batch norms of `model`, and all that are called inside a backward of `optimizer`. The optimizer may
+    have been given parameters in place of a model, and its loss may come from several models.
+    """
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+                for buffer in module.buffers(recurse=False):
+                    if id(buffer) not in copies:
+                        copies[id(buffer)] = buffer, buffer.detach().clone()
+
+    def before_forward(module: nn.Module, _: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        backward = optimizer_backward()
+        if backward is not None and backward.optimizer is optimizer:
+            keep(module.modules() if "_orig_mod" in module._modules else [module])  # compiled: calls no hooks inside
+
+    if model is not None:
+        keep(model.modules())
+    handle = register_module_forward_pre_hook(before_forward)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # on modules with global hooks
+            yield
     finally:
-        for buffer, before in zip(buffers, copies, strict=True):
+        handle.remove()
+        for buffer, before in copies.values():
             buffer.data.copy_(before)  # .data has its own version counter: autograd may have saved the buffer
 
 
@@ -125,7 +153,8 @@ def differing(records: Sequence[Record], first: Sequence[Tensor], second: Sequen
     """Indices of the parameters whose norm is not the same in two passes, given as slots (one tensor per device)."""
     # A parameter's slot is zero on every device except its own.
     a, b = (torch.stack([slots.cpu() for slots in some]).sum(0).sqrt() for some in (first, second))
-    relative, share = torch.tensor([tolerance(record) for record in records], dtype=torch.float64).unbind(1)
+    tolerances = torch.tensor([tolerance(record) for record in records], dtype=torch.float64, device="cpu")
+    relative, share = tolerances.unbind(1)
     both = torch.stack([a, b])
     total = both.nan_to_num(nan=0.0, posinf=0.0).norm(dim=1).max()
     near = (a - b).abs() <= relative * both.amax(0) + share * total

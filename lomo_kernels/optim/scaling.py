@@ -101,7 +101,9 @@ def factor_of(loss: Tensor) -> Tensor | None:
             return None
         if node.name() == "MulBackward0":
             try:
-                factor = node._saved_other  # type: ignore[attr-defined]
+                # What was saved, without calling unpack hooks: a checkpoint would compute its block once more, and some
+                # hooks give a tensor up once. Their own kind of object is no factor.
+                factor = node._raw_saved_other.data  # type: ignore[attr-defined]
             except RuntimeError:  # the graph was freed, as backward will say
                 return None
             if isinstance(factor, Tensor) and factor.dtype is torch.float32 and not factor.dim():
