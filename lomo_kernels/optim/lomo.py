@@ -354,9 +354,9 @@ class Lomo(torch.optim.Optimizer):
 
         Returns:
             A dict by name, in the order of ``param_groups``. Norms are copies: float64, no dimensions, on the first
-            parameter's device; zero if the parameter got no gradient, and all
-            zero after a step that broke off. The fourth parameter is "parameter 3" if it was
-            given without a name. If its name occurs twice, the second one gets "(parameter 3)" added.
+            parameter's device. A norm is zero if the parameter got no gradient; all are zero after a step that broke
+            off. The fourth parameter is "parameter 3" if it was given without a name. If its name occurs twice, the
+            second one gets "(parameter 3)" added.
         """
         norms: dict[str, Tensor] = {}
         for record, norm in zip(self._records, self._state.norms().unbind(), strict=True):
