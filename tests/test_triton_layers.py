@@ -137,7 +137,9 @@ def cases():
 
 CASES = dict(cases())
 #: Updates and norms in whole tiles, of 16-bit factors: one program multiplies while another updates.
-TOGETHER = [name for name in CASES if re.match(r"linear.* (?:bf16|fp16)\b", name) and not re.search("odd|by fp32", name)]
+TOGETHER = [
+    name for name in CASES if re.match(r"linear.* (?:bf16|fp16)\b", name) and not re.search("odd|by fp32", name)
+]
 #: Shared memory that a program may have, in KiB.
 SHARED = {75: 64, 80: 163, 90: 227, 100: 227, 120: 99, AMD: 64}
 
@@ -156,7 +158,9 @@ def assembler_remarks(kernel, tmp_path):
 def programs_together(kernel, registers, target):
     """How many programs fit on a multiprocessor, by registers (given out to a warp by 256) and shared memory."""
     warps = kernel.metadata.num_warps
-    return min(65536 // (-(-32 * registers // 256) * 256 * warps), SHARED[target] * 1024 // (kernel.metadata.shared + 1024))
+    return min(
+        65536 // (-(-32 * registers // 256) * 256 * warps), SHARED[target] * 1024 // (kernel.metadata.shared + 1024)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

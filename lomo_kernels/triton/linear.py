@@ -63,7 +63,7 @@ class Tile(NamedTuple):
         return {"num_stages": self.stages, **limit, **launch.options(self.warps)}
 
 
-#: Columns of a tile are updated in so many parts, one after the other: a thread has the registers of one part at a time.
+#: Columns of a tile are updated in so many parts, one after the other: a thread has registers for one part at a time.
 PARTS = 8
 
 
@@ -80,8 +80,8 @@ def tile_of(factors: torch.dtype, gpu: int, aligned: bool) -> Tile:
     """A fixed choice: trying several, as an autotuner does, would take several steps.
 
     On Hopper and Blackwell 128 registers let two programs share a multiprocessor, one of which multiplies while the
-    other updates. Compiled for sm_90, no update then spills registers, in parts of 16 columns; whole tiles would take 138
-    to 255 registers.
+    other updates. Compiled for sm_90, no update then spills registers, in parts of 16 columns; whole tiles would take
+    138 to 255 registers.
 
     Args:
         factors: dtype of the factors.
@@ -469,10 +469,10 @@ def gram_kernel(
 
 #: Strides and sizes that kernels multiply by up to 128 in 32 bits; what is larger goes by tiles.
 LARGEST = 2**23
-#: From so many tokens on, torch multiplies 16-bit factors, tile by tile into a buffer, and `sgd_` or `sq_norm_` follows:
-#: cuBLAS is faster than `product` by more than writing and reading the buffer costs. Modelled, not measured. For a weight
-#: 11008 x 4096 on an H100, milliseconds with cuBLAS and with `product`: 0.22 and 0.16 to 0.19 for 1024 tokens, 0.62 and
-#: 0.62 to 0.75 for 4096, 2.2 and 2.5 to 3.0 for 16384. The first measurement replaces it.
+#: From so many tokens on, torch multiplies 16-bit factors tile by tile into a buffer, and `sgd_` or `sq_norm_` follows:
+#: cuBLAS is then faster than `product` by more than the buffer costs. Modelled, not measured. For a weight 11008 x 4096
+#: on an H100, milliseconds with cuBLAS and with `product`: 0.22 and 0.16 to 0.19 for 1024 tokens, 0.62 and 0.62 to 0.75
+#: for 4096, 2.2 and 2.5 to 3.0 for 16384. The first measurement replaces it.
 #:
 #: `weight.addmm_` would need no buffer, but a gradient that is not finite would destroy the weight, and alpha and beta
 #: are numbers, which the host would have to read from the device.
