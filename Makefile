@@ -4,6 +4,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 ARGS ?=
+# Of `make gpu`.
+BUDGET ?= 540
+RESULTS ?= build/gpu
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -qq
@@ -43,11 +46,8 @@ bench-full: testing   ## measure every size and case, which takes an hour
 	@$(bin)/python -m bench --full $(ARGS)
 	@$(after)
 
-gpu:             ## build, tests, sanitizers and measurements on a GPU, with PYTHON's own torch; ARGS="bench" selects
-	@$(PYTHON) -c 'import torch, pytest, hypothesis, pytest_timeout, pytest_benchmark' || { echo "make gpu runs in your own" \
-	  "environment: PYTHON=... names a Python with torch (CUDA), pytest, pytest-timeout, pytest-benchmark, hypothesis," \
-	  "setuptools>=77, cmake and ninja." >&2; exit 1; }
-	@$(PYTHON) -m bench.gpu $(ARGS)
+gpu:             ## what a GPU has to show, within BUDGET seconds, into RESULTS, with PYTHON's torch; ARGS="ncu" selects
+	@$(PYTHON) -m bench.gpu --budget=$(BUDGET) --results=$(RESULTS) $(ARGS)
 
 lint: $(stamps)/lint   ## formatters, linter and type checker
 	$(bin)/ruff check .

@@ -21,14 +21,15 @@ from typing import NamedTuple
 import torch
 
 from . import results
-from .measure import ROOT, todays_file
+from .measure import todays_file
+from .results import ROOT
 
 # Other pages of memory, another minute: two processes differ by more than two rounds of one. So each question is asked
 # by three, some minutes apart, and their samples are pooled. But whole steps in full, which take 20 minutes as it is.
 PROCESSES = 3
 QUESTIONS = (
-    *("update", "norm", "lists", "linear", "embedding"),
-    *("hooks", "step", "data_parallel", "sharded", "memory"),
+    *("ceilings", "update", "norm", "lists", "linear", "embedding"),
+    *("captured", "hooks", "step", "data_parallel", "sharded", "memory"),
 )
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 OURS = "sgd_ or sq_norm_"

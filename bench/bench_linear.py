@@ -9,8 +9,11 @@ from lomo_kernels import ops, reference
 
 from .buffers import Probe
 
-SIDE = {"cpu": 1024, "cuda": 4096}  # rows and columns of the weight
-TOKENS = {"short": [256], "full": [16, 64, 256, 1024, 4096]}
+SHAPE = {"cpu": (1024, 1024), "cuda": (11008, 4096)}  # of the weight; the second is LLaMA-7B's
+TOKENS = {
+    "cpu": {"short": [256], "full": [16, 64, 256, 1024, 4096]},
+    "cuda": {"short": [256, 4096], "full": [256, 1024, 4096, 16384]},
+}
 DTYPES = ("bfloat16", "float32")  # float16 goes as bfloat16 does
 CONTESTANTS = (
     "product, sgd_",
@@ -27,8 +30,9 @@ CONTESTANTS = (
 def calls(tokens, dtype, device):
     """By contestant, each for one layer; and the probe, torch's product: no way to a new weight needs less."""
     torch.manual_seed(0)
-    side, of = SIDE[device], getattr(torch, dtype)
-    weight, x, gy = (torch.randn(rows, side, device=device).to(of) for rows in (side, tokens, tokens))
+    (rows, columns), of = SHAPE[device], getattr(torch, dtype)
+    shapes = ((rows, columns), (tokens, columns), (tokens, rows))
+    weight, x, gy = (torch.randn(shape, device=device).to(of) for shape in shapes)
     lr, slot = (torch.tensor([value], dtype=torch.float64, device=device) for value in (1e-9, 0.0))
     check(x, gy, slot)
 

@@ -17,7 +17,7 @@ from lomo_kernels.demo.model import Config
 from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, simulate
 
 from . import paper, peers
-from .measure import memory_of
+from .measure import SCRATCH, memory_of, peak_on_gpu
 
 CONTESTANTS = tuple(METHODS)
 CHUNK = 256  # tokens whose logits exist at a time, where the loss is in chunks
@@ -56,25 +56,21 @@ def simulated(
 
 def measured(contestant: str, config: Config, sequence: int, mode: dict[str, Any], device: str) -> int:
     """The peak of a step that is really taken, after a first one: on the CPU torch's profiler sees every allocation,
-    also inside operators; on a GPU it is `torch.cuda.max_memory_allocated`."""
+    also inside operators; a GPU's allocator counts them."""
     build, loss = llama(config, checkpointing=mode["checkpointing"]), loss_of(1, sequence)
+    if device == "cuda":
+        return peak_on_gpu(build, loss, METHODS[contestant])
     gc.collect()
-    with torch.device(device):
-        model = build()
-        attached = METHODS[contestant].attach(model)
+    model = build()
+    attached = METHODS[contestant].attach(model)
 
-        def step() -> None:
-            attached.update(loss(model))
+    def step() -> None:
+        attached.update(loss(model))
 
-        step()
-        if device == "cpu":
-            tiled.buffer.memory = torch.empty(0)  # a tile that stayed counts too
-            there = sum(tensor.nbytes for tensor in (*model.parameters(), *attached.states()))
-            return there + memory_of(step, device)[1]
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated()
+    step()
+    tiled.buffer.memory = torch.empty(0)  # a tile that stayed counts too
+    there = sum(tensor.nbytes for tensor in (*model.parameters(), *attached.states()))
+    return there + memory_of(step, device)[1]
 
 
 @pytest.fixture(autouse=True)
@@ -100,4 +96,6 @@ def test_a_real_run_takes_what_was_simulated(record, contestant, checkpointing, 
     real = measured(contestant, config, sequence, mode, device)
     record(contestant, case_of(name, sequence, 1, "simulated", mode), memory=peak.at_peak, most=peak.most)
     record(contestant, case_of(name, sequence, 1, "measured", mode), memory={"all": real})
-    assert 0.97 * (peak.peak - peak.at_peak["workspace"]) <= real <= 1.03 * peak.peak
+    # On a CPU kernels take up to 1.1% for themselves (tests/test_plan.py).
+    slack = SCRATCH if device == "cuda" else 0.03 * peak.peak
+    assert peak.peak - peak.at_peak["workspace"] - slack <= real <= peak.peak + slack

@@ -105,13 +105,17 @@ def sharing(model: ByteLlama) -> ByteLlama:
     return copy.deepcopy(model, {id(param): nn.Parameter(param.detach()) for param in model.parameters()})
 
 
-def heats(names: Iterable[str], weights: int, free: int) -> list[list[str]]:
-    """Who runs in common rounds, beside BASE: all, unless what they keep between steps fills half of the memory."""
+#: How many run in common rounds at most. A run on a GPU may be cut off, and loses the rounds that it is in.
+TOGETHER = {"cpu": 100, "cuda": 5}
+
+
+def heats(names: Iterable[str], weights: int, free: int, most: int = TOGETHER["cpu"]) -> list[list[str]]:
+    """Who runs in common rounds, beside BASE: `most`, unless what they keep between steps fills half of the memory."""
     heats: list[list[str]] = []
     room = 0
     for name in names:
         kept = METHODS[name].states * weights if name in METHODS else 0
-        if not heats or (kept > room and heats[-1]):
+        if not heats or len(heats[-1]) == most or (kept > room and heats[-1]):
             heats.append([])
             room = free // 2
         heats[-1].append(name)
@@ -125,10 +129,10 @@ def needs(name: str) -> int:
 
 
 class Contest:
-    """The contestants of one case. Afterwards each has an `Outcome`, or a reason why it could not run."""
+    """The contestants of one case. Each gets an `Outcome`, or a reason why it is `missing`, when it is asked for."""
 
     def __init__(self, case: Case, config: Config, device: str, rounds: int) -> None:
-        self.case, self.device = case, device
+        self.case, self.device, self.rounds = case, device, rounds
         self.outcomes: dict[str, Outcome] = {}
         self.missing: dict[str, tuple[str, str]] = {}  # what it lacks, and why
         free = free_memory(device)
@@ -150,19 +154,25 @@ class Contest:
         self.windows = [
             torch.randint(config.vocab, (1, case.tokens + 1), generator=generator).to(device) for _ in range(4)
         ]
-        base = [BASE] * (BASE in able)
-        for heat in heats((name for name in able if name != BASE), self.weights, free - self.weights) or [[]]:
-            self.run(base + heat, rounds)
+        self.base = [BASE] * (BASE in able)
+        others = [name for name in able if name != BASE]
+        self.heats = heats(others, self.weights, free - self.weights, TOGETHER[device]) or [[]]
 
-    def run(self, names: list[str], rounds: int) -> None:
+    def outcome(self, name: str) -> Outcome | None:
+        """Runs the rounds that this contestant takes part in, if they were not run yet. None: it is `missing`."""
+        if name not in self.outcomes and name not in self.missing:
+            self.run(next(heat for heat in self.heats if name in heat or name == BASE))
+        return self.outcomes.get(name)
+
+    def run(self, heat: list[str]) -> None:
         steps, memory = {}, {}
-        for name in names:
+        for name in self.base + heat:
             try:
                 steps[name], memory[name] = self.entered(name)
             except torch.OutOfMemoryError as error:
                 self.missing[name] = f"{name}, {self.case}", str(error).splitlines()[0]
                 gc.collect()
-        seconds = interleave(steps, rounds)
+        seconds = interleave(steps, self.rounds)
         for name in steps:
             self.outcomes.setdefault(name, Outcome(seconds[name], seconds.get(BASE, []), memory[name]))
 
@@ -210,9 +220,9 @@ def test_step(reported, missing, device, case, contest, contestant):
         pytest.skip("left out of this case, as the results' list of what is missing says")
     if contestant.startswith("Lomo") and (reason := wrong(METHODS[contestant], DTYPE, device)):
         pytest.fail(reason)
-    if contestant in contest.missing:
+    outcome = contest.outcome(contestant)
+    if outcome is None:
         missing(*contest.missing[contestant])
-    outcome = contest.outcomes[contestant]
     described = {"model": case.model, "tokens": case.tokens, "checkpointing": case.checkpointing}
     beside = {"beside": BASE, "beside_seconds": outcome.beside_seconds} if outcome.beside_seconds else {}
     reported(contestant, described, outcome.seconds, memory=outcome.memory, **beside)

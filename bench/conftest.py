@@ -48,9 +48,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_sessionfinish(session):
-    if file := session.config.getoption("record"):
-        about = environment(session.config.getoption("device"))
-        results.write(file, results.Results(about, session.config.missing, session.config.measurements))
+    write(session.config)
+
+
+def write(config):
+    """After every measurement: the process may be killed."""
+    if file := config.getoption("record"):
+        config.about = getattr(config, "about", None) or environment(config.getoption("device"))
+        results.write(file, results.Results(config.about, config.missing, config.measurements))
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +109,7 @@ def record(request, setting):
     def keep(contestant, case, **measured):
         one = results.Measurement(question, contestant, {**setting, **case}, **measured)
         request.config.measurements.append(one)
+        write(request.config)
         return one
 
     return keep

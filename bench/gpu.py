@@ -1,97 +1,295 @@
-"""``make gpu``: what needs a GPU, in stages: ``build``, ``test``, ``sanitize``, ``bench``; all of them, or those named.
+"""``make gpu``: what a GPU has to show, in stages, the most valuable first, within a budget of seconds.
 
-Uses the interpreter it runs in, whose torch must have CUDA, and installs nothing but this package (editable, without
-its dependencies). Each stage's outcome goes into the ``checks`` of ``bench/results/<device>-<date>.json``, measurements
-beside them (``python -m bench --device cuda`` alone measures, too). ``LOMO_COMMIT`` names the commit where there is no
-git repository.
+    make gpu PYTHON=python3 BUDGET=540 RESULTS=folder ARGS="stage …"
+
+ARGS names stages; without it all run that RESULTS does not hold as passed yet, so a second call goes on. The build
+always runs and is short when nothing has changed. Every result is in RESULTS when it exists: measurements and the
+stages' outcomes in ``<device>-<date>-<time>.json`` (`python -m bench.report` reads it from bench/results), each test in
+``tests.jsonl``, what the stages printed in ``log.txt``, the end of what this prints in ``summary.txt``. Nothing is
+installed but this package (editable, without its dependencies). LOMO_COMMIT names the commit if there is no git
+repository.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import datetime
+import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import torch
+from . import budget, results, rivals
+from .budget import Outcome, Stage
 
-from . import results
-from .measure import ROOT, environment, todays_file
+RESERVE = 4.0  # seconds of the budget for the summary
+NEEDED = ("torch", "pytest", "pytest_timeout", "pytest_benchmark", "xdist", "hypothesis")
+PRINTED = 300_000  # bytes of what a stage printed that the log has
+BUILD = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
+COUNTERS = (
+    "gpu__time_duration.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+)
+NCU = ["ncu", "--clock-control", "none", "-k", "regex:sgd_kernel|sq_norm_kernel", "--metrics", ",".join(COUNTERS)]
 
-BACKENDS = ("cuda", "triton")
-# The tools see every access of every thread: some hundred times slower, so small cases of each kernel.
-SANITIZED = "every_key_of_the_random or in_the_same_pass and (33] or 65537]) or list_form or accumulates"
+# Every variant of a Triton kernel, which takes seconds to compile: data types, roundings, aligned and not, with and
+# without clamp, norm, list and shard.
+VARIANTS = (
+    "(every_size_and_alignment and (-4097] or -65537])) or (in_the_same_pass and (-511] or -65537])) or list_form "
+    "or equals_its_part or all_65536 or equal_the_oracle or every_key_of or (adversarial and 3000001) or not_finite "
+    "or (layouts and large) or found_inf or accumulates"
+)
+# compute-sanitizer makes a kernel some hundred times slower.
+SANITIZED = "(list_form and -all]) or (in_the_same_pass and bfloat16 and -511]) or accumulates"
 
 
-def run(command: list[str], **env: str) -> dict[str, Any]:
-    """Runs a command, showing its output; returns status, seconds and the output's end."""
-    print("+", " ".join([f"{name}={value}" for name, value in env.items()] + command), flush=True)
-    if not shutil.which(command[0]):
-        return {"status": 127, "seconds": 0.0, "output": [f"{command[0]} is not on PATH"]}
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+def pytest(*arguments: str, workers: int = 0) -> list[str]:
+    """Tests for a GPU. Worker processes of pytest-xdist share Triton's cache."""
+    plugins = ["-p", "no:cacheprovider", "-p", "bench.outcomes"]
+    spread = ["-n", str(workers)] if workers else ["-p", "no:xdist"]
+    limits = ["--timeout=90", "--maxfail=60"]
+    return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *plugins, *spread, *limits, *arguments]
+
+
+def bench(name: str, limit: float, questions: str, *options: str, **environment: str) -> Stage:
+    """A stage that measures: the files bench_<question>.py."""
+    table = ["--benchmark-enable", "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname"]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "bench.outcomes"]
+    files = [f"bench/bench_{question}.py" for question in questions.split()]
+    shared = ["--device=cuda", "--processes=3"]  # a third of the rounds
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, *table, *shared, *files, *options]
+    return Stage(name, limit, command, environment)
+
+
+def stages(capability: str, cores: int) -> list[Stage]:
+    """All of them, in the order of their value."""
+    workers = max((cores - 4) // 2, 1)
+    files = ("tests/test_sgd.py", "tests/test_sq_norm.py")
+    variants = pytest("-k", VARIANTS, *files, workers=workers)
+    others = pytest("-k", f"not ({VARIANTS})", *files, workers=workers)
+    features = pytest("-k", "not more_than_2_to", "tests/test_gpu.py", workers=max(cores // 5, 1))
+    beyond = pytest("-k", "more_than_2_to", "tests/test_gpu.py")
+    more = pytest("tests/test_distributed_backends.py", "tests/test_plan.py")
+    cuda, triton = {"LOMO_KERNELS_BACKEND": "cuda"}, {"LOMO_KERNELS_BACKEND": "triton"}
+    uncached = cuda | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    sanitizer, sanitized = (
+        ["compute-sanitizer", "--error-exitcode", "9", "--tool"],
+        pytest("-x", "-k", SANITIZED, *files),
     )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line.rstrip())
-    return {"status": process.wait(), "seconds": round(time.perf_counter() - start, 1), "output": lines[-15:]}
+    large, ours = "16777216 or 268435456", "(sgd_ or sq_norm_) and "
+    steps = ("--full", "-k")
+    layers = "(linear and bfloat16) or (291 and bfloat16) or captured"
+    simulated = "real_run and checkpointing and not lomo_optim and not fp32 and not foreach and not clipping"
+    counted = bench("", 0, "update norm", "--full", "-k", f"{ours} bfloat16 and 268435456").command
+    counted = [*NCU, *(word for word in counted if word != "--benchmark-enable")]  # then each is called once
+    return [
+        Stage("build", 150, BUILD, {"LOMO_CUDA": "1", "LOMO_CUDA_ARCHS": capability.replace(".", "")}),
+        bench("ceilings", 40, "ceilings", "--processes=1"),
+        Stage("bits-cuda", 150, pytest(*files, workers=workers), cuda, together="tests"),
+        Stage("bits-triton", 200, variants, triton, together="tests"),
+        Stage("features", 200, features, together="tests"),
+        Stage("memcheck", 150, [*sanitizer, "memcheck", *sanitized], uncached, together="tests"),
+        bench("bandwidth-cuda", 60, "update norm lists", "--full", "-k", f"{large} or lists", **cuda),
+        bench("bandwidth-triton", 45, "update norm", "--full", "-k", f"{ours} ({large})", **triton),
+        bench("layers", 75, "linear hooks captured", "--full", "-k", layers),
+        bench("step-1B", 60, "step", *steps, "1.1B and 1024 and not checkpointing"),
+        bench("step-7B", 110, "step", *steps, "6.7B and 1024 and not checkpointing"),
+        bench("memory", 60, "memory", "-k", simulated),
+        Stage("beyond-2-31", 60, beyond, cuda),
+        Stage("ncu", 80, counted, cuda),
+        Stage("racecheck", 110, [*sanitizer, "racecheck", *sanitized], uncached),
+        Stage("more", 120, more),
+        bench("embedding", 40, "embedding", "--full"),
+        Stage("features-triton", 150, features, triton),
+        Stage("others-triton", 300, others, triton),
+    ]
 
 
-def build() -> dict[str, Any]:
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
-    major, minor = torch.cuda.get_device_capability()
-    return {"install": run(pip, LOMO_CUDA="1", LOMO_CUDA_ARCHS=f"{major}{minor}")}
+def ends(file: Path) -> str:
+    """A file's text, of a long one its beginning and its end."""
+    with file.open("rb") as content:
+        head = content.read(PRINTED // 2)
+        size = content.seek(0, os.SEEK_END)
+        content.seek(max(size - PRINTED // 2, len(head)))
+        cut = f"\n[… {size - PRINTED} bytes …]\n" if size > PRINTED else ""
+        return head.decode(errors="replace") + cut + content.read().decode(errors="replace")
 
 
-def test() -> dict[str, Any]:
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    files = ["tests/test_gpu.py", "tests/test_sgd.py", "tests/test_sq_norm.py"]
-    outcome = {backend: run([*pytest, *files], LOMO_KERNELS_BACKEND=backend) for backend in BACKENDS}
-    # What a user has who forces nothing: the CUDA library, and Triton for the layers' operators.
-    files = ["tests/test_gpu.py", "tests/test_plan.py", "tests/test_distributed_backends.py"]
-    return outcome | {"chosen": run([*pytest, *files], LOMO_KERNELS_BACKEND="")}
+class Run:
+    """What is known so far, and the files that hold it."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.device, self.scratch = device, Path(tempfile.mkdtemp(prefix="lomo-gpu-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        now = datetime.datetime.now()
+        known = sorted(folder.glob(f"{slug}-*.json"))
+        self.file = known[-1] if known else folder / f"{slug}-{now:%Y-%m-%d-%H%M}.json"
+        self.tests = folder / "tests.jsonl"
+        self.passed = {
+            name for name, check in (results.read(self.file).checks if known else {}).items() if check["status"] == 0
+        }
+        self.seen: dict[Path, int] = {}
+        self.log = (folder / "log.txt").open("a")
+        self.begin = time.monotonic()
+
+    def say(self, words: str) -> None:
+        line = f"[{time.monotonic() - self.begin:3.0f} s] {words}"
+        print(line, flush=True)
+        print(line, file=self.log, flush=True)
+
+    def ready(self, stage: Stage) -> Stage:
+        """With the files that its results go to."""
+        command = stage.command
+        if "--benchmark-enable" in command:
+            command = [*command, f"--record={self.scratch / stage.name}.json"]
+        paths = {"LOMO_STAGE": stage.name, "LOMO_OUTCOMES": str(self.tests)}
+        return stage._replace(command=command, environment={**stage.environment, **paths})
+
+    def take_in(self) -> None:
+        """Adds what stages have measured since the last time to the file of results."""
+        for file in self.scratch.glob("*.json"):
+            if self.seen.get(file) != (changed := file.stat().st_mtime_ns):
+                self.seen[file] = changed
+                results.add(self.file, results.read(file))
+
+    def end(self, outcome: Outcome) -> None:
+        """Writes a stage's outcome and what it printed."""
+        self.take_in()
+        printed = ends(outcome.output) if outcome.output.exists() else ""
+        self.log.write(f"===== {outcome.stage.name}: {outcome.status}\n{printed}\n")
+        self.say(f"{outcome.stage.name}: {outcome.status}, {outcome.seconds:.0f} s")
+        if outcome.started:
+            check = {"status": int(not outcome.passed), "said": outcome.status, "seconds": round(outcome.seconds, 1)}
+            check["output"] = printed.splitlines()[-15:]
+            checks = {outcome.stage.name: check}
+            results.add(self.file, results.Results({"device": self.device, "commit": results.commit()}, checks=checks))
+
+    def outcomes(self) -> list[dict[str, str]]:
+        """The last one of each test of each stage. A killed process may have left half a line."""
+        told = {}
+        for line in self.tests.read_text().splitlines() if self.tests.exists() else []:
+            with contextlib.suppress(ValueError):
+                outcome = json.loads(line)
+                told[outcome["stage"], outcome["test"]] = outcome
+        return list(told.values())
 
 
-def sanitize() -> dict[str, Any]:
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", "-k", SANITIZED]
-    files = ["tests/test_sgd.py", "tests/test_sq_norm.py"]
-    outcome = {}
-    for tool in ("memcheck", "racecheck"):
-        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-        outcome[tool] = run(
-            [*sanitizer, *pytest, *files], LOMO_KERNELS_BACKEND="cuda", PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-        )
-    return outcome
+def figures(measured: results.Results) -> Iterator[str]:
+    """The headlines among the measurements."""
+    if reached := [f"{ceiling.contestant} {ceiling.reached}" for ceiling in measured.of("ceilings")]:
+        yield ", ".join(reached)
+    rows: dict[str, list[str]] = {}
+    for measurement in measured.measurements:
+        case, who = measurement.case, measurement.contestant
+        if not (measurement.beside_seconds and (rivals.ours(who) or who in ("add_", "addmm_"))):
+            continue
+        if case.get("elements") == 2**28:
+            row = rows.setdefault(f"{case['backend']}, {case['dtype']}, 2^28 elements, of a copy", [])
+            row.append(f"{who.removeprefix('sgd_ ')} {measurement.fraction.median:.2f}")
+        elif measurement.question in ("step", "linear", "captured"):
+            about = f"{measurement.question}, {case.get('model', case.get('dtype'))}, {case['tokens']} tokens"
+            row = rows.setdefault(f"{about}, time over {measurement.beside}", [])
+            row.append(f"{who} {measurement.ratio.median:.2f}")
+    yield from (f"{case}: {'; '.join(row)}" for case, row in rows.items())
 
 
-def bench() -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench", "--full", "--device", "cuda", "--output", str(todays_file("cuda"))]
-    return {"measured": run(command)}
+def summary(run: Run, outcomes: list[Outcome], named: list[Stage]) -> list[str]:
+    """About thirty lines: how each stage ended, what failed, the headlines, what is left."""
+    measured = results.read(run.file) if run.file.exists() else results.Results({})
+    about, tests = measured.environment, run.outcomes()
+    lines = [f"{run.device}, commit {about.get('commit', 'unknown')}: {run.file.name}"]
+    passed = [f"{outcome.stage.name} {outcome.seconds:.0f} s" for outcome in outcomes if outcome.passed]
+    lines.append(f"passed: {', '.join(passed) or 'nothing'}")
+    lines += [f"NOT PASSED {outcome.stage.name}: {outcome.status}" for outcome in outcomes if not outcome.passed]
+    words = []
+    for stage in dict.fromkeys(test["stage"] for test in tests):
+        counts = Counter(test["outcome"] for test in tests if test["stage"] == stage)
+        words.append(f"{stage} {', '.join(f'{number} {how}' for how, number in sorted(counts.items()))}")
+    lines.append(f"tests: {'; '.join(words)}")
+    failed = [f"FAILED {test['stage']}: {test['test']}" for test in tests if test["outcome"] == "failed"]
+    lines += failed[:8]
+    if len(failed) > 8:
+        lines.append(f"and {len(failed) - 8} more failed tests, in {run.tests.name}")
+    lines += figures(measured)
+    if measured.missing:
+        lines.append(f"missing: {'; '.join(measured.missing)}")
+    done = run.passed | {outcome.stage.name for outcome in outcomes if outcome.passed}
+    left = [stage.name for stage in named if stage.name not in done]
+    lines.append(f'left: make gpu ARGS="{" ".join(left)}"' if left else "every stage has passed")
+    return [line[:240] for line in lines]
 
 
-STAGES = {stage.__name__: stage for stage in (build, test, sanitize, bench)}
+def main(
+    arguments: list[str] | None = None,
+    known: Callable[[str, int], list[Stage]] = stages,
+    start: Callable[[Stage, Path], budget.Process] = budget.spawn,
+) -> int:
+    """Returns 1 if a stage did not pass."""
+    begin = time.monotonic()
+    names = [stage.name for stage in known("", 1)]
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
+    parser.add_argument("stage", nargs="*", help=f"{', '.join(names)} (default: all that have not passed yet)")
+    parser.add_argument("--budget", type=float, default=540, help="seconds that it all may take")
+    parser.add_argument(
+        "--results", type=Path, default=results.ROOT / "build" / "gpu", help="the folder of the results"
+    )
+    asked = parser.parse_args(arguments)
+    if unknown := set(asked.stage) - set(names):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        parser.error(f"PYTHON={sys.executable} lacks {', '.join(lacking)}: name another Python, with a torch for CUDA")
+    os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        parser.error(f"make gpu needs a GPU: {error}")
+    device, capability = found.splitlines()[0].rsplit(", ", 1)
+    folder = asked.results.resolve()
+    os.chdir(results.ROOT)
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "NCCL_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+    os.environ.update(settings, TRITON_CACHE_DIR=str(results.ROOT / "build" / "triton"), LOMO_KERNELS_BACKEND="")
+    run = Run(folder, device)
+    every = known(capability, os.cpu_count() or 1)
+    named = [stage for stage in every if stage.name in asked.stage] if asked.stage else every
+    wanted = named if asked.stage else [stage for stage in every if stage.name not in run.passed]
+    build, *others = [every[0], *(stage for stage in wanted if stage is not every[0])]
+    outcomes: list[Outcome] = []
 
+    def go(chosen: list[Stage]) -> None:
+        ready = [run.ready(stage) for stage in chosen]
+        end = begin + asked.budget - RESERVE
+        with contextlib.closing(budget.run(ready, end, run.scratch, run.take_in, start)) as ended:
+            for outcome in ended:
+                outcomes.append(outcome)
+                run.end(outcome)
 
-def main() -> int:
-    """Runs the stages named on the command line; returns 1 where one failed."""
-    stages = sys.argv[1:] or list(STAGES)
-    if unknown := set(stages) - set(STAGES):
-        sys.exit(f"unknown stages: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
-    if not torch.cuda.is_available():
-        sys.exit("make gpu needs a GPU, and torch.cuda.is_available() is False in this environment")
-    failed = []
-    for stage in stages:
-        outcome = STAGES[stage]()
-        failed += [f"{stage} {name}" for name, one in outcome.items() if one["status"]]
-        # After each stage: the next may be cut off.
-        results.add(todays_file("cuda"), results.Results(environment("cuda"), checks={stage: outcome}))
-    print(f"\nwritten to {todays_file('cuda')}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
-    return bool(failed)
+    try:
+        go([build])
+        if not outcomes[0].passed:  # Triton's kernels can be tried all the same
+            go([build._replace(name="build-without-cuda", environment={"LOMO_CUDA": "0"})])
+            others = [stage for stage in others if stage.environment.get("LOMO_KERNELS_BACKEND") != "cuda"]
+        go(others)
+    finally:  # also when this is stopped
+        run.take_in()
+        lines = summary(run, outcomes, named)
+        (folder / "summary.txt").write_text("\n".join(lines) + "\n")
+        print("\n==== SUMMARY", *lines, sep="\n", flush=True)
+        shutil.rmtree(run.scratch, ignore_errors=True)
+    return int(not outcomes or not all(outcome.passed for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,20 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .results import RESULTS, SHORT
+from .results import RESULTS, SHORT, commit
 
-ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = 5e-4  # seconds that a sample takes at least: short calls are repeated, the clock and its call cost 0.1 us
+if TYPE_CHECKING:
+    from lomo_kernels.plan.methods import Method
+
+#: Seconds that a sample takes at least; short calls are repeated. A CPU's clock and its call cost 0.1 us. On a GPU the
+#: first launch after an event costs some 10 us, 0.2% of 5 ms.
+SAMPLE = {"cpu": 5e-4, "cuda": 5e-3}
 BUDGET = 0.6  # seconds that a contestant's rounds take together, within the limits of ROUNDS
 ROUNDS = (9, 41)
 
@@ -44,7 +50,7 @@ def synchronize(device: str) -> None:
 
 def repeated(device: str, *calls: Callable[[int], Any]) -> list[Callable[[], float]]:
     """For each call a function that calls it, with a running number to rotate buffers, as often as a sample takes, and
-    returns the seconds of one call. On a GPU calls are queued and the last one is waited for.
+    returns the seconds of one call. On a GPU they are queued between two events, whose times are the GPU's own.
 
     The number runs on over all of them: with numbers of their own, a call would find in the cache what the one before
     it has just used."""
@@ -56,16 +62,24 @@ def _repeated(device: str, call: Callable[[int], Any], numbers: Iterator[int]) -
     times = 1
 
     def sample() -> float:
-        synchronize(device)
+        if device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            calls()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3 / times
         start = time.perf_counter()
-        for _ in range(times):
-            call(next(numbers))
-        synchronize(device)
+        calls()
         return (time.perf_counter() - start) / times
 
+    def calls() -> None:
+        for _ in range(times):
+            call(next(numbers))
+
     sample()  # the first call sets up
-    while (spent := sample() * times) < SAMPLE:
-        times = max(2 * times, min(math.ceil(SAMPLE / spent * times), 100 * times))
+    while (spent := sample() * times) < SAMPLE[device]:
+        times = max(2 * times, min(math.ceil(SAMPLE[device] / spent * times), 100 * times))
     return sample
 
 
@@ -114,23 +128,51 @@ def memory_of(step: Callable[[], object], device: str) -> tuple[int, int]:
     if device == "cpu":
         changes = allocations(step)
         return sum(changes), peak_of(changes)
+    start_cublas()
+    before = requested("current")
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     step()
-    return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    return requested("current") - before, requested("peak") - before
 
 
-def commit() -> str:
-    """The commit checked out, with "+" where files differ from it; LOMO_COMMIT where that is given."""
+#: Bytes that a step on a GPU may take beside the tensors it makes: partial sums of reductions. `torch._foreach_norm`
+#: has 4 bytes for every 65536 elements of its largest tensor, for each tensor: 0.77 MiB for TinyLlama's 201 tensors,
+#: the largest of 65.5M elements. Our norms keep 132 KiB for a stream. torch's other reductions take less, and RMSNorm's
+#: backward has no partial sums below 64 Ki tokens. What products and attention take is known: `start_cublas` and
+#: `lomo_kernels.plan.kernels`.
+SCRATCH = 2**20
 
-    def git(*arguments: str) -> str:
-        try:
-            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        except FileNotFoundError:
-            return ""
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!*.md")
-    return os.environ.get("LOMO_COMMIT") or git("rev-parse", "HEAD") + ("+" if changed else "") or "unknown"
+def requested(moment: str) -> int:
+    """Bytes ("current" or "peak") that were asked of a GPU's allocator. What it hands out is more: multiples of 512
+    bytes, and above 1 MiB up to 1 MiB that it does not split off."""
+    return int(torch.cuda.memory_stats()[f"requested_bytes.all.{moment}"])
+
+
+def start_cublas() -> None:
+    """cuBLAS takes a workspace from torch's allocator, 32 MiB on Hopper and 8 MiB before, for each of its handles and
+    each stream. A handle belongs to a thread: this one, which runs forwards, and autograd's. They stay. After this both
+    are there, so that they are no part of a difference of bytes."""
+    x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    (x @ x).sum().backward()
+    torch.cuda.synchronize()
+
+
+def peak_on_gpu(build: Callable[[], nn.Module], loss: Callable[[nn.Module], Tensor], method: Method) -> int:
+    """Bytes of all tensors at the peak of a second step. With FlashAttention 2, which the simulator knows; on Hopper
+    torch prefers cuDNN's."""
+    start_cublas()
+    gc.collect()
+    before = requested("current")
+    with torch.device("cuda"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        model = build()
+        attached = method.attach(model)
+        attached.update(loss(model))
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        attached.update(loss(model))
+    return requested("peak") - before
 
 
 def installed(package: str) -> str:

@@ -15,18 +15,18 @@ from .tables import Lines, lost
 
 
 class Device(NamedTuple):
-    """The newest results of one device."""
+    """The results of one device, and the files they come from, the newest last."""
 
-    file: Path
+    files: tuple[Path, ...]
     results: Results
 
     @property
     def name(self) -> str:
-        return device_and_date(self.file)[0]
+        return device_and_date(self.files[-1])[0]
 
     @property
     def date(self) -> str:
-        return device_and_date(self.file)[1]
+        return device_and_date(self.files[-1])[1]
 
     @property
     def title(self) -> str:
@@ -87,11 +87,13 @@ PICTURES = {
 }
 
 ASKS = {
+    "ceilings": "What does the device itself reach?",
     "update": "What fraction of memory bandwidth does the update reach?",
     "norm": "How fast, and how exact, is the sum of squares?",
     "lists": "What does one call for many small tensors save?",
     "linear": "What do a linear layer's update and norm cost when its weight gradient never exists?",
     "embedding": "And an embedding's?",
+    "captured": "What does a step save that is captured in a CUDA graph?",
     "hooks": "What does an optimizer inside backward cost for each parameter?",
     "step": "How long does a whole training step take, and how much memory?",
     "data_parallel": "What does averaging inside the hooks cost, and save, next to DistributedDataParallel?",
@@ -100,6 +102,8 @@ ASKS = {
 }
 
 EXPLAINED = {
+    "ceilings": "torch's own copy, maximum and product of large tensors. A copy counts bytes read and written.",
+    "captured": "Times of a replay of the whole step are relative to the same step run eagerly.",
     "update": (
         "The probe reads two streams and writes one, in place, and does nothing else: no update of one parameter and "
         "one gradient moves fewer bytes. On a GPU it is a copy. “every scalar” is scale, clamp, coefficient and decay "
@@ -186,7 +190,7 @@ def section(device: Device) -> Lines:
     measured = device.results
     yield f"## {device.title}"
     yield ""
-    yield from tables.environment(measured, device.file)
+    yield from tables.environment(measured, device.files)
     if points := list(headlines(measured)):
         yield "### At a glance"
         yield ""
@@ -207,10 +211,7 @@ def section(device: Device) -> Lines:
     if measured.checks:
         yield "### Build, tests and sanitizers"
         yield ""
-        for stage, outcomes in measured.checks.items():
-            for what, outcome in outcomes.items():
-                how = "passed" if outcome["status"] == 0 else f"FAILED with status {outcome['status']}"
-                yield f"- {stage}, {what}: {how}"
+        yield from (f"- {stage}: {check['said']}, {check['seconds']:.0f} s" for stage, check in measured.checks.items())
         yield ""
     if measured.missing:
         yield "### What is missing, and why"

@@ -6,13 +6,14 @@ tests/test_report.py checks that the documents say what the committed results sa
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
 from . import paper, results, tables
-from .measure import ROOT
 from .page import EXPLAINED, Device, page
 from .peers import EXTRA
+from .results import ROOT
 from .tables import Lines, lost, strong, table
 
 BEGIN, END = "<!-- results, from `python -m bench.report` -->\n", "<!-- end of results -->\n"
@@ -41,10 +42,10 @@ PICTURED = ("update", "step")  # in the README; the page has all
 
 def source(device: Device, up: str = "") -> str:
     """What gave the figures."""
-    about, file = device.results.environment, device.file.name
+    about = device.results.environment
     threads = f"{about['threads']} thread, " if device.is_cpu else ""
     words = f"{device.title}, {threads}torch {about['torch']}, commit {tables.commits(about)}, {device.date}"
-    return f"{words}: [{file}]({up}bench/results/{file})."
+    return f"{words}: {', '.join(f'[{file.name}]({up}bench/results/{file.name})' for file in device.files)}."
 
 
 #: Of the update, in the README.
@@ -142,7 +143,8 @@ def one_backward(devices: list[Device]) -> str:
 
 
 def newest() -> list[Device]:
-    return [Device(file, results.read(file)) for file in results.newest()]
+    """Every device, with all of its files that count."""
+    return [Device(files, functools.reduce(results.merged, map(results.read, files))) for files in results.newest()]
 
 
 def replaced(document: Path, text: str) -> str:

@@ -1,24 +1,28 @@
 """The format of measured results, and its one reader.
 
-A file ``bench/results/<device>-<date>.json`` holds what one device gave on one day:
+A file ``bench/results/<device>-<date>.json`` holds what one device gave on one day. Those of a device add up.
 
 - ``environment``: device, driver, versions, commit, threads.
 - ``missing``: contestants that could not run, by name, with the reason.
 - ``measurements``: a list of `Measurement`, raw samples included.
-- ``checks``: on a GPU, how its build, tests and sanitizers ended (bench/gpu.py).
+- ``checks``: on a GPU, how each stage of bench/gpu.py ended.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import statistics
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 SHORT = "-short"  # at the end of a file's name: it has less than every case
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 DTYPES = ("bfloat16", "float16", "float32")  # of kernels, in the order in which they are measured and shown
 
 
@@ -102,6 +106,13 @@ class Measurement:
         assert self.bytes_moved is not None, "moves no known number of bytes"
         return self.bytes_moved / self.time.median / 1e9
 
+    @property
+    def reached(self) -> str:
+        """Of a ceiling: bytes per second, or operations of a product of square matrices."""
+        if side := self.case.get("side"):
+            return f"{2 * side**3 / self.time.median / 1e12:.3g} TFLOP/s"
+        return f"{self.gigabytes_per_second:.4g} GB/s"
+
 
 @dataclasses.dataclass(frozen=True)
 class Results:
@@ -175,7 +186,9 @@ def write(file: Path, results: Results) -> None:
     head = {"environment": results.environment, "missing": results.missing, "checks": results.checks}
     text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "measurements": [\n{lines}\n ]\n}}\n'
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    whole = file.with_name(f".{file.name}.{os.getpid()}")  # nobody sees half a file
+    whole.write_text(text)
+    whole.replace(file)
 
 
 def _rounded(one: dict[str, Any]) -> dict[str, Any]:
@@ -185,26 +198,62 @@ def _rounded(one: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in one.items() if value not in (None, "", [], {})}
 
 
+def merged(old: Results, new: Results) -> Results:
+    """Of two files of a device, or of two moments of one. A measurement, and a check, takes the place of the same one.
+    What a question has of another commit than the new one goes. ``environment["commits"]`` says which commit each
+    question and check was asked of."""
+    about = dict(new.environment)
+    asked = new.questions() | new.checks.keys()
+    commits = {name: about.get("commits", {}).get(name, about["commit"]) for name in sorted(asked)}
+    before = old.environment.get("commits", {})
+    same = {question for question in asked if before.get(question) == commits[question]}
+    keys = {measurement.key for measurement in new.measurements}
+    kept = [
+        measurement
+        for measurement in old.measurements
+        if measurement.question not in asked or (measurement.question in same and measurement.key not in keys)
+    ]
+    return Results(
+        old.environment | about | {"commits": before | commits},
+        old.missing | new.missing,
+        kept + new.measurements,
+        old.checks | new.checks,
+    )
+
+
 def add(file: Path, new: Results) -> None:
-    """Writes `new` into a file. What that holds of other questions and checks stays, and its commit with it:
-    ``environment["commits"]`` says which commit each question and check was asked of."""
-    old = read(file) if file.exists() else Results({})
-    asked = dict.fromkeys(sorted(new.questions() | new.checks.keys()), new.environment["commit"])
-    about = new.environment | {"commits": old.environment.get("commits", {}) | asked}
-    kept = [one for one in old.measurements if one.question not in new.questions()]
-    write(file, Results(about, old.missing | new.missing, kept + new.measurements, old.checks | new.checks))
+    """Merges `new` into a file."""
+    write(file, merged(read(file) if file.exists() else Results({}), new))
 
 
-def newest() -> Iterator[Path]:
-    """The newest file of each device, by name: of those with every case where there is one, else of the short ones."""
-    files = sorted(RESULTS.glob("*.json"), key=lambda file: (not is_short(file), device_and_date(file)[1]))
-    yield from sorted({device_and_date(file)[0]: file for file in files}.values())
+def commit() -> str:
+    """The commit checked out, with "+" where files differ from it; LOMO_COMMIT where that is given."""
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!*.md")
+    return os.environ.get("LOMO_COMMIT") or git("rev-parse", "HEAD") + ("+" if changed else "") or "unknown"
+
+
+def newest() -> Iterator[tuple[Path, ...]]:
+    """The files of each device, the oldest first: those with every case if there is one, else the short ones."""
+    files: dict[str, list[Path]] = {}
+    for file in sorted(RESULTS.glob("*.json")):
+        files.setdefault(device_and_date(file)[0], []).append(file)
+    for of_device in files.values():
+        yield tuple([file for file in of_device if not is_short(file)] or of_device)
 
 
 def device_and_date(file: Path) -> tuple[str, str]:
-    """As its name says."""
-    name = file.stem.removesuffix(SHORT)
-    return name[:-11], name[-10:]
+    """As its name says: ``<device>-<date>``, or ``<device>-<date>-<time>`` from `make gpu`."""
+    found = re.fullmatch(r"(.*)-(\d{4}-\d\d-\d\d)(-\d{4})?", file.stem.removesuffix(SHORT))
+    if not found:
+        raise ValueError(f"{file}: expected a name like <device>-2026-01-31.json or <device>-2026-01-31-1200.json")
+    return found[1], found[2]
 
 
 def is_short(file: Path) -> bool:

@@ -163,6 +163,14 @@ def error(one: Measurement | None) -> str:
     return "-" if one is None or one.error is None else f"{one.error:.0e}"
 
 
+# --- ceilings --------------------------------------------------------------------------------------------------------
+
+
+def ceilings(results: Results, question: str = "ceilings") -> Lines:
+    rows = [[one.contestant, seconds(one.time.median), one.reached] for one in results.of(question)]
+    yield from table(["", "time", "reached"], rows)
+
+
 # --- updates and norms -----------------------------------------------------------------------------------------------
 
 
@@ -483,6 +491,8 @@ def simulation_errors(results: Results) -> Lines:
 
 #: What a group of such cases has in a row.
 AXES = {
+    "ceilings": "",
+    "captured": "tokens",
     "update": "elements",
     "norm": "elements",
     "lists": "tensors",
@@ -535,12 +545,13 @@ def _own_but(one: Measurement, axis: str) -> tuple[str, ...]:
 # --- what it ran on --------------------------------------------------------------------------------------------------
 
 
-def environment(results: Results, file: Path) -> Lines:
+def environment(results: Results, files: tuple[Path, ...]) -> Lines:
     about = results.environment
     known = {key: value for key, value in about.items() if key not in ("peers", "commits", "commit", "capability")}
     rows = [[key.replace("_", " "), str(value)] for key, value in known.items() if value != "none"]
     rows += [["peers", ", ".join(f"{key} {value}" for key, value in about["peers"].items())]]
-    rows += [["commit", commits(about)], ["date", device_and_date(file)[1]], ["file", f"[{file.name}]({file.name})"]]
+    rows += [["commit", commits(about)], ["date", device_and_date(files[-1])[1]]]
+    rows += [["file", f"[{file.name}]({file.name})"] for file in files]
     yield "| | |"
     yield "|---|---|"
     for row in rows:
@@ -560,6 +571,8 @@ def commits(about: dict[str, Any]) -> str:
 
 
 SECTIONS: dict[str, Callable[[Results, str], Lines]] = {
+    "ceilings": ceilings,
+    "captured": relative,
     "update": bandwidth,
     "norm": bandwidth,
     "lists": relative,

@@ -95,7 +95,7 @@ def tied(head: Pair, embedding: Sequence[Pair]) -> Estimate | None:
     own = estimate(head.input, head.grad_output)
     if own is None:
         return None
-    squares = torch.zeros(1, dtype=torch.float64)
+    squares = torch.zeros(1, dtype=torch.float64, device="cpu")
     product, variance = 0.0, 0.0
     (x,), (gy,) = flat([head.input]), flat([head.grad_output])
     paddings = [-1 if pair.padding_idx is None else pair.padding_idx for pair in embedding]

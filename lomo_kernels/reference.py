@@ -85,7 +85,7 @@ def element_index(numel: int, shard: Sequence[int] | None = None) -> Tensor:
         shard: ``(offset, row_length, row_stride)``: element i has index
             ``offset + (i // row_length) * row_stride + i % row_length``. None: the tensor is the whole parameter.
     """
-    i = torch.arange(numel)
+    i = torch.arange(numel, dtype=torch.int64, device="cpu")
     if shard is None:
         return i
     offset, row_length, row_stride = shard
@@ -258,7 +258,7 @@ def updated(
 
 def _float32(value: float) -> Tensor:
     """A float64 number rounded once to float32."""
-    return torch.tensor(value, dtype=torch.float64).to(torch.float32)
+    return torch.tensor(value, dtype=torch.float64, device="cpu").to(torch.float32)
 
 
 # ---- As a backend ---------------------------------------------------------------------------------------------------

@@ -53,14 +53,14 @@ class _Buffer(threading.local):
     have to share it, torch's allocator does as well."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0)
+        self.memory = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def get(self, numel: int, device: torch.device) -> Tensor:
         if device.type != "cpu":
             return torch.empty(numel, dtype=torch.float32, device=device)
         if self.memory.numel() < numel:
-            self.memory = torch.empty(0)  # gone before the next is there
-            self.memory = torch.empty(max(numel, TILE_BYTES // 4), dtype=torch.float32)
+            self.memory = self.memory.new_empty(0)  # gone before the next is there
+            self.memory = torch.empty(max(numel, TILE_BYTES // 4), dtype=torch.float32, device="cpu")
         return self.memory[:numel]
 
 
@@ -150,7 +150,8 @@ def add_rows(tile: Tensor, first: int, index: Tensor, grad_output: Tensor, paddi
     if _may_be_read(tile.device):
         tile.index_add_(0, row[here] - first, gy[here].float())  # on a CPU one after the other; index_put_ is not
     else:  # the others add zeros, spread over the rows
-        row = torch.where(here, row - first, torch.arange(len(row), device=row.device) % len(tile))
+        spread = torch.arange(len(row), dtype=torch.int64, device=row.device) % len(tile)
+        row = torch.where(here, row - first, spread)
         tile.index_put_((row,), torch.where(here[:, None], gy, 0).float(), accumulate=True)  # sorts first
 
 
@@ -179,7 +180,7 @@ def _embedding_column_tiles(
     place = torch.empty_like(order).scatter_(0, order, torch.where(row >= 0, number.cumsum(0) - 1, spare))
     width = max(1, min(columns, GPU_TILE_BYTES // (4 * (tokens + 1))))
     for first in range(0, columns, width):
-        tile = torch.zeros(tokens + 1, min(width, columns - first), device=row.device)
+        tile = torch.zeros(tokens + 1, min(width, columns - first), dtype=torch.float32, device=row.device)
         for here, gy in zip(place.split(lengths), gys, strict=True):
             tile.index_put_((here,), gy[:, first : first + width].float(), accumulate=True)
         yield tile[:-1]

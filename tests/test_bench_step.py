@@ -61,6 +61,8 @@ def test_a_contest_measures_time_and_memory_of_all_and_names_who_is_missing(monk
     monkeypatch.setattr(peers, "missing", lambda name: gone if name == gone[0] else None)
     contest = Contest(Case("tiny", 16, True, FEW), methods.TINY, "cpu", 2)
     assert contest.missing == {"lomo_optim": ("lomo_optim", "not installed")}
+    assert not contest.outcomes and contest.outcome("lomo_optim") is None
+    assert contest.outcome("Lomo")
     assert list(contest.outcomes) == [BASE, "Lomo", "hook, add_", FORWARD]
     base = contest.outcomes[BASE]
     weights = contest.weights
@@ -76,7 +78,7 @@ def test_a_contest_measures_time_and_memory_of_all_and_names_who_is_missing(monk
 
 def test_states_count_into_the_peak() -> None:
     contest = Contest(Case("tiny", 16, False, (BASE, "AdamW")), methods.TINY, "cpu", 1)
-    memory = contest.outcomes["AdamW"].memory
+    memory = contest.outcome("AdamW").memory
     assert memory["states"] == pytest.approx(2 * contest.weights, rel=0.02)  # and each parameter's step
     assert memory["peak"] >= 3 * contest.weights
     assert contest.outcomes[BASE].memory["states"] == 0
@@ -87,7 +89,8 @@ def test_who_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         weights = 2 * sum(param.numel() for param in bench_step.ByteLlama(methods.TINY).parameters())
     monkeypatch.setattr(bench_step, "free_memory", lambda device: 2 * weights)
     contest = Contest(Case("tiny", 16, False, (BASE, "AdamW", "Lomo")), methods.TINY, "cpu", 1)
-    assert list(contest.outcomes) == [BASE, "Lomo"]
+    assert contest.outcome(BASE) and list(contest.outcomes) == [BASE, "Lomo"]
+    assert contest.outcome("AdamW") is None
     what, reason = contest.missing["AdamW"]
     assert what == "AdamW, tiny, 16 tokens"
     assert "GiB are free" in reason
@@ -97,6 +100,7 @@ def test_states_that_fill_the_memory_are_measured_in_turns() -> None:
     names = ["SGD", "AdamW", "AdamW, clip_grad_norm_", "optimi SGD, release", "Lomo"]
     assert bench_step.heats(names, weights=1, free=100) == [names]
     assert bench_step.heats(names, weights=1, free=4) == [names[:2], names[2:3], names[3:]]
+    assert bench_step.heats(names, weights=1, free=100, most=2) == [names[:2], names[2:4], names[4:]]
 
 
 @pytest.mark.parametrize("name", [bench_hooks.BARE, "Lomo"])

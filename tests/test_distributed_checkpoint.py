@@ -128,6 +128,43 @@ def test_random_bits_and_loss_scale_go_on(ranks: Any, tmp_path: Path, way: str) 
     ranks(4).call(stochastic, way, str(tmp_path), True)
 
 
+def several(rank: int, way: str, folder: str) -> None:
+    """Three checkpoints of one run, the gradients of whose odd steps are not finite; a run from each of them ends as
+    it does, and so does one from a checkpoint of that."""
+    options = {"lr": 1e-3, "rounding": "stochastic", "loss_scale": "dynamic", "clip_grad_norm": 1.0}
+
+    def start(seed: int) -> tuple[Planted, Lomo]:
+        model = Planted(torch.bfloat16)
+        fully_shard(model)
+        return model, Lomo(model, seed=seed, **options)
+
+    def train(model: nn.Module, optimizer: Lomo, steps: range) -> None:
+        for step in steps:
+            optimizer.backward(model(step) * (float("nan") if step % 2 else 1.0))
+
+    straight, whole = start(3)
+    for step in range(5):
+        train(straight, whole, range(step, step + 1))
+        if step in (0, 1, 3):
+            save(straight, whole, f"{folder}/{step + 1}", WAYS[way])
+    assert state_of(whole) == [5, 2, 2.0**14]
+    for first in (1, 2, 4):
+        model, optimizer = start(9)
+        load(model, optimizer, f"{folder}/{first}", WAYS[way])
+        assert state_of(optimizer) == [first, first // 2, 2.0 ** (16 - first // 2)]
+        save(model, optimizer, f"{folder}/{first} again", WAYS[way])
+        model, optimizer = start(10)
+        load(model, optimizer, f"{folder}/{first} again", WAYS[way])
+        train(model, optimizer, range(first, 5))
+        assert_same_bits(whole_weights(model), whole_weights(straight))
+        assert state_of(optimizer) == state_of(whole)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_checkpoint_of_a_run_holds_its_own_step(ranks: Any, tmp_path: Path, way: str) -> None:
+    ranks(2).call(several, way, str(tmp_path))
+
+
 def another_kind_of_scaling(rank: int, folder: str) -> None:
     model = Planted(torch.bfloat16)
     fully_shard(model)

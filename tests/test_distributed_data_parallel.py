@@ -76,6 +76,23 @@ def test_more_ranks(ranks: Any) -> None:
     ranks(4).call(train, Options(), CLIPPED, [0, 1, 3])  # the kernels divide by three
 
 
+def norms(rank: int) -> None:
+    """Those of the averaged gradients."""
+    world = dist.get_world_size()
+    model, alone = transformer(LARGE), transformer(LARGE)
+    optimizer = Lomo(model, lr=LR, process_group=dist.group.WORLD)
+    optimizer.backward(loss_of(model, rank))
+    (sum(loss_of(alone, n) for n in range(world)) / world).backward()
+    actual = {name: norm.item() for name, norm in optimizer.grad_norms().items()}
+    assert actual == pytest.approx(
+        {name: p.grad.double().norm().item() for name, p in alone.named_parameters()}, rel=1e-5
+    )
+
+
+def test_norms(ranks: Any) -> None:
+    ranks(2).call(norms)
+
+
 # ---- Order and absence ----------------------------------------------------------------------------------------------
 
 

@@ -724,3 +724,27 @@ def some_ranks(rank: int) -> None:
 
 def test_some_of_the_ranks(ranks: Any) -> None:
     ranks(4).call(some_ranks)
+
+
+def norms_of_whole_parameters(rank: int, way: str) -> None:
+    make, spread, _ = WAYS[way]
+    torch.manual_seed(0)
+    model = make()
+    alone = copy.deepcopy(model)
+    spread(model)
+    ours, theirs = Lomo(model, lr=LR, clip_grad_norm=0.3), Lomo(alone, lr=LR, clip_grad_norm=0.3)
+    for step in range(2):
+        ours.backward(loss_of(model, step))
+        theirs.backward(loss_of(alone, step))
+        expected = {name: norm.item() for name, norm in theirs.grad_norms().items()}
+        actual = {name: norm.item() for name, norm in ours.grad_norms().items()}
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-7)
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, actual)
+        assert all(other == actual for other in gathered), "every rank has the same bits"
+
+
+@pytest.mark.parametrize(("world", "way"), [(2, "fsdp"), (4, "fsdp"), (4, "tensor-fsdp"), (4, "hsdp"), (2, "tensor")])
+def test_norms_of_whole_parameters(ranks: Any, world: int, way: str) -> None:
+    """`grad_norms`, over shards and copies."""
+    ranks(world).call(norms_of_whole_parameters, way)

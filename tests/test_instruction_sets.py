@@ -5,6 +5,9 @@ import hashlib
 import itertools
 import json
 import math
+import platform
+import sys
+from pathlib import Path
 
 import oracle
 import pytest
@@ -119,6 +122,54 @@ def embedding_digests():
         updated.append(weight)
         norms += [torch.where(s.isfinite(), s, math.inf) for s in (slot, apart)]
     return {"updates": digest(updated), "norms": digest(norms)}
+
+
+#: Instructions per element that an update of ordinary numbers may take: what g++ 12 makes, and a quarter more. One hash
+#: serves two bfloat16 elements or one float16 element, which the processor converts in one instruction instead.
+LIMITS = {
+    "avx2": {"bfloat16 nearest": 2.3, "bfloat16 stochastic": 3.6, "float16 nearest": 1.2, "float16 stochastic": 3.6},
+    "avx512": {"bfloat16 nearest": 1.4, "bfloat16 stochastic": 2.1, "float16 nearest": 0.7, "float16 stochastic": 2.1},
+}
+
+COUNT = """
+import json
+import test_instruction_sets
+print(json.dumps(test_instruction_sets.instructions()))
+"""
+
+
+def instructions():
+    """Instructions per element, by dtype and rounding: in what calls of two sizes differ."""
+    import lomo_kernels_testing as native
+
+    counts = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        for rounding in ROUNDINGS:
+
+            def call(elements, dtype=dtype, rounding=rounding):
+                param, grad = torch.ones(elements, dtype=dtype), torch.full((elements,), 0.01, dtype=dtype)
+                update = functools.partial(ops.sgd_, param, grad, lr=0.1, rounding=rounding)
+                for _ in range(50):  # until Python has specialised its bytecode
+                    update()
+                return min(native.count_instructions(update) for _ in range(3))
+
+            counts[f"{oracle.name_of(dtype)} {rounding}"] = (call(5 * 4096) - call(4096)) / (4 * 4096)
+    return counts
+
+
+@pytest.mark.parametrize("isa", LIMITS)
+def test_updates_take_few_instructions(run_python, isa):
+    pytest.importorskip("lomo_kernels_testing", reason="run `make testing`: the module that counts is not built")
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        pytest.skip("instructions are counted on Linux on x86-64 only")
+    testing = str(Path(__file__).parents[1] / "build" / "testing")
+    process = run_python(f"import sys; sys.path.append({testing!r})" + COUNT, LOMO_KERNELS_ISA=isa)
+    if process.returncode and MESSAGE in process.stderr:
+        pytest.skip(process.stderr.strip().splitlines()[-1])
+    assert process.returncode == 0, process.stderr
+    counts = json.loads(process.stdout)
+    assert {name: count for name, count in counts.items() if count > LIMITS[isa][name]} == {}, counts
+    assert min(counts.values()) > 0.3, counts  # each element is looked at
 
 
 @pytest.fixture(scope="module")

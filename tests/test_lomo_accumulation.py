@@ -187,6 +187,62 @@ def test_zero_grad_drops_the_parts(dtype: torch.dtype, set_to_none: bool) -> Non
     assert w.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:Lomo.step")
+def test_zeros_that_zero_grad_left_are_gradients() -> None:
+    """As torch has it: the tensors stay, the next backward adds to them, and their parameters' weights decay."""
+    models = [nn.ParameterList([vector(1.0), vector(2.0), vector(3.0)]) for _ in range(3)]
+    optimizers = [
+        Lomo(models[0], lr=0.5, weight_decay=0.25),
+        Lomo(models[1], lr=0.5, weight_decay=0.25),
+        torch.optim.SGD(models[2].parameters(), lr=0.5, weight_decay=0.25),
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        (model[0] + model[1]).sum().backward()
+        tensors = [param.grad for param in model]
+        optimizer.zero_grad(set_to_none=False)
+        assert [param.grad for param in model] == tensors == [torch.zeros(1), torch.zeros(1), None]
+        assert all(param.grad is grad for param, grad in zip(model, tensors, strict=True))
+    for model, optimizer in zip(models[1:], optimizers[1:], strict=True):
+        model[0].sum().backward()
+        optimizer.step()
+    optimizers[0].backward(models[0][0].sum())
+    assert [[param.item() for param in model] for model in models] == [[0.375, 1.75, 3.0]] * 3
+    assert all(param.grad is None for param in models[0])
+
+
+@pytest.mark.parametrize("then", ["backward", "plain", "accumulate"])
+@pytest.mark.parametrize("first", ["plain", "accumulate"])
+def test_zeros_carry_any_loss_scale(first: str, then: str) -> None:
+    """float16 gradients that are below its smallest number without the scale, before and after zeros."""
+    w, v = (vector(0.0, dtype=torch.float16) for _ in range(2))
+    optimizer = Lomo([w, v], lr=2.0**20)
+
+    def small() -> torch.Tensor:
+        return w.float().sum() * 2.0**-26
+
+    if first == "plain":
+        (w.float() + v.float()).sum().backward()
+    else:
+        with optimizer.accumulate():
+            optimizer.backward((w.float() + v.float()).sum())
+    optimizer.zero_grad(set_to_none=False)
+    if then == "plain":
+        optimizer.param_groups[0]["lr"] = 1.0
+        (w.float().sum() * 0.5).backward()  # an own plain backward: no scale, nor in the one that adds to it
+        optimizer.backward(w.float().sum() * 0.25)
+        assert (w.item(), v.item()) == (-0.75, 0.0)
+        return
+    if then == "accumulate":
+        with optimizer.accumulate():
+            optimizer.backward(small())
+            optimizer.backward(small())
+        optimizer.backward(small() * 2)
+    else:
+        optimizer.backward(small() * 4)
+    assert (w.item(), v.item()) == (-(2.0**-4), 0.0)
+    assert w.grad is None and v.grad is None
+
+
 def test_accumulating_in_fused_backward() -> None:
     w = vector(0.0)
     optimizer = Lomo([w], lr=9.0)

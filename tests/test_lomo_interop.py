@@ -108,18 +108,6 @@ def test_gradients_of_inputs(clip_grad_norm: float | None) -> None:
     assert torch.equal(x.grad, expected)
 
 
-@CLIPPING
-def test_two_optimizers_on_two_parts(clip_grad_norm: float | None) -> None:
-    """Each backward consumes its own part; the other's is an ordinary gradient to it."""
-    a, b = vector(0.0), vector(0.0)
-    first, second = (Lomo([w], lr=1.0, clip_grad_norm=clip_grad_norm) for w in (a, b))
-    first.backward(gives(a, torch.tensor([0.25])) + gives(b, torch.tensor([0.125])))
-    assert (a.item(), b.item(), b.grad.item()) == (-0.25, 0.0, 0.125)
-    second.backward(gives(b, torch.tensor([0.125])))
-    assert b.item() == -0.25
-    assert b.grad is None
-
-
 # ---- Kinds of models ------------------------------------------------------------------------------------------------
 
 

@@ -157,7 +157,9 @@ MISFITS: dict[str, Callable[[], dict[str, Any]]] = {
     "fewer parameters": lambda: Lomo(named((2,)), lr=7.0).state_dict(),
     "another kind of scaling": lambda: Lomo(named((2,), (3,), dtype=torch.float16), lr=7.0).state_dict(),
     "a static scale": lambda: Lomo(named((2,), (3,)), lr=7.0, loss_scale=8.0).state_dict(),
-    "of torch.optim.SGD": lambda: torch.optim.SGD(named((2,), (3,)).parameters(), lr=7.0).state_dict(),
+    "of a torch.optim.SGD that maximizes": lambda: torch.optim.SGD(
+        named((2,), (3,)).parameters(), lr=7.0, maximize=True
+    ).state_dict(),
     "of torch.optim.Adam": lambda: torch.optim.Adam(named((2,), (3,)).named_parameters(), lr=7.0).state_dict(),
     "other groups": lambda: Lomo(
         [{"params": [p]} for p in named((2,), (3,)).named_parameters()], lr=7.0
@@ -261,7 +263,7 @@ def test_add_param_group_that_fails_adds_nothing() -> None:
     bad: list[dict[str, Any]] = [
         {"params": [b, a]},
         {"params": [b], "lr": math.nan},
-        {"params": [b, torch.ones(1, dtype=torch.float64)]},
+        {"params": [b, vector(1.0, dtype=torch.float64)]},
         {"params": [b, b]},
         {"params": [b], "clip_grad_value": 0.0},
         {"params": [("name", b)]},

@@ -12,9 +12,8 @@ import pytest
 
 from bench import page, paper, report, results, rivals, tables
 from bench.__main__ import QUESTIONS
-from bench.measure import ROOT
 from bench.peers import PEERS
-from bench.results import Measurement, Results
+from bench.results import ROOT, Measurement, Results
 
 ABOUT = {"device": "Machine", "threads": 1, "torch": "2.13", "peers": {"lomo-optim": "0.1.1"}, "commit": "c" * 40}
 SETTING = {"backend": "cpu", "detail": "avx2", "malloc": "stock"}
@@ -78,7 +77,7 @@ def synthetic():
 
 @pytest.fixture
 def machine(tmp_path):
-    return page.Device(tmp_path / "machine-avx2-2026-01-02.json", synthetic())
+    return page.Device((tmp_path / "machine-avx2-2026-01-02.json",), synthetic())
 
 
 @pytest.fixture
@@ -117,7 +116,8 @@ def test_every_command_of_the_readme_selects_tests_and_questions():
 
 
 def test_of_every_rival_the_page_says_how_it_is_set():
-    modules = [importlib.import_module(f"bench.bench_{question}") for question in QUESTIONS]
+    compared = [question for question in QUESTIONS if question != "ceilings"]
+    modules = [importlib.import_module(f"bench.bench_{question}") for question in compared]
     every = {contestant for module in modules for contestant in module.CONTESTANTS}
     rival = {one for one in every if not rivals.ours(one) and one != rivals.FORWARD}
     assert rival == PEERS.keys()
@@ -277,22 +277,49 @@ def test_readme_has_the_headlines_with_their_commands(machine):
 
 def test_a_gpus_checks_and_commands(machine):
     about = {**ABOUT, "capability": [9, 0], "commits": {"update": "a" * 40, "norm": "b" * 40 + "+"}}
-    checks = {"test": {"cuda": {"status": 0}, "triton": {"status": 1}}}
+    checks = {"ncu": {"said": "passed", "seconds": 3.0}, "more": {"said": "exit status 1", "seconds": 4.2}}
     gpu = machine._replace(results=dataclasses.replace(machine.results, environment=about, checks=checks))
     text = page.page([gpu])
-    assert "- test, cuda: passed\n- test, triton: FAILED with status 1\n" in text
+    assert "- ncu: passed, 3 s\n- more: exit status 1, 4 s\n" in text
     assert "`python -m bench update --device cuda`" in text
     assert "aaaaaaa (update); bbbbbbb+ (norm)" in text
 
 
-def test_every_device_has_its_newest_file(tmp_path, monkeypatch):
-    full = ("cpu-avx2-2026-01-02", "cpu-avx2-2025-12-31", "nvidia-h200-2026-02-01", "nvidia-h200-2026-01-31")
+def test_every_device_has_all_of_its_files_but_short_ones_only_without_others(tmp_path, monkeypatch):
+    full = ("cpu-avx2-2025-12-31", "cpu-avx2-2026-01-02", "nvidia-h200-2026-02-01-0930", "nvidia-h200-2026-02-01-1002")
     short = ("cpu-avx2-2026-03-01-short", "laptop-2026-01-05-short", "laptop-2026-01-06-short")
     for name in (*full, *short):
         results.write(tmp_path / f"{name}.json", Results(ABOUT))
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    newest = {one.name: one.file.stem for one in report.newest()}
-    assert newest == {"cpu-avx2": full[0], "nvidia-h200": full[2], "laptop": short[2]}
+    newest = {device.name: tuple(file.stem for file in device.files) for device in report.newest()}
+    assert newest == {"cpu-avx2": full[:2], "nvidia-h200": full[2:], "laptop": short[1:]}
+
+
+def test_the_files_of_a_device_are_one(tmp_path, monkeypatch):
+    """Of one commit they add up. A newer commit's answer to a question takes the place of the older one."""
+    old, new = ({**ABOUT, "commit": letter * 40, "capability": [9, 0]} for letter in "an")
+    cuda, triton = ({"dtype": "bfloat16", "elements": 2**24, "backend": name} for name in ("cuda", "triton"))
+    first = [timed("update", "sgd_ nearest", 0.8, **cuda), timed("norm", "sq_norm_", 0.5, error=0.0, **cuda)]
+    second = [timed("norm", "sq_norm_", 0.9, error=0.0, **cuda)]
+    third = [timed("norm", "sq_norm_", 0.7, error=0.0, **triton)]
+    contents = (old, first, "a"), (new, second, "b"), (new, third, "a")
+    for hour, (about, measured, stage) in enumerate(contents):
+        check = {stage: {"status": hour == 1, "said": f"at {hour}", "seconds": 1.0}}
+        results.add(tmp_path / f"gpu-2026-01-02-0{hour}00.json", Results(about, {}, measured, check))
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    (device,) = report.newest()
+    shown = [(one.question, one.case["backend"], round(one.fraction.median, 2)) for one in device.results.measurements]
+    assert shown == [("update", "cuda", 0.8), ("norm", "cuda", 0.9), ("norm", "triton", 0.7)]
+    assert [check["said"] for check in device.results.checks.values()] == ["at 2", "at 1"]
+    asked = {"update": old, "norm": new, "a": new, "b": new}
+    assert device.results.environment["commits"] == {name: about["commit"] for name, about in asked.items()}
+    assert "aaaaaaa (update)" in page.page([device])
+    assert all(file.name in report.source(device) for file in device.files)
+
+
+def test_a_file_of_another_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a name like <device>"):
+        results.device_and_date(tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize("arguments, is_short", [([], True), (["--full"], False), (["--full", "-k", "bfloat16"], True)])
@@ -348,7 +375,7 @@ def test_what_cannot_be_drawn_is_not():
     ):
         simulated = Measurement("memory", "Lomo", {**SETTING, **run, "how": "simulated"}, memory={"parameters": 1})
         both = Results(ABOUT, {}, [one, simulated])
-        device = page.Device(results.RESULTS / "x-2026-01-02.json", both)
+        device = page.Device((results.RESULTS / "x-2026-01-02.json",), both)
         assert device.pictures()[one.question] == []
         assert page.ASKS[one.question] in page.page([device])
 

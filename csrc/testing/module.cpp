@@ -1,10 +1,12 @@
 // lomo_kernels_testing: the numerics and the CUDA kernels on the host, and the bandwidth probes, for tests and benches.
 // Arrays are addresses and lengths, so neither torch nor numpy is needed to build it.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 
 #include "../numerics.h"
 #include "cuda.h"
 #include "probes.h"
+#include "steps.h"
 
 namespace py = pybind11;
 
@@ -56,4 +58,6 @@ PYBIND11_MODULE(lomo_kernels_testing, m) {
   m.def(
       "read_1", [](uintptr_t p, int64_t bytes) { return lomo::read_1(at<void>(p), bytes); },
       py::call_guard<py::gil_scoped_release>(), "Reads 64-bit words, in one thread.");
+  m.def("count_instructions", &lomo::count_instructions, py::arg("call"),
+        "Instructions that this thread runs in call(), with some of Python's around it: compare two calls.");
 }

@@ -67,10 +67,10 @@ def batches(text: torch.Tensor, *, count: int, batch: int, seq: int, seed: int) 
     Yields:
         int64 [batch, seq + 1]: inputs are `[:, :-1]`, targets `[:, 1:]`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for _ in range(count):
-        starts = torch.randint(len(text) - seq, (batch, 1), generator=generator)
-        yield text[starts + torch.arange(seq + 1)].long()
+        starts = torch.randint(len(text) - seq, (batch, 1), generator=generator, dtype=torch.int64, device="cpu")
+        yield text[starts + torch.arange(seq + 1, dtype=torch.int64, device="cpu")].long()
 
 
 def windows(text: torch.Tensor, *, limit: int, seq: int) -> torch.Tensor:
@@ -80,5 +80,5 @@ def windows(text: torch.Tensor, *, limit: int, seq: int) -> torch.Tensor:
         int64 [windows, seq + 1], at least one window.
     """
     whole = len(text) // (seq + 1)
-    chosen = torch.linspace(0, whole - 1, min(limit, whole)).long()
-    return text[chosen[:, None] * (seq + 1) + torch.arange(seq + 1)].long()
+    chosen = torch.linspace(0, whole - 1, min(limit, whole), dtype=torch.float32, device="cpu").long()
+    return text[chosen[:, None] * (seq + 1) + torch.arange(seq + 1, dtype=torch.int64, device="cpu")].long()

@@ -42,10 +42,9 @@ def layers_of(model: nn.Module, weights: Container[int]) -> Iterator[tuple[nn.Mo
             yield module, why_not(module)
 
 
-def fuse(module: nn.Module) -> weakref.ref[nn.Module]:
-    """Makes the module a fused one; the reference is for `unfuse`."""
+def fuse(module: nn.Module) -> None:
+    """Makes the module a fused one."""
     module.__class__ = Linear if isinstance(module, nn.Linear) else Embedding
-    return weakref.ref(module)
 
 
 def unfuse(modules: Iterable[weakref.ref[nn.Module]]) -> None:

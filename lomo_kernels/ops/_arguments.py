@@ -53,7 +53,7 @@ def scalar(
     if not (low < value if open_ else low <= value) or value > high or math.isnan(value):
         bounds = f"{'>' if open_ else '>='} {low:g} and {'finite' if high < math.inf else 'not NaN'}"
         raise ValueError(f"{op}: {name} is {value}, expected a number {bounds}")
-    return torch.scalar_tensor(value, dtype=torch.float64)
+    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def check_served(tensor: Tensor) -> None:
@@ -82,7 +82,7 @@ def integer(op: str, name: str, value: int) -> int:
 def step_tensor(op: str, step: int | Tensor, device: torch.device) -> Tensor | None:
     """`step` as the one-element int64 tensor that an operator takes; None for 0, which saves the making of one."""
     if not isinstance(step, Tensor):
-        return torch.scalar_tensor(step, dtype=torch.int64) if integer(op, "step", step) else None
+        return torch.scalar_tensor(step, dtype=torch.int64, device="cpu") if integer(op, "step", step) else None
     if step.numel() != 1 or step.dtype != torch.int64:
         raise ValueError(f"{op}: step has shape {list(step.shape)} and dtype {step.dtype}, expected one int64 element")
     if step.device != device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,9 +50,9 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None
         raise
 
 
-def _nodes(loss: Tensor) -> Iterator[Any]:
+def nodes_of(loss: Tensor) -> Iterator[Any]:
     """The nodes of the graph of `loss`, those near it first; about 1 us each."""
-    seen: set[Any] = {loss.grad_fn}
+    seen: set[Any] = {loss.grad_fn} - {None}  # a loss that is itself a parameter has no node
     waiting = deque(seen)
     while waiting:
         node = waiting.popleft()
@@ -70,7 +70,7 @@ def reentrant_checkpoints(loss: Tensor, *, thorough: bool) -> int:
     `thorough`, a graph without one in its first 64 nodes (some 40 us) counts as having none.
     """
     count = 0
-    for place, node in enumerate(_nodes(loss)):
+    for place, node in enumerate(nodes_of(loss)):
         count += node.name() == "CheckpointFunctionBackward"
         if place == 64 and not count and not thorough:
             break
@@ -82,7 +82,7 @@ def check_fused_weights(loss: Tensor) -> None:
 
     Autograd would raise as well, but only when it comes to that layer: with others updated already.
     """
-    for node in _nodes(loss):
+    for node in nodes_of(loss):
         version = getattr(node, "weight_version", None)
         if version is not None and node.needs_input_grad[0] and node.weight._version != version:
             raise RuntimeError(
@@ -92,13 +92,15 @@ def check_fused_weights(loss: Tensor) -> None:
             )
 
 
-def foreign_leaves(loss: Tensor, ours: Container[int]) -> list[Tensor]:
-    """The leaves of the graph of `loss` whose ids are not among `ours`: inputs, or another optimizer's parameters.
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The leaves of the graph of `loss` that need a gradient.
 
     Those used only inside a reentrant checkpoint are not seen: its graph does not exist before backward.
     """
-    leaves = (getattr(node, "variable", None) for node in _nodes(loss))
-    return [leaf for leaf in leaves if leaf is not None and id(leaf) not in ours]
+    if loss.grad_fn is None:
+        return [loss]
+    leaves = (getattr(node, "variable", None) for node in nodes_of(loss))
+    return [leaf for leaf in leaves if leaf is not None]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,18 @@ def check_group(group: dict[str, Any], where: str) -> None:
         )
 
 
+def unused_momentum(groups: Sequence[dict[str, Any]]) -> str:
+    """A warning where a group's ``momentum`` is not zero; otherwise empty. Tensors are not read."""
+    for index, group in enumerate(groups):
+        momentum = group.get("momentum", 0.0)
+        if isinstance(momentum, Tensor) or momentum:
+            return (
+                f"Lomo: param_groups[{index}]['momentum'] is {momentum}, which is not used: SGD without state has no "
+                "momentum. OneCycleLR and CyclicLR set it, unless they are given cycle_momentum=False"
+            )
+    return ""
+
+
 def numbers_of(group: dict[str, Any]) -> list[float | None]:
     """A checked group's options. Reads those that are tensors."""
     return [None if group[name] is None else float(group[name]) for name in ("lr", "weight_decay", "clip_grad_value")]
@@ -34,6 +47,13 @@ def check_positive(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         raise TypeError(f"Lomo: {name} is a tensor, expected a number")
     _check(value, f"Lomo: {name}", "expected a finite number > 0", lambda number: 0 < number < math.inf)
+
+
+def check_seed(seed: Any, where: str) -> int:
+    """Raises ValueError unless `seed` is an integer of 64 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{where} is {seed!r}, expected an integer of 64 bits")
+    return seed
 
 
 def _check(value: Any, where: str, expected: str, allowed: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -14,29 +17,32 @@ from torch import Tensor, nn
 
 from ..layers import Pair, fuse, layers_of, takers, unfuse
 from ..ops.sgd import is_stochastic
+from . import resume
 from .graph import (
     check_fused_weights,
     check_loss,
-    foreign_leaves,
     gradients_kept_apart,
+    leaves_of,
     reentrant_checkpoints,
     run_backward,
 )
-from .hyperparameters import check_group, check_positive, numbers_of
-from .parameters import check_apart, check_parameter, claim, name_of, named_groups, release
+from .hyperparameters import check_group, check_positive, check_seed, numbers_of, unused_momentum
+from .owners import backward_of, claim, forget, optimizer_backward, owner_of, release, unmanaged, unscale_grads
+from .parameters import check_apart, check_parameter, is_served, name_of, named_groups
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
 from .records import Record
-from .scaling import KINDS, LossScale
+from .scaling import LossScale, computes_in_float16, factor_of, is_of_grad_scaler
 from .state import State
+from .step_hooks import as_step
 from .summary import summary
 
-_STATE = "lomo"  # the key of our part of a state dict
 _NOT_OURS = (
     ", by hand or by an engine that was given this optimizer (DeepSpeed's ZeRO: give it none, see "
     "docs/distributed.md); use add_param_group(), or make a new optimizer"
 )
 _NOTHING_CHANGED = "no weight was changed"
+_hooking = threading.Lock()  # an optimizer's hooks are also put on by another one's backward, in another thread
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
 
@@ -46,6 +52,7 @@ class Lomo(torch.optim.Optimizer):
     ``optimizer.backward(loss)`` takes the place of ``loss.backward()``, ``optimizer.step()`` and
     ``optimizer.zero_grad()``. Only it (and `fused_backward`) consumes gradients: a plain ``loss.backward()`` leaves
     them in ``.grad`` as ever, and `step` applies them, so this is a `torch.optim.Optimizer` like others in any trainer.
+    A parameter has one optimizer: a newer `Lomo` of some of them takes them over and ends the use of the older one.
 
     Per element, with g the gradient over the loss scale (`lomo_kernels.reference` states it bit for bit)::
 
@@ -53,8 +60,8 @@ class Lomo(torch.optim.Optimizer):
 
     Args:
         model_or_params: an `nn.Module`, an iterable of parameters or of (name, parameter) pairs, or torch parameter
-            groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16.
-            Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.integrations.deepspeed`).
+            groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16;
+            frozen ones of any dtype. Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.integrations.deepspeed`).
         lr: learning rate, a number or a one-element tensor; read from ``param_groups`` at every step.
         clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. It is known
             only after a backward pass: see `clip_passes`.
@@ -63,7 +70,8 @@ class Lomo(torch.optim.Optimizer):
         clip_passes: for clipping by norm and dynamic loss scaling. "two": a backward for the norm, then one for the
             update; least memory. "one": one backward, which keeps every gradient until the norm is known, of fused
             layers the factors where those are smaller (`docs/one_backward.md`): fastest.
-        loss_scale: None, a number, "dynamic", or "auto": dynamic exactly when a parameter is float16.
+        loss_scale: None, a number, "dynamic", or "auto": dynamic when a parameter is float16, or when the first
+            backward computes in float16, as under autocast; over several processes that is only warned of.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
             updates far below a weight's last bit still count on average.
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
@@ -81,7 +89,7 @@ class Lomo(torch.optim.Optimizer):
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
-        RuntimeError: a parameter is managed by another `Lomo`; the model is in DistributedDataParallel or FSDP1.
+        RuntimeError: the model is in DistributedDataParallel or FSDP1; a parameter's other `Lomo` is amid a step.
         NotImplementedError: a kind of parameter that this version does not have.
     """
 
@@ -117,14 +125,16 @@ class Lomo(torch.optim.Optimizer):
         self._clip_grad_norm = clip_grad_norm
         self._one_pass = clip_passes == "one"
         self._wanted_scale = loss_scale
+        self._scale_is_open = loss_scale == "auto"  # until the first backward says whether it computes in float16
         self._stochastic = is_stochastic("Lomo", rounding)
         self._raise = nonfinite == "raise"
-        self._seed = _check_seed(seed)
+        self._seed = check_seed(seed, "Lomo: seed")
 
         self._process_group = process_group
         self._ranks: Ranks | None = None
 
         self._records: list[Record] = []
+        self._claimed: list[int] = []  # ids of the parameters noted as ours
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._model = None if model is None else weakref.ref(model)  # in which layers are fused
         self._fused: list[weakref.ref[nn.Module]] = []
@@ -138,34 +148,51 @@ class Lomo(torch.optim.Optimizer):
         self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
         self._ids: set[int] = set()  # of the parameters
         self._warned = False
-        self._removed = False
+        self._warned_of_momentum = False
+        self._looked_for_scaler = False
+        self._passed_over = False  # another optimizer's backward dropped a gradient of ours
+        self._trained = False  # there was a step since step() was last called
+        self._itself = weakref.ref(self)  # not so through a wrapper made of this class, as Lightning makes
+        self._ended = ""  # why it cannot be used any more
         self._attached = False
+        self._unpickled = False  # until the first step
         # Until the first step, which asks whether its parameters are still these.
         self._whole: Callable[[], nn.Module | None] | None = (
             weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else lambda: None
         )
+        self._stepping: set[int] = set()  # threads in which step hooks are called now
         self._busy = threading.Lock()
         self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
+        defaults["momentum"] = 0.0  # is not used; OneCycleLR and CyclicLR want to set it
         super().__init__(named_groups(model_or_params), defaults)
         self._ranks = self._join_ranks(self._records, self.param_groups)
         self._state = State(self._records, self.param_groups, loss_scale, ranks=self._ranks)
         self._repeat_state()
         if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
             raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
-        self._attach()
+        with self._former_owners(self._records) as former:
+            _replace(former)
+            self._attach()
         self._attached = True
         # An optimizer that is dropped without remove() leaves no hooks behind.
-        weakref.finalize(self, _detach, self._handles, self._takers, self._fused)
+        weakref.finalize(
+            self, _let_go, id(self), self._claimed, self._records, self._handles, self._takers, self._fused
+        ).atexit = False
 
     # ---- What a user calls ------------------------------------------------------------------------------------------
 
+    @as_step(lambda self, *_, **__: not self._accumulating)
     def backward(self, loss: Tensor) -> None:
         """One step of training: backward, with every gradient applied and freed as soon as it is there.
 
         With `clip_grad_norm` or dynamic loss scaling the graph is run twice, first for the norm. Gradients that plain
         backwards (or `accumulate`) left in ``.grad`` are part of the step: this one is added to them, then all are
-        applied and freed. Inside `accumulate` it only adds to ``.grad``.
+        applied and freed. Inside `accumulate` it only adds to ``.grad``. Parameters that another `Lomo` manages get no
+        gradient, and keep what stands in their ``.grad``; leaves that none manages get that of one plain backward.
+
+        Otherwise it is the step that torch's step hooks are called around, the optimizer's own
+        (`register_step_pre_hook`, `register_step_post_hook`) and the global ones, with ``(optimizer, loss)`` as args.
 
         Args:
             loss: one floating-point element, not scaled.
@@ -181,19 +208,23 @@ class Lomo(torch.optim.Optimizer):
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Inside, `backward` only adds its gradients to ``.grad``; the next one outside applies the sum. Exact."""
+        self._check_not_wrapped()
         before, self._accumulating = self._accumulating, True
         try:
             yield
         finally:
             self._accumulating = before
 
+    @as_step(lambda self, closure=None: closure is not None or self._has_gradients())
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Applies what plain backwards left in ``.grad``, and leaves it there. Does nothing where nothing is there.
+        """Applies what plain backwards left in ``.grad``, and leaves it there. Does nothing, and calls no step hooks,
+        if there is nothing: after `backward`.
 
         Args:
             closure: called first, with gradients enabled; its result is returned.
         """
-        self._check_not_removed()
+        self._check_not_ended()
+        trained, self._trained = self._trained, False
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -205,17 +236,30 @@ class Lomo(torch.optim.Optimizer):
                 "Lomo: torch's GradScaler decides on every rank alone whether to step, from gradients that are not "
                 'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place'
             )
-        if any(record.param.grad is not None for record in self._records):
+        if self._has_gradients():
             if not self._warned:
                 self._warned = True
                 warnings.warn(
                     "Lomo.step() applies gradients that a plain backward kept in memory all at once; "
                     "optimizer.backward(loss) in place of loss.backward() frees each as soon as it is there",
-                    stacklevel=3,  # torch wraps step() once
+                    stacklevel=3,  # `as_step` wraps step() once, twice where there are hooks
                 )
             with self._exclusive(), torch.no_grad():
                 self._refresh()
                 self._apply_kept(keep=True)
+        elif self._unpickled and closure is None:
+            raise RuntimeError(
+                "Lomo: no gradient has come to the parameters of this optimizer since it was unpickled. They are "
+                "copies; pickle model and optimizer together, as one tuple, and use both from there"
+            )
+        elif self._passed_over and not (trained or self._trained):
+            self._passed_over = False
+            warnings.warn(
+                "Lomo.step() found no gradients. The backward of another Lomo ran through these parameters, and leaves "
+                "gradients only to its own. Use this optimizer's backward() too, or one Lomo with parameter groups",
+                stacklevel=3,
+            )
+        self._trained = False
         return loss
 
     @property
@@ -224,8 +268,20 @@ class Lomo(torch.optim.Optimizer):
         return self._state.divides
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops what plain backwards left in ``.grad``. Always to None: tensors of zeros would only take memory."""
-        super().zero_grad(set_to_none=True)
+        """Drops what plain backwards left in ``.grad``.
+
+        Args:
+            set_to_none: False: the tensors stay, filled with zeros, which the next backward adds to. They are gradients
+                as torch's optimizers see it: weight decay goes to their parameters, and the next `backward`, which
+                frees them, takes the memory of all of them once more.
+        """
+        itself = self._itself()
+        if itself is not None and itself is not self:  # Lightning's wrapper is made of this class
+            itself.zero_grad(set_to_none)
+            return
+        super().zero_grad(set_to_none=set_to_none)
+        for record in self._records:
+            record.note_zeros()
         self._drop_norm()
 
     def grad_norm(self, loss: Tensor) -> Tensor:
@@ -236,14 +292,15 @@ class Lomo(torch.optim.Optimizer):
         """
         with self._exclusive():
             self._drop_norm()
-            check_loss(loss)
-            self._refresh()
+            self._check_loss(loss)
+            self._refresh(loss)
             if self._kept():
                 raise RuntimeError("Lomo: gradients stand in .grad; use backward(), which adds them in, or zero_grad()")
             self._find_norm(loss, self._start_scale(loss))
             self._norm_is_known = True
         return self.last_grad_norm
 
+    @as_step(lambda self, *_, **__: not self._accumulating)
     def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
         """lomo_optim's name for `backward`, with the learning rate of all groups given for this step.
 
@@ -260,16 +317,32 @@ class Lomo(torch.optim.Optimizer):
 
     def remove(self) -> None:
         """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again."""
-        _detach(self._handles, self._takers, self._fused)
-        for record in self._records:
-            release(record.param, self)
-        self._removed = True
+        self._check_not_wrapped()
+        self._end_use("remove() was called on this optimizer; make a new one")
 
     def __enter__(self) -> Lomo:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def grad_norms(self) -> dict[str, Tensor]:
+        """Norm of each parameter's gradient in the last step: unscaled, before clipping of any kind.
+
+        The host waits for nothing. Over several ranks the norms are those of whole parameters and averaged gradients;
+        with sharded parameters (FSDP2, tensor parallel, DeepSpeed) that takes one all-reduce, so every rank has to call
+        this.
+
+        Returns:
+            By name, in the order of ``param_groups``: float64, no dimensions, on the first parameter's device. Copies.
+            Zero for a parameter that got no gradient. A parameter given without a name is "parameter 3", after its
+            place; to a name that occurs twice "(parameter 3)" is added the second time.
+        """
+        norms: dict[str, Tensor] = {}
+        for record, norm in zip(self._records, self._state.norms().unbind(), strict=True):
+            name = record.name if record.name not in norms else f"{record.name} (parameter {record.index})"
+            norms[name] = norm
+        return norms
 
     @property
     def last_grad_norm(self) -> Tensor:
@@ -300,7 +373,8 @@ class Lomo(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError, NotImplementedError, RuntimeError: as the constructor; nothing is added then.
         """
-        self._check_not_removed()
+        self._check_not_wrapped()
+        self._check_not_ended()
         if not isinstance(param_group, dict):
             raise TypeError(f"Lomo: a parameter group is a {type(param_group).__name__}, expected a dict")
         entries = param_group["params"]
@@ -311,67 +385,91 @@ class Lomo(torch.optim.Optimizer):
         records = []
         for index, entry in enumerate(entries, start=len(self._records)):
             name, param = name_of(entry, index)
-            check_parameter(name, param, self)
+            check_parameter(name, param)
             if id(param) in known:
                 raise ValueError(f"Lomo: {name} is given twice; each parameter has one place in one group")
             known.add(id(param))
             records.append(Record(param, index, name))
+            records[-1].served = is_served(param)
         check_apart((record.name, record.param) for record in (*self._records, *records))
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
-        ranks = None
         if self._attached:
-            ranks = self._join_ranks([*self._records, *records], [*self.param_groups, group])
+            self._all_or_nothing(functools.partial(self._add_later, group, records))
+        else:
+            self._add(group, records)
+
+    def _add(self, group: dict[str, Any], records: Sequence[Record]) -> None:
         super().add_param_group(group)
         self._records.extend(records)
-        self._ids = known
-        self._ranks = ranks
-        if self._attached:
+        self._ids = {id(record.param) for record in self._records}
+
+    def _add_later(self, group: dict[str, Any], records: Sequence[Record]) -> None:
+        ranks = self._join_ranks([*self._records, *records], [*self.param_groups, group])
+        with self._former_owners(records) as former:
+            self._add(group, records)
+            self._ranks = ranks
             self._place()
+            _replace(former)
             self._attach()
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters.
 
-        ``"state"`` repeats the numbers for each parameter: `torch.distributed.checkpoint` keeps nothing else.
+        ``"state"`` repeats the numbers for each parameter: `torch.distributed.checkpoint` keeps nothing else. All
+        tensors are copies.
         """
-        state: dict[str, Any] = super().state_dict()
-        for numbers in state["state"].values():  # torch's own copies of the dicts hold the live tensors
-            numbers |= {key: value.clone() for key, value in numbers.items() if isinstance(value, Tensor)}
-        state[_STATE] = self._state.export() | {"seed": self._seed, "parameters": self._layout()}
+        handle = self.register_state_dict_post_hook(_complete, prepend=True)  # before the user's, who see all of it
+        try:
+            state: dict[str, Any] = super().state_dict()
+        finally:
+            handle.remove()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, bit for bit.
+        """Continues where `state_dict` was taken, bit for bit. All of it is loaded, or nothing.
+
+        Parameters are compared by place and shape (a place keys a parameter's random bits) and, if both sides have
+        them, by names, except for what `torch.compile` and ``checkpoint_wrapper`` put into those. That of a
+        `torch.optim.SGD` gives its groups' learning rates and weight decay, with a warning that names what is dropped.
 
         Raises:
-            ValueError: it is not a Lomo's, or of other parameters (their order, names and shapes count: a parameter's
-                place keys its random bits), or of another kind of loss scaling; nothing is loaded then.
+            TypeError, ValueError: it is neither a Lomo's nor an SGD's, of other parameters, of another kind of loss
+                scaling, of a later version, or has a value that no run can have come to.
         """
-        ours: dict[str, Any] = state_dict.get(_STATE, {})
-        if not ours and state_dict.get("state"):  # from torch.distributed.checkpoint, which goes by names
-            ours = next(iter(state_dict["state"].values()))
-            ours = ours | {"parameters": self._layout(), "scaling": KINDS[int(ours["scaling"])]}
-        missing = self.state_dict()[_STATE].keys() - ours.keys()
-        if missing:
-            raise ValueError(
-                f"Lomo: the state dict's {_STATE!r} entry lacks {', '.join(sorted(missing))}; expected one from "
-                "Lomo.state_dict()"
+        self._check_not_wrapped()
+        self._all_or_nothing(functools.partial(self._load, state_dict))
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        if isinstance(state_dict, dict):
+            state_dict = state_dict.copy()  # as torch hands it to hooks
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        kind = self._state.scale.kind
+        kinds = (kind, "dynamic") if self._scale_is_open else (kind,)
+        read = resume.read(state_dict, self._records, self.param_groups, self.defaults, kinds)
+        if read.numbers is None:
+            warnings.warn(
+                "Lomo: the state dict is of torch.optim.SGD. Loaded: learning rates, weight decay and what schedulers "
+                f"keep in the groups. Dropped: {', '.join(read.dropped) or 'nothing that was in use'}",
+                stacklevel=4,  # load_state_dict's caller
             )
-        self._check_layout(ours["parameters"])
-        if ours["scaling"] != self._state.scale.kind:
-            raise ValueError(
-                f"Lomo: the state dict was taken with {ours['scaling']} loss scaling, this optimizer has "
-                f"{self._state.scale.kind}; construct it with the same loss_scale"
-            )
-        seed = _check_seed(ours["seed"])
-        for index, group in enumerate(state_dict["param_groups"]):
-            check_group({**self.defaults, **group}, f"Lomo: param_groups[{index}] of the state dict")
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self._state.load(ours)
-        self._seed = seed
+            self._drop_norm()
+        else:
+            self._norm_is_known = False
+            if read.numbers["scaling"] != kind:  # what the first backward of the run that is resumed has settled
+                self._wanted_scale = read.numbers["scaling"]
+                self._place()
+            self._state.load(read.numbers)
+            self._seed = read.numbers["seed"]
+        self.param_groups = [
+            loaded | {key: group[key] for key in ("params", "param_names") if key in group}
+            for group, loaded in zip(self.param_groups, read.groups, strict=True)
+        ]
         self._repeat_state()
-        self._norm_is_known = False
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _repeat_state(self) -> None:
         """Puts our numbers where torch looks for a parameter's state.
@@ -381,22 +479,104 @@ class Lomo(torch.optim.Optimizer):
         for record in self._records:
             self.state[record.param] = self._state.by_parameter() | {"seed": self._seed}
 
-    def __getstate__(self) -> NoReturn:
-        raise TypeError("Lomo: an optimizer with hooks on its parameters cannot be copied or pickled; use state_dict()")
+    def _all_or_nothing(self, change: Callable[[], None]) -> None:
+        """Whatever `change` raises leaves the optimizer, its parameters' hooks and its layers as they were before."""
+        attributes = vars(self).copy()
+        records = [(record, vars(record).copy()) for record in self._records]
+        groups, handles = len(self.param_groups), len(self._handles)
+        sinks, layers, claimed = len(self._takers), len(self._fused), len(self._claimed)
+        state, numbers = dict(self.state), self._state.export()
+        try:
+            change()
+        except BaseException:
+            self.__dict__ = attributes
+            release(_cut(self._claimed, claimed))
+            _detach(_cut(self._handles, handles), _cut(self._takers, sinks), _cut(self._fused, layers))
+            _cut(self._records, len(records))
+            _cut(self.param_groups, groups)
+            for record, before in records:
+                record.__dict__ = before
+            self.state.clear()
+            self.state.update(state)
+            self._state.load(numbers)
+            raise
 
-    def _layout(self) -> list[list[Any]]:
-        return [[record.name, list(shape_of(record.param))] for record in self._records]
+    # ---- Copies -----------------------------------------------------------------------------------------------------
 
-    def _check_layout(self, theirs: list[list[Any]]) -> None:
-        ours = self._layout()
-        if len(ours) != len(theirs):
-            raise ValueError(f"Lomo: the state dict has {len(theirs)} parameters, this optimizer has {len(ours)}")
-        for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            if our != their:
-                raise ValueError(
-                    f"Lomo: parameter {index} is {their[0]} of shape {their[1]} in the state dict, "
-                    f"{our[0]} of shape {our[1]} here"
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "Lomo: copy.copy of the optimizer would be a second one of the same parameters. Use the optimizer itself, "
+            "or copy.deepcopy((model, optimizer))"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lomo:
+        """The same optimizer of the parameters' copies, which have to be in `memo`: they are copied with their model.
+
+        As with torch's optimizers, hooks that were registered on the optimizer and gradients are not copied.
+        """
+
+        def copied(original: Any, name: str) -> Any:
+            if id(original) not in memo:
+                raise TypeError(
+                    f"Lomo: {name} was not copied before the optimizer, whose copy would train nothing. Copy both "
+                    "together, the model first: copy.deepcopy((model, optimizer))"
                 )
+            return memo[id(original)]
+
+        groups, settings, numbers = self._parts(copied)
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+
+        def own(options: dict[str, Any]) -> dict[str, Any]:
+            done = ("params", "fused_layers", "process_group")  # the last is as little copied as the processes
+            return {key: value if key in done else copy.deepcopy(value, memo) for key, value in options.items()}
+
+        new._become([own(group) for group in groups], own(settings), numbers)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles the optimizer with its parameters, which a model in the same pickle has in common with it."""
+        if self._ranks is not None:
+            raise TypeError("Lomo: an optimizer over several ranks cannot be pickled; save its state_dict()")
+        return _unpickled, (type(self), *self._parts(lambda part, _: part))
+
+    def _parts(self, of: Callable[[Any, str], Any]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+        """Groups, the constructor's other arguments, and numbers, of the same optimizer of other parameters.
+
+        Args:
+            of: gives for a parameter, or the model in which layers are fused, and its name, the other one.
+        """
+        self._check_not_ended()
+        self._check_groups()
+        if is_engine(self._process_group):
+            raise TypeError("Lomo: an optimizer of a DeepSpeed engine cannot be copied; save its state_dict()")
+        groups = []
+        records = iter(self._records)
+        for group in self.param_groups:
+            params = [of(record.param, record.name) for record in itertools.islice(records, len(group["params"]))]
+            entries = list(zip(group["param_names"], params, strict=True)) if "param_names" in group else params
+            groups.append({key: value for key, value in group.items() if key != "param_names"} | {"params": entries})
+        model = None if self._model is None else self._model()
+        settings = {
+            "lr": self.defaults["lr"],
+            "weight_decay": self.defaults["weight_decay"],
+            "clip_grad_value": self.defaults["clip_grad_value"],
+            "clip_grad_norm": self._clip_grad_norm,
+            "clip_passes": "one" if self._one_pass else "two",
+            "loss_scale": self._wanted_scale,
+            "rounding": "stochastic" if self._stochastic else "nearest",
+            "nonfinite": "raise" if self._raise else "skip",
+            "fused_layers": False if model is None else of(model, "the model"),
+            "process_group": self._process_group,
+            "seed": self._seed,
+        }
+        return groups, settings, self._state.export() | {"norm": self._state.norm.clone()}
+
+    def _become(self, groups: list[dict[str, Any]], settings: dict[str, Any], numbers: dict[str, Any]) -> None:
+        """Makes a new object the optimizer whose `_parts` these are."""
+        Lomo.__init__(self, groups, **settings)  # a subclass may take other arguments
+        self._state.load(numbers)
+        self._state.norm.copy_(numbers["norm"])
 
     # ---- One step ---------------------------------------------------------------------------------------------------
 
@@ -405,10 +585,10 @@ class Lomo(torch.optim.Optimizer):
         return self._clip_grad_norm is not None or self._state.scale.kind == "dynamic"
 
     def _train(self, loss: Tensor, lr: float | Tensor | None = None, *, after_grad_norm: bool = False) -> None:
-        check_loss(loss)
+        self._check_loss(loss)
         if not after_grad_norm:
             self._drop_norm()
-        self._refresh(lr)
+        self._refresh(loss, lr)
         if self._whole is not None:
             self._check_still_there()
         known, self._norm_is_known = self._norm_is_known, False
@@ -446,6 +626,37 @@ class Lomo(torch.optim.Optimizer):
             self._state.zero_slots()
         self._sweep(self._update_pass(scaled, self._ranks), loss, scale, retain_graph=False)
         self._finish(scaled)
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """Raises TypeError, ValueError or RuntimeError unless `loss` is one number that no GradScaler has scaled."""
+        check_loss(loss)
+        factor = None if self._looked_for_scaler else factor_of(loss)
+        if factor is None:
+            return
+        if is_of_grad_scaler(factor):
+            raise RuntimeError(
+                "Lomo: the loss was multiplied by the scale of a torch.amp.GradScaler, and the update would be so many "
+                'times too large. Use optimizer.backward(loss), with Lomo(..., loss_scale="dynamic") in the scaler\'s '
+                "place. No weight was changed"
+            )
+        self._looked_for_scaler = True  # once: some loops multiply by another tensor each time
+
+    def _scale_float16(self, loss: Tensor) -> None:
+        """The first backward settles what ``loss_scale="auto"`` means with parameters none of which is float16."""
+        if not self._scale_is_open:
+            return
+        self._scale_is_open = False
+        if self._state.scale.used or not computes_in_float16(loss):
+            return
+        if self._ranks is not None:  # which would have to agree on it
+            warnings.warn(
+                "Lomo: backward computes in float16 (autocast?) without a loss scale, and small gradients become zero. "
+                'Over several processes, say loss_scale="dynamic" (or None) when the optimizer is made',
+                stacklevel=5,
+            )
+            return
+        self._wanted_scale = "dynamic"
+        self._place()
 
     def _start_scale(self, loss: Tensor) -> Tensor | None:
         """The loss scale for a backward from `loss`, which the kernels are told to take out again. None: no scaling."""
@@ -486,7 +697,7 @@ class Lomo(torch.optim.Optimizer):
         leaves = [] if scale is None and not retain_graph else self._foreign_leaves(loss)
         self._run = sweep
         try:
-            with gradients_kept_apart(leaves, scale, wanted=not retain_graph):
+            with backward_of(self), gradients_kept_apart(leaves, scale, wanted=not retain_graph):
                 run_backward(loss, scale, retain_graph)
             sweep.flush()
         finally:
@@ -494,21 +705,21 @@ class Lomo(torch.optim.Optimizer):
         if not any(record.fired == sweep.serial for record in self._records):
             raise RuntimeError(
                 "Lomo: no gradient came: the loss depends on none of the optimizer's parameters, or only on copies of "
-                "them. Make the optimizer after fully_shard, parallelize_module, deepcopy and whatever else exchanges "
-                "parameters; FSDP1 (FullyShardedDataParallel) is not served, fully_shard is; under "
-                "set_requires_gradient_sync(False) use optimizer.accumulate()"
+                "them (model and optimizer were pickled apart?). Make the optimizer after fully_shard, "
+                "parallelize_module, deepcopy and whatever else exchanges parameters; FSDP1 (FullyShardedDataParallel) "
+                "is not served, fully_shard is; under set_requires_gradient_sync(False) use optimizer.accumulate()"
             )
 
     def _foreign_leaves(self, loss: Tensor) -> list[Tensor]:
-        """What a backward from `loss` may give gradients besides our parameters."""
-        of_engine = () if self._ranks is None else self._ranks.leaves()
-        return foreign_leaves(loss, self._ids) + [leaf for leaf in of_engine if id(leaf) not in self._ids]
+        """What a backward from `loss` may give gradients besides parameters that a `Lomo` manages."""
+        return unmanaged([*leaves_of(loss), *(() if self._ranks is None else self._ranks.leaves())])
 
     def _add_to_kept(self, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
         """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
-        if not kept and self._state.scale.used:
+        fresh = all(record.zeroed for record, _ in kept)
+        if fresh and self._state.scale.used:
             self._kept_scale, self._kept_dtype = self._state.scale.of(loss), loss.dtype
-        scale = self._kept_scale if self._carries_scale(kept) or not kept else None
+        scale = self._kept_scale if self._carries_scale(kept) or fresh else None
         if scale is not None and loss.dtype is not self._kept_dtype:
             raise RuntimeError(
                 f"Lomo: the loss has dtype {loss.dtype}, those accumulated before have {self._kept_dtype}; with a loss "
@@ -517,7 +728,7 @@ class Lomo(torch.optim.Optimizer):
         self._plain_is_scaled = scale is not None
         leaves = [] if scale is None else self._foreign_leaves(loss)
         try:
-            with gradients_kept_apart(leaves, scale, wanted=True):
+            with backward_of(self), gradients_kept_apart(leaves, scale, wanted=True):
                 run_backward(loss, scale, retain_graph=False)
         finally:
             self._plain_is_scaled = False
@@ -531,7 +742,7 @@ class Lomo(torch.optim.Optimizer):
         self._state.unscale_by(self._kept_scale if scaled else None)
         if not keep:
             for record, _ in kept:
-                record.param.grad = None
+                record.param.grad = record.scaled_grad = record.zeros = None
         if self._ranks is not None:
             kept = self._ranks.kept(kept, copy=keep)
         self._state.zero_slots()
@@ -547,6 +758,9 @@ class Lomo(torch.optim.Optimizer):
             update.add(*kept.pop())
         update.flush()
         self._finish(scaled)
+
+    def _has_gradients(self) -> bool:
+        return any(record.param.grad is not None for record in self._records)
 
     def _kept(self) -> list[tuple[Record, Tensor]]:
         """The gradients that plain backwards left in ``.grad``."""
@@ -568,7 +782,7 @@ class Lomo(torch.optim.Optimizer):
         """Whether gradients in ``.grad`` carry the loss scale. Raises RuntimeError where only some do."""
         if self._kept_scale is None:
             return False
-        kinds = {record.scaled for record, _ in kept}
+        kinds = {record.scaled for record, _ in kept if not record.zeroed}
         if len(kinds) == 2:
             raise RuntimeError(
                 "Lomo: some gradients in .grad carry the loss scale (from accumulate()) and some do not (from a plain "
@@ -588,7 +802,7 @@ class Lomo(torch.optim.Optimizer):
         )
 
     def _params_of_fused(self) -> list[Tensor]:
-        return [record.param for record in self._records] if self._takers else []
+        return [record.param for record in self._records if record.served] if self._takers else []
 
     def _finish(self, scaled: bool) -> None:
         if not self._needs_norm_first:
@@ -614,7 +828,9 @@ class Lomo(torch.optim.Optimizer):
         if self._ranks is not None:
             self._ranks.end()
         self._state.end_step(scaled)
+        self._trained = True
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
+        self._unpickled = False
         self._opt_called = True  # what schedulers look at to see that the optimizer went before them
 
     # ---- Parameters and their hooks ---------------------------------------------------------------------------------
@@ -624,24 +840,30 @@ class Lomo(torch.optim.Optimizer):
         if record.param.grad is None:  # a custom layer that keeps it to itself
             return
         if self._plain_is_scaled:
-            record.scaled_grad = weakref.ref(record.param.grad)
+            record.scaled_grad, record.grad_scale = record.param.grad, self._kept_scale
         elif record.scaled:
             raise RuntimeError(
                 f"Lomo: a plain backward added to the gradient of {record.name}, which accumulate() left with the loss "
                 f"scale in it. {_ONE_KIND}"
             )
 
-    def _refresh(self, lr: float | Tensor | None = None) -> None:
+    def _refresh(self, loss: Tensor | None = None, lr: float | Tensor | None = None) -> None:
         """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
-        self._check_not_removed()
+        self._check_not_ended()
         self._check_groups()
         for record in self._records:
             if self._ranks is not None:
                 self._ranks.place(record)
-            if record.local.dtype is not record.dtype or record.local.device != record.device:
+            unfrozen = record.param.requires_grad and not record.served
+            if unfrozen or record.local.dtype is not record.dtype or record.local.device != record.device:
                 self._place()
-            if not record.hooked and record.param.requires_grad:
-                self._attach()
+            record.forget_old_grad()
+        self._hook_all()
+        if loss is not None:
+            self._scale_float16(loss)
+        if not self._warned_of_momentum and (text := unused_momentum(self.param_groups)):
+            self._warned_of_momentum = True
+            warnings.warn(text, stacklevel=5)
         self._state.refresh(self.param_groups, lr)
 
     def _check_groups(self) -> None:
@@ -653,14 +875,24 @@ class Lomo(torch.optim.Optimizer):
             if param is not record.param:
                 raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_NOT_OURS}")
 
-    def _check_not_removed(self) -> None:
-        if self._removed:
-            raise RuntimeError("Lomo: remove() was called on this optimizer; make a new one")
+    def _check_not_wrapped(self) -> None:
+        """Raises RuntimeError on a wrapper that is a subclass of ours, which reads the optimizer's attributes and keeps
+        to itself what is written."""
+        if self._itself() is not self:
+            raise RuntimeError(
+                f"Lomo: this is a {type(self).__name__} around the optimizer, on which a step would be only half done. "
+                "Call the optimizer itself: the wrapper's .optimizer. No weight was changed"
+            )
+
+    def _check_not_ended(self) -> None:
+        if self._ended:
+            raise RuntimeError(f"Lomo: {self._ended}")
 
     def _place(self) -> None:
         """Makes the device side anew: parameters were added, or moved to another device or dtype."""
         for record in self._records:
-            check_parameter(record.name, record.param, self)
+            check_parameter(record.name, record.param)
+            record.served = is_served(record.param)
         self._drop_norm()
         self._state = State(self._records, self.param_groups, self._wanted_scale, ranks=self._ranks, before=self._state)
         self._repeat_state()
@@ -716,19 +948,56 @@ class Lomo(torch.optim.Optimizer):
             )
         self._whole = None
 
+    @contextmanager
+    def _former_owners(self, records: Sequence[Record]) -> Iterator[Sequence[Lomo]]:
+        """The other optimizers that manage some of `records`, kept from starting a step."""
+        former: dict[int, Lomo] = {}
+        with ExitStack() as stack:
+            for record in records:
+                owner = owner_of(record.param)
+                if owner is None or owner is self or id(owner) in former:
+                    continue
+                if not owner._busy.acquire(blocking=False):
+                    raise RuntimeError(
+                        f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer "
+                        "when that step has ended"
+                    )
+                stack.callback(owner._busy.release)
+                former[id(owner)] = owner
+            yield list(former.values())
+
+    def _end_use(self, reason: str) -> None:
+        """Takes everything off the parameters. `reason`: what a later use is refused with."""
+        _let_go(id(self), self._claimed, self._records, self._handles, self._takers, self._fused)
+        self._ended = self._ended or reason
+
     def _attach(self) -> None:
-        """Puts hooks on trainable parameters that have none yet, and keeps other optimizers off all of them."""
-        for record in self._records:
-            if not record.claimed:
-                claim(record.param, self)
-                record.claimed = True
-            if not record.hooked and record.param.requires_grad:
-                record.hooked = True
-                hook = _hook(weakref.ref(self), record)
-                self._handles.append(record.param.register_post_accumulate_grad_hook(hook))
+        """Makes all parameters this optimizer's: notes it, and puts hooks on those that are trained."""
+        self._claimed[:] = claim((record.param for record in self._records), self)
+        self._hook_all()
         model = None if self._model is None else self._model()
         if model is not None:
             self._fuse(model)
+
+    def _hook_all(self) -> None:
+        """Puts hooks on trainable parameters that have none: at first, and on those unfrozen or swapped since then.
+
+        `torch.utils.swap_tensors` exchanges a parameter's memory and its dict of attributes, and leaves its hooks in
+        place though they are not called any more. Called before every backward, also another optimizer's.
+        """
+        for record in self._records:
+            if record.attributes is record.param.__dict__ and (record.hooked or not record.param.requires_grad):
+                continue
+            with _hooking:
+                param: Any = record.param
+                if record.attributes is not param.__dict__:
+                    if record.hooked:
+                        param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # makes torch call them
+                    record.attributes = param.__dict__
+                if not record.hooked and param.requires_grad:
+                    record.hooked = True
+                    hook = _hook(weakref.ref(self), record)
+                    self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
     def _fuse(self, model: nn.Module) -> None:
         """Fuses the layers of `model` whose weights are ours and that can be, unless they are."""
@@ -740,16 +1009,18 @@ class Lomo(torch.optim.Optimizer):
             record = records[id(module.weight)]
             new = id(module) not in known
             if new:  # also where another optimizer fused it, whose weight was exchanged since
-                self._fused.append(fuse(module))
+                self._fused.append(weakref.ref(module))  # first: what an interrupt cuts short is taken off again
+                fuse(module)
             record.reused |= record.fused and new
             if not record.fused:
                 record.fused = True
-                takers[id(record.param)] = _taker(weakref.ref(self), record)
                 self._takers.append(id(record.param))
+                takers[id(record.param)] = _taker(weakref.ref(self), record)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One step at a time: another thread waits, a hook that starts one inside another is told."""
+        self._check_not_wrapped()
         # On GPUs autograd runs hooks in threads of its own, which would wait here for the step that waits for them.
         in_backward = torch._C._current_graph_task_id() != -1
         if self._busy_thread == threading.get_ident() or (in_backward and self._busy.locked()):
@@ -762,6 +1033,36 @@ class Lomo(torch.optim.Optimizer):
                 self._busy_thread = None
 
 
+def _complete(optimizer: Any, state: dict[str, Any]) -> None:
+    """Makes copies of all tensors in what torch put together, and adds our entry."""
+    for group in state["param_groups"]:
+        group.update({key: value.clone() for key, value in group.items() if isinstance(value, Tensor)})
+    state["state"] = {
+        index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in numbers.items()}
+        for index, numbers in state["state"].items()  # the optimizer's own dicts: nothing may be put into them
+    }
+    state[resume.KEY] = {
+        "version": resume.VERSION,
+        **optimizer._state.export(),
+        "seed": optimizer._seed,
+        "parameters": resume.layout(optimizer._records),
+    }
+
+
+def _cut(some: list[Any], length: int) -> list[Any]:
+    """Takes off, and returns, what a list has beyond `length`."""
+    beyond = some[length:]
+    del some[length:]
+    return beyond
+
+
+def _unpickled(kind: type[Lomo], *parts: Any) -> Lomo:
+    optimizer = kind.__new__(kind)
+    optimizer._become(*parts)
+    optimizer._unpickled = True
+    return optimizer
+
+
 def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], None]:
     """The hook of one parameter. It does not keep the optimizer alive."""
 
@@ -769,7 +1070,11 @@ def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], No
         owner = optimizer()
         if owner is None:
             return
-        if owner._run is not None:
+        backward = optimizer_backward()
+        if backward is not None and backward.optimizer is not owner:
+            backward.drop(record.param)
+            owner._passed_over = True
+        elif owner._run is not None:
             owner._run.take(record)
         else:
             owner._on_plain_gradient(record)
@@ -782,11 +1087,31 @@ def _taker(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Pair], Seq
 
     def on_pair(pair: Pair) -> Sequence[Pair]:
         owner = optimizer()
-        if owner is None or owner._run is None:
+        if owner is None:
             return (pair,)
-        return owner._run.take_pair(record, pair)
+        backward = optimizer_backward()
+        if backward is not None and backward.optimizer is not owner:
+            return ()  # its gradient would be dropped
+        return (pair,) if owner._run is None else owner._run.take_pair(record, pair)
 
     return on_pair
+
+
+def _replace(former: Iterable[Lomo]) -> None:
+    """Ends the use of optimizers some of whose parameters a newer one takes over."""
+    for optimizer in former:
+        optimizer._end_use(
+            "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters; a parameter "
+            "has one optimizer. Use the newer one, or make one of the parameters that are left"
+        )
+
+
+def _let_go(optimizer_id: int, claimed: list[int], records: Sequence[Record], *attached: Any) -> None:
+    """Takes an optimizer off its parameters: `attached`, as `_detach` takes it, and the loss scale in gradients."""
+    release(claimed)
+    forget(optimizer_id)
+    _detach(*attached)
+    unscale_grads(records)
 
 
 def _detach(
@@ -815,9 +1140,3 @@ def _model_of(model_or_params: Any, fused_layers: bool | nn.Module) -> nn.Module
             "fused_layers=model"
         )
     return model_or_params
-
-
-def _check_seed(seed: Any) -> int:
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"Lomo: seed is {seed!r}, expected an integer of 64 bits")
-    return seed

@@ -1,23 +1,18 @@
-"""Which parameters an optimizer may take: checks, names, and who owns a parameter."""
+"""Which parameters an optimizer may take: checks and names."""
 
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import check_device
 from ..ops._arguments import DTYPES, overlaps_itself, reach
 from .ranks import local_of
-
-#: The optimizer that manages a parameter: two would both consume its gradient. Entries die with the parameter.
-_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def named_groups(model_or_params: Any) -> list[Any]:
@@ -68,14 +63,14 @@ def name_of(param: Any, index: int) -> tuple[str, Any]:
     return f"parameter {index}", param
 
 
-def check_parameter(name: str, param: Any, optimizer: object) -> None:
-    """Raises unless `optimizer` may manage `param`.
+def check_parameter(name: str, param: Any) -> None:
+    """Raises unless an optimizer may manage `param`. A frozen one may be of any dtype and layout, on any device.
 
     Raises:
-        TypeError: not a tensor, or of a dtype the kernels do not take.
-        ValueError: not a leaf, sparse, uninitialised, or with elements that share memory.
-        NotImplementedError: on a device no backend serves.
-        RuntimeError: managed by another optimizer already.
+        TypeError: not a tensor; or trained, and of a dtype the kernels do not take.
+        ValueError: not a leaf or uninitialised; or trained, and sparse or with elements that share memory.
+        NotImplementedError: trained, and on a device no backend serves.
+        RuntimeError: FSDP1's.
     """
     if not isinstance(param, Tensor):
         raise TypeError(f"Lomo: {name} is a {type(param).__name__}, expected a parameter")
@@ -85,23 +80,32 @@ def check_parameter(name: str, param: Any, optimizer: object) -> None:
         raise ValueError(f"Lomo: {name} is not a leaf tensor; pass the parameter it was computed from")
     if getattr(param, "_is_flat_param", False):
         raise RuntimeError(f"Lomo: {name} is FSDP1's, which calls no hooks. {_INSTEAD[True]}")
-    given, param = param, local_of(param)
+    if not param.requires_grad:
+        return
+    param = local_of(param)
     if param.dtype not in DTYPES:
-        raise TypeError(f"Lomo: {name} has dtype {param.dtype}, expected float32, bfloat16 or float16")
+        raise TypeError(f"Lomo: {name} has dtype {param.dtype}, expected float32, bfloat16 or float16 (or frozen)")
     if param.layout != torch.strided:
-        raise ValueError(f"Lomo: {name} has layout {param.layout}, expected a dense (strided) tensor")
+        raise ValueError(f"Lomo: {name} has layout {param.layout}, expected a dense (strided) tensor (or frozen)")
     if overlaps_itself(param):
         raise ValueError(
             f"Lomo: several elements of {name} share one place in memory (an expanded tensor?), which cannot be "
             "updated in place; pass a contiguous parameter"
         )
     check_device(param.device)
-    owner = _owners[given]() if given in _owners else None
-    if owner is not None and owner is not optimizer:
-        raise RuntimeError(
-            f"Lomo: {name} is managed by another Lomo optimizer, and both would consume its gradient; call remove() on "
-            "that one first"
-        )
+
+
+def is_served(param: Tensor) -> bool:
+    """Whether the kernels can update `param`, which `check_parameter` let pass. A frozen one may be of another kind."""
+    if param.requires_grad:
+        return True
+    local = local_of(param)
+    return (
+        local.dtype in DTYPES
+        and local.layout == torch.strided
+        and local.device.type in ("cpu", "cuda")
+        and not overlaps_itself(local)
+    )
 
 
 def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
@@ -111,7 +115,7 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
     """
     ranges = []
     for name, param in ((name, local_of(param)) for name, param in named):
-        if isinstance(param, FakeTensor) or param.is_meta or not param.numel():
+        if isinstance(param, FakeTensor) or param.is_meta or not param.numel() or param.layout != torch.strided:
             continue
         begin, end = reach(param)
         if end - begin == param.nbytes:
@@ -123,14 +127,3 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
                 f"Lomo: {name} and {other} share memory but are two parameters, and each update would meet what the "
                 "other made of it; make them one parameter (tie the modules to the same nn.Parameter)"
             )
-
-
-def claim(param: Tensor, optimizer: object) -> None:
-    """Notes that `optimizer` manages `param`."""
-    _owners[param] = weakref.ref(optimizer)
-
-
-def release(param: Tensor, optimizer: object) -> None:
-    """Forgets that `optimizer` manages `param`."""
-    if param in _owners and _owners[param]() is optimizer:
-        del _owners[param]

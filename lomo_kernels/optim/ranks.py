@@ -71,7 +71,8 @@ class Ranks:
         """A step has ended: all its updates, if any, are with the kernels."""
 
     def sum_(self, total: Tensor) -> None:
-        """Adds up `total` (float64, no dimensions: this rank's weighted sum of squares) over all ranks, in place."""
+        """Adds up `total` (float64: this rank's weighted sum of squares, or one for each parameter) over all ranks, in
+        place."""
 
     def leaves(self) -> Iterable[Tensor]:
         """Parameters, ours and others, that backward gives gradients though the graph has something else for them."""

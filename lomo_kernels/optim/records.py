@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class Device:
         self.found_inf = scalar(torch.float64)
         self.step = scalar(torch.int64)
 
+    def squares(self) -> Tensor:
+        """Each parameter's share of the sum of squares: a copy of the slots, weighted."""
+        return self.slots.clone() if self.weights is None else self.slots * self.weights
+
     def sum_of_squares(self) -> Tensor:
         return self.slots.sum() if self.weights is None else self.slots.dot(self.weights)
 
@@ -39,14 +43,15 @@ class Record:
         self.param = param
         self.index = index
         self.name = name
-        self.claimed = False  # noted as ours
+        self.served = True  # the kernels can update it; False: frozen, and of another dtype or so
         self.hooked = False  # a frozen parameter has no hook
+        self.attributes: dict[str, Any] | None = None  # the parameter's __dict__, which swap_tensors exchanges
         self.fused = False  # some of its layers hand over factors in place of its gradient
         self.reused = False  # several layers have it, or one was used several times in a backward
         self.fired = -1  # the last pass in which its gradient came
-        self.scaled_grad: weakref.ref[Tensor] | None = (
-            None  # what accumulate() left in .grad, with the loss scale in it
-        )
+        self.scaled_grad: Tensor | None = None  # what accumulate() left in .grad, with `grad_scale` in it
+        self.grad_scale: Tensor | None = None
+        self.zeros: tuple[Tensor, int] | None = None  # what zero_grad() left in .grad, and its version
         self.dtype: torch.dtype | None = None
         # What `Ranks.place` sets anew where several processes take part.
         self.local: Tensor = param  # what the kernels update
@@ -56,7 +61,28 @@ class Record:
     @property
     def scaled(self) -> bool:
         """Whether what stands in ``.grad`` carries the loss scale: whether it is what `accumulate` left there."""
-        return self.scaled_grad is not None and self.param.grad is self.scaled_grad()
+        return self.scaled_grad is not None and self.param.grad is self.scaled_grad
+
+    @property
+    def zeroed(self) -> bool:
+        """Whether what stands in ``.grad`` is the zeros that `zero_grad` left there: zeros carry any loss scale."""
+        if self.zeros is None:
+            return False
+        grad, (zeros, version) = self.param.grad, self.zeros
+        return grad is not None and grad is zeros and grad._version == version
+
+    def note_zeros(self) -> None:
+        """What stands in ``.grad``, if anything, was filled with zeros."""
+        grad = self.param.grad
+        self.scaled_grad = None
+        self.zeros = None if grad is None else (grad, grad._version)
+
+    def forget_old_grad(self) -> None:
+        """Lets go of gradients that stand in ``.grad`` no more."""
+        if not self.scaled:
+            self.scaled_grad = None
+        if not self.zeroed:
+            self.zeros = None
 
     def not_dense(self, grad: Tensor) -> RuntimeError:
         """What to raise where a gradient of this parameter is not strided. The caller looks: it is a hot path."""

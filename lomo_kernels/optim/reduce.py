@@ -78,7 +78,7 @@ class Averaged(Ranks):
     same_graphs = False
 
     def __init__(self, group: dist.ProcessGroup, records: Sequence[Record]) -> None:
-        places = {record.param.device for record in records}
+        places = {record.param.device for record in records if record.served}
         if len(places) > 1:
             raise ValueError(
                 f"Lomo: with process_group every rank's parameters lie on one device, these are on "
@@ -98,8 +98,16 @@ class Averaged(Ranks):
         self._records = list(records)
         tensors: list[Tensor] = [record.param for record in records]
         for tensor in [*tensors, *(() if model is None else model.buffers())]:
+            if tensor.is_meta:
+                continue
+            if tensor.layout != torch.strided or tensor.is_quantized:
+                raise NotImplementedError(
+                    f"Lomo: process_group sends parameters and buffers from its first rank, which a tensor of dtype "
+                    f"{tensor.dtype} and layout {tensor.layout} cannot be; leave process_group out"
+                )
             sent = tensor.detach().contiguous()
-            dist.broadcast(sent, dist.get_global_rank(self._group, 0), group=self._group)
+            as_bytes = sent.view(-1).view(torch.uint8)  # backends do not send every dtype
+            dist.broadcast(as_bytes, dist.get_global_rank(self._group, 0), group=self._group)
             if sent.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(sent)
 
@@ -186,8 +194,11 @@ class Averaged(Ranks):
     def _agree_on_order(self) -> None:
         """Takes over in which order gradients came on rank 0, those that did not come last. Once: it is read here."""
         came = list(dict.fromkeys(self._came))
-        order = torch.tensor([*came, *(index for index in self._order if index not in set(came))])
-        order = order.to(self._records[0].param.device)
+        order = torch.tensor(
+            [*came, *(index for index in self._order if index not in set(came))],
+            dtype=torch.int64,
+            device=self._records[0].param.device,
+        )
         dist.broadcast(order, dist.get_global_rank(self._group, 0), group=self._group)
         self._order = order.tolist()
         self._agreed = True

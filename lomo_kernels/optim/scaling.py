@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .graph import nodes_of
 from .hyperparameters import check_positive
 
 # As torch.amp.GradScaler.
@@ -22,6 +25,9 @@ LARGEST_FLOAT16_SCALE = 2.0**15
 SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = 2.0**100
 
+
+# Some 1 ms, once. The loss itself is in float32 and takes a few dozen nodes.
+FLOAT16_NODES = 1000
 
 KINDS = ("none", "static", "dynamic")
 
@@ -85,3 +91,40 @@ class LossScale:
         self.update(found_inf)
         self.scale.copy_(torch.where(found_inf != 0, self.scale, before[0]))
         self.growth_tracker.copy_(torch.where(found_inf != 0, self.growth_tracker, before[1]))
+
+
+def factor_of(loss: Tensor) -> Tensor | None:
+    """The one-element float32 tensor that `loss` was multiplied by last, if any: what a GradScaler's scale would be."""
+    node = loss.grad_fn
+    for _ in range(4):  # the scaled loss may have been divided by a number of parts, say
+        if node is None:
+            return None
+        if node.name() == "MulBackward0":
+            try:
+                factor = node._saved_other  # type: ignore[attr-defined]
+            except RuntimeError:  # the graph was freed, as backward will say
+                return None
+            if isinstance(factor, Tensor) and factor.dtype is torch.float32 and not factor.dim():
+                return None if factor.requires_grad else factor
+        before = [after for after, _ in node.next_functions if after is not None]
+        node = before[0] if len(before) == 1 else None
+    return None
+
+
+def is_of_grad_scaler(factor: Tensor) -> bool:
+    """Whether a live `torch.amp.GradScaler` has `factor` as its scale. Asks the garbage collector: some 50 ms."""
+    for referrer in gc.get_referrers(factor):
+        holders = gc.get_referrers(referrer) if isinstance(referrer, dict) else [referrer]
+        scalers = [holder for holder in holders if issubclass(type(holder), torch.amp.GradScaler)]
+        if any(scaler._scale is factor for scaler in scalers):
+            return True
+    return False
+
+
+def computes_in_float16(loss: Tensor) -> bool:
+    """Whether a gradient in float16 flows in the graph of `loss`, near it: under float16 autocast the last layer has
+    one, unless a compiled graph hides it."""
+    if loss.dtype is torch.float16:
+        return True
+    nodes = islice(nodes_of(loss), FLOAT16_NODES)
+    return any(data.dtype is torch.float16 for node in nodes for data in node._input_metadata)

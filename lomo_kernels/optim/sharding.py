@@ -139,7 +139,7 @@ class Sharded(Ranks):
             for group in self.groups:
                 parts = [torch.empty_like(there) for _ in range(dist.get_world_size(group))]
                 dist.all_gather(parts, there, group=group)
-                there = torch.stack(parts).sum()
+                there = torch.stack(parts).sum(0)
         if there is not total:
             total.copy_(there)
 

@@ -41,7 +41,8 @@ class State:
         before: State | None = None,
     ) -> None:
         self._ranks = ranks
-        places = list(dict.fromkeys(record.local.device for record in records))
+        places = list(dict.fromkeys(record.local.device for record in records if record.served))
+        places = places or [torch.device("cpu")]
         self.devices = {place: Device(place, len(records)) for place in places}
         self.home = self.devices[places[0]]
         self.scalars: list[dict[torch.device, GroupScalars]] = []
@@ -49,13 +50,13 @@ class State:
         for group in groups:
             by_device: dict[torch.device, GroupScalars] = {}
             for _, record in zip(group["params"], remaining, strict=False):
-                place = record.local.device
+                place = record.local.device if record.served else places[0]
                 if place not in by_device:
                     by_device[place] = GroupScalars(place)
                 record.place(self.devices[place], by_device[place])
             self.scalars.append(by_device)
         if any(record.weight != 1.0 for record in records):
-            weights = torch.tensor([record.weight for record in records], dtype=torch.float64)
+            weights = torch.tensor([record.weight for record in records], dtype=torch.float64, device="cpu")
             for place, device in self.devices.items():
                 device.weights = weights.to(place)
         if loss_scale == "auto":
@@ -64,9 +65,7 @@ class State:
         self.skipped = torch.zeros((), dtype=torch.int64, device=places[0])
         self.norm = torch.zeros((), dtype=torch.float64, device=places[0])
         if before is not None:
-            self.load(
-                before.export() if before.scale.kind == self.scale.kind else before.export() | self.scale.export()
-            )
+            self.load(before.export())
 
     def refresh(self, groups: Sequence[dict[str, Any]], lr: float | Tensor | None) -> None:
         """Takes over the groups' present hyperparameters, and `lr`, where given, for all of them."""
@@ -125,6 +124,15 @@ class State:
         self.skipped.add_(overflowed)
         self.scale.back_off(self.home.found_inf)
 
+    def norms(self) -> Tensor:
+        """Every parameter's norm of the last step's gradient, on `home`: float64, [parameters]. Over several ranks each
+        is of the whole parameter, and all ranks have to ask."""
+        totals = [device.squares().to(self.norm.device) for device in self.devices.values()]
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
+        if self._ranks is not None:
+            self._ranks.sum_(total)
+        return total.sqrt()
+
     def export(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
         return {"step": self.home.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export()
@@ -141,9 +149,10 @@ class State:
         return {name: tensor.view(1) for name, tensor in tensors.items()} | {"scaling": KINDS.index(self.scale.kind)}
 
     def load(self, exported: dict[str, Any]) -> None:
-        """Takes over what `export` or `by_parameter` gave."""
+        """Takes over what `export` or `resume.read` gave: the loss scale only from the same kind of scaling."""
         for device in self.devices.values():
             device.step.copy_(exported["step"].reshape(()))
         self.skipped.copy_(exported["skipped_steps"].reshape(()))
-        self.scale.scale.copy_(exported["loss_scale"].reshape(()))
-        self.scale.growth_tracker.copy_(exported["growth_tracker"].reshape(()))
+        if exported["scaling"] == self.scale.kind:
+            self.scale.scale.copy_(exported["loss_scale"].reshape(()))
+            self.scale.growth_tracker.copy_(exported["growth_tracker"].reshape(()))

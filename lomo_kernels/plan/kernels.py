@@ -70,7 +70,7 @@ def unfused_attention(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
     if is_causal:
-        lowest = torch.tensor(torch.finfo(query.dtype).min, dtype=query.dtype)
+        lowest = torch.tensor(torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
         mask = lowest.expand(query.shape[2], key.shape[2]).triu(1)
         scores = torch.max(scores + mask, lowest)
     return torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype) @ value

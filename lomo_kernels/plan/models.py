@@ -61,7 +61,7 @@ def loss_of(batch: int, seq: int, chunk: int | None = None) -> Callable[[ByteLla
     """
 
     def loss(model: ByteLlama) -> Tensor:
-        windows = torch.zeros(batch, seq + 1, dtype=torch.int64)
+        windows = torch.zeros(batch, seq + 1, dtype=torch.int64, device="cpu")
         if chunk is None:
             return model.loss(windows)
         return chunked_loss(model.hidden(windows[:, :-1]), model.head, windows[:, 1:], chunk)
@@ -135,7 +135,7 @@ def of_transformers(name: str) -> Model:
 
     def loss(batch: int, seq: int, chunk: int | None) -> Callable[[Any], Tensor]:
         def of(model: Any) -> Tensor:
-            windows = torch.zeros(batch, seq + 1, dtype=torch.int64)
+            windows = torch.zeros(batch, seq + 1, dtype=torch.int64, device="cpu")
             head = model.get_output_embeddings()
             # It would read whether a row holds several sequences, and without values take it that it does.
             with patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):

@@ -89,7 +89,7 @@ def _by_place(recorder: Recorder, blocks: int, edge: int) -> Parts:
 def _simulated(build: Callable[[], nn.Module], loss: Any, method: Method, kernels: str) -> Recorder:
     chosen = KERNELS[kernels]
     # What lives beyond a step must not be a simulated tensor; and shapes must not depend on what tensors hold.
-    real_buffer = patch.object(tiled.buffer, "memory", torch.empty(0))
+    real_buffer = patch.object(tiled.buffer, "memory", torch.empty(0, dtype=torch.float32, device="cpu"))
     unread = patch.object(tiled, "_may_be_read", lambda device: False)
     fill = [name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")]
     nothing: dict[str, Any] = dict.fromkeys(fill, _untouched)
@@ -120,7 +120,7 @@ def _recorded(build: Callable[[], nn.Module], loss: Any, method: Method, workspa
                 if method.makes_states:  # as a whole step would, in a tenth of its time
                     for param in model.parameters():
                         param.grad = torch.zeros_like(param)
-                    attached.update(torch.zeros((), requires_grad=True))
+                    attached.update(torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True))
             with _marked(recorder, model):
                 for _ in range(method.steps):
                     recorder.mark("forward")

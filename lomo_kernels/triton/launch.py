@@ -198,7 +198,7 @@ _captured: list[Tensor] = []
 #: Pinned memory set aside for them by calls that are not captured, since a capture may refuse to allocate any. 8 MiB:
 #: 200 captured calls of 500 small tensors.
 RESERVE = 2**20
-_reserve = torch.empty(0, dtype=torch.int64)
+_reserve = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class Row(NamedTuple):
@@ -246,7 +246,7 @@ def _staged(numbers: Tensor, device: torch.device) -> Tensor:
     if not is_capturing(device):
         if _reserve.numel() < min(16 * size, RESERVE):
             with torch.inference_mode(False):
-                _reserve = torch.empty(RESERVE, dtype=torch.int64, pin_memory=True)
+                _reserve = torch.empty(RESERVE, dtype=torch.int64, device="cpu", pin_memory=True)
         return numbers.pin_memory()
     if _reserve.numel() < size:
         mine = numbers.pin_memory()

@@ -1,0 +1,160 @@
+"""Which optimizer manages a parameter, and which optimizer's backward runs: a gradient goes to no other one.
+
+Nothing here holds a weak reference to a tensor: `torch.utils.swap_tensors` refuses a tensor that has one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .ranks import local_of
+from .records import Record
+
+
+class Owner(Protocol):
+    """What this module knows of a `Lomo`."""
+
+    _records: list[Record]
+
+    def _hook_all(self) -> None:
+        """Puts hooks on trainable parameters without one."""
+
+
+#: By id of the parameter, which its optimizer keeps alive.
+_owners: dict[int, weakref.ref[Any]] = {}
+#: The optimizers that manage parameters, by id.
+_live: dict[int, weakref.ref[Any]] = {}
+
+
+def claim(params: Iterable[Tensor], optimizer: Owner) -> list[int]:
+    """Notes that `optimizer` manages `params`. Returns their ids, for `release`."""
+    reference = weakref.ref(optimizer)
+    ids = [id(param) for param in params]
+    _owners.update(dict.fromkeys(ids, reference))
+    _live[id(optimizer)] = reference
+    return ids
+
+
+def release(ids: list[int]) -> None:
+    """Forgets what `claim` noted of parameters, and empties `ids`."""
+    while ids:
+        _owners.pop(ids.pop(), None)
+
+
+def forget(optimizer_id: int) -> None:
+    """Forgets an optimizer, whose parameters were released."""
+    _live.pop(optimizer_id, None)
+
+
+def owner_of(param: Tensor) -> Any | None:
+    """The live optimizer that manages `param`."""
+    reference = _owners.get(id(param))
+    return None if reference is None else reference()
+
+
+@torch.no_grad()
+def unscale_grads(records: Iterable[Record]) -> None:
+    """Makes what `accumulate` left in ``.grad`` what plain backwards would have left, for whoever uses it next."""
+    for record in records:
+        if record.scaled_grad is not None and record.scaled and record.grad_scale is not None:
+            grad = record.scaled_grad.clone()
+            local_of(grad).div_(record.grad_scale.to(grad.device))  # a DTensor takes no plain tensor
+            record.param.grad = grad
+        record.scaled_grad = record.zeros = None
+
+
+# ---- Whose backward runs --------------------------------------------------------------------------------------------
+
+_KEY = "lomo_kernels.optimizer_backward"
+
+
+class OptimizerBackward:
+    """One backward that an optimizer runs. It leaves no gradient on parameters that other live optimizers manage.
+
+    Their own hooks drop such a gradient as soon as it exists, also inside a reentrant checkpoint. A gradient that stood
+    in ``.grad`` before is set aside while autograd accumulates, which would add to it in place.
+
+    Args:
+        optimizer: whose backward it is.
+    """
+
+    def __init__(self, optimizer: Owner) -> None:
+        self.optimizer = optimizer
+        self._watched: set[int] = set()  # ids of parameters that had a gradient
+        self._aside: dict[int, tuple[Tensor, Tensor | None]] = {}  # parameter and gradient, by id of the parameter
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def begin(self) -> None:
+        for reference in list(_live.values()):
+            other = reference()
+            if other is None or other is self.optimizer:
+                continue
+            other._hook_all()
+            for record in other._records:
+                if record.param.grad is None or not record.param.requires_grad:
+                    continue
+                if local_of(record.param) is not record.param:  # FSDP2 and ZeRO-3 call no tensor hooks
+                    self._set_aside(record.param)
+                    continue
+                self._watched.add(id(record.param))
+                self._handles.append(record.param.register_hook(self._before_accumulation(record.param)))
+
+    def end(self) -> None:
+        """Also after an error, which may have come between setting a gradient aside and putting it back."""
+        for handle in self._handles:
+            handle.remove()
+        for param, grad in self._aside.values():
+            param.grad = grad
+
+    def drop(self, param: Tensor) -> None:
+        """Called by the hook of another optimizer's parameter: its ``.grad`` is again what it was before."""
+        if id(param) not in self._watched:
+            param.grad = None
+        elif id(param) in self._aside:
+            _, param.grad = self._aside.pop(id(param))
+
+    def _set_aside(self, param: Tensor) -> None:
+        self._aside[id(param)] = param, param.grad
+        param.grad = None
+
+    def _before_accumulation(self, param: Tensor) -> Any:
+        def hook(_: Tensor | None) -> None:
+            if optimizer_backward() is self:
+                self._set_aside(param)
+
+        return hook
+
+
+def optimizer_backward() -> OptimizerBackward | None:
+    """The innermost backward that a `Lomo` runs around the caller, which may be a hook in one of autograd's threads."""
+    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+
+
+@contextmanager
+def backward_of(optimizer: Owner) -> Iterator[None]:
+    """Inside, `optimizer_backward` says that the backward is `optimizer`'s.
+
+    It is noted in torch's thread-local objects, which autograd hands on to its own threads.
+    """
+    around, backward = optimizer_backward(), OptimizerBackward(optimizer)
+    torch._C._stash_obj_in_tls(_KEY, backward)
+    try:
+        backward.begin()
+        yield
+    finally:
+        backward.end()
+        if around is None:
+            torch._C._remove_obj_from_tls(_KEY)
+        else:
+            torch._C._stash_obj_in_tls(_KEY, around)
+
+
+def unmanaged(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Those of `leaves` that no live optimizer manages: a backward leaves the ``.grad`` of a plain one on them."""
+    return [leaf for leaf in leaves if owner_of(leaf) is None]

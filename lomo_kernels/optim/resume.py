@@ -1,0 +1,254 @@
+"""What a state dict holds, and the checks of one before anything of it is loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .hyperparameters import check_group, check_seed
+from .ranks import shape_of
+from .records import Record
+from .scaling import GROWTH_INTERVAL, KINDS, LARGEST_SCALE, SMALLEST_SCALE
+
+KEY = "lomo"  # of the library's entry in a state dict
+VERSION = 1  # of that entry; raised when a reader of the present one would misread it
+
+#: What every entry holds, and what of it `torch.distributed.checkpoint` keeps with each parameter.
+_NUMBERS = ("step", "skipped_steps", "scaling", "loss_scale", "growth_tracker", "seed")
+_SGD_ONLY = frozenset(("momentum", "dampening", "nesterov", "maximize", "foreach", "differentiable", "fused"))
+_WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module"))  # torch.compile, checkpoint_wrapper
+_FROM = "expected one from Lomo.state_dict()"
+
+
+class Resumed(NamedTuple):
+    """A state dict that was checked whole, and shares no memory with it except the numbers' tensors."""
+
+    groups: list[dict[str, Any]]  # hyperparameters and whatever schedulers keep there, without parameters
+    numbers: dict[str, Any] | None  # as `State.load` takes them, with the seed; None: the state dict is SGD's
+    dropped: list[str]  # of SGD's options, those that are not taken over
+
+
+def layout(records: Sequence[Record]) -> list[list[Any]]:
+    """Name and shape of every parameter, in the order that keys their random bits."""
+    return [[record.name, list(shape_of(record.param))] for record in records]
+
+
+def read(
+    state_dict: Any,
+    records: Sequence[Record],
+    groups: Sequence[dict[str, Any]],
+    defaults: dict[str, Any],
+    kinds: Sequence[str],
+) -> Resumed:
+    """Checks all of a state dict, and changes nothing.
+
+    Args:
+        state_dict: from `Lomo.state_dict`, from `torch.distributed.checkpoint`'s helpers, or from `torch.optim.SGD`.
+        records, groups, defaults: of the optimizer that is to load it.
+        kinds: of loss scaling, those that it can continue; the first is its present one.
+
+    Raises:
+        TypeError, ValueError: a key is missing or unknown, a value is of another type or out of range, a parameter is
+            another one.
+    """
+    theirs = _groups_of(state_dict)
+    numbers = dropped = None
+    if KEY in state_dict:
+        numbers = _of_entry(state_dict[KEY], records)
+    elif any(isinstance(some, dict) and "scaling" in some for some in state_dict["state"].values()):
+        numbers = _of_parameters(state_dict["state"])
+    elif all({"momentum", "nesterov"} <= group.keys() for group in theirs):
+        dropped = _of_sgd(state_dict["state"], theirs, records)
+    else:
+        raise ValueError(f"Lomo: the state dict has no {KEY!r} entry; {_FROM} or from torch.optim.SGD")
+    if numbers is not None:
+        _check_numbers(numbers, kinds)
+    return Resumed(_options(theirs, groups, defaults, dropped is not None), numbers, dropped or [])
+
+
+def _groups_of(state_dict: Any) -> list[dict[str, Any]]:
+    """The parameter groups of a state dict, whose outer form is checked."""
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"Lomo: the state dict is a {type(state_dict).__name__}, expected a dict")
+    missing = [name for name in ("state", "param_groups") if name not in state_dict]
+    if missing:
+        raise ValueError(f"Lomo: the state dict lacks {' and '.join(missing)}; {_FROM}")
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, dict):
+        raise TypeError(f"Lomo: the state dict's state is a {type(state).__name__}, expected a dict")
+    if not isinstance(groups, list) or not all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    ):
+        raise TypeError("Lomo: the state dict's param_groups are no list of dicts with a list of params each")
+    return groups
+
+
+def _of_entry(entry: Any, records: Sequence[Record]) -> dict[str, Any]:
+    """The numbers of a state dict's own entry, whose parameters are compared with `records`."""
+    if not isinstance(entry, dict):
+        raise TypeError(f"Lomo: the state dict's {KEY!r} entry is a {type(entry).__name__}, expected a dict")
+    version = entry.get("version", VERSION)
+    if type(version) is not int or version < 1:
+        raise ValueError(f"Lomo: the state dict's version is {version!r}, expected an integer from 1 to {VERSION}")
+    if version > VERSION:
+        raise ValueError(
+            f"Lomo: the state dict has version {version}, and this lomo_kernels reads versions up to {VERSION}; update "
+            "lomo_kernels to the release that saved it, or a later one"
+        )
+    _check_keys(entry, (*_NUMBERS, "parameters"), optional=("version",))
+    _check_layout(entry["parameters"], records)
+    return {name: entry[name] for name in _NUMBERS}
+
+
+def _of_parameters(state: dict[Any, Any]) -> dict[str, Any]:
+    """The numbers that stand with every parameter, as `torch.distributed.checkpoint`, which goes by names, keeps them.
+    It has compared names and shapes."""
+    first: dict[str, Any] | None = None
+    for name, numbers in state.items():
+        if not isinstance(numbers, dict):
+            raise TypeError(f"Lomo: the state of {name} is a {type(numbers).__name__}, expected a dict")
+        _check_keys(numbers, _NUMBERS)
+        if first is None:
+            first = numbers
+        different = [key for key in _NUMBERS if not _same(numbers[key], first[key])]
+        if different:
+            raise ValueError(
+                f"Lomo: the state dict has another {different[0]} for {name} than for {next(iter(state))}; expected "
+                "all from one checkpoint"
+            )
+    assert first is not None
+    scaling = first["scaling"]
+    if type(scaling) is not int or not 0 <= scaling < len(KINDS):
+        raise ValueError(f"Lomo: the state dict's scaling is {scaling!r}, expected 0 to {len(KINDS) - 1}")
+    return first | {"scaling": KINDS[scaling]}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.dtype is b.dtype and a.shape == b.shape and torch.equal(a.cpu(), b.cpu()))
+    return type(a) is type(b) and bool(a == b)
+
+
+def _check_keys(entry: dict[str, Any], keys: Sequence[str], optional: Sequence[str] = ()) -> None:
+    missing = [key for key in keys if key not in entry]
+    if missing:
+        raise ValueError(f"Lomo: the state dict's {KEY!r} entry lacks {', '.join(sorted(missing))}; {_FROM}")
+    unknown = [str(key) for key in entry if key not in keys and key not in optional]
+    if unknown:
+        raise ValueError(
+            f"Lomo: the state dict's {KEY!r} entry has {', '.join(sorted(unknown))}, which this lomo_kernels does not "
+            "know; it was changed by hand, or saved by another release"
+        )
+
+
+def _of_sgd(state: dict[Any, Any], theirs: list[dict[str, Any]], records: Sequence[Record]) -> list[str]:
+    """The options of `torch.optim.SGD` that a Lomo has no use for. Names and shapes are compared if they are there."""
+    if any(group.get("maximize") for group in theirs):
+        raise ValueError("Lomo: the state dict is of a torch.optim.SGD with maximize=True, which Lomo cannot continue")
+    shapes = []
+    for group in theirs:
+        names = group.get("param_names", [None] * len(group["params"]))
+        for name, number in zip(names, group["params"], strict=True):
+            some = state.get(number)
+            buffer = some.get("momentum_buffer") if isinstance(some, dict) else None
+            shapes.append([name, None if buffer is None else list(buffer.shape)])
+    _check_layout(shapes, records)
+    used = {key for group in theirs for key in _SGD_ONLY if group.get(key)}
+    return sorted(used | ({"momentum_buffer"} if any(shape for _, shape in shapes) else set()))
+
+
+def _check_layout(theirs: Any, records: Sequence[Record]) -> None:
+    """Raises ValueError unless names and shapes are those of `records`. One that is None is not compared, nor is the
+    name of a parameter that was given without one."""
+    ours = layout(records)
+    if not isinstance(theirs, list) or not all(isinstance(one, (list, tuple)) and len(one) == 2 for one in theirs):
+        raise ValueError("Lomo: the state dict's parameters are no list of a name and a shape each")
+    if len(ours) != len(theirs):
+        raise ValueError(f"Lomo: the state dict has {len(theirs)} parameters, this optimizer has {len(ours)}")
+    for record, (name, shape), (our_name, our_shape) in zip(records, theirs, ours, strict=True):
+        nameless = f"parameter {record.index}"
+        same_name = name is None or nameless in (name, our_name) or _bare(name) == _bare(our_name)
+        if not same_name or (shape is not None and list(shape) != our_shape):
+            of_shape = "" if shape is None else f" of shape {list(shape)}"
+            raise ValueError(
+                f"Lomo: parameter {record.index} is {name}{of_shape} in the state dict, "
+                f"{our_name} of shape {our_shape} here"
+            )
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what `torch.compile` and `checkpoint_wrapper` put into it."""
+    return ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
+
+
+def _check_numbers(numbers: dict[str, Any], kinds: Sequence[str]) -> None:
+    """Raises unless step, counters, loss scale and seed are what a run can have come to."""
+    scaling = numbers["scaling"]
+    if not isinstance(scaling, str) or scaling not in KINDS:
+        raise ValueError(f"Lomo: the state dict's scaling is {scaling!r}, expected one of {', '.join(KINDS)}")
+    if scaling not in kinds:
+        raise ValueError(
+            f"Lomo: the state dict was taken with {scaling} loss scaling, this optimizer has {kinds[0]}; construct it "
+            "with the same loss_scale"
+        )
+    step = _number("step", numbers["step"], torch.int64, 0, 2**63 - 1)
+    _number("skipped_steps", numbers["skipped_steps"], torch.int64, 0, step)
+    smallest, largest = {
+        "none": (1.0, 1.0),
+        "static": (SMALLEST_SCALE, LARGEST_SCALE),
+        "dynamic": (SMALLEST_SCALE, torch.finfo(torch.float32).max),
+    }[scaling]
+    _number("loss_scale", numbers["loss_scale"], torch.float32, smallest, largest)
+    last = GROWTH_INTERVAL - 1 if scaling == "dynamic" else 0
+    _number("growth_tracker", numbers["growth_tracker"], torch.int32, 0, last)
+    check_seed(numbers["seed"], "Lomo: the state dict's seed")
+
+
+def _number(name: str, value: Any, dtype: torch.dtype, smallest: float, largest: float) -> Any:
+    """A tensor's only element, read from its device. Raises ValueError unless it is of `dtype` and in range."""
+    allowed = f"{smallest:g}" if smallest == largest else f"from {smallest:g} to {largest:g}"
+    expected = f"expected a tensor of one element, {str(dtype).removeprefix('torch.')}, {allowed}"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"Lomo: the state dict's {name} is {value!r}, {expected}")
+    if value.dtype is not dtype or value.numel() != 1 or value.is_meta:
+        raise ValueError(
+            f"Lomo: the state dict's {name} has shape {list(value.shape)} and dtype {value.dtype} on {value.device}, "
+            f"{expected}"
+        )
+    number = value.item()
+    if not smallest <= number <= largest:
+        raise ValueError(f"Lomo: the state dict's {name} is {number}, {expected}")
+    return number
+
+
+def _options(
+    theirs: list[dict[str, Any]], ours: Sequence[dict[str, Any]], defaults: dict[str, Any], of_sgd: bool
+) -> list[dict[str, Any]]:
+    """Copies of their groups' options, those of the present groups' parameters. Reads hyperparameters that are tensors.
+
+    Names of parameters are not taken over: the present ones hold.
+    """
+    if len(theirs) != len(ours):
+        raise ValueError(f"Lomo: the state dict has {len(theirs)} parameter groups, this optimizer has {len(ours)}")
+    groups = []
+    for index, (their, our) in enumerate(zip(theirs, ours, strict=True)):
+        if len(their["params"]) != len(our["params"]):
+            raise ValueError(
+                f"Lomo: param_groups[{index}] has {len(their['params'])} parameters in the state dict, "
+                f"{len(our['params'])} here"
+            )
+        left_out = {"params", "param_names"} | (_SGD_ONLY if of_sgd else set())
+        group = {**defaults, **{key: value for key, value in their.items() if key not in left_out}}
+        where = f"Lomo: param_groups[{index}] of the state dict"
+        check_group(group, where)
+        check_group({key: _read(group[key]) for key in ("lr", "weight_decay", "clip_grad_value")}, where)
+        groups.append(copy.deepcopy(group))
+    return groups
+
+
+def _read(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
