@@ -164,7 +164,7 @@ def update(p, g, stochastic, *, rows=False, pairs=True, norm=False, clamp=False,
 def norm_of(g, *, aligned=True, listed=False):
     constants = {"G": TYPES[g], "BLOCK": BLOCK, "ALIGNED": aligned and listed}
     constants |= FORMS["list" if listed else "single"]
-    return source(sq_norm.sq_norm_kernel, POINTERS | {"grad": f"*{g}"}, constants, aligned), sq_norm.options()
+    return source(sq_norm.sq_norm_kernel, POINTERS | {"grad": f"*{g}"}, constants, aligned), launch.options()
 
 
 def size_of(name):

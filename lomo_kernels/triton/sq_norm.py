@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -70,12 +67,6 @@ def sq_norm_kernel(
     add_to_slot(total, slot_at(slot), partials, counters, program, tl.cdiv(numel, several * BLOCK))
 
 
-def options() -> dict[str, Any]:
-    """How the kernel is compiled. With 80 registers three programs share a multiprocessor of NVIDIA's, without a spill;
-    left to itself the compiler takes up to 112 for Hopper, and two do."""
-    return launch.options() | ({} if torch.version.hip else {"maxnreg": 80})
-
-
 def programs_of(numel: int) -> int:
     """Programs that add up a tensor; see `blocks_per_program`."""
     blocks = launch.blocks_of(numel)
@@ -106,7 +97,7 @@ def sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
             ALIGNED=False,  # what a launch knows of tensors needs no hint
             BLOCK=BLOCK,
             COLUMNS=0,
-            **options(),
+            **launch.options(),
         )
 
 
@@ -149,5 +140,5 @@ def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | 
                         ALIGNED=aligned,
                         BLOCK=BLOCK,
                         COLUMNS=COLUMNS.value,
-                        **options(),
+                        **launch.options(),
                     )
