@@ -25,11 +25,11 @@ need_compiler := for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/de
 after := echo "Next: '$(bin)/python -m bench.report' writes bench/results/README.md and the documents' tables from it;" \
   "'$(bin)/python -m bench.compare OLD NEW' says what became faster or slower."
 
-.PHONY: help demo test sanitize bench bench-full gpu lint format testing clean environment FORCE
+.PHONY: help demo test sanitize bench bench-full machine-code gpu lint format testing clean environment FORCE
 .NOTPARALLEL:
 
 help:            ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
 	@echo 'Settings: VENV=$(VENV) PYTHON=$(PYTHON) TORCH="$(TORCH)" WORKERS=$(WORKERS) ARGS="$(ARGS)"'
 
 demo: $(stamps)/demo   ## watch an optimizer step with and without LOMO
@@ -45,6 +45,9 @@ bench: testing   ## measure a short selection; ARGS="update norm" selects questi
 bench-full: testing   ## measure every size and case, which takes an hour
 	@$(bin)/python -m bench --full $(ARGS)
 	@$(after)
+
+machine-code: $(stamps)/test   ## count the GPU kernels' instructions, without a GPU
+	@$(bin)/python -m bench.machine_code
 
 gpu:             ## what a GPU has to show, within BUDGET seconds, into RESULTS, with PYTHON's torch; ARGS="ncu" selects
 	@$(PYTHON) -m bench.gpu --budget=$(BUDGET) --results=$(RESULTS) $(ARGS)

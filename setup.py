@@ -33,7 +33,9 @@ def find_torch() -> str:
     if not version or not found or (int(found[2]), int(found[3])) < (2, 11):
         sys.exit(
             f"lomo_kernels is built against the installed torch and finds {found[1] if found else 'none'}: "
-            "`pip install 'torch>=2.11'` first; where it is installed but hidden, build with --no-build-isolation."
+            "`pip install 'torch>=2.11'` first. If it is installed, this build cannot see it, as uv hides it: "
+            "`pip install 'setuptools>=77' cmake ninja`, then `uv pip install --no-build-isolation .` "
+            "(or the same with pip)."
         )
     return str(version.parent)
 
@@ -44,9 +46,20 @@ def find_program(what: str, *names: str) -> str:
     return next(filter(None, paths), None) or sys.exit(f"lomo_kernels needs {what} and finds no {' or '.join(names)}.")
 
 
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
+
+
+def split_compiler(cxx: str) -> tuple[str, str]:
+    """Launcher (or "") and compiler (or "") that CXX names: "ccache clang++" is not what CMake takes for a compiler."""
+    words = shlex.split(cxx)
+    launcher = words.pop(0) if len(words) > 1 and Path(words[0]).name in LAUNCHERS else ""
+    return launcher, words[0] if words else ""
+
+
 def find_all() -> tuple[str, str, str, str]:
     """torch, cmake, ninja and the C++ compiler, or one sentence about the first that is missing."""
-    compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+    _, compiler = split_compiler(os.environ.get("CXX", ""))
+    compilers = [compiler] if compiler else ["c++", "g++", "clang++"]
     compiler = find_program("a C++17 compiler (install g++ or set CXX)", *compilers)
     cmake, ninja = find_program("CMake (`pip install cmake`)", "cmake"), find_program("`pip install ninja`", "ninja")
     return find_torch(), cmake, ninja, compiler
@@ -66,6 +79,12 @@ class CMakeBuild(build_ext):
         settings = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DTORCH_DIR={torch}", f"-DLOMO_OUTPUT_DIR={output}"]
         for name in ("LOMO_CUDA", "LOMO_CUDA_ARCHS"):  # -U: not what CMake remembers of an earlier build
             settings.append(f"-D{name}={os.environ[name]}" if os.environ.get(name) else f"-U{name}")
+        launcher, _ = split_compiler(os.environ.get("CXX", ""))
+        if launcher:
+            settings += [f"-DCMAKE_CXX_COMPILER:FILEPATH={compiler}"]
+            settings += [f"-DCMAKE_CXX_COMPILER_LAUNCHER={find_program('the launcher that CXX names', launcher)}"]
+        else:
+            settings.append("-UCMAKE_CXX_COMPILER_LAUNCHER")
         cache = BUILD / "CMakeCache.txt"
         remembered = cache.read_text().splitlines() if cache.exists() else []
         if not {f"CMAKE_CXX_COMPILER:FILEPATH={compiler}", f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}"} <= set(remembered):

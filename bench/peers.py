@@ -55,7 +55,7 @@ PEERS = {
     "lomo_optim, clipping": "`grad_norm(loss)`, then `fused_backward(loss, lr)`: two backwards",
 }
 NEEDS = {"optimi": ("optimi",), "lomo_optim": LOMO_OPTIM_NEEDS}
-EXTRA = "pip install 'lomo_kernels[bench]'"
+EXTRA = "pip install '.[bench]' in the source folder"
 
 
 def missing(contestant: str) -> tuple[str, str] | None:

@@ -33,6 +33,15 @@ LOMO_FN float float_of(uint32_t bits) {
 LOMO_FN bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 LOMO_FN bool is_nan(float x) { return x != x; }
 
+// |x[0]| + |x[1]| + ...: one addition per number tells whether all of them are below some bound, with a NaN among them
+// it is a NaN. It may reach the bound where no number does, so what follows such a test must be right either way.
+template <int kCount>
+LOMO_FN float sum_of_magnitudes(const float (&x)[kCount]) {
+  float sum = __builtin_fabsf(x[0]);
+  for (int i = 1; i < kCount; ++i) sum += __builtin_fabsf(x[i]);
+  return sum;
+}
+
 // ---- Element types ----
 //
 // Memory holds `Storage`; a register holds its bits in the low end of 32; arithmetic is in float32.
@@ -48,9 +57,8 @@ struct Float32 {
 struct BFloat16 {
   using Storage = uint16_t;
   static constexpr Storage kInfinity = 0x7f80;  // the least magnitude that is not finite
-  LOMO_FN float widen(uint32_t bits) { return float_of(bits << 16); }
-
   static constexpr int kPerHash = 2;
+  LOMO_FN float widen(uint32_t bits) { return float_of(bits << 16); }
 
   // Adding less than one unit of the kept part to the magnitude, then cutting, rounds; a carry is the next exponent. A
   // NaN must be quiet already, as one that arithmetic made is: cutting keeps it a NaN, and a carry could make it zero.
@@ -70,6 +78,29 @@ struct BFloat16 {
   template <bool kOrdinary = false>
   LOMO_FN uint32_t stochastic(float x, uint32_t random) {
     return round<kOrdinary>(x, (bits_of(x) & 0x7fff8000u) == 0x7f7f0000u ? 0u : random);
+  }
+
+  // Two neighbours at once, the even one in the low half.
+  LOMO_FN uint32_t nearest_pair(float even, float odd) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(odd), "f"(even));
+    return pair;
+#else
+    return nearest(even) | nearest(odd) << 16;
+#endif
+  }
+
+  // The same for numbers of which `all_ordinary` says that none is a NaN or next to infinity. `random`: one word
+  // for the pair.
+  // Blackwell's cvt.rs.bf16x2.f32 adds the same random bits in the same places, but exists for the targets sm_100a and
+  // sm_103a only, whose code runs on no other GPU: there is no PTX of it for later ones. It is not used.
+  LOMO_FN uint32_t stochastic_pair(float even, float odd, const uint32_t* random) {
+    return (bits_of(even) + (*random & 0xffffu)) >> 16 | ((bits_of(odd) + (*random >> 16)) & 0xffff0000u);
+  }
+  template <int kCount>
+  LOMO_FN bool all_ordinary(const float (&x)[kCount]) {
+    return sum_of_magnitudes(x) < float_of(0x7f7f0000u);
   }
 };
 
@@ -138,6 +169,36 @@ struct Float16 {
     const uint32_t u = bits_of(x);
     return ((u >> 16) & 0x8000u) | stochastic_normal(u & 0x7fffffffu, random);
   }
+
+  // Two neighbours at once, the even one in the low half.
+  LOMO_FN uint32_t nearest_pair(float even, float odd) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(odd), "f"(even));
+    return pair;
+#else
+    return nearest(even) | nearest(odd) << 16;
+#endif
+  }
+
+  // The same for numbers of which `all_ordinary` says that is_ordinary is true: adding to the bits that go, then
+  // cutting. Of the random bits only the top 13 are read, which end_hash leaves alone.
+  LOMO_FN uint32_t stochastic_pair(float even, float odd, const uint32_t* random) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    const float low = float_of(bits_of(even) + (random[0] >> 19)), high = float_of(bits_of(odd) + (random[1] >> 19));
+    uint32_t pair;
+    asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return stochastic_ordinary(even, random[0]) | stochastic_ordinary(odd, random[1]) << 16;
+#endif
+  }
+  template <int kCount>
+  LOMO_FN bool all_ordinary(const float (&x)[kCount]) {
+    bool large_enough = true;
+    for (int i = 0; i < kCount; ++i) large_enough = large_enough & (__builtin_fabsf(x[i]) >= 0x1p-14f);
+    return large_enough & (sum_of_magnitudes(x) < float_of(0x477fe000u));
+  }
 };
 
 // ---- Random bits ----
@@ -152,30 +213,43 @@ LOMO_FN uint64_t mix64(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// Once per parameter and step.
+// Once per parameter, and once more per step.
+LOMO_FN uint64_t parameter_key(int64_t seed, int64_t parameter_id) {
+  return mix64(mix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(parameter_id));
+}
+LOMO_FN uint64_t stream_of(uint64_t parameter_key, int64_t step) {
+  return mix64(parameter_key ^ static_cast<uint64_t>(step));
+}
 LOMO_FN uint64_t stream_key(int64_t seed, int64_t parameter_id, int64_t step) {
-  return mix64(mix64(mix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(parameter_id)) ^
-               static_cast<uint64_t>(step));
+  return stream_of(parameter_key(seed, parameter_id), step);
 }
 
 // Once per 2^32 counters.
 LOMO_FN uint64_t block_key(uint64_t stream, uint64_t counter) { return mix64(stream ^ (counter >> 32)); }
 
+// Neighbours share the first part: if the low bits of `counter` are zero, begin_hash(block, counter + i) is
+// begin_hash(block, counter) ^ i for i < 128. Words: uint32_t, or a vector of them.
+template <class Words>
+LOMO_FN Words begin_hash(uint64_t block, Words counter) {
+  const Words x = counter ^ static_cast<uint32_t>(block);
+  return x ^ (x >> 7) ^ (x >> 16);
+}
+// `addend`: of the block. All but the last shift, which only changes the low 17 bits.
+constexpr uint32_t kSecondMultiplier = 0xd35a2d97u;
+LOMO_FN uint32_t addend_of(uint64_t block) { return static_cast<uint32_t>(block >> 32) * kSecondMultiplier; }
+template <class Words>
+LOMO_FN Words continue_hash(Words begun, uint32_t addend) {
+  const Words x = begun * 0x21f0aaadu;
+  return (x ^ (x >> 15)) * kSecondMultiplier + addend;
+}
+LOMO_FN uint32_t end_hash(uint32_t x) { return x ^ (x >> 15); }
+
 // Once per counter: 32 bits. Two multiply-xorshift rounds with multipliers found by search (github.com/skeeto/
 // hash-prospector); the key's halves enter before and between them, so streams are no permutations of each other. The
 // first shift is doubled: with >> 16 alone, numbers of counters 2^12 apart were correlated by 0.7%; now none are,
 // within 3.5 standard errors at 4 million draws, at lags of powers of two and of usual row lengths.
-// The upper 15 of them, in their places: the last shift does not reach these. The other bits are not the hash's.
-// Words: uint32_t, or a vector of them.
-template <class Words>
-LOMO_FN Words random_high_bits(uint64_t block, Words counter) {
-  Words x = counter ^ static_cast<uint32_t>(block);
-  x = (x ^ (x >> 7) ^ (x >> 16)) * 0x21f0aaadu;
-  return ((x ^ (x >> 15)) + static_cast<uint32_t>(block >> 32)) * 0xd35a2d97u;
-}
 LOMO_FN uint32_t random_bits(uint64_t block, uint32_t counter) {
-  const uint32_t x = random_high_bits(block, counter);
-  return x ^ (x >> 15);
+  return end_hash(continue_hash(begin_hash(block, counter), addend_of(block)));
 }
 
 }  // namespace
@@ -216,17 +290,25 @@ LOMO_FN Floats splat(float x) {
   }
 }
 
-// Floats: float, or a vector of them; of a vector, compilers do not see that clamping to infinity changes nothing.
+// Floats: float, or a vector of them. Compilers do not see of a vector that clamping to infinity changes nothing.
+template <class Floats>
+LOMO_FN Floats clamped(Floats x, float limit) {
+#if defined(__CUDA_ARCH__)
+  return fminf(fmaxf(x, -limit), limit);  // one instruction each. They drop a NaN, whose parameter is kept anyway.
+#elif defined(LOMO_EMULATION)             // the same
+  x = x < -limit || is_nan(x) ? -limit : x;
+  return x > limit ? limit : x;
+#else
+  if (sizeof(Floats) > sizeof limit && limit == __builtin_inff()) return x;
+  const Floats bound = splat<Floats>(limit);
+  x = x < -bound ? -bound : x;
+  return x > bound ? bound : x;
+#endif
+}
+
 template <class Floats>
 LOMO_FN Floats updated(Floats param, Floats scaled_grad, const Scalars& s) {
-  constexpr bool kVector = sizeof(Floats) > sizeof(float);
-  Floats g = scaled_grad;
-  if (!kVector || s.clip_value != __builtin_inff()) {
-    const Floats limit = splat<Floats>(s.clip_value);
-    g = g < -limit ? -limit : g;
-    g = g > limit ? limit : g;
-  }
-  g = g * s.clip_coef;
+  const Floats g = clamped(scaled_grad, s.clip_value) * s.clip_coef;
   const Floats p = param * s.decay;
   return p - s.lr * g;
 }

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "view.h"
+#include "overlap.h"
 
 namespace lomo {
 
@@ -35,9 +35,6 @@ inline Update update_of(const Tensor& param, const Tensor& grad, const Tensor* s
     LOMO_CHECK(!overlaps_itself(update.param), op,
                ": several elements of param share one place in memory (an expanded tensor?); it cannot be updated in "
                "place. Pass a contiguous parameter");
-    const auto [p_begin, p_end] = update.param.range();
-    const auto [g_begin, g_end] = update.grad.range();
-    LOMO_CHECK(p_end <= g_begin || g_end <= p_begin, op, ": param and grad share memory");
   }
   update.parameter_id = parameter_id;
   if (sq_norm) update.slot = slot_of(*sq_norm, device, op, "sq_norm");
@@ -45,18 +42,24 @@ inline Update update_of(const Tensor& param, const Tensor& grad, const Tensor* s
   return update;
 }
 
-// Two names of one parameter would update it twice. Strided views may interleave, so only those without gaps are
-// compared.
-inline void check_apart(const std::vector<Update>& updates, const char* op) {
-  std::vector<std::pair<const char*, const char*>> ranges;
-  ranges.reserve(updates.size());
-  for (const Update& update : updates) {
-    if (update.param.numel && is_dense(update.param)) ranges.push_back(update.param.range());
+// What one update reads and writes, for check_no_overlap().
+inline void add_regions(const Update& update, std::vector<Region>& regions) {
+  if (update.param.numel) {
+    regions.push_back(region_of(update.param, Access::kWritten, "param"));
+    regions.push_back(region_of(update.grad, Access::kRead, "grad"));
   }
-  std::sort(ranges.begin(), ranges.end());
-  for (size_t i = 1; i < ranges.size(); ++i) {
-    LOMO_CHECK(ranges[i - 1].second <= ranges[i].first, op, ": two params share memory; it would be updated twice");
-  }
+  if (update.slot) regions.push_back(region_of(update.slot, "sq_norm"));
+}
+
+// The arguments of sgd_.
+inline Update checked_update(const Tensor& param, const Tensor& grad, const Tensor* sq_norm, int64_t parameter_id,
+                             const Shard& shard, const Device& device, const char* op) {
+  const Update update = update_of(param, grad, sq_norm, parameter_id, shard, device, op);
+  std::vector<Region> regions;
+  regions.reserve(3);
+  add_regions(update, regions);
+  check_no_overlap(std::move(regions), op);
+  return update;
 }
 
 // The arguments of sgd_list_. `sq_norm` is empty or has one slot per parameter; `shard` is empty or has three numbers
@@ -75,7 +78,10 @@ inline std::vector<Update> updates_of(const std::vector<Tensor>& params, const s
     updates.push_back(update_of(params[i], grads[i], sq_norm.empty() ? nullptr : &sq_norm[i], parameter_id[i],
                                 shard.empty() ? Shard{} : shard_of(shard.data() + 3 * i, 3, op), device, op));
   }
-  check_apart(updates, op);
+  std::vector<Region> regions;
+  regions.reserve(3 * n);
+  for (const Update& update : updates) add_regions(update, regions);
+  check_no_overlap(std::move(regions), op);
   return updates;
 }
 

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops._overlap import Access, check_no_overlap, regions
+
 MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
 
@@ -268,11 +270,18 @@ def _number(value: Tensor | None, missing: float) -> float:
     return missing if value is None else float(value.item())
 
 
+def _check_no_overlap(op: str, params: list[Tensor], grads: list[Tensor], slots: list[Tensor], slot: str) -> None:
+    written, added = regions(Access.WRITTEN, "param", params), regions(Access.ADDED, slot, slots)
+    check_no_overlap(op, written, added, regions(Access.READ, "grad", grads))
+
+
 def _sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
+    _check_no_overlap("sq_norm_", [], [grad], [slot], "slot")
     slot.add_(sum_of_squares(grad, _number(inv_scale, 1.0)))
 
 
 def _sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> None:
+    _check_no_overlap("sq_norm_list_", [], grads, slots, "slot")
     for slot, grad in zip(slots, grads, strict=True):
         _sq_norm_(slot, grad, inv_scale)
 
@@ -293,6 +302,7 @@ def _sgd_(
     step: Tensor | None,
     shard: Sequence[int] | None = None,
 ) -> None:
+    _check_no_overlap("sgd_", [param], [grad], [] if sq_norm is None else [sq_norm], "sq_norm")
     if sq_norm is not None:
         _sq_norm_(sq_norm, grad, inv_scale)
     if _number(found_inf, 0.0) != 0.0:
@@ -330,6 +340,7 @@ def _sgd_list_(
     step: Tensor | None,
     shard: list[int],
 ) -> None:
+    _check_no_overlap("sgd_list_", params, grads, sq_norm, "sq_norm")
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         slot = sq_norm[i] if sq_norm else None
         local = shard[3 * i : 3 * i + 3] or None

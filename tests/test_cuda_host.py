@@ -20,7 +20,7 @@ from lomo_kernels import reference
 
 host = lomo_kernels_testing.cuda
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TILE, BLOCKS = host.TILE, host.TENSOR_BLOCKS
+TILE, BLOCKS, NORM_BLOCKS = host.TILE, host.TENSOR_BLOCKS, host.NORM_BLOCKS
 WHOLE = (0, 2**63 - 1, 2**63 - 1)
 
 every_param = pytest.mark.parametrize("param_dtype", DTYPES, ids=name_of)
@@ -161,11 +161,64 @@ def test_the_order_of_blocks_changes_no_bit(order):
     assert_same_bits(results[0][1], results[0][2])  # the norm in the same pass is that of sq_norm_
 
 
+@pytest.mark.parametrize("size", [TILE - 8, TILE + 8, 2 * TILE - 1, 2 * TILE])
+@every_rounding
+@every_grad
+@every_param
+def test_nothing_beyond_a_tensor_is_touched(param_dtype, grad_dtype, rounding, size):
+    """An aligned tensor in the middle of a larger one: what lies before and after it is neither read nor written."""
+    params = torch.full((size + 2 * TILE,), 7.0, dtype=param_dtype)
+    grads = torch.full((size + 2 * TILE,), math.nan, dtype=grad_dtype)
+    p, g = params[TILE : TILE + size], grads[TILE : TILE + size]
+    p.copy_(oracle.ordinary(size, param_dtype))
+    g.copy_(oracle.ordinary(size, grad_dtype, 1))
+    expected = reference.updated(p, g, lr=0.03, stochastic=rounding == "stochastic")
+    slot = torch.zeros(1, dtype=torch.float64)
+    sgd_list([p], [g], lr=0.03, rounding=rounding, slots=[slot])
+    assert_same_bits(p, expected)
+    assert (params[:TILE] == 7).all() and (params[TILE + size :] == 7).all()
+    assert_close_sum(slot, oracle.squares(g))
+    assert_same_bits(slot, norms([g]))
+
+
+# ---- Exceptions -----------------------------------------------------------------------------------------------------
+
+
+def one_in_eight(ordinary, odd):
+    """`ordinary` with one of the odd numbers in each run of 8 neighbours, in every place of the 8."""
+    n = len(ordinary) // 8
+    mixed, places = ordinary.clone(), torch.arange(n) * 8 + torch.arange(n) // 3 % 8
+    mixed[places[::2]] = odd.to(mixed.dtype)[torch.arange(n) % len(odd)][::2]
+    return mixed
+
+
+@every_rounding
+@every_grad
+@every_param
+def test_a_single_exception_among_ordinary_elements(param_dtype, grad_dtype, rounding):
+    """What lets a thread leave the usual path: a gradient or a result that is not finite, a sum of magnitudes beyond
+    float32, a result that is subnormal or next to infinity."""
+    size = 4 * TILE
+    param, grad = oracle.ordinary(size, param_dtype), oracle.ordinary(size, grad_dtype, 1)
+    info = torch.finfo(param_dtype)
+    steps = torch.tensor([0.25, 1.0, 3.0], dtype=torch.float64) * info.smallest_normal
+    odd = torch.cat([oracle.specials(param_dtype).double(), steps, -steps])
+    arguments = {"lr": 0.03, "clip_value": 0.5, "rounding": rounding, "seed": 5}
+    for p, g in (
+        (param, one_in_eight(grad, oracle.specials(grad_dtype))),
+        (one_in_eight(param, odd), grad),
+        (one_in_eight(param, odd), torch.zeros_like(grad)),
+    ):
+        updated = p.clone()
+        sgd_list([updated], [g], **arguments)
+        assert_same_bits(updated, reference.updated(p, g, **reference_arguments(arguments)))
+
+
 # ---- Indices --------------------------------------------------------------------------------------------------------
 
 #: With bfloat16 a key serves 2**33 elements, with float16 2**32: the first shards begin shortly before the next key.
 SHARDS = [
-    *((2**32 * k - d, 2**62, 2**62) for k in (1, 2, 4) for d in (1, 3, 8, 1001, TILE + 5)),
+    *((2**32 * k - d, 2**62, 2**62) for k in (1, 2, 4) for d in (1, 3, 8, 16, 1001, TILE, TILE + 5, TILE + 8)),
     *((offset, length, 101) for offset in (0, 1, 2**33 - 77) for length in (1, 3, 7, 8, 9, 100, 101)),
     (5, 4096, 2**31 + 1),
     (2**40 + 1, 1000, 2**33 - 1),
@@ -215,6 +268,18 @@ def test_a_long_list_takes_few_launches(rounding):
     assert_same_bits(norms(grads), torch.stack(slots))
 
 
+@pytest.mark.parametrize("n", [2, host.SOME_ENTRIES, host.SOME_ENTRIES + 1, host.TABLE_ENTRIES])
+def test_lists_around_the_sizes_of_tables(n):
+    params = [oracle.ordinary(1 + i % 70, torch.bfloat16, i) for i in range(n)]
+    grads = [oracle.ordinary(len(p), torch.bfloat16, i + 1) for i, p in enumerate(params)]
+    results, slots = [p.clone() for p in params], torch.zeros(n, dtype=torch.float64)
+    assert launches_of(lambda: sgd_list(results, grads, lr=0.03, slots=list(slots))) == 1
+    for p, g, result in zip(params, grads, results, strict=True):
+        assert_same_bits(result, reference.updated(p, g, lr=0.03))
+    assert launches_of(lambda: norms(grads)) == 1
+    assert_same_bits(norms(grads), slots)
+
+
 def test_a_list_of_all_dtypes_and_sizes():
     sizes = [5, 0, TILE, 3 * BLOCKS * TILE + 1, 1, 2 * TILE + 3, 513]
     cases = [(size, p, g) for size in sizes for p in DTYPES for g in DTYPES]
@@ -234,7 +299,8 @@ def test_a_list_of_all_dtypes_and_sizes():
 
 def test_launches_are_bounded():
     """By their blocks too, as many as there is memory for partial sums."""
-    grads = [oracle.ordinary(BLOCKS * TILE - i, torch.bfloat16, i) for i in range(2 * host.LAUNCH_BLOCKS // BLOCKS - 1)]
+    n = 2 * (host.LAUNCH_BLOCKS // NORM_BLOCKS)
+    grads = [oracle.ordinary(NORM_BLOCKS * TILE - i, torch.bfloat16, i) for i in range(n)]
     slots = torch.zeros(len(grads), dtype=torch.float64)
     call = [gradient(g, s) for g, s in zip(grads, slots, strict=True)]
     assert launches_of(lambda: host.sq_norm(call, number(1.0))) == 2
@@ -298,3 +364,24 @@ def test_squares_beyond_float32(scale):
     slot = torch.zeros(1, dtype=torch.float64)
     sgd_list([torch.zeros_like(grad)], [grad], lr=0.0, slots=[slot])
     assert_same_bits(slot, norms([grad]))
+
+
+@every_grad
+@every_param
+def test_a_norm_has_the_same_bits_with_every_parameter(param_dtype, grad_dtype):
+    """Threads take 8 neighbours or 4 and 4, by the dtypes; the order of the sum is the same.
+
+    Among the gradients are zeros and squares beyond float32 on both sides, whole tiles of them and single ones."""
+    size = NORM_BLOCKS * TILE + 3 * TILE + 5
+    grad = oracle.ordinary(size, grad_dtype)
+    exponents = torch.randint(-30, 30, (size // 16 + 1,), generator=oracle.generator(1)).repeat_interleave(16)[:size]
+    grad = (grad.double() * torch.where(exponents % 3 == 0, 10.0 ** (exponents % 12), 1.0)).to(grad_dtype)
+    grad[5 * TILE : 6 * TILE] = 0
+    grad[6 * TILE : 7 * TILE : 3] = torch.finfo(grad_dtype).tiny
+    grad[7 * TILE + 16 : 8 * TILE] = 0
+    grad[::7] = 0
+    grad.masked_fill_(~grad.isfinite(), 1.0)
+    slot = torch.zeros(1, dtype=torch.float64)
+    sgd_list([torch.zeros(size, dtype=param_dtype)], [grad], lr=0.0, slots=[slot])
+    assert_same_bits(slot, norms([grad]))
+    assert_close_sum(slot, oracle.squares(grad))

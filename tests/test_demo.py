@@ -111,7 +111,7 @@ def test_without_rich_it_says_what_to_install(capsys, monkeypatch):
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
     assert run.main(parser.parse_args(SMALL)) == 2
-    assert "pip install 'lomo_kernels[demo]'" in capsys.readouterr().err
+    assert "pip install 'rich>=13,<16'" in capsys.readouterr().err
 
 
 def test_importing_the_library_imports_neither_rich_nor_the_demo():

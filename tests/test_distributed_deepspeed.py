@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from lomo_kernels import Lomo
 
 if importlib.util.find_spec("deepspeed") is None:
-    pytest.skip('needs DeepSpeed: pip install "lomo_kernels[deepspeed]"', allow_module_level=True)
+    pytest.skip('needs DeepSpeed: pip install "deepspeed>=0.19.8,<0.20"', allow_module_level=True)
 
 LR = 0.3
 CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01}

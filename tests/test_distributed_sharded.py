@@ -726,6 +726,29 @@ def test_some_of_the_ranks(ranks: Any) -> None:
     ranks(4).call(some_ranks)
 
 
+def zeros(rank: int, loss_scale: float | None) -> None:
+    """FSDP2 adds to a shard's gradient where the DTensor around it does not notice."""
+    model = transformer_of_vectors()
+    book = Textbook(model, lr=LR)
+    fsdp(model)
+    optimizer = Lomo(model, lr=LR, loss_scale=loss_scale)
+    for step in range(2):
+        with optimizer.accumulate():
+            optimizer.backward(loss_of(model, 10 + step))
+        optimizer.zero_grad(set_to_none=False)
+        assert all(param.grad is not None and not whole(param.grad).any() for param in model.parameters())
+        with optimizer.accumulate():
+            optimizer.backward(loss_of(model, step) / 2)
+        optimizer.backward(loss_of(model, step) / 2)
+        book.step(loss_of(book.model, step))
+    assert_close(whole_weights(model), book.model)
+
+
+@pytest.mark.parametrize("loss_scale", [None, 1024.0])
+def test_gradients_that_are_zeroed(ranks: Any, loss_scale: float | None) -> None:
+    ranks(2).call(zeros, loss_scale)
+
+
 def norms_of_whole_parameters(rank: int, way: str) -> None:
     make, spread, _ = WAYS[way]
     torch.manual_seed(0)

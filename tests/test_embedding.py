@@ -617,7 +617,7 @@ def test_bad_input_is_refused_and_changes_nothing(name):
 def test_a_weight_that_shares_memory_with_a_gradient_is_refused():
     whole = torch.ones(12, 5)
     index = torch.tensor([0, 3, 3])
-    words = "weight shares memory with a tensor that its gradient is formed from"
+    words = "weight and a factor of its gradient share memory"
     for grads in ([whole[2:5]], [torch.ones(3, 5), whole[5:8]], [whole[5, :1].expand(3, 5)]):
         call = functools.partial(ops.embedding_sgd_, whole[:6], [index] * len(grads), grads, lr=0.1)
         refused(call, [whole], RuntimeError, words, "embedding_sgd_")

@@ -635,7 +635,7 @@ def test_any_call(tokens, rows, columns, dtype, weight_dtype, data):
 def test_a_weight_that_shares_memory_with_a_factor_is_refused():
     """The second tile would be formed from rows that the first has updated."""
     whole = torch.ones(2048, 64)
-    weight, words = whole[:1024], "weight shares memory with a tensor that its gradient is formed from"
+    weight, words = whole[:1024], "weight and a factor of its gradient share memory"
     for x, gy in (
         (whole[1020:1028], torch.ones(8, 1024)),
         (torch.ones(8, 64), whole[:128].view(8, 1024)),

@@ -132,12 +132,12 @@ def test_the_sum_counts_not_the_parts() -> None:
 
 
 def test_consuming_in_two_passes_where_nothing_is_kept_and_one_where_something_is() -> None:
-    """A graph of a single backward (no retain_graph) is enough for the kept kind."""
+    """A graph of a single backward (no retain_graph) is enough for the kept kind. A new graph is run once more."""
     passes = []
     w = vector(0.0)
     w.register_hook(lambda grad: passes.append(1))
     optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
-    for count, kept in ((2, False), (1, True), (2, False)):
+    for count, kept in ((3, False), (1, True), (2, False)):
         if kept:
             gives(w, torch.ones(1)).backward()
         passes.clear()

@@ -17,7 +17,7 @@ from textbook import Textbook
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo
-from lomo_kernels.optim.graph import reentrant_checkpoints
+from lomo_kernels.optim.graph import Graph
 
 STEPS = 5
 VOCAB = 150  # so many that a tied weight is larger than what is kept of its uses
@@ -263,7 +263,7 @@ def test_gradient_checkpointing(mode: str, use_reentrant: bool) -> None:
     model, batches = build("llama")
     model.config.use_cache = False
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    count = reentrant_checkpoints(loss_of(model, batches(0)), thorough=True)
+    count = Graph(loss_of(model, batches(0))).reentrant_checkpoints(thorough=True)
     assert count == (2 if use_reentrant else 0), "one for each block"
     train(model, batches, mode)
 

@@ -19,6 +19,7 @@ from lomo_kernels.optim import streams
 from lomo_kernels.optim.hyperparameters import GroupScalars
 from lomo_kernels.optim.passes import BUFFER_BYTES, Pass
 from lomo_kernels.optim.records import SMALL_BYTES, Device
+from lomo_kernels.optim.step import Step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -152,7 +153,7 @@ def test_hooks_of_many_threads_lose_nothing() -> None:
     params = [nn.Parameter(torch.zeros(1000)) for _ in range(1600)]
     optimizer = Lomo(params, lr=1.0)
     optimizer._refresh()
-    sweep = optimizer._update_pass(False)
+    sweep = optimizer._update_pass(Step(optimizer._records), False)
     start = threading.Barrier(8)
 
     def hand_over(first: int) -> None:

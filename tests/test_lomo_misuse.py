@@ -88,7 +88,7 @@ def test_clip_grad_value(value: Any, when: str) -> None:
         *(("rounding", value) for value in ("up", None, 1)),
         *(("nonfinite", value) for value in ("ignore", None, True)),
         *(("clip_passes", value) for value in ("three", 2, None)),
-        *(("seed", value) for value in (0.5, "0", None, 2**63, -(2**63) - 1)),
+        *(("seed", value) for value in (0.5, "0", None, True, 2**63, -(2**63) - 1)),
     ],
     ids=str,
 )

@@ -546,3 +546,15 @@ def test_nothing_of_the_optimizer_is_in_a_copy_or_a_pickle(tmp_path: Any) -> Non
         assert all(param.grad is not None for param in other.parameters())  # an ordinary leaf
         Lomo(other, LR)
     optimizer.step()  # was not replaced
+
+
+def test_a_note_that_an_interrupt_left_is_not_believed() -> None:
+    """Otherwise plain backwards would bring no gradients to other optimizers' parameters from then on."""
+    a, b = vector(0.0), vector(0.0)
+    first, second = Lomo([a], 1.0), Lomo([b], 1.0)
+    with mock.patch.object(torch._C, "_remove_obj_from_tls"):
+        first.backward(a.sum())
+    b.sum().backward()
+    assert b.grad.item() == 1.0
+    second.backward(b.sum())
+    assert b.item() == -2.0

@@ -272,7 +272,7 @@ def test_two_programs_share_a_multiprocessor(p, listed, norm, tmp_path):
     kernel = compiled(90, made)
     registers, stack, local = resources(kernel, tmp_path)
     assert stack == local == 0, "registers are spilled"
-    assert not rows or kernel.metadata.num_warps == 16  # or else one program of twice as many threads
+    assert not rows or kernel.metadata.num_warps == 16  # one program of twice as many threads
     assert programs_together(kernel, registers) >= (1 if rows else 2)
 
 

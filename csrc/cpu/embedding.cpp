@@ -6,6 +6,7 @@
 
 #include <numeric>
 
+#include "../overlap.h"
 #include "step.h"
 #include "traverse.h"
 
@@ -174,12 +175,11 @@ Weight weight_of(const Tensor& weight, const Gradient& g, const char* op) {
     LOMO_CHECK(!overlaps_itself(view), op,
                ": several elements of weight share one place in memory (an expanded tensor?); it cannot be updated in "
                "place. Pass a contiguous weight");
-    const auto [begin, end] = view.range();
+    std::vector<Region> regions{region_of(view, Access::kWritten, "weight")};
     for (const View& grad : g.grad_outputs) {
-      if (!grad.numel) continue;
-      const auto [g_begin, g_end] = grad.range();
-      LOMO_CHECK(end <= g_begin || g_end <= begin, op, ": weight and grad_output share memory");
+      if (grad.numel) regions.push_back(region_of(grad, Access::kRead, "grad_output"));
     }
+    check_no_overlap(regions, op);
   }
   if (view.contiguous) return {view, weight.size(0), g.columns, g.columns, 1};
   return {view, weight.size(0), g.columns, view.strides[0], view.strides[1]};

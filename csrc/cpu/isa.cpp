@@ -5,6 +5,10 @@
 
 #include "kernels.h"
 
+#if LOMO_HAVE_X86_ISAS
+#include <cpuid.h>
+#endif
+
 namespace lomo {
 
 // Element by element, and products, which use fused multiply-adds and may have an instruction set of their own.
@@ -40,6 +44,19 @@ namespace {
     PRODUCTS::install_product(k);        \
   }
 
+#if LOMO_HAVE_X86_ISAS
+// Those whose names __builtin_cpu_supports of clang 14 does not know. Whether the system keeps their registers is asked
+// with AVX2 and AVX-512.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & (1u << 29));
+}
+[[maybe_unused]] bool has_avx512bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
+}
+#endif
+
 struct Isa {
   std::string name;
   bool supported;
@@ -48,14 +65,14 @@ struct Isa {
 
 Kernels choose() {
 #if LOMO_HAVE_X86_ISAS
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c() && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
   const Isa isas[] = {
   // best first
 #if LOMO_HAVE_AVX512BF16
-      {"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), LOMO_INSTALL(avx512, avx512bf16)},
+      {"avx512bf16", avx512 && has_avx512bf16(), LOMO_INSTALL(avx512, avx512bf16)},
 #endif
 #if LOMO_HAVE_X86_ISAS
       {"avx512", avx512, LOMO_INSTALL(avx512, avx512)},

@@ -54,8 +54,8 @@ void sgd_(const Tensor& param, const Tensor& grad, const Tensor& lr, const std::
   const char* op = "sgd_";
   const Step common =
       step_from(lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, stochastic, seed, step, op);
-  const Update update = update_of(param, grad, sq_norm ? &*sq_norm : nullptr, parameter_id,
-                                  shard ? shard_of(shard->data(), shard->size(), op) : Shard{}, kCPU, op);
+  const Update update = checked_update(param, grad, sq_norm ? &*sq_norm : nullptr, parameter_id,
+                                       shard ? shard_of(shard->data(), shard->size(), op) : Shard{}, kCPU, op);
   run(update, common);
 }
 

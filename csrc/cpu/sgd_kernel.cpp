@@ -174,7 +174,11 @@ template <bool kFinite, bool kStochastic, class G>
 LOMO_FN void update_group(uint16_t* p, const typename G::Storage* __restrict g, const Scalars& s, Random random,
                           BFloat16, G) {
   Pair* __restrict pairs = reinterpret_cast<Pair*>(p);
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
 #pragma GCC ivdep
+#endif
   for (int i = 0; i < kGroup / 2; ++i) {
     const uint32_t bits = kStochastic ? random_bits(random.block, random.counter + static_cast<uint32_t>(i)) : 0;
     float g_even, g_odd;
@@ -215,10 +219,12 @@ LOMO_FN void update_group(uint16_t* __restrict p, const typename G::Storage* __r
                           Random random, Float16, G) {
   alignas(64) uint16_t rounded[kGroup];
   Words counter = counters(random.counter);
+  const uint32_t addend = addend_of(random.block);
   for (int i = 0; i < kGroup; i += kLanes, counter += kLanes) {
     const Floats scaled = widen(g + i, G{}) * s.inv_scale;
     const Floats x = updated(widen(p + i, Float16{}), scaled, s);
-    Halves result = kStochastic ? stochastic_ordinary(x, random_high_bits(random.block, counter)) : nearest(x);
+    Halves result =
+        kStochastic ? stochastic_ordinary(x, continue_hash(begin_hash(random.block, counter), addend)) : nearest(x);
     // Of a parameter that is kept, 0 makes the group one with others.
     if (!kFinite) result = where_finite(scaled, result, kStochastic ? Halves{} : load<Halves>(p + i));
     store((kStochastic ? rounded : p) + i, result);

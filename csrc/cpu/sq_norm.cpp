@@ -1,6 +1,7 @@
 // sq_norm_ and sq_norm_list_ on CPU tensors. What they do is documented in lomo_kernels/ops/sq_norm.py.
 #include <torch/csrc/stable/library.h>
 
+#include "../overlap.h"
 #include "traverse.h"
 
 namespace lomo {
@@ -15,6 +16,16 @@ Norm checked(const Tensor& slot, const Tensor& grad, const char* op) {
   return {slot_of(slot, kCPU, op, "slot"), view_of(grad, const_cast<void*>(grad.const_data_ptr()), kCPU, op, "grad")};
 }
 
+void check_no_overlap(const Norm* norms, size_t n, const char* op) {
+  std::vector<Region> regions;
+  regions.reserve(2 * n);
+  for (const Norm* norm = norms; norm != norms + n; ++norm) {
+    regions.push_back(region_of(norm->slot, "slot"));
+    if (norm->grad.numel) regions.push_back(region_of(norm->grad, Access::kRead, "grad"));
+  }
+  lomo::check_no_overlap(std::move(regions), op);
+}
+
 void add(const Norm& norm, float inv_scale) {
   const Kernels& k = kernels();
   const View& grad = norm.grad;
@@ -25,7 +36,9 @@ void add(const Norm& norm, float inv_scale) {
 
 void sq_norm_(const Tensor& slot, const Tensor& grad, const std::optional<Tensor>& inv_scale) {
   const float scale = static_cast<float>(number_of(inv_scale, "sq_norm_", "inv_scale", 1.0));
-  add(checked(slot, grad, "sq_norm_"), scale);
+  const Norm norm = checked(slot, grad, "sq_norm_");
+  check_no_overlap(&norm, 1, "sq_norm_");
+  add(norm, scale);
 }
 
 void sq_norm_list_(const std::vector<Tensor>& slots, const std::vector<Tensor>& grads,
@@ -35,6 +48,7 @@ void sq_norm_list_(const std::vector<Tensor>& slots, const std::vector<Tensor>& 
   std::vector<Norm> norms;
   norms.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) norms.push_back(checked(slots[i], grads[i], "sq_norm_list_"));
+  check_no_overlap(norms.data(), norms.size(), "sq_norm_list_");
   for (const Norm& norm : norms) add(norm, scale);
 }
 

@@ -27,7 +27,8 @@ struct Entry {
   double* slot;
   int64_t numel;
   uint32_t first_block, blocks, tiles_per_block;
-  uint32_t lead;  // elements that the first group lacks, so that the following ones are aligned
+  uint32_t lead;          // elements that the first tile lacks, so that the following ones are aligned
+  uint32_t straight_end;  // the first tile that is not whole, or none if accesses of 128 bits would not be aligned
 };
 
 template <class E, int kCapacity>
@@ -38,13 +39,21 @@ struct Table {
   E entries[kCapacity];
 };
 
+inline uint32_t size_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+inline bool is_aligned(const void* tensor, DType dtype, uint32_t lead) {
+  return (reinterpret_cast<uintptr_t>(tensor) - lead * size_of(dtype)) % 16 == 0;
+}
+
 inline void deal(Entry& entry, const Gradient& grad, uint32_t lead) {
   const int64_t tiles = (grad.numel + lead + kTile - 1) / kTile;
-  const int64_t tiles_per_block = (tiles + kTensorBlocks - 1) / kTensorBlocks;
+  const int64_t most = grad.slot ? kNormBlocks : kTensorBlocks;
+  const int64_t tiles_per_block = (tiles + most - 1) / most;
   entry.grad = grad.data;
   entry.slot = grad.slot;
   entry.numel = grad.numel;
   entry.lead = lead;
+  entry.straight_end = is_aligned(grad.data, grad.dtype, lead) ? (grad.numel + lead) / kTile : 0;
   entry.tiles_per_block = static_cast<uint32_t>(tiles_per_block);
   entry.blocks = static_cast<uint32_t>((tiles + tiles_per_block - 1) / tiles_per_block);
 }
@@ -65,6 +74,8 @@ template <class E, class Run>
 void with_capacity(const std::vector<E>& entries, const Run& run) {
   if (entries.size() == 1 || shares_slots(entries)) {
     run(std::integral_constant<int, 1>{});
+  } else if (entries.size() <= kSomeEntries) {
+    run(std::integral_constant<int, kSomeEntries>{});
   } else {
     run(std::integral_constant<int, kTableEntries>{});
   }
@@ -121,82 +132,111 @@ LOMO_DEVICE int entry_of_block(const Table<E, kCapacity>& table) {
   return low;
 }
 
-// The first element of this block; negative where the first group lacks some.
-LOMO_DEVICE int64_t first_element(const Entry& entry) {
-  return static_cast<int64_t>(blockIdx.x - entry.first_block) * entry.tiles_per_block * kTile - entry.lead;
+// The first tile of this block.
+LOMO_DEVICE uint32_t first_tile(const Entry& entry) { return (blockIdx.x - entry.first_block) * entry.tiles_per_block; }
+
+// The first element of a tile; negative if the tile lacks some.
+LOMO_DEVICE int64_t first_element(const Entry& entry, uint32_t tile) { return tile * kTile - entry.lead; }
+
+// One decision for all threads and accesses: whether a tile is whole and aligned.
+LOMO_DEVICE bool is_straight(const Entry& entry, uint32_t tile) {
+  return tile < entry.straight_end && (tile || !entry.lead);
 }
 
-// ---- Groups of neighbours -------------------------------------------------------------------------------------------
+// ---- Tiles ----------------------------------------------------------------------------------------------------------
 
-// kVector elements as they lie in memory.
-template <class T>
-struct Group {
-  static constexpr int kSize = sizeof(typename T::Storage);
-  static constexpr int kWords = kVector * kSize / 4;
-  uint32_t words[kWords];
+// Neighbours that a thread loads together, so that the widest dtype takes 16 bytes: a warp's accesses have no gaps.
+template <class T, class U = T>
+constexpr int kVector = sizeof(typename T::Storage) + sizeof(typename U::Storage) > 4 ? 4 : 8;
 
-  __device__ __forceinline__ uint32_t get(int i) const {
-    return kSize == 4 ? words[i] : i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
+// Where this thread's element 0 stands in a tile, and how far from it element i does, a multiple of kCount. A warp has
+// two runs of 256 neighbours, of which a thread takes 8 each: neighbours, or 4 and 4.
+template <int kCount>
+LOMO_DEVICE uint32_t own_position() {
+  return kCount == 8 ? threadIdx.x * 8 : threadIdx.x / 32 * 256 + threadIdx.x % 32 * 4;
+}
+template <int kCount>
+LOMO_DEVICE uint32_t distance(uint32_t i) {
+  return i / 8 * uint32_t{kTile / 2} + (kCount == 8 ? i % 8 : i % 8 / 4 * 128 + i % 4);
+}
+
+// A thread's 16 elements of a tile, kCount of which are neighbours, as they lie in memory.
+template <class T, int kCount>
+struct Share {
+  using Storage = typename T::Storage;
+  static constexpr bool kWide = sizeof(Storage) == 4;
+  static constexpr int kPerWord = 4 / sizeof(Storage);
+  static constexpr int kPerAccess = kCount / kPerWord;  // words
+  uint32_t words[kShare / kPerWord];
+
+  __device__ __forceinline__ float get(int i) const {
+    return T::widen(kWide ? words[i] : i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu);
   }
-  __device__ __forceinline__ void set_pair(int i, uint32_t even, uint32_t odd) {
-    if (kSize == 4) {
-      words[i] = even, words[i + 1] = odd;
+};
+
+// Memory as a wide access takes it, which must be aligned: a GPU stops at one that is not, and so does the emulation.
+template <class V, class T>
+LOMO_DEVICE V* wide(T* at) {
+#if !defined(__CUDACC__)
+  emulation::require_aligned(at, sizeof(V));
+#endif
+  return reinterpret_cast<V*>(at);
+}
+
+enum class Use { once, again };  // `once`: dead after it is read, so that other data may take its place in the caches
+
+// This thread's share of a tile that is whole and aligned, from its element 0 on: straight loads, none of which waits
+// for another. A branch between them, for each group say, would make the second wait for the first.
+template <Use use, class T, int kCount>
+LOMO_DEVICE void load_straight(Share<T, kCount>& share, const typename T::Storage* own) {
+#pragma unroll
+  for (int i = 0; i < kShare; i += kCount) {
+    const auto* from = own + distance<kCount>(i);
+    uint32_t* words = share.words + i / share.kPerWord;
+    if constexpr (share.kPerAccess == 4) {
+      const auto* at = wide<const uint4>(from);
+      const uint4 four = use == Use::once ? __ldcs(at) : *at;
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
     } else {
-      words[i / 2] = even | odd << 16;
+      const auto* at = wide<const uint2>(from);
+      const uint2 two = use == Use::once ? __ldcs(at) : *at;
+      words[0] = two.x, words[1] = two.y;
     }
-  }
-};
-
-// Where the tensor has elements in a tile, counted from the tile's first: [begin, end).
-struct Range {
-  int begin, end;
-
-  __device__ __forceinline__ bool has(int x) const { return x >= begin && x < end; }
-  __device__ __forceinline__ bool has_group(int x) const { return x >= begin && x + kVector <= end; }
-};
-
-LOMO_DEVICE Range range_of_tile(int64_t first, int64_t numel) {
-  return {first < 0 ? static_cast<int>(-first) : 0,
-          numel - first < kTile ? static_cast<int>(numel - first) : int{kTile}};
-}
-
-// Element x of a tile, for group k of this thread.
-LOMO_DEVICE int place_in_tile(int k) { return (k * kThreads + static_cast<int>(threadIdx.x)) * kVector; }
-
-// Elements [x, x + kVector) of the tile that starts at element `first` of a tensor; zeros where it has none. Whole and
-// aligned groups, all but the ends of most tensors, take 128-bit accesses; what follows is the same for all.
-template <class T>
-LOMO_DEVICE void load(Group<T>& group, const void* tensor, int64_t first, int x, Range range) {
-  using Storage = typename T::Storage;
-  const Storage* from = static_cast<const Storage*>(tensor) + first + x;
-  if (range.has_group(x) && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-#pragma unroll
-    for (int w = 0; w < Group<T>::kWords; w += 4) {
-      const uint4 four = reinterpret_cast<const uint4*>(from)[w / 4];
-      group.words[w] = four.x, group.words[w + 1] = four.y, group.words[w + 2] = four.z, group.words[w + 3] = four.w;
-    }
-  } else {
-    const auto element = [&](int i) { return range.has(x + i) ? uint32_t{from[i]} : 0u; };
-#pragma unroll
-    for (int i = 0; i < kVector; i += 2) group.set_pair(i, element(i), element(i + 1));
   }
 }
 
-template <class T>
-LOMO_DEVICE void store(const Group<T>& group, void* tensor, int64_t first, int x, Range range) {
-  using Storage = typename T::Storage;
-  Storage* to = static_cast<Storage*>(tensor) + first + x;
-  if (range.has_group(x) && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+template <class T, int kCount>
+LOMO_DEVICE void store_straight(const Share<T, kCount>& share, typename T::Storage* own) {
 #pragma unroll
-    for (int w = 0; w < Group<T>::kWords; w += 4) {
-      // The default policy; a plain assignment was compiled to four 32-bit stores.
-      __stwb(reinterpret_cast<uint4*>(to) + w / 4,
-             make_uint4(group.words[w], group.words[w + 1], group.words[w + 2], group.words[w + 3]));
+  for (int i = 0; i < kShare; i += kCount) {
+    auto* to = own + distance<kCount>(i);
+    const uint32_t* words = share.words + i / share.kPerWord;
+    // The default policy; a plain assignment was compiled to four 32-bit stores.
+    if constexpr (share.kPerAccess == 4) {
+      __stwb(wide<uint4>(to), make_uint4(words[0], words[1], words[2], words[3]));
+    } else {
+      __stwb(wide<uint2>(to), make_uint2(words[0], words[1]));
     }
-  } else {
+  }
+}
+
+// Element x of a tensor, or zero if it has none.
+template <class T>
+LOMO_DEVICE uint32_t element(const void* tensor, int64_t x, int64_t numel) {
+  return x >= 0 && x < numel ? uint32_t{static_cast<const typename T::Storage*>(tensor)[x]} : 0u;
+}
+
+// The same as load_straight for any tile, element by element. `own`: element 0 of this thread.
+template <class T, int kCount>
+LOMO_DEVICE void load_elements(Share<T, kCount>& share, const void* tensor, int64_t own, int64_t numel) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (range.has(x + i)) to[i] = static_cast<Storage>(group.get(i));
+  for (int i = 0; i < kShare; i += 2) {
+    const int64_t x = own + distance<kCount>(i);
+    const uint32_t even = element<T>(tensor, x, numel), odd = element<T>(tensor, x + 1, numel);
+    if (share.kWide) {
+      share.words[i] = even, share.words[i + 1] = odd;
+    } else {
+      share.words[i / 2] = even | odd << 16;
     }
   }
 }
@@ -212,8 +252,8 @@ LOMO_DEVICE int64_t read(const Integer& integer) { return integer.device ? *inte
 
 // ---- Sums of squares ------------------------------------------------------------------------------------------------
 
-// Below this the squares' own underflow (at most 2^-150 each, 512 of them) could be seen in the sum; above, it is under
-// 2^-41 of it.
+// Below this the squares' own underflow (at most 2^-150 each, 16 of them) could be seen in the sum; above, it is under
+// 2^-46 of it.
 constexpr float kTiny = 0x1p-100f;
 constexpr float kLargest = 3.4028234663852886e38f;
 
@@ -221,46 +261,58 @@ constexpr uint32_t kWarp = 32;
 
 LOMO_DEVICE double warp_sum(double x) {
 #pragma unroll
-  for (uint32_t lane = kWarp / 2; lane >= 1; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  for (uint32_t lane = 1; lane < kWarp; lane *= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
   return x;
 }
 
-// x(begin)^2 + ... + x(begin + kTerms - 1)^2, as a tree.
-template <int kTerms, class Numbers>
-LOMO_DEVICE float tree_sum(const Numbers& x, int begin) {
-  if constexpr (kTerms == 1) {
-    return x(begin) * x(begin);
-  } else {
-    return tree_sum<kTerms / 2>(x, begin) + tree_sum<kTerms / 2>(x, begin + kTerms / 2);
-  }
+// x(begin)^2 + ... + x(begin + 3)^2, as a tree. Float is float or double.
+template <class Float, class Numbers>
+LOMO_DEVICE Float sum_of_4(const Numbers& x, int begin) {
+  const auto square = [&](int i) { return static_cast<Float>(x(i)) * static_cast<Float>(x(i)); };
+  return (square(begin) + square(begin + 1)) + (square(begin + 2) + square(begin + 3));
 }
 
-// The sum of the squares of 512 numbers, 16 in each thread of a warp; every thread gets it. Every thread must call it.
+// The squares of 16 numbers: 4 and the 4 after them, in both of the warp's runs. They are those of this thread, or,
+// with groups of 4, half of them are a neighbour's. The order of the additions is the same.
+template <class Float, int kCount, class Numbers>
+LOMO_DEVICE Float sum_of_16(const Numbers& x) {
+  const Float left = sum_of_4<Float>(x, 0) + sum_of_4<Float>(x, 8);
+  const Float right = sum_of_4<Float>(x, 4) + sum_of_4<Float>(x, 12);
+  if (kCount == 8) return left + right;
+  const bool odd = threadIdx.x % 2;  // even threads take the first groups of both, odd ones the second
+  return (odd ? right : left) + __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+}
+
+// The sum of 16 squares of a tile; the threads of a warp together have all 512 of theirs. All must call it.
 //
-// In float32, as a tree: a square is rounded once, then goes through 4 additions in its thread and 5 across the warp,
-// all terms positive: the error is under 10 * 2^-24 = 6e-7 of the sum. Above that sums are float64. Where a square may
-// have overflowed or underflowed, the same numbers are summed in float64, where squares are exact.
-template <class Numbers>
+// In float32, as a tree: a square is rounded once, then goes through 4 additions, all terms positive: the error is
+// under 5 * 2^-24 = 3e-7 of the sum. Above that sums are float64. Where a square may have overflowed or underflowed,
+// the same numbers are summed in float64, where squares are exact.
+template <int kCount, class Numbers>
 LOMO_DEVICE double sum_squares(const Numbers& x) {
-  constexpr int kTerms = kVector * kGroups;
-  float sum = tree_sum<kTerms>(x, 0);
+  const float sum = sum_of_16<float, kCount>(x);
+  bool is_right = sum >= kTiny && sum <= kLargest;
+  if (!__any_sync(0xffffffffu, !is_right)) return sum;
+  bool is_zero = true;  // zeros are common, and float64 is slow on many GPUs
 #pragma unroll
-  for (uint32_t lane = kWarp / 2; lane >= 1; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
-  if (sum >= kTiny && sum <= kLargest) return sum;
-  double exact = 0.0;
-#pragma unroll
-  for (int i = 0; i < kTerms; ++i) {
-    if (x(i) != 0.0f) exact += static_cast<double>(x(i)) * x(i);  // zeros are common, float64 is slow on many GPUs
-  }
-  return warp_sum(exact);
+  for (int i = 0; i < kShare; ++i) is_zero = is_zero && x(i) == 0.0f;
+  if (kCount == 4) is_zero = __shfl_xor_sync(0xffffffffu, is_zero, 1) && is_zero;
+  is_right = is_right || is_zero;
+  if (!__any_sync(0xffffffffu, !is_right)) return sum;
+  const double exact = sum_of_16<double, kCount>(x);
+  return is_right ? sum : exact;
 }
 
-// Adds the warps' sums to the tensor's slot: at once where one block has all of it, else by way of partial sums, which
-// the block that finishes last adds up, in their order. No float is added atomically, so the bits never change.
+// Adds the threads' sums to the tensor's slot: at once where one block has all of it, else by way of partial sums,
+// which the block that finishes last adds up, in their order. No float is added atomically, so the bits never change.
+template <int kCount>
 LOMO_DEVICE void add_to_slot(const Entry& entry, int index, const Workspace& workspace, double sum) {
   __shared__ double warps[kThreads / kWarp];
   __shared__ bool is_last;
   const uint32_t thread = threadIdx.x, warp = thread / kWarp;
+  // With groups of 4 the sums of 16 neighbouring pairs' first halves are in the even threads, see sum_of_16.
+  if (kCount == 4) sum = __shfl_sync(0xffffffffu, sum, thread % 16 * 2 + thread / 16 % 2);
+  sum = warp_sum(sum);
   if (thread % kWarp == 0) warps[warp] = sum;
   __syncthreads();
   if (thread == 0) {

@@ -23,9 +23,11 @@ struct Integer {
   const int64_t* device = nullptr;
 };
 
-// What all parameters of one call have in common. `found_inf`: where not zero, parameters are left alone.
+// What all parameters of one call have in common. kFoundInf: if it is not zero, parameters are left alone.
+enum Scalar : int { kLr, kWeightDecay, kInvScale, kClipValue, kClipCoef, kFoundInf, kScalars };
+
 struct Step {
-  Number lr, weight_decay{0.0}, inv_scale{1.0}, clip_value{__builtin_inf()}, clip_coef{1.0}, found_inf{0.0};
+  Number scalars[kScalars];
   bool stochastic = false;
   int64_t seed = 0;
   Integer step;
@@ -51,17 +53,22 @@ struct Parameter {
 // Elements are dealt out in tiles of this many, by their number in the tensor and by nothing else: not by the GPU, the
 // alignment or the other tensors of the call. So a norm has the same bits wherever it is computed.
 constexpr int kThreads = 256;  // of a block
-constexpr int kVector = 8;     // neighbours that a thread handles together: 16 or 32 bytes
-constexpr int kGroups = 2;     // such groups per thread and tile, loaded before either is used
-constexpr int64_t kTile = int64_t{kThreads} * kVector * kGroups;
-// Blocks of one tensor: 8 waves of 8 blocks on 132 multiprocessors. More tiles than that: several to a block. It bounds
-// the partial sums, which the last block adds up.
+constexpr int kShare = 16;     // elements of a tile that a thread takes, all loaded before any is used
+constexpr int64_t kTile = int64_t{kThreads} * kShare;
+// Blocks of one tensor. More tiles than that: several to a block.
+//
+// With a norm: 8 blocks for each of an H100's 132 multiprocessors, two waves of the 4 that it has room for. A constant
+// of the code, since the order of a sum follows from it. Few, so that a block's end (a fence, a ticket) is paid for by
+// several tiles, and the last block has few partial sums to add up.
+// Without: 8 waves of 8 blocks.
 #if defined(LOMO_EMULATION)
-constexpr int64_t kTensorBlocks = 16, kLaunchBlocks = 448;  // so that small tests reach both bounds
+constexpr int64_t kNormBlocks = 12, kTensorBlocks = 16, kLaunchBlocks = 448;  // so that small tests reach all bounds
 #else
-constexpr int64_t kTensorBlocks = 8192, kLaunchBlocks = 2 * kTensorBlocks;
+constexpr int64_t kNormBlocks = 1056, kTensorBlocks = 8192, kLaunchBlocks = 2 * kTensorBlocks;
 #endif
-constexpr int kTableEntries = 400;  // tensors in one launch: what 32764 bytes of kernel arguments hold
+// Tensors in one launch: one, some, or what 32764 bytes of kernel arguments hold. All of them are copied at each
+// launch.
+constexpr int kSomeEntries = 40, kTableEntries = 368;
 
 // Memory for the sums of tensors with several blocks. `tickets` must be zero before the first launch; every launch
 // leaves them zero. Two launches that may run at the same time need two workspaces.
@@ -69,7 +76,8 @@ struct Workspace {
   double* partials;   // [kLaunchBlocks]
   uint32_t* tickets;  // [kTableEntries]
 };
-constexpr int64_t kWorkspaceBytes = kLaunchBlocks * sizeof(double) + kTableEntries * sizeof(uint32_t);
+constexpr int64_t kTicketBytes = kTableEntries * sizeof(uint32_t);
+constexpr int64_t kWorkspaceBytes = kLaunchBlocks * sizeof(double) + kTicketBytes;
 
 // Called at most once, where a tensor's sum needs it.
 using WorkspaceSource = std::function<Workspace()>;

@@ -14,12 +14,12 @@ Step step_from(const Tensor& lr, const std::optional<Tensor>& weight_decay, cons
                const std::optional<Tensor>& found_inf, bool stochastic, int64_t seed, const std::optional<Tensor>& step,
                const Device& device, const char* op) {
   Step s;
-  s.lr = number_on(lr, device, op, "lr", 0.0);
-  s.weight_decay = number_on(weight_decay, device, op, "weight_decay", 0.0);
-  s.inv_scale = number_on(inv_scale, device, op, "inv_scale", 1.0);
-  s.clip_value = number_on(clip_value, device, op, "clip_value", __builtin_inf());
-  s.clip_coef = number_on(clip_coef, device, op, "clip_coef", 1.0);
-  s.found_inf = number_on(found_inf, device, op, "found_inf", 0.0);
+  s.scalars[kLr] = number_on(lr, device, op, "lr", 0.0);
+  s.scalars[kWeightDecay] = number_on(weight_decay, device, op, "weight_decay", 0.0);
+  s.scalars[kInvScale] = number_on(inv_scale, device, op, "inv_scale", 1.0);
+  s.scalars[kClipValue] = number_on(clip_value, device, op, "clip_value", __builtin_inf());
+  s.scalars[kClipCoef] = number_on(clip_coef, device, op, "clip_coef", 1.0);
+  s.scalars[kFoundInf] = number_on(found_inf, device, op, "found_inf", 0.0);
   s.stochastic = stochastic;
   s.seed = seed;
   s.step = step_on(step, device, op);
@@ -67,8 +67,8 @@ void sgd_(const Tensor& param, const Tensor& grad, const Tensor& lr, const std::
   const Device device = device_of(param, op, "param");
   const Step common =
       step_from(lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, stochastic, seed, step, device, op);
-  const Update update = update_of(param, grad, sq_norm ? &*sq_norm : nullptr, parameter_id,
-                                  shard ? shard_of(shard->data(), shard->size(), op) : Shard{}, device, op);
+  const Update update = checked_update(param, grad, sq_norm ? &*sq_norm : nullptr, parameter_id,
+                                       shard ? shard_of(shard->data(), shard->size(), op) : Shard{}, device, op);
   run({update}, common, device);
 }
 

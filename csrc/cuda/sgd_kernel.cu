@@ -7,7 +7,7 @@ namespace {
 
 struct UpdateEntry : Entry {
   void* param;
-  int64_t parameter_id;
+  uint64_t key;  // parameter_key
   Shard shard;
 };
 
@@ -17,34 +17,41 @@ struct Arguments : Table<UpdateEntry, kCapacity> {
 };
 static_assert(sizeof(Arguments<kTableEntries>) <= 32764, "what a launch can take");
 
-// What a block's threads share: read and computed by one of them.
+// What a block's threads share.
 struct Shared {
-  float lr, decay, inv_scale, clip_value, clip_coef;
-  bool found_inf;
+  float scalars[kScalars];  // float32, and of weight_decay the factor that it stands for
   // Element x of the block has column `column` + x of the row whose first element has index `row`, or of a later row.
   uint64_t row, column, row_length, row_stride;
   uint64_t stream, high, key;  // `key`: of the counters that have these high 32 bits
+  // Whether all of the block's elements stand in one row, share this key, and begin with a multiple of 8: then the
+  // counters are `counter` and those that follow, and the low bits of a thread's first one are zero.
+  uint32_t plain;
+  uint32_t counter, addend;
 };
 
-LOMO_DEVICE void prepare(Shared& shared, const UpdateEntry& entry, const Step& step, bool stochastic, int per_hash) {
-  const double lr = read(step.lr), weight_decay = read(step.weight_decay), inv_scale = read(step.inv_scale);
-  const double clip_value = read(step.clip_value), clip_coef = read(step.clip_coef), found_inf = read(step.found_inf);
-  shared.lr = static_cast<float>(lr);
-  shared.decay = decay_of(lr, weight_decay);
-  shared.inv_scale = static_cast<float>(inv_scale);
-  shared.clip_value = static_cast<float>(clip_value);
-  shared.clip_coef = static_cast<float>(clip_coef);
-  shared.found_inf = found_inf != 0.0;
-  if (!stochastic) return;
+// One thread each.
+LOMO_DEVICE void prepare_scalar(Shared& shared, const Step& step, uint32_t i) {
+  const double number = read(step.scalars[i]);
+  shared.scalars[i] = i == kWeightDecay ? decay_of(read(step.scalars[kLr]), number)
+                      : i == kFoundInf  ? (number != 0.0 ? 1.0f : 0.0f)
+                                        : static_cast<float>(number);
+}
+
+LOMO_DEVICE void prepare_random(Shared& shared, const UpdateEntry& entry, const Step& step, uint32_t per_hash) {
   const Shard& shard = entry.shard;
-  const int64_t first = first_element(entry), row = first / shard.row_length;
+  const int64_t first = first_element(entry, first_tile(entry)), row = first / shard.row_length;
   shared.column = static_cast<uint64_t>(first - row * shard.row_length);
   shared.row = static_cast<uint64_t>(shard.offset) + static_cast<uint64_t>(row) * shard.row_stride;
   shared.row_length = static_cast<uint64_t>(shard.row_length);
   shared.row_stride = static_cast<uint64_t>(shard.row_stride);
-  shared.stream = stream_key(step.seed, entry.parameter_id, read(step.step));
-  shared.high = (shared.row + shared.column) / per_hash >> 32;
+  const uint64_t elements = entry.tiles_per_block * static_cast<uint64_t>(kTile), index = shared.row + shared.column;
+  shared.stream = stream_of(entry.key, read(step.step));
+  shared.high = index / per_hash >> 32;
   shared.key = block_key(shared.stream, shared.high << 32);
+  shared.counter = static_cast<uint32_t>(index / per_hash);
+  shared.addend = addend_of(shared.key);
+  shared.plain = first >= 0 && shared.column + elements <= shared.row_length && index % 8 == 0 &&
+                 (index + elements - 1) / per_hash >> 32 == shared.high;
 }
 
 // Index in the whole parameter of the block's element x, x < 2^31.
@@ -54,119 +61,185 @@ LOMO_DEVICE uint64_t index_of(const Shared& shared, uint32_t x) {
   return shared.row + rows * shared.row_stride + (column - rows * length);
 }
 
-// Random bits for kVector elements: 16 each for bfloat16, in pairs, 32 each for float16.
+// A random word of `draw`.
 template <class P>
-struct Random {
-  static constexpr int kWords = kVector / P::kPerHash;
-  uint32_t words[kWords];
-
-  __device__ __forceinline__ uint32_t get(int i) const {
-    return P::kPerHash == 1 ? words[i] : i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
-  }
-};
-
-// Those of the block's elements from x on.
-template <class P>
-LOMO_DEVICE void draw(Random<P>& random, const Shared& shared, uint32_t x, bool whole) {
-  constexpr int kWords = Random<P>::kWords;
-  const uint64_t first = index_of(shared, x), last = index_of(shared, x + kVector - 1);
-  const uint64_t counter = first / P::kPerHash;
-  if (whole && last - first == kVector - 1 && counter >> 32 == shared.high && last / P::kPerHash >> 32 == shared.high) {
-    const uint32_t low = static_cast<uint32_t>(counter);
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) random.words[w] = random_bits(shared.key, low + w);
-    if (first % P::kPerHash) {  // an element then shares its hash with the one before it
-      const uint32_t next = random_bits(shared.key, low + kWords);
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        random.words[w] = random.words[w] >> 16 | (w + 1 < kWords ? random.words[w + 1] : next) << 16;
-      }
-    }
-    return;
-  }
-  // The ends of a tensor, of a shard's row, or of the counters that share a key: one by one. Not unrolled, since it is
-  // long and rare; the inner loop keeps the words in registers.
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) random.words[w] = 0;
-#pragma unroll 1
-  for (int i = 0; i < kVector; ++i) {
-    const uint64_t index = index_of(shared, x + i), own = index / P::kPerHash;
-    const uint64_t key = own >> 32 == shared.high ? shared.key : block_key(shared.stream, own);
-    uint32_t bits = random_bits(key, static_cast<uint32_t>(own));
-    if (P::kPerHash == 2) bits = (index % 2 ? bits >> 16 : bits & 0xffffu) << (i % 2 * 16);
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) random.words[w] |= w == i / P::kPerHash ? bits : 0;
-  }
+LOMO_DEVICE uint32_t word_of(uint32_t begun, uint32_t addend) {
+  const uint32_t hash = continue_hash(begun, addend);
+  return P::kPerHash == 2 ? end_hash(hash) : hash;
 }
 
-template <class P, class G, bool kStochastic>
-LOMO_DEVICE void update(Group<P>& p, const Group<G>& g, const Scalars& scalars, const Shared& shared, uint32_t x,
-                        bool whole) {
-  Random<P> random;
-  if (kStochastic) draw(random, shared, x, whole);
-  const auto element = [&](int i) {
-    return update_element<P, kStochastic>(p.get(i), G::widen(g.get(i)), scalars, kStochastic ? random.get(i) : 0u);
+// Random words for the block's elements [x, x + kCount): one for two of bfloat16, of which the even one has the low
+// half, or one for each of float16, without end_hash. False if the elements are not neighbours in the whole parameter,
+// or do not share the block's key.
+template <class P, int kCount>
+LOMO_DEVICE bool draw(uint32_t* words, const Shared& shared, uint32_t x) {
+  constexpr int kWords = kCount / P::kPerHash;
+  if (shared.plain) {
+    const uint32_t begun = begin_hash(shared.key, shared.counter + x / P::kPerHash);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = word_of<P>(begun ^ w, shared.addend);
+    return true;
+  }
+  const uint64_t first = index_of(shared, x), last = index_of(shared, x + kCount - 1);
+  const uint64_t counter = first / P::kPerHash;
+  if (last - first != kCount - 1 || counter >> 32 != shared.high || last / P::kPerHash >> 32 != shared.high)
+    return false;
+  const auto word = [&](int w) {
+    return word_of<P>(begin_hash(shared.key, static_cast<uint32_t>(counter) + w), shared.addend);
   };
 #pragma unroll
-  for (int i = 0; i < kVector; i += 2) p.set_pair(i, element(i), element(i + 1));
+  for (int w = 0; w < kWords; ++w) words[w] = word(w);
+  if (first % P::kPerHash) {  // an element then shares its hash with the one before it
+    const uint32_t next = word(kWords);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = words[w] >> 16 | (w + 1 < kWords ? words[w + 1] : next) << 16;
+  }
+  return true;
+}
+
+// Rounds 8 results to words of two. Nearly always all of them are ordinary, see numerics.h.
+template <class P>
+LOMO_DEVICE void round_stochastic(uint32_t* words, const float (&x)[8], const uint32_t* random) {
+  if (P::all_ordinary(x)) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) words[i / 2] = P::stochastic_pair(x[i], x[i + 1], random + i / P::kPerHash);
+    return;
+  }
+  const auto rounded = [&](int i) {
+    const uint32_t word = random[i / P::kPerHash];
+    return P::stochastic(x[i], P::kPerHash == 1 ? end_hash(word) : i % 2 ? word >> 16 : word & 0xffffu);
+  };
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) words[i / 2] = rounded(i) | rounded(i + 1) << 16;
+}
+
+// The update of this thread's share of a straight tile, whose element 0 stands at `own` and is the block's element x.
+// False, and nothing is stored, if there is an exception to what holds nearly always: all gradients are finite, and
+// neighbours here are neighbours in the whole parameter.
+template <class P, class G, int kCount, bool kStochastic>
+LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCount>& g, const Scalars& scalars,
+                                 const Shared& shared, uint32_t x, typename P::Storage* own) {
+  Share<P, kCount> updates;
+  float scaled[kShare];
+#pragma unroll
+  for (int begin = 0; begin < kShare; begin += 8) {
+    [[maybe_unused]] uint32_t random[8 / P::kPerHash];
+    if constexpr (kStochastic) {
+#pragma unroll
+      for (int i = 0; i < 8; i += kCount) {
+        if (!draw<P, kCount>(random + i / P::kPerHash, shared, x + distance<kCount>(begin + i))) return false;
+      }
+    }
+    float results[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      scaled[begin + i] = g.get(begin + i) * scalars.inv_scale;
+      results[i] = updated(p.get(begin + i), scaled[begin + i], scalars);
+    }
+    uint32_t* words = updates.words + begin / p.kPerWord;
+    if constexpr (kStochastic) {
+      round_stochastic<P>(words, results, random);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i += p.kPerWord) {
+        if constexpr (p.kWide) {
+          words[i] = P::nearest(results[i]);
+        } else {
+          words[i / 2] = P::nearest_pair(results[i], results[i + 1]);
+        }
+      }
+    }
+  }
+  const bool all_finite = sum_of_magnitudes(scaled) <= kLargest;
+  if (all_finite) store_straight(updates, own);
+  return all_finite;
+}
+
+// The update of any elements, by the formula, one by one: the ends of a tensor, what is not aligned, what is not
+// finite, the ends of a shard's rows and of the counters that share a key. `x`: in the block, `first` is the block's
+// element 0.
+template <class P, class G, int kCount, bool kStochastic>
+LOMO_DEVICE void update_4(const UpdateEntry& entry, const Scalars& scalars, const Shared& shared, int64_t first,
+                          uint32_t x) {
+  uint32_t p[4], g[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    p[i] = element<P>(entry.param, first + x + i, entry.numel);
+    g[i] = element<G>(entry.grad, first + x + i, entry.numel);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t random = 0;
+    if (kStochastic) {
+      const uint64_t index = index_of(shared, x + i), counter = index / P::kPerHash;
+      const uint64_t key = counter >> 32 == shared.high ? shared.key : block_key(shared.stream, counter);
+      random = random_bits(key, static_cast<uint32_t>(counter));
+      if (P::kPerHash == 2) random = index % 2 ? random >> 16 : random & 0xffffu;
+    }
+    p[i] = update_element<P, kStochastic>(p[i], G::widen(g[i]), scalars, random);
+    const int64_t at = first + x + i;
+    if (at >= 0 && at < entry.numel) {
+      static_cast<typename P::Storage*>(entry.param)[at] = static_cast<typename P::Storage>(p[i]);
+    }
+  }
 }
 
 // Blocks that a multiprocessor must have room for, which bounds their registers to 64 or 80: 1024 threads with 64 bytes
-// each under way, or 768 with 64 to 128. Nothing may spill, with no nvcc.
+// each under way, or 768 with 96 or 128. Nothing may spill, with no nvcc.
 template <class P, class G, bool kStochastic>
-constexpr int kResident = sizeof(Group<P>) + sizeof(Group<G>) == 32 && !kStochastic ? 4 : 3;
+constexpr int kResident = sizeof(typename P::Storage) + sizeof(typename G::Storage) == 4 && !kStochastic ? 4 : 3;
 
 template <class P, class G, bool kStochastic, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kResident<P, G, kStochastic>)
     sgd_kernel(const __grid_constant__ Arguments<kCapacity> arguments) {
+  constexpr int kCount = kVector<P, G>;
   __shared__ Shared shared;
   const int index = entry_of_block(arguments);
   const UpdateEntry& entry = arguments.entries[index];
-  int64_t first = first_element(entry);
-  Scalars scalars;
+  const int64_t block = first_element(entry, first_tile(entry));
   double sum = 0.0;
-  for (uint32_t tile = 0; tile < entry.tiles_per_block; ++tile, first += kTile) {
-    const Range range = range_of_tile(first, entry.numel);
-    Group<P> p[kGroups];
-    Group<G> g[kGroups];
-#pragma unroll
-    for (int k = 0; k < kGroups; ++k) {
-      load(g[k], entry.grad, first, place_in_tile(k), range);
-      load(p[k], entry.param, first, place_in_tile(k), range);
+  uint32_t tile = 0;
+  do {
+    const uint32_t x = tile * uint32_t{kTile} + own_position<kCount>();  // this thread's element 0, in the block
+    const auto* own_g = static_cast<const typename G::Storage*>(entry.grad) + block + x;
+    auto* own_p = static_cast<typename P::Storage*>(entry.param) + block + x;
+    const bool straight = is_straight(entry, first_tile(entry) + tile);
+    Share<P, kCount> p;
+    Share<G, kCount> g;
+    if (straight) {
+      load_straight<Use::once>(g, own_g);
+      load_straight<Use::again>(p, own_p);
     }
     if (tile == 0) {  // while the first loads are under way
-      if (threadIdx.x == 0) prepare(shared, entry, arguments.step, kStochastic, P::kPerHash);
+      if (threadIdx.x < kScalars) prepare_scalar(shared, arguments.step, threadIdx.x);
+      if (kStochastic && threadIdx.x == kWarp) prepare_random(shared, entry, arguments.step, P::kPerHash);
       __syncthreads();
-      scalars.lr = shared.lr;
-      scalars.decay = shared.decay;
-      scalars.inv_scale = shared.inv_scale;
-      scalars.clip_value = shared.clip_value;
-      scalars.clip_coef = shared.clip_coef;
-      if (shared.found_inf && !entry.slot) return;
     }
+    const Scalars scalars{shared.scalars[kInvScale], shared.scalars[kClipValue], shared.scalars[kClipCoef],
+                          shared.scalars[kWeightDecay], shared.scalars[kLr]};
     if (entry.slot) {
-      sum += sum_squares([&](int i) { return G::widen(g[i / kVector].get(i % kVector)) * scalars.inv_scale; });
+      if (!straight) load_elements(g, entry.grad, block + x, entry.numel);
+      sum += sum_squares<kCount>([&](int i) { return g.get(i) * scalars.inv_scale; });
     }
-    if (shared.found_inf) continue;
-#pragma unroll
-    for (int k = 0; k < kGroups; ++k) {
-      const int x = place_in_tile(k);
-      update<P, G, kStochastic>(p[k], g[k], scalars, shared, tile * uint32_t{kTile} + x, range.has_group(x));
-      store(p[k], entry.param, first, x, range);
+    if (shared.scalars[kFoundInf] != 0.0f) continue;
+    if (straight && update_straight<P, G, kCount, kStochastic>(p, g, scalars, shared, x, own_p)) continue;
+#pragma unroll 1
+    for (int i = 0; i < kShare; i += 4) {
+      update_4<P, G, kCount, kStochastic>(entry, scalars, shared, block, x + distance<kCount>(i));
     }
-  }
-  if (entry.slot) add_to_slot(entry, index, arguments.workspace, sum);
+  } while (++tile < entry.tiles_per_block);
+  if (entry.slot) add_to_slot<kCount>(entry, index, arguments.workspace, sum);
 }
 
-UpdateEntry entry_for(const Parameter& parameter) {
+UpdateEntry entry_for(const Parameter& parameter, int64_t seed) {
   UpdateEntry entry;
   // Stores cost more than loads where they are misaligned, so the groups follow the parameter's alignment; but with a
   // norm they follow the elements' numbers, as sq_norm does.
-  const uint32_t size = parameter.dtype == kFloat32 ? 4 : 2;
   const uint32_t beyond = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(parameter.data) % 16);
-  deal(entry, parameter.grad, parameter.grad.slot ? 0 : beyond / size);
+  deal(entry, parameter.grad, parameter.grad.slot ? 0 : beyond / size_of(parameter.dtype));
+  if (!is_aligned(parameter.data, parameter.dtype, entry.lead)) entry.straight_end = 0;
   entry.param = parameter.data;
-  entry.parameter_id = parameter.parameter_id;
+  entry.key = parameter_key(seed, parameter.parameter_id);
   entry.shard = parameter.shard;
   return entry;
 }
@@ -192,7 +265,7 @@ void sgd(const std::vector<Parameter>& parameters, const Step& step, const Works
       std::vector<UpdateEntry> entries;
       for (const Parameter& parameter : parameters) {
         if (parameter.dtype == p && parameter.grad.dtype == g && parameter.grad.numel) {
-          entries.push_back(entry_for(parameter));
+          entries.push_back(entry_for(parameter, step.seed));
         }
       }
       if (entries.empty()) continue;

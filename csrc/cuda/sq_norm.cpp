@@ -1,6 +1,7 @@
 // sq_norm_ and sq_norm_list_ on CUDA tensors. What they do is documented in lomo_kernels/ops/sq_norm.py.
 #include <torch/csrc/stable/library.h>
 
+#include "../overlap.h"
 #include "device.h"
 
 namespace lomo {
@@ -18,6 +19,12 @@ void run(const std::vector<Tensor>& slots, const std::vector<Tensor>& grads, con
     views.push_back(view_of(grads[i], const_cast<void*>(grads[i].const_data_ptr()), device, op, "grad"));
     gradients.push_back({views[i].data, views[i].dtype, views[i].numel, slot});
   }
+  std::vector<Region> regions;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    regions.push_back(region_of(gradients[i].slot, "slot"));
+    if (views[i].numel) regions.push_back(region_of(views[i], Access::kRead, "grad"));
+  }
+  check_no_overlap(regions, op);
   Stream stream(device);
   std::vector<Tensor> copies;  // the kernels take contiguous tensors
   for (size_t i = 0; i < grads.size(); ++i) {

@@ -11,38 +11,35 @@ struct Arguments : Table<Entry, kCapacity> {
 };
 static_assert(sizeof(Arguments<kTableEntries>) <= 32764, "what a launch can take");
 
-// Blocks that a multiprocessor must have room for: as many as leave enough registers that nothing spills. Each has 8 or
-// 16 KiB under way.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200
-constexpr int kResident = 4;
-#elif __CUDA_ARCH__ >= 1000
-constexpr int kResident = 5;
-#else
-constexpr int kResident = 6;
-#endif
+template <class G>
+LOMO_DEVICE void load_tile(Share<G, kVector<G>>& g, const Entry& entry, uint32_t tile) {
+  const int64_t own = first_element(entry, tile) + own_position<kVector<G>>();
+  if (is_straight(entry, tile)) {
+    load_straight<Use::once>(g, static_cast<const typename G::Storage*>(entry.grad) + own);
+  } else {
+    load_elements(g, entry.grad, own, entry.numel);
+  }
+}
 
+// Room for 4 blocks on a multiprocessor: with the next tile's loads under way while one is summed, 32 to 128 KiB.
 template <class G, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kResident)
-    sq_norm_kernel(const __grid_constant__ Arguments<kCapacity> arguments) {
+__global__ void __launch_bounds__(kThreads, 4) sq_norm_kernel(const __grid_constant__ Arguments<kCapacity> arguments) {
   __shared__ float shared_scale;
   const int index = entry_of_block(arguments);
   const Entry& entry = arguments.entries[index];
-  int64_t first = first_element(entry);
-  float inv_scale = 1.0f;
+  uint32_t tile = first_tile(entry);
+  Share<G, kVector<G>> g, next;
+  load_tile(g, entry, tile);
+  if (threadIdx.x == 0) shared_scale = static_cast<float>(read(arguments.inv_scale));
+  __syncthreads();
+  const float inv_scale = shared_scale;
   double sum = 0.0;
-  for (uint32_t tile = 0; tile < entry.tiles_per_block; ++tile, first += kTile) {
-    const Range range = range_of_tile(first, entry.numel);
-    Group<G> g[kGroups];
-#pragma unroll
-    for (int k = 0; k < kGroups; ++k) load(g[k], entry.grad, first, place_in_tile(k), range);
-    if (tile == 0) {  // while the first loads are under way
-      if (threadIdx.x == 0) shared_scale = static_cast<float>(read(arguments.inv_scale));
-      __syncthreads();
-      inv_scale = shared_scale;
-    }
-    sum += sum_squares([&](int i) { return G::widen(g[i / kVector].get(i % kVector)) * inv_scale; });
+  for (uint32_t tiles = entry.tiles_per_block; tiles; --tiles) {
+    if (tiles > 1) load_tile(next, entry, ++tile);
+    sum += sum_squares<kVector<G>>([&](int i) { return g.get(i) * inv_scale; });
+    g = next;
   }
-  add_to_slot(entry, index, arguments.workspace, sum);
+  add_to_slot<kVector<G>>(entry, index, arguments.workspace, sum);
 }
 
 template <class G>

@@ -47,19 +47,24 @@ class Stream {
     if (const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream_), &status)) {
       fail("lomo_kernels: CUDA cannot tell whether it is capturing: ", cudaGetErrorString(error));
     }
-    if (status != cudaStreamCaptureStatusNone) return parts_of(captured_.emplace_back(zeros()));
+    if (status != cudaStreamCaptureStatusNone) return parts_of(captured_.emplace_back(made()));
     const std::lock_guard<std::mutex> lock(mutex);
     const auto key = std::make_pair(device_.index(), stream_);
     auto found = workspaces.find(key);
-    if (found == workspaces.end()) found = workspaces.emplace(key, zeros()).first;
+    if (found == workspaces.end()) found = workspaces.emplace(key, made()).first;
     return parts_of(found->second);
   }
 
  private:
-  Tensor zeros() const {
+  // Only the tickets need to be zero.
+  Tensor made() const {
     const int64_t size = kWorkspaceBytes;
     Tensor tensor = torch::stable::empty({&size, 1}, ScalarType::Byte, std::nullopt, device_);
-    return torch::stable::zero_(tensor);
+    if (const cudaError_t error =
+            cudaMemsetAsync(parts_of(tensor).tickets, 0, kTicketBytes, static_cast<cudaStream_t>(stream_))) {
+      fail("lomo_kernels: CUDA cannot set memory to zero: ", cudaGetErrorString(error));
+    }
+    return tensor;
   }
 
   static Workspace parts_of(const Tensor& tensor) {

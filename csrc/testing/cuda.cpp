@@ -39,15 +39,8 @@ void emulated_sgd(const std::vector<ParameterTuple>& parameters, const std::vect
     list.push_back({reinterpret_cast<void*>(data), static_cast<DType>(dtype), gradient(grad), id,
                     Shard{offset, row_length, row_stride}});
   }
-  const Step s{number(numbers.at(0)),
-               number(numbers.at(1)),
-               number(numbers.at(2)),
-               number(numbers.at(3)),
-               number(numbers.at(4)),
-               number(numbers.at(5)),
-               stochastic,
-               seed,
-               {step, reinterpret_cast<const int64_t*>(step_address)}};
+  Step s{{}, stochastic, seed, {step, reinterpret_cast<const int64_t*>(step_address)}};
+  for (int i = 0; i < kScalars; ++i) s.scalars[i] = number(numbers.at(i));
   sgd(list, s, emulated_workspace, nullptr);
 }
 
@@ -68,8 +61,10 @@ void define_cuda(py::module_& m) {
   sub.def("set_block_order", [](uint64_t order) { emulation::block_order = order; });
   sub.def("launches", [] { return emulation::launches; }, "How many there were so far.");
   sub.attr("TILE") = cuda::kTile;
+  sub.attr("NORM_BLOCKS") = cuda::kNormBlocks;
   sub.attr("TENSOR_BLOCKS") = cuda::kTensorBlocks;
   sub.attr("LAUNCH_BLOCKS") = cuda::kLaunchBlocks;
+  sub.attr("SOME_ENTRIES") = cuda::kSomeEntries;
   sub.attr("TABLE_ENTRIES") = cuda::kTableEntries;
 }
 

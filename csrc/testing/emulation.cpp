@@ -93,6 +93,10 @@ void launch(uint32_t blocks, uint32_t threads, const std::function<void()>& kern
     run_block(threads);
   }
   ++launches;
+  if (misaligned) {
+    misaligned = false;
+    throw std::logic_error("emulation: a wide access that is not aligned");
+  }
 }
 
 void block_barrier() { wait_at(Place::block_barrier); }

@@ -17,9 +17,13 @@
 struct uint3 {
   uint32_t x, y, z;
 };
-struct alignas(16) uint4 {
+struct uint4 {
   uint32_t x, y, z, w;
 };
+struct uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 inline uint3 blockIdx, threadIdx;
@@ -32,9 +36,15 @@ inline uint64_t block_order = 0;
 // How many launches there were.
 inline uint64_t launches = 0;
 
+// Whether some access was not aligned as it must be on a GPU.
+inline bool misaligned = false;
+inline void require_aligned(const void* at, size_t bytes) {
+  misaligned = misaligned || reinterpret_cast<uintptr_t>(at) % bytes != 0;
+}
+
 // Runs kernel() once in each of `threads` threads of each of `blocks` blocks, and returns when all have ended.
-// Throws std::logic_error where a thread waits at a barrier and another of its block or warp has ended or waits
-// elsewhere.
+// Throws std::logic_error if a thread waits at a barrier and another of its block or warp has ended or waits elsewhere,
+// or if an access was not aligned.
 void launch(uint32_t blocks, uint32_t threads, const std::function<void()>& kernel);
 
 // Where this thread goes on only when all threads of its block, or of its warp, have come to the same call.
@@ -54,14 +64,25 @@ HeldOut& held_out(uint32_t thread);
 inline void __syncthreads() { emulation::block_barrier(); }
 inline void __threadfence() {}
 
+// What thread `lane` of this thread's warp holds out. All of them call it.
 template <class T>
-T __shfl_xor_sync(uint32_t /*mask*/, T value, uint32_t lanes) {
+T __shfl_sync(uint32_t /*mask*/, T value, uint32_t lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   emulation::HeldOut& own = emulation::held_out(threadIdx.x);
   const uint32_t place = own.shuffles++ % 2;
   __builtin_memcpy(&own.places[place], &value, sizeof value);
   emulation::warp_barrier();
-  __builtin_memcpy(&value, &emulation::held_out(threadIdx.x ^ lanes).places[place], sizeof value);
+  __builtin_memcpy(&value, &emulation::held_out(threadIdx.x / 32 * 32 + lane).places[place], sizeof value);
+  return value;
+}
+
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, uint32_t lanes) {
+  return __shfl_sync(mask, value, threadIdx.x % 32 ^ lanes);
+}
+
+inline bool __any_sync(uint32_t mask, uint32_t value) {
+  for (uint32_t lanes = 1; lanes < 32; lanes *= 2) value |= __shfl_xor_sync(mask, value, lanes);
   return value;
 }
 
@@ -72,4 +93,11 @@ inline uint32_t atomicInc(uint32_t* counter, uint32_t last) {
 }
 
 inline double __ldcg(const double* from) { return *from; }
-inline void __stwb(uint4* to, uint4 value) { *to = value; }
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <class T>
+void __stwb(T* to, T value) {
+  *to = value;
+}

@@ -248,7 +248,7 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 <= args.warmup <= 1:
         raise ValueError(f"--warmup must be from 0 to 1, not {args.warmup}")
     if importlib.util.find_spec("rich") is None:
-        raise ValueError("the demo needs rich: pip install 'lomo_kernels[demo]'")
+        raise ValueError("the demo needs rich: pip install 'rich>=13,<16'")
 
 
 def _finetuning_text(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:

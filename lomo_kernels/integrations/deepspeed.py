@@ -55,7 +55,7 @@ def check_version(installed: str) -> None:
         if wanted and not one.specifier.contains(installed, prereleases=True):
             raise ImportError(
                 f"Lomo: DeepSpeed is version {installed}, expected {one.specifier}: "
-                'pip install "lomo_kernels[deepspeed]"'
+                f'pip install "deepspeed{one.specifier}"'
             )
 
 

@@ -110,22 +110,6 @@ def check_pair(op: str, param: Tensor, grad: Tensor) -> None:
         raise ValueError(f"{op}: grad is on {grad.device}, param is on {param.device}")
 
 
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may lie in the same place (an expanded tensor, say)."""
-    far = 0
-    for stride, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
-        if stride <= far:
-            return True
-        far += stride * (n - 1)
-    return False
-
-
-def reach(tensor: Tensor) -> tuple[int, int]:
-    """First and one past the last byte that the elements lie in. Strides of tensors are not negative."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
 def check_slot(op: str, name: str, slot: Tensor, device: torch.device) -> None:
     """Raises TypeError or ValueError unless `slot` can take a sum of squares."""
     if not isinstance(slot, Tensor):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ._arguments import as_list, check_element_type, check_lengths, reach
+from ._arguments import as_list, check_element_type, check_lengths
+from ._overlap import Access, check_no_overlap, regions
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -52,16 +53,19 @@ def check_linear(op: str, inputs: Sequence[Tensor], grad_outputs: Sequence[Tenso
             raise ValueError(f"{op}: the pairs differ in their last dimensions, expected uses of one layer")
 
 
-def check_apart(op: str, weight: Tensor, factors: Sequence[Tensor]) -> None:
-    """Raises RuntimeError where a factor lies in the weight's memory: part of it would change before it is used."""
-    if torch.compiler.is_compiling() or isinstance(weight, FakeTensor) or not weight.numel():
+def check_factors_apart(op: str, factors: Sequence[Tensor], weight: Tensor | None, slot: Tensor | None) -> None:
+    """Raises RuntimeError if what is written, the weight and the slot, shares memory with a factor or with the other:
+    part of it would change before it is used."""
+    slots = [] if slot is None else [slot]
+    weights = [] if weight is None else [weight]
+    if torch.compiler.is_compiling() or any(isinstance(t, FakeTensor) or t.is_meta for t in (*weights, *slots)):
         return
-    begin, end = reach(weight)
-    for factor in factors:
-        if factor.numel():
-            factor_begin, factor_end = reach(factor)
-            if begin < factor_end and factor_begin < end:
-                raise RuntimeError(f"{op}: weight shares memory with a tensor that its gradient is formed from")
+    check_no_overlap(
+        op,
+        regions(Access.WRITTEN, "weight", weights),
+        regions(Access.ADDED, "slot" if weight is None else "sq_norm", slots),
+        regions(Access.READ, "a factor of its gradient", factors),
+    )
 
 
 def check_weight(op: str, weight: Tensor, rows: int | None, columns: int, expected: str) -> None:

@@ -21,7 +21,7 @@ from ._arguments import (
     library,
     scalar,
 )
-from ._pairs import check_apart, check_embedding, check_weight, pair_lists
+from ._pairs import check_embedding, check_factors_apart, check_weight, pair_lists
 from .sgd import SCALARS, increment_version, sgd_arguments
 
 # padding_idx: one per pair, negative for none.
@@ -86,6 +86,7 @@ def embedding_sq_norm_(
     paddings = _padding(op, padding_idx, len(index_list))
     check_embedding(op, index_list, grad_outputs, paddings, slot)
     check_served(slot)
+    check_factors_apart(op, [*index_list, *grad_outputs], None, slot)
     number = scalar(op, "inv_scale", inv_scale, slot.device, open_=True, high=FINITE)
     torch.ops.lomo_kernels.embedding_sq_norm_.default(slot, index_list, grad_outputs, paddings, number)
 
@@ -135,7 +136,7 @@ def embedding_sgd_(
     if padding_idx is not None and padding_idx >= weight.shape[0]:
         raise ValueError(f"{op}: padding_idx is {padding_idx}, expected a row of weight, < {weight.shape[0]}")
     check_served(weight)
-    check_apart(op, weight, grad_outputs)
+    check_factors_apart(op, [*index_list, *grad_outputs], weight, sq_norm)
     scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
     torch.ops.lomo_kernels.embedding_sgd_.default(
         weight,

@@ -20,7 +20,7 @@ from ._arguments import (
     library,
     scalar,
 )
-from ._pairs import check_apart, check_linear, check_weight, pair_lists
+from ._pairs import check_factors_apart, check_linear, check_weight, pair_lists
 from .sgd import SCALARS, increment_version, sgd_arguments
 
 library.define("linear_sq_norm_(Tensor(a!) slot, Tensor[] input, Tensor[] grad_output, Tensor? inv_scale) -> ()")
@@ -75,6 +75,7 @@ def linear_sq_norm_(
     check_slot(op, "slot", slot, slot.device if isinstance(slot, Tensor) else torch.device("cpu"))
     check_linear(op, inputs, grad_outputs, slot)
     check_served(slot)
+    check_factors_apart(op, [*inputs, *grad_outputs], None, slot)
     number = scalar(op, "inv_scale", inv_scale, slot.device, open_=True, high=FINITE)
     torch.ops.lomo_kernels.linear_sq_norm_.default(slot, inputs, grad_outputs, number)
 
@@ -111,7 +112,8 @@ def linear_sgd_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `weight` share memory with each other or with a factor; nothing is changed then.
+        RuntimeError: elements of `weight` share memory with each other, a factor or `sq_norm`, or a factor does with
+            `sq_norm`; nothing is changed then.
     """
     op = "linear_sgd_"
     inputs, grad_outputs = pair_lists(op, "input", input, grad_output)
@@ -119,7 +121,7 @@ def linear_sgd_(
         raise TypeError(f"{op}: weight is a {type(weight).__name__}, expected a tensor")
     _check_sgd(weight, inputs, grad_outputs)
     check_served(weight)
-    check_apart(op, weight, [*inputs, *grad_outputs])
+    check_factors_apart(op, [*inputs, *grad_outputs], weight, sq_norm)
     scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
     torch.ops.lomo_kernels.linear_sgd_.default(
         weight,

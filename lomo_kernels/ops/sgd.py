@@ -92,7 +92,8 @@ def sgd_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `param` share memory with each other or with `grad`; nothing is changed then.
+        RuntimeError: elements of `param` share memory with each other, with `grad` or with `sq_norm`, or `grad` shares
+            memory with `sq_norm`; nothing is changed then.
     """
     check_pair("sgd_", param, grad)
     check_served(param)
@@ -134,7 +135,8 @@ def sgd_list_(
 
     Raises:
         TypeError, ValueError: as `sgd_`, lists of different lengths, a parameter twice; nothing is changed then.
-        RuntimeError: as `sgd_`, or two parameters that share memory; nothing is changed then.
+        RuntimeError: as `sgd_`, of any two tensors of the lists; nothing is changed then. Several parameters may have
+            one slot, and strided views may interleave if they have no element in common.
     """
     op = "sgd_list_"
     params, grads = as_list(op, "params", params), as_list(op, "grads", grads)

@@ -54,6 +54,7 @@ def sq_norm_(slot: Tensor, grad: Tensor, *, inv_scale: Scalar | None = None) -> 
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout or device; the slot is then unchanged.
+        RuntimeError: the slot lies in the gradient's memory; it is then unchanged.
     """
     _check("sq_norm_", slot, grad)
     check_served(slot)
@@ -72,6 +73,7 @@ def sq_norm_list_(
 
     Raises:
         TypeError, ValueError: as `sq_norm_`, and lists of different lengths; all slots are then unchanged.
+        RuntimeError: a slot lies in a gradient's memory; all slots are then unchanged.
     """
     slots, grads = as_list("sq_norm_list_", "slots", slots), as_list("sq_norm_list_", "grads", grads)
     check_lengths("sq_norm_list_", "grads", len(grads), slots=len(slots))

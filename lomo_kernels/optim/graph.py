@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from .ranks import local_of
 
@@ -42,6 +47,12 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None
                 "tensors away to the first (donated buffers). Set torch._functorch.config.donated_buffer = False "
                 'before the model is compiled, or use clip_passes="one", one backward'
             ) from error
+        if "under selective activation checkpoint" in str(error):
+            raise RuntimeError(
+                "Lomo: clipping or dynamic loss scaling runs backward twice, and a selective activation checkpoint "
+                '(context_fn) allows one backward. Use clip_passes="one". Whether a weight was changed says '
+                "optimizer.last_step_outcome"
+            ) from error
         if "Direct calls to tensor.backward()" in str(error):
             raise RuntimeError(
                 "Lomo: the loss comes from calling DeepSpeed's engine, whose backward needs DeepSpeed's own optimizer. "
@@ -50,31 +61,136 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None
         raise
 
 
+class Graph:
+    """What a step asks of the graph of its loss. Answers come from one walk, at the first question that needs it."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+    @cached_property
+    def _walk(self) -> _Walk:
+        leaves: list[Tensor] = []
+        kinds: set[str] = set()
+        custom: set[str] = set()
+        shape = 0
+        for node in nodes_of(self.loss):
+            name = node.name()
+            shape = hash((shape, name))
+            kinds.add(name)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                leaves.append(leaf)
+            function = getattr(node, "_forward_cls", None)  # the torch.autograd.Function, if it is one's
+            if function is not None and not function.__module__.startswith(_OWN_BACKWARDS):
+                custom.add(name)
+        return _Walk(leaves, shape, frozenset(kinds), frozenset(custom))
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The leaves that need a gradient: parameters, inputs. Those used only inside a reentrant checkpoint are not
+        seen, because its graph does not exist before backward."""
+        return self._walk.leaves
+
+    @property
+    def shape(self) -> int:
+        """A number that two graphs have in common if they have nodes of the same kinds in the same order."""
+        return self._walk.shape
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Names of its nodes."""
+        return self._walk.kinds
+
+    @property
+    def custom(self) -> frozenset[str]:
+        """Names of its nodes whose backward is neither torch's nor this library's."""
+        return self._walk.custom
+
+    def reentrant_checkpoints(self, *, thorough: bool) -> int:
+        """How many reentrant checkpoints it has.
+
+        Each hides the graph of its block, so a graph that has any has one near the loss, and the walk is short. Unless
+        `thorough`, a graph without one in its first 64 nodes (some 40 us) counts as having none.
+        """
+        count = 0
+        for position, node in enumerate(nodes_of(self.loss)):
+            count += node.name() == "CheckpointFunctionBackward"
+            if position == 64 and not count and not thorough:
+                break
+        return count
+
+
+class _Walk(NamedTuple):
+    leaves: list[Tensor]
+    shape: int
+    kinds: frozenset[str]
+    custom: frozenset[str]
+
+
+_OWN_BACKWARDS = ("torch.", "lomo_kernels.")
+
+
 def nodes_of(loss: Tensor) -> Iterator[Any]:
     """The nodes of the graph of `loss`, those near it first; about 1 us each."""
-    seen: set[Any] = {loss.grad_fn} - {None}  # a loss that is itself a parameter has no node
-    waiting = deque(seen)
-    while waiting:
-        node = waiting.popleft()
-        yield node
-        for after, _ in node.next_functions:
-            if after is not None and after not in seen:
-                seen.add(after)
-                waiting.append(after)
+    release_deep_graphs()
+    first = get_gradient_edge(loss).node  # also of a leaf, which has no grad_fn
+    nodes: dict[int, Any] = {id(first): first}  # by id, which only living objects have for themselves
+    waiting = deque(nodes)
+    try:
+        while waiting:
+            node = nodes[waiting.popleft()]
+            yield node
+            for after, _ in node.next_functions:
+                if after is not None and id(after) not in nodes:
+                    nodes[id(after)] = after
+                    waiting.append(id(after))
+    finally:
+        if len(nodes) > DEEP:
+            _deep_graphs.append(nodes)
 
 
-def reentrant_checkpoints(loss: Tensor, *, thorough: bool) -> int:
-    """How many reentrant checkpoints stand in the graph of `loss`.
+# Since torch 2.13 a node that Python has seen once is freed through its Python object: a chain of them by recursion,
+# some 220 bytes of stack a node. 40,000 overflow a stack of 8 MiB, 2,400 one of 512 KiB. So a graph of more nodes than
+# this is held until nothing else does, and is then freed node by node.
+DEEP = 1000
 
-    Each hides the graph of its block, so where there are any, one is near the loss and the walk is short. Unless
-    `thorough`, a graph without one in its first 64 nodes (some 40 us) counts as having none.
-    """
-    count = 0
-    for place, node in enumerate(nodes_of(loss)):
-        count += node.name() == "CheckpointFunctionBackward"
-        if place == 64 and not count and not thorough:
-            break
-    return count
+_deep_graphs: list[dict[int, Any]] = []
+_releasing = threading.Lock()
+
+
+def release_deep_graphs() -> None:
+    """Frees graphs that only this module holds, each node after those whose gradient it gets."""
+    if not _deep_graphs or not _releasing.acquire(blocking=False):
+        return
+    try:
+        for nodes in list(_deep_graphs):
+            first = next(iter(nodes))
+            waiting = [] if _is_held(nodes, first) else list(reversed(nodes))
+            while waiting:
+                key = waiting.pop()
+                if key not in nodes:
+                    continue
+                after = nodes[key].next_functions
+                if not after or not _is_held(nodes, key):  # a leaf's node ends every chain, and new graphs hold it too
+                    del nodes[key]
+                    waiting.extend(id(node) for node, _ in after if node is not None)
+                del after
+            if not nodes:
+                _deep_graphs.remove(nodes)
+    finally:
+        _releasing.release()
+
+
+def _is_held(nodes: dict[int, Any], key: int) -> bool:
+    """Whether a node is held by more than `nodes` and this call: by the graph or by a tensor, if any of them does."""
+    return sys.getrefcount(nodes[key]) > 2
+
+
+@atexit.register
+def _keep_deep_graphs() -> None:
+    """What is still held when Python ends is never freed: losses of the program's may be freed after this module."""
+    if _deep_graphs:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(_deep_graphs))
 
 
 def check_fused_weights(loss: Tensor) -> None:
@@ -90,40 +206,3 @@ def check_fused_weights(loss: Tensor) -> None:
                 f"it (version {node.weight._version}, expected {version}). No weight was changed by this step. Change "
                 "weights before the forward or after backward"
             )
-
-
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """The leaves of the graph of `loss` that need a gradient.
-
-    Those used only inside a reentrant checkpoint are not seen: its graph does not exist before backward.
-    """
-    if loss.grad_fn is None:
-        return [loss]
-    leaves = (getattr(node, "variable", None) for node in nodes_of(loss))
-    return [leaf for leaf in leaves if leaf is not None]
-
-
-@contextmanager
-def gradients_kept_apart(leaves: list[Tensor], scale: Tensor | None, *, wanted: bool) -> Iterator[None]:
-    """Keeps a backward that is scaled, or one of two, from leaving its mark on leaves of others.
-
-    Afterwards their ``.grad`` is what a plain backward would have left, or what it was before where this backward is
-    not `wanted`.
-    """
-    before = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    made: list[Tensor | None] = []
-    try:
-        yield
-        made = [leaf.grad for leaf in leaves] if wanted else []
-    finally:
-        for leaf, grad in zip(leaves, before, strict=True):
-            leaf.grad = grad
-    for leaf, grad in zip(leaves, made, strict=bool(made)):
-        if grad is not None:
-            # Not in place: autograd may have given the leaf the very memory of a gradient that a fused layer keeps.
-            if scale is not None:
-                grad = grad.clone()
-                local_of(grad).div_(scale.to(grad.device))  # a DTensor takes no plain tensor
-            leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)

@@ -82,6 +82,7 @@ class LiveScalar:
                 return
             self._own.copy_(value.reshape(()), non_blocking=self._own.is_cuda)
         elif value != self._number:
+            self._number = None  # in case an interrupt comes before the number is noted below
             self._own.fill_(value)
             # While a CUDA graph is captured nothing is filled yet: the graph has to do it, and an eager step once more.
             captured = self._own.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -9,8 +9,8 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +18,17 @@ from torch import Tensor, nn
 from ..layers import Pair, fuse, layers_of, takers, unfuse
 from ..ops.sgd import is_stochastic
 from . import resume
-from .graph import (
-    check_fused_weights,
-    check_loss,
-    gradients_kept_apart,
-    leaves_of,
-    reentrant_checkpoints,
-    run_backward,
-)
+from .graph import Graph, check_fused_weights, check_loss, run_backward
 from .hyperparameters import check_group, check_positive, check_seed, numbers_of, unused_momentum
-from .owners import backward_of, claim, forget, optimizer_backward, owner_of, release, unmanaged, unscale_grads
+from .owners import OptimizerBackward, claim, forget, optimizer_backward, owner_of, release, unmanaged, unscale_grads
 from .parameters import check_apart, check_parameter, is_served, name_of, named_groups
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
 from .records import Record
+from .repeat import CHECKPOINTS, TWO_PASSES, Shapes, can_compare, difference, differing, look_again
 from .scaling import LossScale, computes_in_float16, factor_of, is_of_grad_scaler
 from .state import State
+from .step import Step
 from .step_hooks import as_step
 from .summary import summary
 
@@ -42,7 +37,8 @@ _NOT_OURS = (
     "docs/distributed.md); use add_param_group(), or make a new optimizer"
 )
 _NOTHING_CHANGED = "no weight was changed"
-_hooking = threading.Lock()  # an optimizer's hooks are also put on by another one's backward, in another thread
+_INSIDE = "a step was started inside another one of the same optimizer"
+_T = TypeVar("_T")
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
 
@@ -139,13 +135,14 @@ class Lomo(torch.optim.Optimizer):
         self._model = None if model is None else weakref.ref(model)  # in which layers are fused
         self._fused: list[weakref.ref[nn.Module]] = []
         self._takers: list[int] = []  # ids of their weights
-        self._run: Pass | None = None  # the pass that hooks hand their gradients to
-        self._plain_is_scaled = False  # whether the backward that now runs into .grad carries the loss scale
+        self._step: Step | None = None  # the one that runs now
+        self._outcome: str | None = None  # of the last one
         self._kept_scale: Tensor | None = None  # the loss scale in the gradients that accumulate() left in .grad
         self._kept_dtype: torch.dtype | None = None  # of the losses they came from
         self._accumulating = False
         self._norm_is_known = False  # grad_norm() was called and fused_backward() not yet
         self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
+        self._shapes = Shapes()  # of graphs through which two backwards gave the same
         self._ids: set[int] = set()  # of the parameters
         self._warned = False
         self._warned_of_momentum = False
@@ -160,9 +157,10 @@ class Lomo(torch.optim.Optimizer):
         self._whole: Callable[[], nn.Module | None] | None = (
             weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else lambda: None
         )
+        self._trained_model: Callable[[], nn.Module | None] = self._whole if model is None else weakref.ref(model)
+        self._stale = False  # `_place` was begun and not ended
+        self._busy: Any = threading.RLock()  # held during a step
         self._stepping: set[int] = set()  # threads in which step hooks are called now
-        self._busy = threading.Lock()
-        self._busy_thread: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
         defaults["momentum"] = 0.0  # is not used; OneCycleLR and CyclicLR want to set it
         super().__init__(named_groups(model_or_params), defaults)
@@ -171,9 +169,8 @@ class Lomo(torch.optim.Optimizer):
         self._repeat_state()
         if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
             raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
-        with self._former_owners(self._records) as former:
-            _replace(former)
-            self._attach()
+        self._replace_owners(self._records)
+        self._attach()
         self._attached = True
         # An optimizer that is dropped without remove() leaves no hooks behind.
         weakref.finalize(
@@ -202,18 +199,25 @@ class Lomo(torch.optim.Optimizer):
                 is sparse or comes twice; a hyperparameter is not usable.
             FloatingPointError: the gradient is not finite and ``nonfinite="raise"``.
         """
-        with self._exclusive():
-            self._train(loss)
+        self._exclusively(lambda step: self._train(step, loss))
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Inside, `backward` only adds its gradients to ``.grad``; the next one outside applies the sum. Exact."""
+        """Inside, `backward` only adds its gradients to ``.grad``; the next one outside applies the sum. Exact.
+
+        A `backward` inside that breaks off (an interrupt, an error in a hook) after it has added to some gradients
+        drops all that were accumulated, with a warning: begin that step again.
+        """
         self._check_not_wrapped()
-        before, self._accumulating = self._accumulating, True
+        before = self._accumulating
         try:
-            yield
+            try:
+                self._accumulating = True
+                yield
+            finally:
+                self._accumulating = before
         finally:
-            self._accumulating = before
+            self._accumulating = before  # once more, in case an interrupt has kept the line above from running
 
     @as_step(lambda self, closure=None: closure is not None or self._has_gradients())
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -224,6 +228,7 @@ class Lomo(torch.optim.Optimizer):
             closure: called first, with gradients enabled; its result is returned.
         """
         self._check_not_ended()
+        self._check_not_inside(_INSIDE)
         trained, self._trained = self._trained, False
         loss = None
         if closure is not None:
@@ -244,9 +249,7 @@ class Lomo(torch.optim.Optimizer):
                     "optimizer.backward(loss) in place of loss.backward() frees each as soon as it is there",
                     stacklevel=3,  # `as_step` wraps step() once, twice where there are hooks
                 )
-            with self._exclusive(), torch.no_grad():
-                self._refresh()
-                self._apply_kept(keep=True)
+            self._exclusively(self._apply_plain)
         elif self._unpickled and closure is None:
             raise RuntimeError(
                 "Lomo: no gradient has come to the parameters of this optimizer since it was unpickled. They are "
@@ -290,15 +293,18 @@ class Lomo(torch.optim.Optimizer):
         Returns:
             The norm, as `last_grad_norm`.
         """
-        with self._exclusive():
+
+        def find(step: Step) -> Tensor:
             self._drop_norm()
             self._check_loss(loss)
             self._refresh(loss)
             if self._kept():
                 raise RuntimeError("Lomo: gradients stand in .grad; use backward(), which adds them in, or zero_grad()")
-            self._find_norm(loss, self._start_scale(loss))
+            self._find_norm(step, Graph(loss), self._start_scale(loss))
             self._norm_is_known = True
-        return self.last_grad_norm
+            return self.last_grad_norm
+
+        return self._exclusively(find)
 
     @as_step(lambda self, *_, **__: not self._accumulating)
     def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
@@ -306,9 +312,8 @@ class Lomo(torch.optim.Optimizer):
 
         After `grad_norm` it needs one backward more; without, it does both, so a coefficient is never a stale one.
         """
-        with self._exclusive():
-            check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
-            self._train(loss, lr, after_grad_norm=True)
+        check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
+        self._exclusively(lambda step: self._train(step, loss, lr, after_grad_norm=True))
 
     def summary(self) -> str:
         """A table: what becomes of each parameter's gradient, and why. Print it."""
@@ -316,8 +321,12 @@ class Lomo(torch.optim.Optimizer):
         return summary(self._records, None if self._model is None else self._model(), kept=kept)
 
     def remove(self) -> None:
-        """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again."""
-        self._check_not_wrapped()
+        """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again.
+
+        Raises:
+            RuntimeError: called inside a step, by a hook. Gradients still to come would stay in ``.grad``.
+        """
+        self._check_not_inside("remove() was called inside a step of the same optimizer; call it when that has ended")
         self._end_use("remove() was called on this optimizer; make a new one")
 
     def __enter__(self) -> Lomo:
@@ -349,6 +358,21 @@ class Lomo(torch.optim.Optimizer):
         """Global L2 norm of the last step's unscaled, unclamped gradient: float64, no dimensions, on the first
         parameter's device. Zero before the first step. Overwritten by the next step."""
         return self._state.norm
+
+    @property
+    def last_step_outcome(self) -> str | None:
+        """What became of the weights in the last call of `backward`, `fused_backward`, `grad_norm` or `step`, also if
+        it ended in an exception, an interrupt included. None before the first.
+
+        - ``"complete"``: every gradient was applied (or skipped for not being finite: see `skipped_steps`).
+        - ``"unchanged"``: no weight was changed: `grad_norm`, `accumulate`, or a step that broke off in time.
+        - ``"partial"``: the step broke off after some weights may have been updated. The others have their old values.
+
+        After an exception the next step starts from the weights as they are. Nothing of the broken one is used: its
+        gradients are dropped, its norm and its loss scale with them. Gradients that stood in ``.grad`` before it stay
+        if it has not added to them and changed no weight; otherwise they are dropped, with a warning.
+        """
+        return self._outcome
 
     @property
     def loss_scale(self) -> Tensor:
@@ -406,12 +430,11 @@ class Lomo(torch.optim.Optimizer):
 
     def _add_later(self, group: dict[str, Any], records: Sequence[Record]) -> None:
         ranks = self._join_ranks([*self._records, *records], [*self.param_groups, group])
-        with self._former_owners(records) as former:
-            self._add(group, records)
-            self._ranks = ranks
-            self._place()
-            _replace(former)
-            self._attach()
+        self._add(group, records)
+        self._ranks = ranks
+        self._place()
+        self._replace_owners(records)
+        self._attach()
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters.
@@ -584,7 +607,9 @@ class Lomo(torch.optim.Optimizer):
     def _needs_norm_first(self) -> bool:
         return self._clip_grad_norm is not None or self._state.scale.kind == "dynamic"
 
-    def _train(self, loss: Tensor, lr: float | Tensor | None = None, *, after_grad_norm: bool = False) -> None:
+    def _train(
+        self, step: Step, loss: Tensor, lr: float | Tensor | None = None, *, after_grad_norm: bool = False
+    ) -> None:
         self._check_loss(loss)
         if not after_grad_norm:
             self._drop_norm()
@@ -594,12 +619,14 @@ class Lomo(torch.optim.Optimizer):
         known, self._norm_is_known = self._norm_is_known, False
         kept = self._kept()
         if self._accumulating or kept or self._unreduced():
-            self._add_to_kept(loss, kept)
+            self._add_to_kept(step, loss, kept)
+            del kept
             if not self._accumulating:
-                self._apply_kept(keep=False)
+                self._apply_kept(step, keep=False)
             return
         scale = self._start_scale(loss)
         scaled = scale is not None
+        graph = Graph(loss)
         if self._needs_norm_first and self._one_pass and not known:
             self._state.zero_slots()
             gradients = KeepPass(
@@ -608,24 +635,24 @@ class Lomo(torch.optim.Optimizer):
                 scaled=scaled or self._state.divides,
                 ranks=self._ranks,
             )
-            self._sweep(gradients, loss, scale, retain_graph=False)
+            self._sweep(step, gradients, graph, scale, retain_graph=False)
             gradients.check()
             self._state.decide(self._clip_grad_norm)
-            self._raise_if_not_finite(scaled, _NOTHING_CHANGED)
-            gradients.apply(self._update_pass(scaled))
-            self._finish(scaled)
+            self._raise_if_not_finite(step, scaled, _NOTHING_CHANGED)
+            gradients.apply(self._update_pass(step, scaled))
+            self._finish(step, scaled)
             return
         if self._needs_norm_first:
             if not known:
-                self._find_norm(loss, scale)
-            self._raise_if_not_finite(scaled, _NOTHING_CHANGED)
+                self._find_norm(step, graph, scale)
+            self._raise_if_not_finite(step, scaled, _NOTHING_CHANGED)
         else:
             if self._takers:
                 check_fused_weights(loss)
-            self._check_reentrancy(loss, scale)
+            self._check_reentrancy(step, graph, scale)
             self._state.zero_slots()
-        self._sweep(self._update_pass(scaled, self._ranks), loss, scale, retain_graph=False)
-        self._finish(scaled)
+        self._sweep(step, self._update_pass(step, scaled, self._ranks), graph, scale, retain_graph=False)
+        self._finish(step, scaled)
 
     def _check_loss(self, loss: Tensor) -> None:
         """Raises TypeError, ValueError or RuntimeError unless `loss` is one number that no GradScaler has scaled."""
@@ -652,7 +679,7 @@ class Lomo(torch.optim.Optimizer):
             warnings.warn(
                 "Lomo: backward computes in float16 (autocast?) without a loss scale, and small gradients become zero. "
                 'Over several processes, say loss_scale="dynamic" (or None) when the optimizer is made',
-                stacklevel=5,
+                stacklevel=9,
             )
             return
         self._wanted_scale = "dynamic"
@@ -664,15 +691,46 @@ class Lomo(torch.optim.Optimizer):
         self._state.unscale_by(scale)
         return scale
 
-    def _find_norm(self, loss: Tensor, scale: Tensor | None) -> None:
-        self._state.zero_slots()
-        self._look(loss, scale, self._ranks)
+    def _find_norm(self, step: Step, graph: Graph, scale: Tensor | None) -> None:
+        self._look(step, graph, scale, self._ranks)
         self._state.decide(self._clip_grad_norm)
+        if graph in self._shapes:
+            return
+        # An engine that reduces inside backward needs all ranks for it, and only at first does each know that all look.
+        first = not len(self._shapes)
+        if self._ranks is not None and self._ranks.same_graphs and not first:
+            return
+        # A step without a finite norm changes nothing, and its norms say little.
+        if not can_compare(list(self._state.devices.values())) or self._state.home.found_inf.item():
+            return
+        self._check_repeats(step, graph, scale, self._ranks if first else None, TWO_PASSES)
+        self._shapes.add(graph)
 
-    def _look(self, loss: Tensor, scale: Tensor | None, ranks: Ranks | None) -> None:
-        """A backward that adds up norms and leaves the graph for another one."""
+    def _look(self, step: Step, graph: Graph, scale: Tensor | None, ranks: Ranks | None) -> None:
+        """A backward that adds up norms, in slots set to zero, and leaves the graph for another one."""
+        self._state.zero_slots()
         scaled = scale is not None or self._state.divides
-        self._sweep(NormPass(self._state.devices, scaled=scaled, ranks=ranks), loss, scale, retain_graph=True)
+        norms = NormPass(self._state.devices, scaled=scaled, ranks=ranks)
+        self._sweep(step, norms, graph, scale, retain_graph=True)
+
+    def _check_repeats(self, step: Step, graph: Graph, scale: Tensor | None, ranks: Ranks | None, advice: str) -> None:
+        """Raises RuntimeError, on every one of `ranks`, unless a second look at `graph` gives the norms that the slots
+        hold. See `repeat`."""
+        devices = list(self._state.devices.values())
+        kept = [device.slots.clone() for device in devices]
+        if ranks is None and self._ranks is not None:  # this rank alone: its slots hold norms of all ranks' gradients
+            self._look(step, graph, scale, None)
+        first = [device.slots.clone() for device in devices]
+        look_again(lambda: self._look(step, graph, scale, ranks), self._trained_model(), devices, advice)
+        second = [device.slots.clone() for device in devices]
+        indices = differing(self._records, first, second)
+        number = torch.tensor(float(len(indices)), dtype=torch.float64, device=self._state.norm.device)
+        if ranks is not None:
+            ranks.sum_(number)
+        if number.item():
+            raise difference(self._records, indices, first, second, graph, advice)
+        for device, slots in zip(devices, kept, strict=True):
+            device.slots.copy_(slots)
 
     def _drop_norm(self) -> None:
         """Forgets a norm that `grad_norm` found and no `fused_backward` used."""
@@ -680,28 +738,30 @@ class Lomo(torch.optim.Optimizer):
             self._norm_is_known = False
             self._state.abandon_step()
 
-    def _check_reentrancy(self, loss: Tensor, scale: Tensor | None) -> None:
+    def _check_reentrancy(self, step: Step, graph: Graph, scale: Tensor | None) -> None:
         """With one backward, a gradient that comes twice must be found before a weight has changed.
 
         So a backward with reentrant checkpoints, where their number is new, is preceded by one that only looks. It
         sends nothing where ranks count different numbers: the others would not be there.
         """
-        count = reentrant_checkpoints(loss, thorough=self._checkpoints is None)
+        count = graph.reentrant_checkpoints(thorough=self._checkpoints is None)
         if count and count != self._checkpoints:
-            alone = self._ranks is not None and not self._ranks.same_graphs
-            self._look(loss, scale, None if alone else self._ranks)
+            ranks = self._ranks if self._ranks is not None and self._ranks.same_graphs else None
+            self._look(step, graph, scale, ranks)
+            if can_compare(list(self._state.devices.values())):
+                self._check_repeats(step, graph, scale, ranks, CHECKPOINTS)
         self._checkpoints = count or self._checkpoints or 0
 
-    def _sweep(self, sweep: Pass, loss: Tensor, scale: Tensor | None, *, retain_graph: bool) -> None:
+    def _sweep(self, step: Step, sweep: Pass, graph: Graph, scale: Tensor | None, *, retain_graph: bool) -> None:
         """One backward in which hooks hand their gradients to `sweep`."""
-        leaves = [] if scale is None and not retain_graph else self._foreign_leaves(loss)
-        self._run = sweep
-        try:
-            with backward_of(self), gradients_kept_apart(leaves, scale, wanted=not retain_graph):
-                run_backward(loss, scale, retain_graph)
-            sweep.flush()
-        finally:
-            self._run = None
+        step.isolate([] if scale is None and not retain_graph else self._foreign_leaves(graph))
+        step.sink = sweep
+        step.enter(OptimizerBackward(self))
+        run_backward(graph.loss, scale, retain_graph)
+        step.rejoin(scale, wanted=not retain_graph)
+        step.leave()
+        sweep.flush()
+        step.sink = None
         if not any(record.fired == sweep.serial for record in self._records):
             raise RuntimeError(
                 "Lomo: no gradient came: the loss depends on none of the optimizer's parameters, or only on copies of "
@@ -710,11 +770,11 @@ class Lomo(torch.optim.Optimizer):
                 "is not served, fully_shard is; under set_requires_gradient_sync(False) use optimizer.accumulate()"
             )
 
-    def _foreign_leaves(self, loss: Tensor) -> list[Tensor]:
-        """What a backward from `loss` may give gradients besides parameters that a `Lomo` manages."""
-        return unmanaged([*leaves_of(loss), *(() if self._ranks is None else self._ranks.leaves())])
+    def _foreign_leaves(self, graph: Graph) -> list[Tensor]:
+        """What a backward through `graph` may give gradients besides parameters that a `Lomo` manages."""
+        return unmanaged([*graph.leaves, *(() if self._ranks is None else self._ranks.leaves())])
 
-    def _add_to_kept(self, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
+    def _add_to_kept(self, step: Step, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
         """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
         fresh = all(record.zeroed for record, _ in kept)
         if fresh and self._state.scale.used:
@@ -725,15 +785,20 @@ class Lomo(torch.optim.Optimizer):
                 f"Lomo: the loss has dtype {loss.dtype}, those accumulated before have {self._kept_dtype}; with a loss "
                 "scale all parts of a step need one dtype, which the scale is rounded to"
             )
-        self._plain_is_scaled = scale is not None
-        leaves = [] if scale is None else self._foreign_leaves(loss)
-        try:
-            with backward_of(self), gradients_kept_apart(leaves, scale, wanted=True):
-                run_backward(loss, scale, retain_graph=False)
-        finally:
-            self._plain_is_scaled = False
+        step.isolate([] if scale is None else self._foreign_leaves(Graph(loss)))
+        step.adds_scaled = scale is not None
+        step.enter(OptimizerBackward(self))
+        run_backward(loss, scale, retain_graph=False)
+        step.adds_scaled = False
+        step.rejoin(scale, wanted=True)
+        step.leave()
 
-    def _apply_kept(self, *, keep: bool) -> None:
+    def _apply_plain(self, step: Step) -> None:
+        with torch.no_grad():
+            self._refresh()
+            self._apply_kept(step, keep=True)
+
+    def _apply_kept(self, step: Step, *, keep: bool) -> None:
         """One step from what stands in ``.grad``, which stays there where `keep`."""
         self._drop_norm()
         kept = self._kept()
@@ -741,8 +806,7 @@ class Lomo(torch.optim.Optimizer):
         assert not scaled or self._kept_scale is not None
         self._state.unscale_by(self._kept_scale if scaled else None)
         if not keep:
-            for record, _ in kept:
-                record.param.grad = record.scaled_grad = record.zeros = None
+            step.consume()
         if self._ranks is not None:
             kept = self._ranks.kept(kept, copy=keep)
         self._state.zero_slots()
@@ -752,12 +816,12 @@ class Lomo(torch.optim.Optimizer):
                 norm.add(record, grad)
             norm.flush()
             self._state.decide(self._clip_grad_norm)
-            self._raise_if_not_finite(scaled, _NOTHING_CHANGED)
-        update = self._update_pass(scaled)
+            self._raise_if_not_finite(step, scaled, _NOTHING_CHANGED)
+        update = self._update_pass(step, scaled)
         while kept:
             update.add(*kept.pop())
         update.flush()
-        self._finish(scaled)
+        self._finish(step, scaled)
 
     def _has_gradients(self) -> bool:
         return any(record.param.grad is not None for record in self._records)
@@ -790,8 +854,8 @@ class Lomo(torch.optim.Optimizer):
             )
         return True in kinds
 
-    def _update_pass(self, scaled: bool, ranks: Ranks | None = None) -> UpdatePass:
-        return UpdatePass(
+    def _update_pass(self, step: Step, scaled: bool, ranks: Ranks | None = None) -> UpdatePass:
+        step.update = UpdatePass(
             self._state.devices,
             self._params_of_fused(),
             scaled=scaled or self._state.divides,
@@ -800,36 +864,39 @@ class Lomo(torch.optim.Optimizer):
             stochastic=self._stochastic,
             seed=self._seed,
         )
+        return step.update
 
     def _params_of_fused(self) -> list[Tensor]:
         return [record.param for record in self._records if record.served] if self._takers else []
 
-    def _finish(self, scaled: bool) -> None:
+    def _finish(self, step: Step, scaled: bool) -> None:
+        step.applied = True
         if not self._needs_norm_first:
             self._state.decide(None)
             outcome = (
                 "the elements concerned kept their weight, the others were updated (with clip_grad_norm or dynamic "
                 "loss scaling none would have been)"
             )
-            self._raise_if_not_finite(scaled, outcome)
-        self._end(scaled)
+            self._raise_if_not_finite(step, scaled, outcome)
+        self._end(step, scaled)
 
-    def _raise_if_not_finite(self, scaled: bool, outcome: str) -> None:
+    def _raise_if_not_finite(self, step: Step, scaled: bool, outcome: str) -> None:
         """Ends the step with an error where the mode is "raise" and the norm is not finite."""
         if self._raise and self._state.home.found_inf.item():
             names = [record.name for record in self._records if not record.slot.isfinite().item()]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            self._end(scaled)
+            self._end(step, scaled)
             where = f"in {', '.join(names[:5])}{more}" if names else "on another rank"
             raise FloatingPointError(f"Lomo: the gradient is not finite {where}; {outcome}")
 
-    def _end(self, scaled: bool) -> None:
+    def _end(self, step: Step, scaled: bool) -> None:
         """Counts the step, moves the loss scale, and tells the ranks' engine, schedulers and autocast."""
         if self._ranks is not None:
             self._ranks.end()
         self._state.end_step(scaled)
         self._trained = True
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
+        step.ended = True
         self._unpickled = False
         self._opt_called = True  # what schedulers look at to see that the optimizer went before them
 
@@ -839,7 +906,8 @@ class Lomo(torch.optim.Optimizer):
         """Called when a gradient went into ``.grad``: notes whether it carries the loss scale."""
         if record.param.grad is None:  # a custom layer that keeps it to itself
             return
-        if self._plain_is_scaled:
+        record.zeros = None  # FSDP2 adds to the shard inside a DTensor, whose version stays as it was
+        if self._step is not None and self._step.adds_scaled:
             record.scaled_grad, record.grad_scale = record.param.grad, self._kept_scale
         elif record.scaled:
             raise RuntimeError(
@@ -855,7 +923,8 @@ class Lomo(torch.optim.Optimizer):
             if self._ranks is not None:
                 self._ranks.place(record)
             unfrozen = record.param.requires_grad and not record.served
-            if unfrozen or record.local.dtype is not record.dtype or record.local.device != record.device:
+            stale = self._stale or unfrozen
+            if stale or record.local.dtype is not record.dtype or record.local.device != record.device:
                 self._place()
             record.forget_old_grad()
         self._hook_all()
@@ -863,7 +932,7 @@ class Lomo(torch.optim.Optimizer):
             self._scale_float16(loss)
         if not self._warned_of_momentum and (text := unused_momentum(self.param_groups)):
             self._warned_of_momentum = True
-            warnings.warn(text, stacklevel=5)
+            warnings.warn(text, stacklevel=8)
         self._state.refresh(self.param_groups, lr)
 
     def _check_groups(self) -> None:
@@ -894,8 +963,10 @@ class Lomo(torch.optim.Optimizer):
             check_parameter(record.name, record.param)
             record.served = is_served(record.param)
         self._drop_norm()
+        self._stale = True
         self._state = State(self._records, self.param_groups, self._wanted_scale, ranks=self._ranks, before=self._state)
         self._repeat_state()
+        self._stale = False
 
     def _join_ranks(self, records: Sequence[Record], groups: Sequence[dict[str, Any]]) -> Ranks | None:
         """Finds the processes that take part in training these parameters, and starts from the same everywhere."""
@@ -948,23 +1019,29 @@ class Lomo(torch.optim.Optimizer):
             )
         self._whole = None
 
-    @contextmanager
-    def _former_owners(self, records: Sequence[Record]) -> Iterator[Sequence[Lomo]]:
-        """The other optimizers that manage some of `records`, kept from starting a step."""
+    @property
+    def _is_stepping(self) -> bool:
+        """Whether a step is under way, in whatever thread."""
+        return self._step is not None
+
+    def _replace_owners(self, records: Sequence[Record]) -> None:
+        """Ends the use of other optimizers that manage some of `records`. Raises RuntimeError if one is amid a step."""
         former: dict[int, Lomo] = {}
-        with ExitStack() as stack:
-            for record in records:
-                owner = owner_of(record.param)
-                if owner is None or owner is self or id(owner) in former:
-                    continue
-                if not owner._busy.acquire(blocking=False):
-                    raise RuntimeError(
-                        f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer "
-                        "when that step has ended"
-                    )
-                stack.callback(owner._busy.release)
-                former[id(owner)] = owner
-            yield list(former.values())
+        for record in records:
+            owner = owner_of(record.param)
+            if owner is None or owner is self:
+                continue
+            if owner._is_stepping:
+                raise RuntimeError(
+                    f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer "
+                    "when that step has ended"
+                )
+            former[id(owner)] = owner
+        for owner in former.values():
+            owner._end_use(
+                "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters; a "
+                "parameter has one optimizer. Use the newer one, or make one of the parameters that are left"
+            )
 
     def _end_use(self, reason: str) -> None:
         """Takes everything off the parameters. `reason`: what a later use is refused with."""
@@ -973,7 +1050,8 @@ class Lomo(torch.optim.Optimizer):
 
     def _attach(self) -> None:
         """Makes all parameters this optimizer's: notes it, and puts hooks on those that are trained."""
-        self._claimed[:] = claim((record.param for record in self._records), self)
+        self._claimed[:] = [id(record.param) for record in self._records]  # first: see `_fuse`
+        claim(self._claimed, self)
         self._hook_all()
         model = None if self._model is None else self._model()
         if model is not None:
@@ -988,16 +1066,15 @@ class Lomo(torch.optim.Optimizer):
         for record in self._records:
             if record.attributes is record.param.__dict__ and (record.hooked or not record.param.requires_grad):
                 continue
-            with _hooking:
-                param: Any = record.param
-                if record.attributes is not param.__dict__:
-                    if record.hooked:
-                        param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # makes torch call them
-                    record.attributes = param.__dict__
-                if not record.hooked and param.requires_grad:
-                    record.hooked = True
-                    hook = _hook(weakref.ref(self), record)
-                    self._handles.append(param.register_post_accumulate_grad_hook(hook))
+            param: Any = record.param
+            if record.attributes is not param.__dict__:
+                if record.hooked:
+                    param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # makes torch call them
+                record.attributes = param.__dict__
+            if not record.hooked and param.requires_grad:
+                hook = _hook(weakref.ref(self), record)
+                self._handles.append(param.register_post_accumulate_grad_hook(hook))
+                record.hooked = True  # last: an interrupt before it leaves one hook too many, which finds no gradient
 
     def _fuse(self, model: nn.Module) -> None:
         """Fuses the layers of `model` whose weights are ours and that can be, unless they are."""
@@ -1017,20 +1094,62 @@ class Lomo(torch.optim.Optimizer):
                 self._takers.append(id(record.param))
                 takers[id(record.param)] = _taker(weakref.ref(self), record)
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """One step at a time: another thread waits, a hook that starts one inside another is told."""
+    def _exclusively(self, run: Callable[[Step], _T]) -> _T:
+        """Runs one step: another thread waits, and a hook that starts one inside another is told.
+
+        However the step ends, nothing of it is left. An interrupt (Ctrl-C) may also come between any two lines of what
+        takes a broken step back, and before the lock is given back: so both are done again if need be.
+        """
         self._check_not_wrapped()
+        self._check_not_inside(_INSIDE)
+        try:
+            with self._busy:
+                return self._run(Step(self._records), run)
+        except BaseException:
+            if self._busy._is_owned():
+                self._busy.release()
+            raise
+
+    def _run(self, step: Step, run: Callable[[Step], _T]) -> _T:
+        try:
+            try:
+                self._outcome = step.outcome
+                self._step = step
+                result = run(step)
+                self._outcome = step.outcome
+                self._step = None
+                return result
+            except BaseException:
+                self._take_back(step)
+                raise
+        except BaseException:
+            self._take_back(step)
+            raise
+
+    def _take_back(self, step: Step) -> None:
+        """Leaves nothing of a step that has failed."""
+        if step.taken_back:
+            return
+        self._step = None
+        self._norm_is_known = False
+        self._outcome = step.outcome
+        step.take_back()
+        self._state.level_steps()
+        step.taken_back = True
+        if step.dropped:
+            warnings.warn(
+                f"Lomo: a step broke off, and the gradients that stood in .grad before it were dropped with its own: "
+                f"{'it had added to them' if step.outcome == 'unchanged' else 'some weights were updated already'}. "
+                "Begin that step again, with its first backward",
+                stacklevel=6,
+            )
+
+    def _check_not_inside(self, refusal: str) -> None:
+        """Raises RuntimeError, which says `refusal`, if the caller is inside a step of this optimizer."""
         # On GPUs autograd runs hooks in threads of its own, which would wait here for the step that waits for them.
         in_backward = torch._C._current_graph_task_id() != -1
-        if self._busy_thread == threading.get_ident() or (in_backward and self._busy.locked()):
-            raise RuntimeError("Lomo: a step was started inside another one of the same optimizer")
-        with self._busy:
-            self._busy_thread = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._busy_thread = None
+        if self._busy._is_owned() or (in_backward and self._step is not None):
+            raise RuntimeError(f"Lomo: {refusal}")
 
 
 def _complete(optimizer: Any, state: dict[str, Any]) -> None:
@@ -1074,8 +1193,8 @@ def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], No
         if backward is not None and backward.optimizer is not owner:
             backward.drop(record.param)
             owner._passed_over = True
-        elif owner._run is not None:
-            owner._run.take(record)
+        elif (step := owner._step) is not None and step.sink is not None:
+            step.sink.take(record)
         else:
             owner._on_plain_gradient(record)
 
@@ -1092,18 +1211,10 @@ def _taker(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Pair], Seq
         backward = optimizer_backward()
         if backward is not None and backward.optimizer is not owner:
             return ()  # its gradient would be dropped
-        return (pair,) if owner._run is None else owner._run.take_pair(record, pair)
+        step = owner._step
+        return (pair,) if step is None or step.sink is None else step.sink.take_pair(record, pair)
 
     return on_pair
-
-
-def _replace(former: Iterable[Lomo]) -> None:
-    """Ends the use of optimizers some of whose parameters a newer one takes over."""
-    for optimizer in former:
-        optimizer._end_use(
-            "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters; a parameter "
-            "has one optimizer. Use the newer one, or make one of the parameters that are left"
-        )
 
 
 def _let_go(optimizer_id: int, claimed: list[int], records: Sequence[Record], *attached: Any) -> None:

@@ -6,8 +6,7 @@ Nothing here holds a weak reference to a tensor: `torch.utils.swap_tensors` refu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,10 @@ class Owner(Protocol):
 
     _records: list[Record]
 
+    @property
+    def _is_stepping(self) -> bool:
+        """Whether a step is under way."""
+
     def _hook_all(self) -> None:
         """Puts hooks on trainable parameters without one."""
 
@@ -32,13 +35,11 @@ _owners: dict[int, weakref.ref[Any]] = {}
 _live: dict[int, weakref.ref[Any]] = {}
 
 
-def claim(params: Iterable[Tensor], optimizer: Owner) -> list[int]:
-    """Notes that `optimizer` manages `params`. Returns their ids, for `release`."""
+def claim(ids: Iterable[int], optimizer: Owner) -> None:
+    """Notes that `optimizer` manages the parameters of these ids."""
     reference = weakref.ref(optimizer)
-    ids = [id(param) for param in params]
     _owners.update(dict.fromkeys(ids, reference))
     _live[id(optimizer)] = reference
-    return ids
 
 
 def release(ids: list[int]) -> None:
@@ -133,26 +134,18 @@ class OptimizerBackward:
 
 def optimizer_backward() -> OptimizerBackward | None:
     """The innermost backward that a `Lomo` runs around the caller, which may be a hook in one of autograd's threads."""
-    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+    backward = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+    # An interrupt may keep `backward_of` from taking its note back.
+    return backward if backward is not None and backward.optimizer._is_stepping else None
 
 
-@contextmanager
-def backward_of(optimizer: Owner) -> Iterator[None]:
-    """Inside, `optimizer_backward` says that the backward is `optimizer`'s.
-
-    It is noted in torch's thread-local objects, which autograd hands on to its own threads.
-    """
-    around, backward = optimizer_backward(), OptimizerBackward(optimizer)
-    torch._C._stash_obj_in_tls(_KEY, backward)
-    try:
-        backward.begin()
-        yield
-    finally:
-        backward.end()
-        if around is None:
-            torch._C._remove_obj_from_tls(_KEY)
-        else:
-            torch._C._stash_obj_in_tls(_KEY, around)
+def set_optimizer_backward(backward: OptimizerBackward | None) -> None:
+    """Says what `optimizer_backward` gives. It is noted in torch's thread-local objects, which autograd hands on to its
+    own threads."""
+    if backward is not None:
+        torch._C._stash_obj_in_tls(_KEY, backward)
+    elif torch._C._is_key_in_tls(_KEY):
+        torch._C._remove_obj_from_tls(_KEY)
 
 
 def unmanaged(leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from ..backends import check_device
-from ..ops._arguments import DTYPES, overlaps_itself, reach
+from ..ops._arguments import DTYPES
+from ..ops._overlap import Access, Region, find_conflict, overlaps_itself, region
 from .ranks import local_of
 
 
@@ -109,21 +109,15 @@ def is_served(param: Tensor) -> bool:
 
 
 def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises ValueError where two parameters share memory: each update would be of a weight the other has changed.
-
-    Strided parameters that interleave without sharing an element cannot be told apart; those with gaps are left out.
-    """
-    ranges = []
+    """Raises ValueError where two parameters share memory: each update would be of a weight the other has changed."""
+    by_device: dict[torch.device, list[Region]] = {}
     for name, param in ((name, local_of(param)) for name, param in named):
-        if isinstance(param, FakeTensor) or param.is_meta or not param.numel() or param.layout != torch.strided:
-            continue
-        begin, end = reach(param)
-        if end - begin == param.nbytes:
-            ranges.append((param.device.index, begin, end, name))
-    ranges.sort(key=lambda one: (one[0] is not None, one[:3]))
-    for (device, _, end, name), (other_device, begin, _, other) in itertools.pairwise(ranges):
-        if device == other_device and begin < end:
+        if not (isinstance(param, FakeTensor) or param.is_meta or param.layout != torch.strided) and param.numel():
+            by_device.setdefault(param.device, []).append(region(param, Access.WRITTEN, name))
+    for regions in by_device.values():
+        if conflict := find_conflict(regions):
+            first, second = conflict
             raise ValueError(
-                f"Lomo: {name} and {other} share memory but are two parameters, and each update would meet what the "
-                "other made of it; make them one parameter (tie the modules to the same nn.Parameter)"
+                f"Lomo: {first.name} and {second.name} share memory but are two parameters, and each update would meet "
+                "what the other made of it; make them one parameter (tie the modules to the same nn.Parameter)"
             )

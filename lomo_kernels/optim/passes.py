@@ -247,6 +247,8 @@ class UpdatePass(Pass):
     """
 
     changes_weights = True
+    #: Whether a kernel was called that may have changed one.
+    changed = False
 
     def __init__(
         self,
@@ -278,6 +280,7 @@ class UpdatePass(Pass):
 
     def _one(self, record: Record, grad: Tensor) -> None:
         local, home = record.local, record.home
+        self.changed = True
         torch.ops.lomo_kernels.sgd_.default(
             local,
             grad,
@@ -295,6 +298,7 @@ class UpdatePass(Pass):
 
     def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
         param, home = record.param, record.home
+        self.changed = True
         Terms([held.pair for held in pairs], grad).sgd_(
             param,
             *self._scalars(record),
@@ -309,6 +313,7 @@ class UpdatePass(Pass):
     def _list(self, records: Sequence[Record], grads: list[Tensor]) -> None:
         params = [record.local for record in records]
         sharded = records[0].shard is not None
+        self.changed = True
         torch.ops.lomo_kernels.sgd_list_.default(
             params,
             grads,

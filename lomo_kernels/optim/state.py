@@ -116,6 +116,12 @@ class State:
         if scaled:
             self.scale.update(self.home.found_inf)
 
+    def level_steps(self) -> None:
+        """Makes all devices count the same steps again, after an interrupt between two of them."""
+        for device in self.devices.values():
+            if device is not self.home:
+                _send(self.home.step, device.step)
+
     def abandon_step(self) -> None:
         """A norm was found but its step never came. It counts where it overflowed: that is why it did not come."""
         overflowed = self.home.found_inf.to(torch.int64)

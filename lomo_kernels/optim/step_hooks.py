@@ -36,11 +36,14 @@ def as_step(makes_step: Callable[..., bool]) -> Callable[[Method[_P, _R]], Metho
             thread = threading.get_ident()
             if thread in self._stepping or not makes_step(self, *args, **kwargs):
                 return method(self, *args, **kwargs)
-            self._stepping.add(thread)
             try:
-                return with_hooks(self, *args, **kwargs)
+                try:
+                    self._stepping.add(thread)
+                    return with_hooks(self, *args, **kwargs)
+                finally:
+                    self._stepping.discard(thread)
             finally:
-                self._stepping.discard(thread)
+                self._stepping.discard(thread)  # once more, in case an interrupt has kept the line above from running
 
         call.hooked = True  # type: ignore[attr-defined]  # torch wraps a `step` without this mark once more
         return call

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiled
-from ..ops._arguments import overlaps_itself, reach
+from ..ops._overlap import Access, check_no_overlap, overlaps_itself, regions
 from ..ops._pairs import check_linear, check_weight
 from . import launch
 from .launch import TYPES, fail, generation
@@ -674,9 +674,5 @@ def check_writable(op: str, weight: Tensor, read: list[Tensor]) -> None:
     if not weight.is_contiguous() and overlaps_itself(weight):
         why = "(an expanded tensor?); it cannot be updated in place. Pass a contiguous parameter"
         fail(op, ": several elements of weight share one place in memory ", why)
-    begin, end = reach(weight)
-    for tensor in read:
-        if tensor.numel():
-            other_begin, other_end = reach(tensor)
-            if begin < other_end and other_begin < end:
-                fail(op, ": weight shares memory with the tensors that its gradient is made of")
+    factors = regions(Access.READ, "a factor of its gradient", read)
+    check_no_overlap(op, regions(Access.WRITTEN, "weight", [weight]), factors)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops._arguments import overlaps_itself, reach
+from ..ops._overlap import Access, check_no_overlap, overlaps_itself, regions
 from . import launch
 from .launch import COLUMNS, TYPES, fail
 from .numerics import (
@@ -153,17 +152,15 @@ def check(op: str, param: Tensor, grad: Tensor, device: torch.device) -> None:
     if not param.is_contiguous() and overlaps_itself(param):
         why = "(an expanded tensor?); it cannot be updated in place. Pass a contiguous parameter"
         fail(op, ": several elements of param share one place in memory ", why)
-    (p_begin, p_end), (g_begin, g_end) = reach(param), reach(grad)
-    if p_begin < g_end and g_begin < p_end:
-        fail(op, ": param and grad share memory")
 
 
-def check_apart(op: str, params: list[Tensor]) -> None:
-    """Two names of one parameter would update it twice. Strided views may interleave: those with gaps are left out."""
-    ranges = sorted(reach(param) for param in params if param.numel() and launch.is_dense(param))
-    for (_, end), (begin, _) in itertools.pairwise(ranges):
-        if end > begin:
-            fail(op, ": two params share memory; it would be updated twice")
+def check_all_apart(op: str, params: list[Tensor], grads: list[Tensor], slots: list[Tensor]) -> None:
+    check_no_overlap(
+        op,
+        regions(Access.WRITTEN, "param", params),
+        regions(Access.READ, "grad", grads),
+        regions(Access.ADDED, "sq_norm", slots),
+    )
 
 
 def in_order(param: Tensor, grad: Tensor, any_order: bool) -> tuple[Tensor, Tensor]:
@@ -198,6 +195,7 @@ def sgd_(
     numbers, kinds = launch.scalars("sgd_", device, zip(SCALARS, given, MISSING, strict=True))
     if sq_norm is not None:
         launch.check_slot("sgd_", "sq_norm", sq_norm, device)
+    check_all_apart("sgd_", [param], [grad], [] if sq_norm is None else [sq_norm])
     where = launch.indices_of("sgd_", shard, numel)
     if numel == 0:
         return
@@ -311,7 +309,7 @@ def sgd_list_(
         where.append(launch.indices_of(op, shard[3 * i : 3 * i + 3] or None, param.numel()))
     for slot in sq_norm:
         launch.check_slot(op, "sq_norm", slot, device)
-    check_apart(op, params)
+    check_all_apart(op, params, grads, sq_norm)
     with launch.on(device):
         rows, copies = [], []
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):

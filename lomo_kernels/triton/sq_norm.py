@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops._overlap import Access, check_no_overlap, regions
 from . import launch
 from .launch import COLUMNS, TYPES, fail
 from .numerics import (
@@ -81,6 +82,7 @@ def sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
     op, device, numel = "sq_norm_", slot.device, grad.numel()
     launch.check_slot(op, "slot", slot, device)
     launch.check_element_type(op, "grad", grad, device)
+    check_no_overlap(op, regions(Access.ADDED, "slot", [slot]), regions(Access.READ, "grad", [grad]))
     (number,), kinds = launch.scalars(op, device, [("inv_scale", inv_scale, 1.0)])
     if numel == 0:
         return
@@ -121,6 +123,7 @@ def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | 
     for slot, grad in zip(slots, grads, strict=True):
         launch.check_slot(op, "slot", slot, device)
         launch.check_element_type(op, "grad", grad, device)
+    check_no_overlap(op, regions(Access.ADDED, "slot", slots), regions(Access.READ, "grad", grads))
     with launch.on(device):
         grads = [grad.contiguous() for grad in grads]  # kept until the kernels are launched
         rows = []
