@@ -126,6 +126,7 @@ def test_the_interpreted_kernels_have_the_digests_of_the_reference(run_python):
 
 NVIDIA = (75, 80, 90, 100, 120)
 AMD = "gfx942"
+ELEMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 POINTERS = {"partials": "*fp64", "counters": "*i64", "table": "*i64"}
 #: What is absent in each form of a kernel, and whether it reads a table.
@@ -151,14 +152,21 @@ def source(kernel, pointers, constants, aligned=True):
     return ASTSource(kernel, signature, values, hints)
 
 
-def update(p, g, stochastic, *, rows=False, pairs=True, norm=False, clamp=False, aligned=True, listed=False):
+def update(p, g, stochastic, *, gpu=90, rows=False, pairs=True, norm=False, clamp=False, aligned=True, listed=False):
     constants = {"P": TYPES[p], "G": TYPES[g], "STOCHASTIC": stochastic, "ROWS": rows, "PAIRS": pairs}
     constants |= {"NORM": norm, "CLAMP": clamp, "BLOCK": BLOCK, "ALIGNED": aligned and listed}
     constants |= FORMS["list" if listed else "single"]
     pointers = POINTERS | {"param": f"*{p}", "grad": f"*{g}"}
     if not norm:
         constants |= {"partials": None, "counters": None}
-    return source(sgd.sgd_kernel, pointers, constants, aligned), sgd.options(p == "bf16", stochastic, rows, norm)
+    if listed:
+        options = sgd.list_constants(ELEMENTS[p], ELEMENTS[g], stochastic, aligned, gpu=gpu, clamp=clamp, norm=norm)
+        assert {key: options.pop(key) for key in constants if key in options} == {
+            key: value for key, value in constants.items() if value is not None
+        }
+    else:
+        options = sgd.options(gpu, ELEMENTS[p], stochastic, rows, norm, clamp)
+    return source(sgd.sgd_kernel, pointers, constants, aligned), options
 
 
 def norm_of(g, *, aligned=True, listed=False):
@@ -220,6 +228,11 @@ def expected(kernel, made, case):
     return elements * case.read // 16, elements * case.halves // 8, elements * case.written // 16
 
 
+def programs_together(kernel, registers):
+    """How many programs fit on a multiprocessor, by registers, which are given out to a warp by 256."""
+    return 65536 // (-(-32 * registers // 256) * 256 * kernel.metadata.num_warps)
+
+
 # In float arithmetic only: mad.lo and mad.wide are of integers, and what multiplies by 2**32 on AMD's GPUs is a part of
 # 64-bit division. There, too, a float16 is widened by a multiplication that adds -0: it rounds once, as it should.
 FUSED = re.compile(
@@ -245,8 +258,22 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     if case.plain:
         # One number of each warp, for the decision how to round: more would be elements that wander between threads.
         assert ptx.count("ld.shared") <= ("stochastic" in name), "elements wander between threads"
-        threads = 32 * made[1]["num_warps"]
-        assert 2 * registers * threads <= 65536, "no two programs fit on a multiprocessor"
+        assert programs_together(kernel, registers) >= 2, "no two programs fit on a multiprocessor"
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize("listed", [False, True], ids=["single", "list"])
+@pytest.mark.parametrize("p", TYPES)
+def test_two_programs_share_a_multiprocessor(p, listed, norm, tmp_path):
+    """With all that takes registers: a clamp, a norm and rounding, and in a list rows that are not plain."""
+    stochastic = p != "fp32"
+    rows = listed and stochastic
+    made = update(p, p, stochastic, rows=rows, pairs=not rows, norm=norm, clamp=True, aligned=not listed, listed=listed)
+    kernel = compiled(90, made)
+    registers, stack, local = resources(kernel, tmp_path)
+    assert stack == local == 0, "registers are spilled"
+    assert not rows or kernel.metadata.num_warps == 16  # one program of twice as many threads
+    assert programs_together(kernel, registers) >= (1 if rows else 2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,7 +13,18 @@ if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: kernels cannot be compiled in this process", allow_module_level=True)
 
 import torch  # noqa: E402
-from test_triton import AMD, FUSED, HERE, INTERPRETED, NVIDIA, PYTEST, TYPES, compiled, resources  # noqa: E402
+from test_triton import (  # noqa: E402
+    AMD,
+    FUSED,
+    HERE,
+    INTERPRETED,
+    NVIDIA,
+    PYTEST,
+    TYPES,
+    compiled,
+    programs_together,
+    resources,
+)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -155,14 +166,6 @@ def assembler_remarks(kernel, tmp_path):
     return process.stderr
 
 
-def programs_together(kernel, registers, target):
-    """How many programs fit on a multiprocessor, by registers (given out to a warp by 256) and shared memory."""
-    warps = kernel.metadata.num_warps
-    return min(
-        65536 // (-(-32 * registers // 256) * 256 * warps), SHARED[target] * 1024 // (kernel.metadata.shared + 1024)
-    )
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("target", NVIDIA)
 def test_compiled_for_nvidia(target, name, tmp_path, record_property):
@@ -176,8 +179,9 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     if tile is not None and target == 90:
         assert "serialized" not in assembler_remarks(kernel, tmp_path), "products wait for each other"
     if name in TOGETHER and target in (90, 100):
-        together = programs_together(kernel, registers, target)
-        assert together == 2, f"{together} programs share a multiprocessor"
+        assert options["maxnreg"] == 128
+        together = programs_together(kernel, registers), SHARED[target] * 1024 // (kernel.metadata.shared + 1024)
+        assert min(together) == 2, f"{together} programs share a multiprocessor, by registers and by shared memory"
     assert ".ftz" not in ptx and ".approx" not in ptx
     fused = len(FUSED.findall(ptx))
     if tile is not None and not re.search(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)", ptx):
@@ -194,6 +198,13 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
         if "norm" not in name:
             size = DTYPES[name.split()[1]].itemsize * tile.rows * tile.columns // (32 * options["num_warps"] * 16)
             assert there["st.global.v4.b32"] == size, "the weight is not written 16 bytes at a time"
+
+
+def test_without_the_limit_a_program_would_be_alone(tmp_path):
+    code, options, _ = CASES["linear bf16 by bf16"](90)
+    assert options.pop("maxnreg") == 128
+    kernel = compiled(90, (code, options))
+    assert programs_together(kernel, resources(kernel, tmp_path)[0]) == 1
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,5 +1,6 @@
 """Tests of the Triton kernels themselves, under the interpreter; test_triton.py runs this file in such a process."""
 
+import itertools
 import math
 
 import oracle
@@ -308,7 +309,7 @@ def test_a_slot_that_stands_several_times_takes_turns():
     slots = slots_of(3)
     order = [0, 1, 0, 2, 0, 1]
     grads = [torch.full((BLOCK + 1,), float(i)) for i in range(6)]
-    row = [launch.Row(0, 0, slots[i].data_ptr(), 1, 0, launch.WHOLE, ()) for i in order]
+    row = [launch.Row(0, 0, slots[i].data_ptr(), 1, 0, launch.WHOLE, (), True) for i in order]
     parts = launch.rounds(row)
     assert [len({r.slot for r in part}) for part in parts] == [len(part) for part in parts] == [3, 2, 1]
     ops.sq_norm_list_([slots[i : i + 1] for i in order], grads)
@@ -320,34 +321,103 @@ def test_a_slot_that_stands_several_times_takes_turns():
 
 
 def test_one_launch_for_one_kind():
-    """Tensors of one pair of dtypes and one alignment are one launch, whatever their sizes and shards."""
-    rows = [launch.Row(0, 0, 0, n, 0, launch.indices_of("", (o, 9, 9), n), ("a",)) for n, o in ((5, 0), (BLOCK + 1, 1))]
-    rows.append(launch.Row(0, 0, 0, 1, 0, launch.WHOLE, ("b",)))
+    """Tensors of one pair of dtypes are one launch, or two if some are not plain, whatever their sizes and shards."""
+    kinds = (5, "a", True), (BLOCK + 1, "a", True), (1, "b", True), (2, "a", False)
+    rows = [launch.Row(0, 0, 0, n, 0, launch.WHOLE, (name,), plain) for n, name, plain in kinds]
     _, begin, launches = launch.upload(rows, torch.device("cpu"), launch.blocks_of)
-    assert begin == 3 * launch.COLUMNS.value
-    assert launches == [launch.Launch(("a",), 0, 3, True, False), launch.Launch(("b",), 3, 1, False, True)]
+    assert begin == 4 * launch.COLUMNS.value
+    assert launches == [
+        launch.Launch(("a",), True, 0, 3),
+        launch.Launch(("b",), True, 3, 1),
+        launch.Launch(("a",), False, 4, 1),
+    ]
+
+
+class Recorder:
+    """In place of a kernel: what is launched, and what is only loaded."""
+
+    def __init__(self):
+        self.launched, self.loaded = [], []
+
+    def __getitem__(self, grid):
+        return lambda *_, **constants: self.launched.append((grid, constants))
+
+    def warmup(self, *_, grid, **constants):
+        self.loaded.append(constants)
+
+
+@pytest.mark.parametrize("gpu", [0, 75, 80, 90, 120])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_a_clamp_is_launched_with_a_limit_of_registers(dtype, gpu, monkeypatch):
+    monkeypatch.setattr(launch, "generation", lambda device: gpu)
+    for rounding, clip_value, norm in itertools.product(ROUNDINGS, (None, 1.0), (False, True)):
+        recorder = Recorder()
+        monkeypatch.setattr(sgd, "sgd_kernel", recorder)
+        param, grad = torch.zeros(64, dtype=dtype), torch.zeros(64, dtype=dtype)
+        arguments = {"lr": 0.1, "rounding": rounding, "clip_value": clip_value}
+        ops.sgd_(param, grad, **arguments, sq_norm=slots_of(1) if norm else None)
+        ops.sgd_list_([param], [grad], **arguments, sq_norm=slots_of(1) if norm else None)
+        limited = rounding == "stochastic" and dtype == torch.float16 and clip_value and gpu >= 80
+        expected = 120 if limited else None
+        assert [constants.get("maxnreg") for _, constants in recorder.launched] == [expected] * 2
+        of_rows = recorder.loaded[0]  # not limited, where they are of rounding: a thread has half as many elements
+        assert of_rows["ROWS"] == (rounding == "stochastic" and dtype != torch.float32)
+        assert "maxnreg" not in of_rows and of_rows["num_warps"] == launch.WARPS * (1 + of_rows["ROWS"])
+
+
+def lists_of(dtype):
+    """Params, grads and shards: plain, misaligned, at an odd index, of short rows, of rows that divide a pair."""
+    plain, large = [torch.zeros(64, dtype=dtype), torch.zeros(64, dtype=dtype)], torch.zeros(2 * BLOCK, dtype=dtype)
+    yield [plain[0]], [plain[1]], [(0, 64, 64)]
+    yield [plain[0][1:]], [plain[1][1:]], [(0, 63, 63)]
+    yield [plain[0], large[:BLOCK]], [plain[1][:64], large[BLOCK:].clone()], [(1, 64, 64), (0, 2**40, 2**40)]
+    yield [plain[0]], [plain[1]], [(0, 8, 16)]
+    yield [plain[0]], [plain[1]], [(0, 7, 9)]
+
+
+@pytest.mark.parametrize("norms", [False, True], ids=["", "norms"])
+@pytest.mark.parametrize("clamp", [{}, {"clip_value": 1.0}], ids=["", "clamp"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_a_list_never_needs_a_kernel_that_the_first_did_not_load(dtype, rounding, clamp, norms, monkeypatch):
+    """In the capture of a CUDA graph, which may have other tensors, nothing can be compiled or loaded."""
+    for first in range(5):
+        recorder, norm_recorder = Recorder(), Recorder()
+        monkeypatch.setattr(sgd, "sgd_kernel", recorder)
+        monkeypatch.setattr(sq_norm, "sq_norm_kernel", norm_recorder)
+        lists = list(lists_of(dtype))
+        ready, norm_ready = None, None
+        for params, grads, shards in [lists[first], *lists]:
+            slots = slots_of(len(params)) if norms else None
+            ops.sgd_list_(params, grads, lr=0.1, rounding=rounding, sq_norm=slots, shard=shards, **clamp)
+            ops.sq_norm_list_(slots_of(len(grads)), grads)
+            if ready is None:
+                ready, norm_ready = (
+                    [*kernel.loaded, *(constants for _, constants in kernel.launched)]
+                    for kernel in (recorder, norm_recorder)
+                )
+                monkeypatch.setattr(launch, "is_capturing", lambda device: True)
+        monkeypatch.setattr(launch, "is_capturing", lambda device: False)
+        assert len(recorder.loaded) == len(norm_recorder.loaded) == 1
+        for kernel, known in ((recorder, ready), (norm_recorder, norm_ready)):
+            assert len(kernel.launched) >= 6 and all(constants in known for _, constants in kernel.launched)
 
 
 @pytest.mark.parametrize("module", [sgd, sq_norm], ids=["sgd", "sq_norm"])
 def test_vectors_are_promised_only_where_all_addresses_allow_them(module, monkeypatch):
     """A GPU stops at a 128-bit access to any other address; the interpreter does not notice."""
-    promised = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *_, **constants: promised.append((grid, constants["ALIGNED"]))
-
-    kernel = "sgd_kernel" if module is sgd else "sq_norm_kernel"
-    monkeypatch.setattr(module, kernel, Kernel())
+    recorder = Recorder()
+    monkeypatch.setattr(module, "sgd_kernel" if module is sgd else "sq_norm_kernel", recorder)
     memory = torch.zeros(8, 64)
     grads = [memory[0], memory[1, 1:], memory[2, 2:], memory[3, 4:]]
     if module is sgd:
         params = [memory[4], memory[5, :-1], memory[6, 4:-2], memory[7, 3:-1]]
         ops.sgd_list_(params, [g[: p.numel()] for g, p in zip(grads, params, strict=True)], lr=0.1)
-        assert sorted(promised) == [((1,), True), ((3,), False)]
+        expected = [((1,), True), ((3,), False)]
     else:
         ops.sq_norm_list_(slots_of(4), grads)
-        assert sorted(promised) == [((2,), False), ((2,), True)]
+        expected = [((2,), False), ((2,), True)]
+    assert sorted((grid, constants["ALIGNED"]) for grid, constants in recorder.launched) == expected
 
 
 def test_workspaces_made_in_inference_mode_serve_outside_of_it():

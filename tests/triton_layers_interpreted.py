@@ -134,6 +134,19 @@ def test_linear_sgd_keeps_weights_whose_gradient_is_not_finite(dtype, bad):
     assert not slot.isfinite()
 
 
+@pytest.mark.parametrize("parts", [1, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_linear_sgd_in_any_number_of_parts(dtype, parts, monkeypatch):
+    factors = factors_of((5, 20, 133), torch.bfloat16)
+    expected, slot = matrix(20, 133, dtype, 2), slot_of()
+    weight, other_slot = expected.clone(), slot_of()
+    ops.linear_sgd_(expected, *factors, lr=0.03, rounding="stochastic", seed=1, sq_norm=slot)
+    monkeypatch.setattr(linear, "PARTS", parts)
+    ops.linear_sgd_(weight, *factors, lr=0.03, rounding="stochastic", seed=1, sq_norm=other_slot)
+    assert_same_bits(weight, expected)
+    assert_same_bits(other_slot, slot)
+
+
 @pytest.mark.parametrize("columns", [34, 35])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
 def test_linear_sgd_draws_with_the_index_in_the_whole_weight(dtype, columns):
@@ -298,6 +311,30 @@ def test_norms_that_triton_cannot_compile_go_by_tiles(monkeypatch):
     ops.linear_sgd_(torch.zeros(40, 30), x, gy, lr=0.1, sq_norm=slot_of())
     ops.linear_sgd_(torch.zeros(40, 30), x, gy, lr=0.1)
     assert done == ["linear_sq_norm_", "linear_sgd_"]
+
+
+@pytest.mark.parametrize("gpu", [0, 75, 80, 90, 100, 103, 120])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_products_are_launched_with_a_limit_of_registers(dtype, gpu, monkeypatch):
+    """Of Hopper and Blackwell, where two programs then share a multiprocessor."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **constants: launched.append(constants)
+
+    for name in ("linear_sgd_kernel", "linear_sq_norm_kernel"):
+        monkeypatch.setattr(linear, name, Kernel())
+    monkeypatch.setattr(linear, "generation", lambda device: gpu)
+    monkeypatch.setattr(linear, "sums_products", lambda *_: True)
+    monkeypatch.setattr(linear, "GRAM_MARGIN", math.inf)
+    for columns in (64, 65):
+        launched.clear()
+        x, gy = factors_of((64, 64, columns), dtype)
+        ops.linear_sgd_(torch.zeros(64, columns), x, gy, lr=0.1)
+        ops.linear_sq_norm_(slot_of(), x, gy)
+        limited = gpu in (90, 100, 103) and dtype != torch.float32 and columns == 64
+        assert [constants.get("maxnreg") for constants in launched] == [128 if limited else None] * 2
 
 
 def test_many_tokens_are_multiplied_by_torch(monkeypatch):

@@ -33,6 +33,16 @@ def options(warps: int = WARPS) -> dict[str, Any]:
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+
+@functools.cache
+def generation(device: torch.device) -> int:
+    """Of NVIDIA's GPUs, 75 for sm_75; 0 for AMD's, and where Triton interprets."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 # ---- Checks of what the public wrappers cannot know or a caller of torch.ops has not asked them. ---------------------
 
 
@@ -210,17 +220,17 @@ class Row(NamedTuple):
     numel: int
     key: int
     indices: Indices
-    variant: tuple[Any, ...]  # rows of one variant are done by one launch
+    variant: tuple[Any, ...]  # dtypes and rounding
+    plain: bool  # aligned, in one row, and its pairs are those of the whole parameter
 
 
 class Launch(NamedTuple):
-    """The rows of one variant."""
+    """The rows of one variant that are plain, or those that are not."""
 
     variant: tuple[Any, ...]
+    plain: bool
     first_program: int
     programs: int
-    rows: bool
-    pairs: bool
 
 
 def rounds(rows: list[Row]) -> list[list[Row]]:
@@ -261,7 +271,8 @@ def upload(
 ) -> tuple[Tensor, int, list[Launch]]:
     """The table of `rows` on the device: a row each, then for each program the row it belongs to.
 
-    Copied from pinned memory, without a sync: torch hands that memory out again only when the copy is done. In a graph
+    Copied from pinned memory, without a sync. torch pins that memory once: its `CachingHostAllocator` keeps blocks of
+    2**n bytes, records an event on the stream of the copy, and hands a block out again after that event. In a graph
     capture it is kept for the life of the process, because every replay copies it again: 72 bytes per tensor and 8 per
     program of each captured call.
 
@@ -271,21 +282,48 @@ def upload(
     Returns:
         the table, where in it the programs begin, and the launches. The caller holds `table_lock`.
     """
-    variants: dict[tuple[Any, ...], list[Row]] = {}
+    variants: dict[tuple[tuple[Any, ...], bool], list[Row]] = {}
     for row in rows:
-        variants.setdefault(row.variant, []).append(row)
+        variants.setdefault((row.variant, row.plain), []).append(row)
     numbers, owners = array("q"), array("q")
     launches = []
-    for variant, alike in variants.items():
+    for (variant, plain), alike in variants.items():
         begin = len(owners)
         for row in alike:
             owner = len(numbers) // COLUMNS.value
             numbers.extend((row.param, row.grad, row.slot, row.numel, len(owners), row.key, *row.indices[:3]))
             owners.extend([owner] * programs_of(row.numel))
-        several, pairs = any(row.indices.rows for row in alike), all(row.indices.pairs for row in alike)
-        launches.append(Launch(variant, begin, len(owners) - begin, several, pairs))
+        launches.append(Launch(variant, plain, begin, len(owners) - begin))
     numbers.extend(owners)
     staged = _staged(torch.frombuffer(numbers, dtype=torch.int64), device)
     table = _tables.get(device, len(numbers))
     table[: len(numbers)].copy_(staged, non_blocking=True)
     return table, len(rows) * COLUMNS.value, launches
+
+
+#: Kernels, devices and variants of which both kernels, for plain rows and for others, are loaded.
+_loaded: set[tuple[Any, ...]] = set()
+
+
+def run(
+    kernel: Any,
+    launched: Launch,
+    device: torch.device,
+    arguments: Sequence[Any],
+    constants: Callable[[bool], dict[str, Any]],
+) -> None:
+    """Launches the kernel for some rows of a list, and before its first launch loads the one for the other rows too.
+
+    A list that is captured in a CUDA graph may have other rows than those before it, for example a gradient that has
+    become a view. A kernel cannot be compiled or loaded during a capture.
+
+    Args:
+        constants: what the kernel is compiled for, with or without the promise that rows are plain.
+    """
+    kernel[(launched.programs,)](*arguments, **constants(launched.plain))
+    key = kernel, device, *constants(True).items()
+    if key not in _loaded and not is_capturing(device):
+        other = kernel.warmup(*arguments, grid=(1,), **constants(not launched.plain))
+        if not INTERPRETED:
+            other._init_handles()  # warmup compiles; this loads
+        _loaded.add(key)

@@ -7,7 +7,6 @@ gradient is ever in memory.
 
 from __future__ import annotations
 
-import functools
 import threading
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from .. import tiled
 from ..ops._overlap import Access, check_no_overlap, overlaps_itself, regions
 from ..ops._pairs import check_linear, check_weight
 from . import launch
-from .launch import TYPES, fail
+from .launch import TYPES, fail, generation
 from .numerics import (
     add_to_slot,
     add_up,
@@ -64,16 +63,8 @@ class Tile(NamedTuple):
 
 
 #: Columns of a tile are updated in so many parts, one after the other: a thread has registers for one part at a time.
-PARTS = 8
-
-
-@functools.cache
-def generation(device: torch.device) -> int:
-    """Of NVIDIA's GPUs, 75 for sm_75; 0 for AMD's, and where Triton interprets."""
-    if device.type != "cuda" or torch.version.hip:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+#: Each part is more to interpret: eight would take 2.7 times as long as one.
+PARTS = 2 if launch.INTERPRETED else 8
 
 
 def tile_of(factors: torch.dtype, gpu: int, aligned: bool) -> Tile:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,12 +126,20 @@ def sgd_kernel(
         add_to_slot(sum_of_squares(scaled, BLOCK), slot_at(slot), partials, counters, block, tl.cdiv(numel, BLOCK))
 
 
-def options(bfloat16: bool, stochastic: bool, rows: bool, norm: bool) -> dict[str, Any]:
+def options(gpu: int, param: torch.dtype, stochastic: bool, rows: bool, norm: bool, clamp: bool) -> dict[str, Any]:
     """How a variant is compiled. Rounding bfloat16 stochastically is work for the arithmetic units as much as for the
     memory: with half the threads, 32 elements each, what is done once per thread weighs half: counted in Hopper's
-    machine code, 31 instructions per element instead of 36. Norms and rows would then take all 255 registers."""
-    half = bfloat16 and stochastic and not rows and not norm
-    return launch.options(launch.WARPS // 2 if half else launch.WARPS)
+    machine code, 31 instructions per element instead of 36. Norms and rows would then take all 255 registers.
+
+    Two programs or more share a multiprocessor of Hopper's: one loads while another computes. Left to itself the
+    compiler takes up to 179 registers for float16 with a clamp; with 120 it spills none.
+
+    Args:
+        gpu: `launch.generation`.
+    """
+    half = stochastic and param == torch.bfloat16 and not rows and not norm
+    limited = stochastic and param == torch.float16 and clamp and not rows and gpu >= 80
+    return launch.options(launch.WARPS // 2 if half else launch.WARPS) | ({"maxnreg": 120} if limited else {})
 
 
 def check(op: str, param: Tensor, grad: Tensor, device: torch.device) -> None:
@@ -224,10 +233,44 @@ def sgd_(
             PAIRS=where.pairs,
             NORM=sq_norm is not None,
             BLOCK=BLOCK,
-            **options(param.dtype == torch.bfloat16, stochastic, where.rows, sq_norm is not None),
+            **options(
+                launch.generation(device),
+                param.dtype,
+                stochastic,
+                where.rows,
+                sq_norm is not None,
+                clip_value is not None,
+            ),
         )
         if p is not param:
             param.detach().copy_(p)
+
+
+def list_constants(
+    param: torch.dtype, grad: torch.dtype, stochastic: bool, plain: bool, *, gpu: int, clamp: bool, norm: bool
+) -> dict[str, Any]:
+    """What the kernel of a list is compiled for: two variants, so that the rows of a list make no others.
+
+    With rows that are not plain a thread has 8 elements: 16 would take up to 204 registers of Hopper's, and a limit
+    would spill some.
+    """
+    rows = stochastic and not plain
+    compiled = options(gpu, param, stochastic, rows, norm, clamp)
+    if rows:
+        compiled["num_warps"] *= 2
+    return {
+        "P": TYPES[param],
+        "G": TYPES[grad],
+        "ALIGNED": plain,
+        "CLAMP": clamp,
+        "STOCHASTIC": stochastic,
+        "ROWS": rows,
+        "PAIRS": not rows,
+        "NORM": norm,
+        "BLOCK": BLOCK,
+        "COLUMNS": COLUMNS.value,
+        **compiled,
+    }
 
 
 def sgd_list_(
@@ -276,6 +319,7 @@ def sgd_list_(
             p, g = in_order(param, grad, any_order=not rounded and not sq_norm)
             copies.append((param, p, g))
             addresses = p.data_ptr(), g.data_ptr()
+            indices = where[i] if rounded else launch.WHOLE
             aligned = not (addresses[0] | addresses[1]) % 16
             rows.append(
                 launch.Row(
@@ -283,8 +327,9 @@ def sgd_list_(
                     sq_norm[i].data_ptr() if sq_norm else 0,
                     param.numel(),
                     launch.parameter_key(seed, parameter_id[i]) if rounded else 0,
-                    where[i] if rounded else launch.WHOLE,
-                    (param.dtype, grad.dtype, aligned, rounded),
+                    indices,
+                    (param.dtype, grad.dtype, rounded),
+                    aligned and indices.pairs and not indices.rows,
                 )
             )
         for part in launch.rounds(rows):
@@ -295,8 +340,7 @@ def sgd_list_(
                     partials = launch.partials.get(device, sum(one.programs for one in launches))
                     counters = launch.counters.get(device, len(part))
                 for one in launches:
-                    p_dtype, g_dtype, aligned, rounded = one.variant
-                    sgd_kernel[(one.programs,)](
+                    arguments = (
                         *(None, None, 0),  # tensors are in the table
                         *numbers,
                         kinds,
@@ -306,18 +350,15 @@ def sgd_list_(
                         one.first_program,
                         partials,
                         counters,
-                        P=TYPES[p_dtype],
-                        G=TYPES[g_dtype],
-                        ALIGNED=aligned,
-                        CLAMP=clip_value is not None,
-                        STOCHASTIC=rounded,
-                        ROWS=one.rows,
-                        PAIRS=one.pairs,
-                        NORM=bool(sq_norm),
-                        BLOCK=BLOCK,
-                        COLUMNS=COLUMNS.value,
-                        **options(p_dtype == torch.bfloat16, rounded, one.rows, bool(sq_norm)),
                     )
+                    constants = functools.partial(
+                        list_constants,
+                        *one.variant,
+                        gpu=launch.generation(device),
+                        clamp=clip_value is not None,
+                        norm=bool(sq_norm),
+                    )
+                    launch.run(sgd_kernel, one, device, arguments, constants)
         for param, p, _ in copies:
             if p is not param:
                 param.detach().copy_(p)

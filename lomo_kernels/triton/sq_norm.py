@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -103,6 +107,11 @@ def sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
         )
 
 
+def list_constants(grad: torch.dtype, plain: bool) -> dict[str, Any]:
+    """What the kernel of a list is compiled for."""
+    return {"G": TYPES[grad], "ALIGNED": plain, "BLOCK": BLOCK, "COLUMNS": COLUMNS.value, **launch.options()}
+
+
 def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> None:
     op = "sq_norm_list_"
     if len(slots) != len(grads):
@@ -121,16 +130,15 @@ def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | 
         for slot, grad in zip(slots, grads, strict=True):
             if numel := grad.numel():
                 address = grad.data_ptr()
-                variant = (grad.dtype, not address % 16)
-                rows.append(launch.Row(0, address, slot.data_ptr(), numel, 0, launch.WHOLE, variant))
+                plain = not address % 16
+                rows.append(launch.Row(0, address, slot.data_ptr(), numel, 0, launch.WHOLE, (grad.dtype,), plain))
         for part in launch.rounds(rows):
             with launch.table_lock:
                 table, owners, launches = launch.upload(part, device, programs_of)
                 partials = launch.partials.get(device, sum(one.programs for one in launches))
                 counters = launch.counters.get(device, len(part))
                 for one in launches:
-                    dtype, aligned = one.variant
-                    sq_norm_kernel[(one.programs,)](
+                    arguments = (
                         *(None, 0, 0),  # tensors are in the table
                         number,
                         kinds,
@@ -139,9 +147,6 @@ def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | 
                         one.first_program,
                         partials,
                         counters,
-                        G=TYPES[dtype],
-                        ALIGNED=aligned,
-                        BLOCK=BLOCK,
-                        COLUMNS=COLUMNS.value,
-                        **launch.options(),
                     )
+                    constants = functools.partial(list_constants, *one.variant)
+                    launch.run(sq_norm_kernel, one, device, arguments, constants)
