@@ -276,14 +276,13 @@ def draw(
         bits = share_of(bits, index.to(tl.uint32) & 1, dtype, PAIRS)
     else:
         first = offset + start
-        TOGETHER: tl.constexpr = 8 >> SHIFT  # of the 128 bits that a thread loads at a time
+        together = False
         if KEYS == 1 and (SHIFT == 0 or PAIRS):
-            if first % 8 == 0:
-                key = mix64(stream ^ (first >> (32 + SHIFT)).to(tl.uint64))
-                bits = random_bits_from(key, (first >> SHIFT).to(tl.uint32), BLOCK // STEP, TOGETHER)
-                bits = share_of(bits, 0, dtype, PAIRS)
-            else:
-                bits = draw_at(stream, first, first + left - 1, place, dtype, PAIRS, KEYS)
+            together = first % 8 == 0  # a thread has eight elements, 128 bits, side by side
+        if together:
+            key = mix64(stream ^ (first >> (32 + SHIFT)).to(tl.uint64))
+            bits = random_bits_from(key, (first >> SHIFT).to(tl.uint32), BLOCK // STEP, 8 >> SHIFT)
+            bits = share_of(bits, 0, dtype, PAIRS)
         else:
             bits = draw_at(stream, first, first + left - 1, place, dtype, PAIRS, KEYS)
     return bits
