@@ -18,12 +18,12 @@ sgd_ fp32 by fp32         12.5 15.4   13.3 16.2   14.4 16.3   14.0 16.3   13.7 2
 sgd_ fp32 by 16           13.4 16.9   14.2 17.6   14.5 17.0   14.2 17.0   16.2 23.3
 sgd_ bf16 by fp32         13.8 16.7   14.5 17.4   14.9 16.9   14.7 17.0   23.6 29.4
 sgd_ bf16 by 16           15.0 18.1   15.5 18.5   16.0 18.2   15.6 18.2   25.5 31.7
-sgd_ bf16 by fp32, st     23.0 26.0   24.4 27.3   24.9 26.9   24.6 27.0   23.6 34.8
-sgd_ bf16 by 16, st       23.0 26.0   24.1 27.0   24.1 26.5   23.8 26.5   25.4 36.7
+sgd_ bf16 by fp32, st     23.0 26.0   24.4 27.3   24.9 26.9   24.6 27.0   22.2 33.4
+sgd_ bf16 by 16, st       23.0 26.0   24.1 27.0   24.1 26.5   23.8 26.5   23.9 35.3
 sgd_ fp16 by fp32         13.8 16.7   14.5 17.4   14.9 16.9   14.7 17.0   16.3 22.6
 sgd_ fp16 by 16           15.0 18.1   15.5 18.5   16.0 18.2   15.6 18.2   17.8 24.5
-sgd_ fp16 by fp32, st     25.2 28.1   26.5 29.4   27.2 29.3   26.9 29.3   44.5 50.3
-sgd_ fp16 by 16, st       24.4 27.4   25.5 28.5   26.4 28.6   25.9 28.5   46.9 52.3
+sgd_ fp16 by fp32, st     25.2 28.1   26.5 29.4   27.2 29.3   26.9 29.3   39.1 45.2
+sgd_ fp16 by 16, st       24.4 27.4   25.5 28.5   26.4 28.6   25.9 28.5   41.2 47.0
 sq_norm_ fp32             - 6.6       - 6.8       - 6.5       - 6.6       - 9.4
 sq_norm_ 16               - 6.0       - 6.2       - 6.3       - 6.4       - 9.4
 """
@@ -35,8 +35,6 @@ THREADS = {"cuda": 768, "triton": 384}
 IN_FLIGHT = {"cuda": 32, "triton": 16}
 #: The modelled share of a copy's speed that an update's instructions allow at least, and a norm's.
 UPDATE_SHARE, NORM_SHARE = 0.95, 0.90
-#: What is below that: Triton rounds float16 stochastically with 44 to 46 instructions per element, on an H200.
-BELOW = {("triton", "fp16", "H200"): 0.72}
 
 
 def budgets():
@@ -109,12 +107,10 @@ def test_registers_leave_room_for_blocks(measured):
 @pytest.mark.parametrize("measured", [("cuda", 90), ("triton", 90)], indirect=True, ids=["cuda", "triton"])
 def test_instructions_allow_the_speed_of_a_copy(measured):
     """Modelled, for Hopper."""
-    backend, _, kernels = measured
-    for kernel, facts in kernels:
+    for kernel, facts in measured[2]:
         for card in (H100, H200):
             share, limit = share_of_copy(facts, kernel.bytes_moved, card)
             least = NORM_SHARE if kernel.norm else UPDATE_SHARE
-            least = BELOW.get((backend, kernel.param, card.name), least) if kernel.stochastic else least
             assert share >= least, f"{name_of(kernel)} on {card.name}: {share:.0%}, by {limit}"
 
 

@@ -12,7 +12,7 @@ from oracle import DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_argum
 
 from lomo_kernels import backends, ops, reference
 from lomo_kernels.triton import launch, numerics, sgd, sq_norm
-from lomo_kernels.triton.numerics import BLOCK, add_to_slot, float_of, fold, nearest, stochastic
+from lomo_kernels.triton.numerics import BLOCK, add_to_slot, float_of, fold, is_ordinary, nearest, ordinary, stochastic
 
 assert backends.choice("CPU").backend == "triton" and launch.INTERPRETED
 WIDTH = 1024  # partial sums that are added at a time
@@ -112,6 +112,34 @@ def test_rounding_of_any_number_and_any_nan(dtype, rounding):
         of = reference.round_bfloat16 if dtype == torch.bfloat16 else reference.round_float16
         expected = of(x.view(torch.float32), draws if rounding == "stochastic" else None)
         assert_same_bits(result.view(dtype), expected)
+
+
+@triton.jit
+def ordinary_kernel(x, random, result, N: tl.constexpr):
+    place = tl.arange(0, N)
+    value = float_of(tl.load(x + place).to(tl.uint32, bitcast=True))
+    bits = ordinary(value, tl.load(random + place).to(tl.uint32), tl.float16)
+    tl.store(result + place, tl.where(is_ordinary(value, tl.float16), bits.to(tl.int16, bitcast=True), -1))
+
+
+def test_ordinary_float16_numbers():
+    """Both ends of every binade from 2**-30 on, of both signs; -1, a NaN, if one number is outside."""
+    n, first, end = 2**15, 97 << 23, 0x477FE000
+    binades = torch.arange(97, 144)[:, None] << 23
+    ends = torch.cat([binades + torch.arange(64), binades - 1 - torch.arange(64)]).flatten().clamp(first, end - 1)
+    x = torch.randint(first, end, (n,), generator=oracle.generator(1))
+    x[: ends.numel()] = ends
+    x[::2] -= 2**31
+    random = torch.randint(0, 2**32, (n,), generator=oracle.generator(2))
+    result = torch.empty(n, dtype=torch.int16)
+    for draws in (random, random * 0, random * 0 + 2**32 - 1, random | 0xFFFF0000, random & 0x1FFFF):
+        ordinary_kernel[(1,)](x.int(), draws, result, N=n)
+        assert_same_bits(result.view(torch.float16), reference.round_float16(x.int().view(torch.float32), draws))
+    for size in (0, first - 1, end, 0x7F800000, 0x7F800001, 0x7FFFFFFF):
+        for sign in (0, 2**31):
+            x[n // 3] = size - sign
+            ordinary_kernel[(1,)](x.int(), random, result, N=n)
+            assert (result == -1).all(), (size, sign)
 
 
 # ---- Elements far from the first -------------------------------------------------------------------------------------

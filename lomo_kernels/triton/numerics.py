@@ -110,26 +110,26 @@ def stochastic(x, random, dtype: tl.constexpr):
 @triton.jit
 def is_ordinary(x, dtype: tl.constexpr):
     """Whether `ordinary` rounds all of these numbers, [N]. bfloat16: none is NaN, or in the last binade's last step, or
-    infinite. float16: the same, and none is zero or below 2**-32."""
-    size = bits_of(x) & 0x7FFFFFFF
+    infinite. float16: the same, and none is zero or below 2**-30."""
     if dtype == tl.bfloat16:
-        fits = tl.max(size, axis=0) < 0x7F7F0000
-    else:
-        fits = tl.max(size - 0x2F800000, axis=0) < 0x477FE000 - 0x2F800000
+        fits = tl.max(bits_of(x) & 0x7FFFFFFF, axis=0) < 0x7F7F0000
+    else:  # twice the magnitude: the sign is shifted out
+        fits = tl.max((bits_of(x) << 1) - 0x61000000, axis=0) < 0x8EFFC000 - 0x61000000
     return fits
 
 
 @triton.jit
 def ordinary(x, random, dtype: tl.constexpr):
-    """`stochastic` of numbers that are as `is_ordinary` says: nothing is cut but bits, at most 31."""
+    """`stochastic` of numbers that are as `is_ordinary` says: nothing is cut but bits, at most 29."""
     u = bits_of(x)
     if dtype == tl.bfloat16:
         bits = (u + random) >> 16
     else:
-        size = (u & 0x7FFFFFFF) - 0x2F800000
-        kept = tl.minimum(size >> 23, 18)  # 31 less the bits cut
-        m = size - (kept << 23) + 0x800000
-        bits = ((u >> 16) & 0x8000) | ((m + (random >> (kept + 1))) >> (31 - kept))
+        # 34 - kept bits of the significand are cut, 13 above 2**-14, and as many random bits are added. All four times
+        # as large, so that the sign is shifted out and kept is at least 1.
+        kept = (bits_of(tl.minimum(tl.abs(x), 6.103515625e-05)) >> 23) - 96
+        m = (u << 2) - (kept << 25) - (95 << 25)
+        bits = ((u >> 16) & 0x8000) | (((m + (random >> kept)).to(tl.uint64) << kept) >> 32).to(tl.uint32)
     return bits.to(tl.uint16)
 
 
@@ -197,13 +197,32 @@ def mix64(z):
 
 
 @triton.jit
-def random_bits(block, counter):
-    """32 bits for each counter; `block` is the key of its 2**32 counters."""
+def begin_hash(block, counter):
     x = counter ^ block.to(tl.uint32)
-    x = (x ^ (x >> 7) ^ (x >> 16)) * 0x21F0AAAD
+    return x ^ (x >> 7) ^ (x >> 16)
+
+
+@triton.jit
+def finish_hash(block, begun):
+    x = begun * 0x21F0AAAD
     # (x + key) * factor, the key times the factor being the same for all: one instruction instead of two.
     x = (x ^ (x >> 15)) * 0xD35A2D97 + (block >> 32).to(tl.uint32) * 0xD35A2D97
     return x ^ (x >> 15)
+
+
+@triton.jit
+def random_bits(block, counter):
+    """32 bits for each counter; `block` is the key of its 2**32 counters."""
+    return finish_hash(block, begin_hash(block, counter))
+
+
+@triton.jit
+def random_bits_from(block, counter, N: tl.constexpr, TOGETHER: tl.constexpr):
+    """`random_bits` of the N counters from `counter` on, [N]. TOGETHER of them, up to 128, have one `begin_hash`: of
+    a multiple of TOGETHER, as `counter` must be, the low bits only pass through it."""
+    begun = begin_hash(block, counter + tl.arange(0, N // TOGETHER).to(tl.uint32) * TOGETHER)
+    begun = begun[:, None] ^ tl.arange(0, TOGETHER).to(tl.uint32)[None, :]
+    return finish_hash(block, tl.reshape(begun, (N,)))
 
 
 @triton.jit
@@ -256,7 +275,16 @@ def draw(
             bits = random_bits(mix64(stream ^ (index >> (32 + SHIFT)).to(tl.uint64)), counter)
         bits = share_of(bits, index.to(tl.uint32) & 1, dtype, PAIRS)
     else:
-        bits = draw_at(stream, offset + start, offset + start + left - 1, place, dtype, PAIRS, KEYS)
+        first = offset + start
+        together = False
+        if KEYS == 1 and (SHIFT == 0 or PAIRS):
+            together = first % 8 == 0  # a thread has eight elements, 128 bits, side by side
+        if together:
+            key = mix64(stream ^ (first >> (32 + SHIFT)).to(tl.uint64))
+            bits = random_bits_from(key, (first >> SHIFT).to(tl.uint32), BLOCK // STEP, 8 >> SHIFT)
+            bits = share_of(bits, 0, dtype, PAIRS)
+        else:
+            bits = draw_at(stream, first, first + left - 1, place, dtype, PAIRS, KEYS)
     return bits
 
 
