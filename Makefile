@@ -49,7 +49,7 @@ bench-full: testing   ## measure every size and case, which takes an hour
 machine-code: $(stamps)/test   ## count the GPU kernels' instructions, without a GPU
 	@$(bin)/python -m bench.machine_code
 
-gpu:             ## what a GPU has to show, within BUDGET seconds, into RESULTS, with PYTHON's torch; ARGS="ncu" selects
+gpu:             ## test and measure a GPU within BUDGET seconds, into RESULTS, with PYTHON's torch; ARGS="ncu" selects
 	@$(PYTHON) -m bench.gpu --budget=$(BUDGET) --results=$(RESULTS) $(ARGS)
 
 lint: $(stamps)/lint   ## formatters, linter and type checker
@@ -87,7 +87,7 @@ sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, u
 	  OMP_NUM_THREADS=1 LOMO_KERNELS_ISA=$$isa PYTHONPATH=$(checked) \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py $$layers $(ARGS) || exit 1; done
+	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py tests/test_overlap.py $$layers $(ARGS) || exit 1; done
 
 clean:           ## remove what was built; VENV stays
 	rm -rf build dist *.egg-info lomo_kernels/*.so

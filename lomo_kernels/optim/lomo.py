@@ -34,10 +34,10 @@ from .summary import summary
 
 _NOT_OURS = (
     ", by hand or by an engine that was given this optimizer (DeepSpeed's ZeRO: give it none, see "
-    "docs/distributed.md); use add_param_group(), or make a new optimizer"
+    "docs/distributed.md). No weight was changed. Use add_param_group(), or make a new optimizer"
 )
 _NOTHING_CHANGED = "no weight was changed"
-_INSIDE = "a step was started inside another one of the same optimizer"
+_INSIDE = "a step was started inside another step of the same optimizer; start it after that step"
 _T = TypeVar("_T")
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
@@ -46,9 +46,9 @@ class Lomo(torch.optim.Optimizer):
     """Trains every parameter with plain SGD, each updated and its gradient freed while backward runs.
 
     ``optimizer.backward(loss)`` takes the place of ``loss.backward()``, ``optimizer.step()`` and
-    ``optimizer.zero_grad()``. Only it (and `fused_backward`) consumes gradients: a plain ``loss.backward()`` leaves
-    them in ``.grad`` as ever, and `step` applies them, so this is a `torch.optim.Optimizer` like others in any trainer.
-    A parameter has one optimizer: a newer `Lomo` of some of them takes them over and ends the use of the older one.
+    ``optimizer.zero_grad()``. Only it (and `fused_backward`) frees gradients. A plain ``loss.backward()`` leaves them
+    in ``.grad``, and `step` applies them: so any trainer can use it as a `torch.optim.Optimizer`. A parameter has one
+    optimizer. A newer `Lomo` of some of the parameters takes them over, and the older one cannot be used any more.
 
     Per element, with g the gradient over the loss scale (`lomo_kernels.reference` states it bit for bit)::
 
@@ -59,34 +59,35 @@ class Lomo(torch.optim.Optimizer):
             groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16;
             frozen ones of any dtype. Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.integrations.deepspeed`).
         lr: learning rate, a number or a one-element tensor; read from ``param_groups`` at every step.
-        clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. It is known
-            only after a backward pass: see `clip_passes`.
+        clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. The norm is
+            known only after a backward pass: see `clip_passes`.
         clip_grad_value: bound on each element of the gradient, applied before the norm's coefficient.
         weight_decay: decoupled.
         clip_passes: for clipping by norm and dynamic loss scaling. "two": a backward for the norm, then one for the
-            update; least memory. "one": one backward, which keeps every gradient until the norm is known, of fused
-            layers the factors where those are smaller (`docs/one_backward.md`): fastest.
-        loss_scale: None, a number, "dynamic", or "auto": dynamic when a parameter is float16, or when the first
-            backward computes in float16, as under autocast; over several processes that is only warned of.
+            update; least memory. The first step of each new graph runs one more, to check that two backwards give the
+            same gradients. "one": one backward, which keeps every gradient until the norm is known; of fused layers it
+            keeps the factors if they are smaller (`docs/one_backward.md`). Fastest.
+        loss_scale: None, a number, "dynamic", or "auto". "auto" is dynamic if a parameter is float16, or if the first
+            backward computes in float16, as under autocast. Over several processes autocast only gives a warning.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
             updates far below a weight's last bit still count on average.
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
             scaling it leaves all weights untouched, otherwise the elements concerned. "raise": it also raises
             FloatingPointError, which takes a host synchronisation per step.
         fused_layers: True: the weights of the model's `nn.Linear` and `nn.Embedding` get no gradient; their updates are
-            formed from its factors, tile by tile. With parameters or groups in place of the model, the model itself.
-            `summary` says which weights that concerns.
-        process_group: False: none. Data parallel without a wrapper: gradients are averaged over this
-            `torch.distributed.ProcessGroup` inside backward, and parameters and buffers start as its first rank's. Not
-            for DTensor parameters (FSDP2, tensor parallel), which need nothing but that the optimizer is made after
-            ``fully_shard`` or ``parallelize_module``. Or, with parameters or groups in place of DeepSpeed's engine, the
-            engine. `docs/distributed.md` has them all.
+            formed from the gradient's factors, tile by tile. If you pass parameters or groups, pass the model here.
+            `summary` says which weights are fused.
+        process_group: False: none. A `torch.distributed.ProcessGroup`: data parallel without a wrapper. Gradients are
+            averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
+            DTensor parameters (FSDP2, tensor parallel): make the optimizer after ``fully_shard`` or
+            ``parallelize_module``, without this argument. If you pass parameters or groups of DeepSpeed's engine, pass
+            the engine here. See `docs/distributed.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
-        RuntimeError: the model is in DistributedDataParallel or FSDP1; a parameter's other `Lomo` is amid a step.
-        NotImplementedError: a kind of parameter that this version does not have.
+        RuntimeError: the model is in DistributedDataParallel or FSDP1; another `Lomo` of a parameter runs a step now.
+        NotImplementedError: a kind of parameter or buffer that is not implemented.
     """
 
     def __init__(
@@ -181,32 +182,33 @@ class Lomo(torch.optim.Optimizer):
 
     @as_step(lambda self, *_, **__: not self._accumulating)
     def backward(self, loss: Tensor) -> None:
-        """One step of training: backward, with every gradient applied and freed as soon as it is there.
+        """One step of training: runs backward, and applies and frees every gradient as soon as it exists.
 
-        With `clip_grad_norm` or dynamic loss scaling the graph is run twice, first for the norm. Gradients that plain
-        backwards (or `accumulate`) left in ``.grad`` are part of the step: this one is added to them, then all are
-        applied and freed. Inside `accumulate` it only adds to ``.grad``. Parameters that another `Lomo` manages get no
-        gradient, and keep what stands in their ``.grad``; leaves that none manages get that of one plain backward.
+        With `clip_grad_norm` or dynamic loss scaling, backward runs twice, first for the norm (see `clip_passes`).
+        Gradients that plain backwards (or `accumulate`) left in ``.grad`` are part of the step: the new gradients are
+        added to them, then all are applied and freed. Inside `accumulate` this call only adds to ``.grad``. Parameters
+        of another `Lomo` get no gradient, and their ``.grad`` stays as it was. Leaves that no `Lomo` manages get the
+        ``.grad`` of one plain backward.
 
-        Otherwise it is the step that torch's step hooks are called around, the optimizer's own
-        (`register_step_pre_hook`, `register_step_post_hook`) and the global ones, with ``(optimizer, loss)`` as args.
+        torch's step hooks are called before and after it, except inside `accumulate`: the optimizer's own
+        (`register_step_pre_hook`, `register_step_post_hook`) and the global ones. Their args are ``(optimizer, loss)``.
 
         Args:
             loss: one floating-point element, not scaled.
 
         Raises:
             TypeError, ValueError, RuntimeError: `loss` is no such tensor or needs no gradient; a parameter's gradient
-                is sparse or comes twice; a hyperparameter is not usable.
-            FloatingPointError: the gradient is not finite and ``nonfinite="raise"``.
+                is sparse or comes twice; two backwards give different gradients; a hyperparameter is not usable.
+            FloatingPointError: the gradient is not finite and ``nonfinite="raise"``. Step post hooks are not called.
         """
         self._exclusively(lambda step: self._train(step, loss))
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Inside, `backward` only adds its gradients to ``.grad``; the next one outside applies the sum. Exact.
+        """Inside, `backward` only adds its gradients to ``.grad``. The next `backward` outside applies the sum. Exact.
 
-        A `backward` inside that breaks off (an interrupt, an error in a hook) after it has added to some gradients
-        drops all that were accumulated, with a warning: begin that step again.
+        If a `backward` inside breaks off (an interrupt, an error in a hook) after it has added to some gradients, all
+        accumulated gradients are dropped, with a warning. Then begin the step again.
         """
         self._check_not_wrapped()
         before = self._accumulating
@@ -217,12 +219,12 @@ class Lomo(torch.optim.Optimizer):
             finally:
                 self._accumulating = before
         finally:
-            self._accumulating = before  # once more, in case an interrupt has kept the line above from running
+            self._accumulating = before  # again: an interrupt may have kept the line above from running
 
     @as_step(lambda self, closure=None: closure is not None or self._has_gradients())
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Applies what plain backwards left in ``.grad``, and leaves it there. Does nothing, and calls no step hooks,
-        if there is nothing: after `backward`.
+        """Applies the gradients that plain backwards left in ``.grad``. They stay there. If there are none, as after
+        `backward`, this does nothing and calls no step hooks.
 
         Args:
             closure: called first, with gradients enabled; its result is returned.
@@ -239,26 +241,27 @@ class Lomo(torch.optim.Optimizer):
             del self.found_inf
             raise RuntimeError(
                 "Lomo: torch's GradScaler decides on every rank alone whether to step, from gradients that are not "
-                'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place'
+                'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place. No '
+                "weight was changed"
             )
         if self._has_gradients():
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    "Lomo.step() applies gradients that a plain backward kept in memory all at once; "
-                    "optimizer.backward(loss) in place of loss.backward() frees each as soon as it is there",
+                    "Lomo.step() applies gradients that a plain backward has kept in memory, all of them. "
+                    "optimizer.backward(loss) in place of loss.backward() frees each gradient as soon as it exists",
                     stacklevel=3,  # `as_step` wraps step() once, twice where there are hooks
                 )
             self._exclusively(self._apply_plain)
         elif self._unpickled and closure is None:
             raise RuntimeError(
-                "Lomo: no gradient has come to the parameters of this optimizer since it was unpickled. They are "
-                "copies; pickle model and optimizer together, as one tuple, and use both from there"
+                "Lomo: the parameters of this optimizer have got no gradient since it was unpickled. They are copies, "
+                "not the model's; pickle model and optimizer together, as one tuple, and use both from it"
             )
         elif self._passed_over and not (trained or self._trained):
             self._passed_over = False
             warnings.warn(
-                "Lomo.step() found no gradients. The backward of another Lomo ran through these parameters, and leaves "
+                "Lomo.step() found no gradients. The backward of another Lomo ran through these parameters, and gives "
                 "gradients only to its own. Use this optimizer's backward() too, or one Lomo with parameter groups",
                 stacklevel=3,
             )
@@ -267,16 +270,16 @@ class Lomo(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What torch's GradScaler asks: whether to hand `found_inf` and `grad_scale` to `step`, to be refused there."""
+        """torch's GradScaler asks this before it hands `found_inf` and `grad_scale` to `step`, which refuses them."""
         return self._state.divides
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops what plain backwards left in ``.grad``.
 
         Args:
-            set_to_none: False: the tensors stay, filled with zeros, which the next backward adds to. They are gradients
-                as torch's optimizers see it: weight decay goes to their parameters, and the next `backward`, which
-                frees them, takes the memory of all of them once more.
+            set_to_none: False: the tensors stay, filled with zeros, and the next backward adds to them. For torch's
+                optimizers they are gradients: weight decay applies to their parameters. So the next `backward` has all
+                gradients in memory; it frees them at its end.
         """
         itself = self._itself()
         if itself is not None and itself is not self:  # Lightning's wrapper is made of this class
@@ -288,7 +291,7 @@ class Lomo(torch.optim.Optimizer):
         self._drop_norm()
 
     def grad_norm(self, loss: Tensor) -> Tensor:
-        """First half of lomo_optim's pair: one backward for the norm; the next `fused_backward` uses it, once.
+        """First call of lomo_optim's pair: a backward for the norm. The next `fused_backward` uses the norm, once.
 
         Returns:
             The norm, as `last_grad_norm`.
@@ -299,7 +302,10 @@ class Lomo(torch.optim.Optimizer):
             self._check_loss(loss)
             self._refresh(loss)
             if self._kept():
-                raise RuntimeError("Lomo: gradients stand in .grad; use backward(), which adds them in, or zero_grad()")
+                raise RuntimeError(
+                    "Lomo: grad_norm() found gradients in .grad, expected none; use backward(), which includes them, "
+                    "or zero_grad(), which drops them"
+                )
             self._find_norm(step, Graph(loss), self._start_scale(loss))
             self._norm_is_known = True
             return self.last_grad_norm
@@ -310,7 +316,7 @@ class Lomo(torch.optim.Optimizer):
     def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
         """lomo_optim's name for `backward`, with the learning rate of all groups given for this step.
 
-        After `grad_norm` it needs one backward more; without, it does both, so a coefficient is never a stale one.
+        After `grad_norm` it runs one backward, otherwise both: an old norm is never used.
         """
 
         def run(step: Step) -> None:
@@ -320,7 +326,7 @@ class Lomo(torch.optim.Optimizer):
         self._exclusively(run)
 
     def summary(self) -> str:
-        """A table: what becomes of each parameter's gradient, and why. Print it."""
+        """A table to print: what happens to each parameter's gradient, and why."""
         kept = self._one_pass and self._needs_norm_first
         return summary(self._records, None if self._model is None else self._model(), kept=kept)
 
@@ -328,9 +334,9 @@ class Lomo(torch.optim.Optimizer):
         """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again.
 
         Raises:
-            RuntimeError: called inside a step, by a hook. Gradients still to come would stay in ``.grad``.
+            RuntimeError: a hook called it inside a step. The gradients that come later would stay in ``.grad``.
         """
-        self._check_not_inside("remove() was called inside a step of the same optimizer; call it when that has ended")
+        self._check_not_inside("remove() was called inside a step of the same optimizer; call it after the step")
         self._end_use("remove() was called on this optimizer; make a new one")
 
     def __enter__(self) -> Lomo:
@@ -342,15 +348,15 @@ class Lomo(torch.optim.Optimizer):
     def grad_norms(self) -> dict[str, Tensor]:
         """Norm of each parameter's gradient in the last step: unscaled, before clipping of any kind.
 
-        The host waits for nothing. Over several ranks the norms are those of whole parameters and averaged gradients;
-        with sharded parameters (FSDP2, tensor parallel, DeepSpeed) that takes one all-reduce, so every rank has to call
-        this.
+        The host does not wait for the device. Over several ranks the norms are of whole parameters and averaged
+        gradients. With sharded parameters (FSDP2, tensor parallel, DeepSpeed) this is one all-reduce: every rank has to
+        call it.
 
         Returns:
-            By name, in the order of ``param_groups``: float64, no dimensions, on the first parameter's device. Copies.
-            Zero for a parameter that got no gradient, and for all after a step that broke off. A parameter given
-            without a name is "parameter 3", after its place; to a name that occurs twice "(parameter 3)" is added the
-            second time.
+            A dict by name, in the order of ``param_groups``. Norms are copies: float64, no dimensions, on the first
+            parameter's device. A norm is zero if the parameter got no gradient; all are zero after a step that broke
+            off. The fourth parameter is "parameter 3" if it was given without a name. If its name occurs twice, the
+            second one gets "(parameter 3)" added.
         """
         norms: dict[str, Tensor] = {}
         for record, norm in zip(self._records, self._state.norms().unbind(), strict=True):
@@ -366,16 +372,16 @@ class Lomo(torch.optim.Optimizer):
 
     @property
     def last_step_outcome(self) -> str | None:
-        """What became of the weights in the last call of `backward`, `fused_backward`, `grad_norm` or `step`, also if
-        it ended in an exception, an interrupt included. None before the first.
+        """What happened to the weights in the last call of `backward`, `fused_backward`, `grad_norm` or `step`, also if
+        an exception or an interrupt ended it. None before the first call.
 
-        - ``"complete"``: every gradient was applied (or skipped for not being finite: see `skipped_steps`).
-        - ``"unchanged"``: no weight was changed: `grad_norm`, `accumulate`, or a step that broke off in time.
-        - ``"partial"``: the step broke off after some weights may have been updated. The others have their old values.
+        - ``"complete"``: every gradient was applied (or skipped because it is not finite: see `skipped_steps`).
+        - ``"unchanged"``: no weight was changed: `grad_norm`, `accumulate`, or a step that broke off early.
+        - ``"partial"``: the step broke off, and some weights may have been updated. The others have their old values.
 
-        After an exception the next step starts from the weights as they are. Nothing of the broken one is used: its
-        gradients are dropped, its norm and its loss scale with them. Gradients that stood in ``.grad`` before it stay
-        if it has not added to them and changed no weight; otherwise they are dropped, with a warning.
+        After an exception the next step starts from the weights as they are. It uses nothing of the broken step, whose
+        gradients and norm are dropped. Gradients that were in ``.grad`` before the broken step stay if the step has
+        not added to them and has changed no weight. Otherwise they are dropped, with a warning.
         """
         return self._outcome
 
@@ -442,10 +448,10 @@ class Lomo(torch.optim.Optimizer):
         self._attach()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters.
+        """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed and parameters.
 
-        ``"state"`` repeats the numbers for each parameter: `torch.distributed.checkpoint` keeps nothing else. All
-        tensors are copies.
+        ``"state"`` repeats these numbers for each parameter, because `torch.distributed.checkpoint` keeps nothing else.
+        All tensors are copies.
         """
         handle = self.register_state_dict_post_hook(_complete, prepend=True)  # before the user's, who see all of it
         try:
@@ -455,15 +461,16 @@ class Lomo(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, bit for bit. All of it is loaded, or nothing.
+        """Continues where `state_dict` was saved, bit for bit. All of it is loaded, or nothing.
 
-        Parameters are compared by place and shape (a place keys a parameter's random bits) and, if both sides have
-        them, by names, except for what `torch.compile` and ``checkpoint_wrapper`` put into those. That of a
-        `torch.optim.SGD` gives its groups' learning rates and weight decay, with a warning that names what is dropped.
+        Parameters are compared by position and shape; the position keys a parameter's random bits. They are compared by
+        name too if both sides have names; what `torch.compile` and ``checkpoint_wrapper`` add to names is ignored. So
+        parameters without names that have equal shapes may be in another order: this is not noticed. The state dict of
+        a `torch.optim.SGD` gives learning rates and weight decay. A warning names what is dropped.
 
         Raises:
-            TypeError, ValueError: it is neither a Lomo's nor an SGD's, of other parameters, of another kind of loss
-                scaling, of a later version, or has a value that no run can have come to.
+            TypeError, ValueError: `state_dict` is not from `Lomo` or SGD, is of other parameters, of another kind of
+                loss scaling or of a later version, or has a value that is not possible in a run. Nothing is loaded.
         """
         self._check_not_wrapped()
         self._all_or_nothing(functools.partial(self._load, state_dict))
@@ -479,8 +486,8 @@ class Lomo(torch.optim.Optimizer):
         read = resume.read(state_dict, self._records, self.param_groups, self.defaults, kinds)
         if read.numbers is None:
             warnings.warn(
-                "Lomo: the state dict is of torch.optim.SGD. Loaded: learning rates, weight decay and what schedulers "
-                f"keep in the groups. Dropped: {', '.join(read.dropped) or 'nothing that was in use'}",
+                "Lomo: the state dict is from torch.optim.SGD. Loaded: learning rates, weight decay and what "
+                f"schedulers keep in the groups. Dropped: {', '.join(read.dropped) or 'nothing that was in use'}",
                 stacklevel=4,  # load_state_dict's caller
             )
             self._drop_norm()
@@ -500,15 +507,15 @@ class Lomo(torch.optim.Optimizer):
             post_hook(self)
 
     def _repeat_state(self) -> None:
-        """Puts our numbers where torch looks for a parameter's state.
+        """Puts the optimizer's numbers into ``self.state``, where torch looks for a parameter's state.
 
-        `torch.distributed.checkpoint` would take an empty one as a reason to make gradients for all and do a step.
+        If the state were empty, `torch.distributed.checkpoint` would make gradients for all parameters and run a step.
         """
         for record in self._records:
             self.state[record.param] = self._state.by_parameter() | {"seed": self._seed}
 
     def _all_or_nothing(self, change: Callable[[], None]) -> None:
-        """Whatever `change` raises leaves the optimizer, its parameters' hooks and its layers as they were before."""
+        """Calls `change`. If it raises, the optimizer, its parameters' hooks and its layers are as they were before."""
         attributes = vars(self).copy()
         records = [(record, vars(record).copy()) for record in self._records]
         groups, handles = len(self.param_groups), len(self._handles)
@@ -533,21 +540,21 @@ class Lomo(torch.optim.Optimizer):
 
     def __copy__(self) -> NoReturn:
         raise TypeError(
-            "Lomo: copy.copy of the optimizer would be a second one of the same parameters. Use the optimizer itself, "
-            "or copy.deepcopy((model, optimizer))"
+            "Lomo: copy.copy would make a second optimizer of the same parameters. Use the optimizer itself, or "
+            "copy.deepcopy((model, optimizer))"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lomo:
-        """The same optimizer of the parameters' copies, which have to be in `memo`: they are copied with their model.
+        """An equal optimizer of the parameters' copies. They have to be in `memo`: the model is copied first.
 
-        As with torch's optimizers, hooks that were registered on the optimizer and gradients are not copied.
+        Gradients, and hooks that were registered on the optimizer, are not copied, as with torch's optimizers.
         """
 
         def copied(original: Any, name: str) -> Any:
             if id(original) not in memo:
                 raise TypeError(
-                    f"Lomo: {name} was not copied before the optimizer, whose copy would train nothing. Copy both "
-                    "together, the model first: copy.deepcopy((model, optimizer))"
+                    f"Lomo: {name} was not copied before the optimizer, so the optimizer's copy would train nothing. "
+                    "Copy both together, the model first: copy.deepcopy((model, optimizer))"
                 )
             return memo[id(original)]
 
@@ -556,23 +563,23 @@ class Lomo(torch.optim.Optimizer):
         memo[id(self)] = new
 
         def own(options: dict[str, Any]) -> dict[str, Any]:
-            done = ("params", "fused_layers", "process_group")  # the last is as little copied as the processes
+            done = ("params", "fused_layers", "process_group")  # a process group is not copied
             return {key: value if key in done else copy.deepcopy(value, memo) for key, value in options.items()}
 
         new._become([own(group) for group in groups], own(settings), numbers)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles the optimizer with its parameters, which a model in the same pickle has in common with it."""
+        """Pickles the optimizer with its parameters. A model in the same pickle shares them."""
         if self._ranks is not None:
             raise TypeError("Lomo: an optimizer over several ranks cannot be pickled; save its state_dict()")
         return _unpickled, (type(self), *self._parts(lambda part, _: part))
 
     def _parts(self, of: Callable[[Any, str], Any]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-        """Groups, the constructor's other arguments, and numbers, of the same optimizer of other parameters.
+        """Groups, the constructor's other arguments, and numbers, for an equal optimizer of other parameters.
 
         Args:
-            of: gives for a parameter, or the model in which layers are fused, and its name, the other one.
+            of: called with a parameter (or the model in which layers are fused) and its name; returns the other one.
         """
         self._check_not_ended()
         self._check_groups()
@@ -601,7 +608,7 @@ class Lomo(torch.optim.Optimizer):
         return groups, settings, self._state.export() | self._state.export_norms()
 
     def _become(self, groups: list[dict[str, Any]], settings: dict[str, Any], numbers: dict[str, Any]) -> None:
-        """Makes a new object the optimizer whose `_parts` these are."""
+        """Initialises a new object from `_parts`."""
         Lomo.__init__(self, groups, **settings)  # a subclass may take other arguments
         self._state.load(numbers)
         self._state.load_norms(numbers)
@@ -660,21 +667,21 @@ class Lomo(torch.optim.Optimizer):
         self._finish(step, scaled)
 
     def _check_loss(self, loss: Tensor) -> None:
-        """Raises TypeError, ValueError or RuntimeError unless `loss` is one number that no GradScaler has scaled."""
+        """Raises TypeError, ValueError or RuntimeError unless `loss` is one number, and no GradScaler has scaled it."""
         check_loss(loss)
         factor = None if self._looked_for_scaler else factor_of(loss)
         if factor is None:
             return
         if is_of_grad_scaler(factor):
             raise RuntimeError(
-                "Lomo: the loss was multiplied by the scale of a torch.amp.GradScaler, and the update would be so many "
-                'times too large. Use optimizer.backward(loss), with Lomo(..., loss_scale="dynamic") in the scaler\'s '
-                "place. No weight was changed"
+                "Lomo: the loss was multiplied by the scale of a torch.amp.GradScaler. The update would be too large "
+                'by this factor. Use Lomo(..., loss_scale="dynamic") and optimizer.backward(loss), without the scaler. '
+                "No weight was changed"
             )
         self._looked_for_scaler = True  # once: some loops multiply by another tensor each time
 
     def _scale_float16(self, loss: Tensor) -> None:
-        """The first backward settles what ``loss_scale="auto"`` means with parameters none of which is float16."""
+        """The first backward decides what ``loss_scale="auto"`` means if no parameter is float16."""
         if not self._scale_is_open:
             return
         self._scale_is_open = False
@@ -682,8 +689,8 @@ class Lomo(torch.optim.Optimizer):
             return
         if self._ranks is not None:  # which would have to agree on it
             warnings.warn(
-                "Lomo: backward computes in float16 (autocast?) without a loss scale, and small gradients become zero. "
-                'Over several processes, say loss_scale="dynamic" (or None) when the optimizer is made',
+                "Lomo: backward computes in float16 (autocast?) without a loss scale, so small gradients become zero. "
+                'Over several processes, pass loss_scale="dynamic" (or None) to Lomo',
                 stacklevel=9,
             )
             return
@@ -691,7 +698,7 @@ class Lomo(torch.optim.Optimizer):
         self._place()
 
     def _start_scale(self, loss: Tensor) -> Tensor | None:
-        """The loss scale for a backward from `loss`, which the kernels are told to take out again. None: no scaling."""
+        """The loss scale for a backward from `loss`; tells the kernels to divide by it. None: no scaling."""
         scale = self._state.scale.of(loss) if self._state.scale.used else None
         self._state.unscale_by(scale)
         return scale
@@ -701,29 +708,31 @@ class Lomo(torch.optim.Optimizer):
         self._state.decide(self._clip_grad_norm)
         if graph in self._shapes:
             return
-        # An engine that reduces inside backward needs all ranks for it, and only at first does each know that all look.
+        # An engine that reduces inside backward needs all ranks for this check. They all run it in the first step only.
         first = not len(self._shapes)
         if self._ranks is not None and self._ranks.same_graphs and not first:
             return
-        # A step without a finite norm changes nothing, and its norms say little.
+        # A step whose norm is not finite changes nothing, and its norms cannot be compared.
         if not can_compare(list(self._state.devices.values())) or self._state.home.found_inf.item():
             return
         self._check_repeats(step, graph, scale, self._ranks if first else None, TWO_PASSES)
         self._shapes.add(graph)
 
     def _look(self, step: Step, graph: Graph, scale: Tensor | None, ranks: Ranks | None) -> None:
-        """A backward that adds up norms, in slots set to zero, and leaves the graph for another one."""
+        """A backward that sets the slots to zero, adds up norms in them, and keeps the graph for another backward."""
         self._state.zero_slots()
         scaled = scale is not None or self._state.divides
         norms = NormPass(self._state.devices, scaled=scaled, ranks=ranks)
         self._sweep(step, norms, graph, scale, retain_graph=True)
 
     def _check_repeats(self, step: Step, graph: Graph, scale: Tensor | None, ranks: Ranks | None, advice: str) -> None:
-        """Raises RuntimeError, on every one of `ranks`, unless a second look at `graph` gives the norms that the slots
-        hold. See `repeat`."""
+        """Raises RuntimeError, on every one of `ranks`, unless a second norm pass gives the norms in the slots. See
+        `repeat`."""
         devices = list(self._state.devices.values())
         kept = [device.slots.clone() for device in devices]
-        if ranks is None and self._ranks is not None:  # this rank alone: its slots hold norms of all ranks' gradients
+        if (
+            ranks is None and self._ranks is not None
+        ):  # only this rank checks: its slots hold norms of averaged gradients
             self._look(step, graph, scale, None)
         first = [device.slots.clone() for device in devices]
         look_again(lambda: self._look(step, graph, scale, ranks), self, self._trained_model(), devices, advice)
@@ -738,7 +747,7 @@ class Lomo(torch.optim.Optimizer):
             device.slots.copy_(slots)
 
     def _drop_norm(self) -> None:
-        """Forgets a norm that `grad_norm` found and no `fused_backward` used."""
+        """Drops a norm that `grad_norm` found and no `fused_backward` used."""
         if self._norm_is_known:
             self._norm_is_known = False
             self._state.abandon_step()
@@ -746,8 +755,8 @@ class Lomo(torch.optim.Optimizer):
     def _check_reentrancy(self, step: Step, graph: Graph, scale: Tensor | None) -> None:
         """With one backward, a gradient that comes twice must be found before a weight has changed.
 
-        So a backward with reentrant checkpoints, where their number is new, is preceded by one that only looks. It
-        sends nothing where ranks count different numbers: the others would not be there.
+        So if the number of reentrant checkpoints is new, a norm pass runs before the update. It sends nothing between
+        ranks whose graphs may differ: the other ranks may not run it.
         """
         count = graph.reentrant_checkpoints(thorough=self._checkpoints is None)
         if count and count != self._checkpoints:
@@ -770,26 +779,26 @@ class Lomo(torch.optim.Optimizer):
         step.sink = None
         if not any(record.fired == sweep.serial for record in self._records):
             raise RuntimeError(
-                "Lomo: no gradient came: the loss depends on none of the optimizer's parameters, or only on copies of "
+                "Lomo: no gradient came. The loss depends on none of the optimizer's parameters, or only on copies of "
                 "them (model and optimizer were pickled apart?). Make the optimizer after fully_shard, "
-                "parallelize_module, deepcopy and whatever else exchanges parameters; FSDP1 (FullyShardedDataParallel) "
-                "is not served, fully_shard is; under set_requires_gradient_sync(False) use optimizer.accumulate()"
+                "parallelize_module, deepcopy and all else that replaces parameters. Use fully_shard, not FSDP1 "
+                "(FullyShardedDataParallel). Under set_requires_gradient_sync(False) use optimizer.accumulate()"
             )
 
     def _foreign_leaves(self, graph: Graph) -> list[Tensor]:
-        """What a backward through `graph` may give gradients besides parameters that a `Lomo` manages."""
+        """Leaves of `graph` that may get a gradient and that no `Lomo` manages."""
         return unmanaged([*graph.leaves, *(() if self._ranks is None else self._ranks.leaves())])
 
     def _add_to_kept(self, step: Step, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
-        """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
+        """One backward that adds to ``.grad``, with the loss scale of the gradients that are there."""
         fresh = all(record.zeroed for record, _ in kept)
         if fresh and self._state.scale.used:
             self._kept_scale, self._kept_dtype = self._state.scale.of(loss), loss.dtype
         scale = self._kept_scale if self._carries_scale(kept) or fresh else None
         if scale is not None and loss.dtype is not self._kept_dtype:
             raise RuntimeError(
-                f"Lomo: the loss has dtype {loss.dtype}, those accumulated before have {self._kept_dtype}; with a loss "
-                "scale all parts of a step need one dtype, which the scale is rounded to"
+                f"Lomo: the loss has dtype {loss.dtype}, expected {self._kept_dtype} as in the parts before. "
+                "The loss scale is rounded to this dtype, so all parts of a step need the same"
             )
         step.isolate([] if scale is None else self._foreign_leaves(Graph(loss)))
         step.adds_scaled = scale is not None
@@ -805,7 +814,7 @@ class Lomo(torch.optim.Optimizer):
             self._apply_kept(step, keep=True)
 
     def _apply_kept(self, step: Step, *, keep: bool) -> None:
-        """One step from what stands in ``.grad``, which stays there where `keep`."""
+        """One step from the gradients in ``.grad``. They stay there if `keep`."""
         self._drop_norm()
         kept = self._kept()
         scaled = self._carries_scale(kept)
@@ -838,18 +847,18 @@ class Lomo(torch.optim.Optimizer):
 
     def _unreduced(self) -> bool:
         """Whether FSDP2 holds gradients of backwards without synchronisation. Only the first of two passes would see
-        them: they need one backward into ``.grad``. Raises RuntimeError where they may not carry the loss scale."""
+        them, so they need one backward into ``.grad``. Raises RuntimeError if they may lack the loss scale."""
         if self._ranks is None or not self._ranks.unreduced():
             return False
         if self._state.scale.used:
             raise RuntimeError(
-                "Lomo: gradients of backwards under set_requires_gradient_sync(False) wait in FSDP2, with or without a "
-                "loss scale. With one, leave synchronisation on and use optimizer.accumulate()"
+                "Lomo: gradients of backwards under set_requires_gradient_sync(False) wait in FSDP2. They may lack the "
+                "loss scale. Leave synchronisation on and use optimizer.accumulate(). No weight was changed"
             )
         return self._needs_norm_first
 
     def _carries_scale(self, kept: list[tuple[Record, Tensor]]) -> bool:
-        """Whether gradients in ``.grad`` carry the loss scale. Raises RuntimeError where only some do."""
+        """Whether gradients in ``.grad`` carry the loss scale. Raises RuntimeError if only some do."""
         if self._kept_scale is None:
             return False
         kinds = {record.scaled for record, _ in kept if not record.zeroed}
@@ -880,14 +889,14 @@ class Lomo(torch.optim.Optimizer):
         if not self._needs_norm_first:
             self._state.decide(None)
             outcome = (
-                "the elements concerned kept their weight, the others were updated (with clip_grad_norm or dynamic "
-                "loss scaling none would have been)"
+                "elements whose gradient is not finite were kept, the others were updated (with clip_grad_norm or "
+                "dynamic loss scaling, all would have been kept)"
             )
             self._raise_if_not_finite(step, scaled, outcome)
         self._end(step, scaled)
 
     def _raise_if_not_finite(self, step: Step, scaled: bool, outcome: str) -> None:
-        """Ends the step with an error where the mode is "raise" and the norm is not finite."""
+        """Ends the step with an error if ``nonfinite="raise"`` and the norm is not finite."""
         if self._raise and self._state.home.found_inf.item():
             names = [record.name for record in self._records if not record.slot.isfinite().item()]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -896,7 +905,7 @@ class Lomo(torch.optim.Optimizer):
             raise FloatingPointError(f"Lomo: the gradient is not finite {where}; {outcome}")
 
     def _end(self, step: Step, scaled: bool) -> None:
-        """Counts the step, moves the loss scale, and tells the ranks' engine, schedulers and autocast."""
+        """Counts the step, updates the loss scale, and informs the ranks' engine, schedulers and autocast."""
         if self._ranks is not None:
             self._ranks.end()
         self._state.end_step(scaled)
@@ -909,7 +918,7 @@ class Lomo(torch.optim.Optimizer):
     # ---- Parameters and their hooks ---------------------------------------------------------------------------------
 
     def _on_plain_gradient(self, record: Record) -> None:
-        """Called when a gradient went into ``.grad``: notes whether it carries the loss scale."""
+        """Called when a gradient was added to ``.grad``. Records whether it carries the loss scale."""
         if record.param.grad is None:  # a custom layer that keeps it to itself
             return
         record.zeros = None  # FSDP2 adds to the shard inside a DTensor, whose version stays as it was
@@ -917,12 +926,12 @@ class Lomo(torch.optim.Optimizer):
             record.scaled_grad, record.grad_scale = record.param.grad, self._kept_scale
         elif record.scaled:
             raise RuntimeError(
-                f"Lomo: a plain backward added to the gradient of {record.name}, which accumulate() left with the loss "
-                f"scale in it. {_ONE_KIND}"
+                f"Lomo: a plain backward added to the gradient of {record.name}. accumulate() left this gradient with "
+                f"the loss scale in it. {_ONE_KIND}"
             )
 
     def _refresh(self, loss: Tensor | None = None, lr: float | Tensor | None = None) -> None:
-        """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
+        """Reads what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the loss scale."""
         self._check_not_ended()
         self._check_groups()
         for record in self._records:
@@ -942,7 +951,7 @@ class Lomo(torch.optim.Optimizer):
         self._state.refresh(self.param_groups, lr)
 
     def _check_groups(self) -> None:
-        """Raises RuntimeError where `param_groups` hold other parameters than those with our hooks."""
+        """Raises RuntimeError if `param_groups` hold other parameters than the ones with this optimizer's hooks."""
         params = [param for group in self.param_groups for param in group["params"]]
         if len(params) != len(self._records):
             raise RuntimeError(f"Lomo: parameters were put into or taken out of param_groups{_NOT_OURS}")
@@ -951,12 +960,12 @@ class Lomo(torch.optim.Optimizer):
                 raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_NOT_OURS}")
 
     def _check_not_wrapped(self) -> None:
-        """Raises RuntimeError on a wrapper that is a subclass of ours, which reads the optimizer's attributes and keeps
-        to itself what is written."""
+        """Raises RuntimeError on a wrapper that is a subclass of `Lomo`. Such a wrapper reads the optimizer's
+        attributes, but writes its own."""
         if self._itself() is not self:
             raise RuntimeError(
-                f"Lomo: this is a {type(self).__name__} around the optimizer, on which a step would be only half done. "
-                "Call the optimizer itself: the wrapper's .optimizer. No weight was changed"
+                f"Lomo: this is a {type(self).__name__} around the optimizer. A step on it would be incomplete. Call "
+                "the optimizer itself: the wrapper's .optimizer. No weight was changed"
             )
 
     def _check_not_ended(self) -> None:
@@ -964,7 +973,7 @@ class Lomo(torch.optim.Optimizer):
             raise RuntimeError(f"Lomo: {self._ended}")
 
     def _place(self) -> None:
-        """Makes the device side anew: parameters were added, or moved to another device or dtype."""
+        """Makes the device state again: parameters were added, or moved to another device or dtype."""
         for record in self._records:
             check_parameter(record.name, record.param)
             record.served = is_served(record.param)
@@ -1001,9 +1010,9 @@ class Lomo(torch.optim.Optimizer):
         return ranks
 
     def _check_still_there(self) -> None:
-        """Asks once, before the first step, whether the model still has the parameters that the hooks are on.
+        """Checks once, before the first step, that the model still has the parameters with the hooks.
 
-        FSDP2 exchanges its own for others while it runs, so where they are ours there is nothing to compare.
+        FSDP2 replaces parameters while it runs, so under FSDP2 they are not compared.
         """
         for record in self._records:
             if record.local is not local_of(record.param):
@@ -1019,9 +1028,9 @@ class Lomo(torch.optim.Optimizer):
         lost = [record.name for record in self._records if id(record.param) not in theirs]
         if lost and any(param.requires_grad and key not in self._ids for key, param in theirs.items()):
             raise RuntimeError(
-                f"Lomo: the model's {lost[0]} is another parameter than when the optimizer was made, and the hook on "
-                "the old one will not be called. Make the optimizer after fully_shard, parallelize_module and whatever "
-                "else exchanges parameters. No weight was changed"
+                f"Lomo: the model's {lost[0]} is another parameter than when the optimizer was made, and the new one "
+                "has no hook. Make the optimizer after fully_shard, parallelize_module and all else that replaces "
+                "parameters. No weight was changed"
             )
         self._whole = None
 
@@ -1039,23 +1048,23 @@ class Lomo(torch.optim.Optimizer):
                 continue
             if owner._is_stepping:
                 raise RuntimeError(
-                    f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer "
-                    "when that step has ended"
+                    f"Lomo: {record.name} is managed by another Lomo, which is amid a step. Nothing was changed. "
+                    "Make the new optimizer after this step"
                 )
             former[id(owner)] = owner
         for owner in former.values():
             owner._end_use(
-                "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters; a "
-                "parameter has one optimizer. Use the newer one, or make one of the parameters that are left"
+                "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters. A "
+                "parameter has one optimizer. Use the newer one, or make another one of the other parameters"
             )
 
     def _end_use(self, reason: str) -> None:
-        """Takes everything off the parameters. `reason`: what a later use is refused with."""
+        """Removes all hooks from the parameters. `reason`: the error message of a later use."""
         _let_go(id(self), self._claimed, self._records, self._handles, self._takers, self._fused)
         self._ended = self._ended or reason
 
     def _attach(self) -> None:
-        """Makes all parameters this optimizer's: notes it, and puts hooks on those that are trained."""
+        """Registers this optimizer as the owner of all its parameters, and puts hooks on those that are trained."""
         self._claimed[:] = [id(record.param) for record in self._records]  # first: see `_fuse`
         claim(self._claimed, self)
         self._hook_all()
@@ -1064,10 +1073,10 @@ class Lomo(torch.optim.Optimizer):
             self._fuse(model)
 
     def _hook_all(self) -> None:
-        """Puts hooks on trainable parameters that have none: at first, and on those unfrozen or swapped since then.
+        """Puts hooks on trainable parameters without a hook: all at first, later those that were unfrozen or swapped.
 
-        `torch.utils.swap_tensors` exchanges a parameter's memory and its dict of attributes, and leaves its hooks in
-        place though they are not called any more. Called before every backward, also another optimizer's.
+        `torch.utils.swap_tensors` exchanges a parameter's memory and its dict of attributes. The hooks stay, but torch
+        does not call them any more. This is called before every backward, also one of another optimizer.
         """
         for record in self._records:
             if record.attributes is record.param.__dict__ and (record.hooked or not record.param.requires_grad):
@@ -1080,10 +1089,12 @@ class Lomo(torch.optim.Optimizer):
             if not record.hooked and param.requires_grad:
                 hook = _hook(weakref.ref(self), record)
                 self._handles.append(param.register_post_accumulate_grad_hook(hook))
-                record.hooked = True  # last: an interrupt before it leaves one hook too many, which finds no gradient
+                record.hooked = (
+                    True  # last: an interrupt before this line leaves a second hook, which finds no gradient
+                )
 
     def _fuse(self, model: nn.Module) -> None:
-        """Fuses the layers of `model` whose weights are ours and that can be, unless they are."""
+        """Fuses the layers of `model` that can be fused and whose weights this optimizer manages."""
         records = {id(record.param): record for record in self._records}
         known = {id(reference()) for reference in self._fused}
         for module, reason in layers_of(model, records):
@@ -1092,7 +1103,7 @@ class Lomo(torch.optim.Optimizer):
             record = records[id(module.weight)]
             new = id(module) not in known
             if new:  # also where another optimizer fused it, whose weight was exchanged since
-                self._fused.append(weakref.ref(module))  # first: what an interrupt cuts short is taken off again
+                self._fused.append(weakref.ref(module))  # first: so that a layer is unfused even after an interrupt
                 fuse(module)
             record.reused |= record.fused and new
             if not record.fused:
@@ -1101,10 +1112,10 @@ class Lomo(torch.optim.Optimizer):
                 takers[id(record.param)] = _taker(weakref.ref(self), record)
 
     def _exclusively(self, run: Callable[[Step], _T]) -> _T:
-        """Runs one step: another thread waits, and a hook that starts one inside another is told.
+        """Runs one step. Another thread waits. A hook that starts a step inside another one gets an error.
 
-        However the step ends, nothing of it is left. An interrupt (Ctrl-C) may also come between any two lines of what
-        takes a broken step back, and before the lock is given back: so both are done again if need be.
+        A step that fails leaves nothing behind. An interrupt (Ctrl-C) may come between any two lines, also while a
+        broken step is removed and before the lock is released. So both are done again if needed.
         """
         self._check_not_wrapped()
         self._check_not_inside(_INSIDE)
@@ -1133,7 +1144,7 @@ class Lomo(torch.optim.Optimizer):
             raise
 
     def _take_back(self, step: Step) -> None:
-        """Leaves nothing of a step that has failed."""
+        """Removes everything that a failed step has left."""
         if step.taken_back:
             return
         self._step = None
@@ -1145,9 +1156,9 @@ class Lomo(torch.optim.Optimizer):
         step.taken_back = True
         if step.dropped:
             warnings.warn(
-                f"Lomo: a step broke off, and the gradients that stood in .grad before it were dropped with its own: "
+                f"Lomo: a step broke off. The gradients that were in .grad before it were dropped with its own: "
                 f"{'it had added to them' if step.outcome == 'unchanged' else 'some weights were updated already'}. "
-                "Begin that step again, with its first backward",
+                "Begin the step again with its first backward",
                 stacklevel=6,
             )
 
@@ -1160,7 +1171,7 @@ class Lomo(torch.optim.Optimizer):
 
 
 def _complete(optimizer: Any, state: dict[str, Any]) -> None:
-    """Makes copies of all tensors in what torch put together, and adds our entry."""
+    """Copies all tensors in torch's state dict, and adds the library's entry."""
     for group in state["param_groups"]:
         group.update({key: value.clone() for key, value in group.items() if isinstance(value, Tensor)})
     state["state"] = {
@@ -1176,7 +1187,7 @@ def _complete(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def _cut(some: list[Any], length: int) -> list[Any]:
-    """Takes off, and returns, what a list has beyond `length`."""
+    """Shortens a list to `length`, and returns the removed end."""
     beyond = some[length:]
     del some[length:]
     return beyond
@@ -1209,7 +1220,7 @@ def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], No
 
 
 def _taker(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Pair], Sequence[Pair]]:
-    """What a fused layer of the parameter asks. It does not keep the optimizer alive."""
+    """What a fused layer of the parameter calls with its factors. It does not keep the optimizer alive."""
 
     def on_pair(pair: Pair) -> Sequence[Pair]:
         owner = optimizer()
@@ -1225,7 +1236,7 @@ def _taker(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Pair], Seq
 
 
 def _let_go(optimizer_id: int, claimed: list[int], records: Sequence[Record], *attached: Any) -> None:
-    """Takes an optimizer off its parameters: `attached`, as `_detach` takes it, and the loss scale in gradients."""
+    """Removes an optimizer from its parameters: `attached` (see `_detach`), and the loss scale in gradients."""
     release(claimed)
     forget(optimizer_id)
     _detach(*attached)
@@ -1235,7 +1246,7 @@ def _let_go(optimizer_id: int, claimed: list[int], records: Sequence[Record], *a
 def _detach(
     handles: list[torch.utils.hooks.RemovableHandle], ids: list[int], fused: list[weakref.ref[nn.Module]]
 ) -> None:
-    """Takes an optimizer's hooks off, and makes its layers plain ones again."""
+    """Removes an optimizer's hooks, and makes its fused layers plain ones again."""
     while handles:
         handles.pop().remove()
     while ids:

@@ -51,8 +51,8 @@ def _refuse_wrappers(model: nn.Module) -> None:
         replicated = any(base.__module__ == "torch.distributed._composable.replicate" for base in type(module).__mro__)
         if replicated or isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
             raise RuntimeError(
-                f"Lomo: the model holds a {kind}. Gradients reach the hooks before it has reduced them (or not at "
-                f"all), and the ranks would drift apart without a word. {_INSTEAD[kind == 'FullyShardedDataParallel']}"
+                f"Lomo: the model holds a {kind}. The hooks get gradients before {kind} has reduced them, or none. The "
+                f"ranks would get different weights. {_INSTEAD[kind == 'FullyShardedDataParallel']}"
             )
 
 
@@ -89,14 +89,14 @@ def check_parameter(name: str, param: Any) -> None:
         raise ValueError(f"Lomo: {name} has layout {param.layout}, expected a dense (strided) tensor (or frozen)")
     if overlaps_itself(param):
         raise ValueError(
-            f"Lomo: several elements of {name} share one place in memory (an expanded tensor?), which cannot be "
-            "updated in place; pass a contiguous parameter"
+            f"Lomo: several elements of {name} share one place in memory (an expanded tensor?). It cannot be updated "
+            "in place; pass a contiguous parameter"
         )
     check_device(param.device)
 
 
 def is_served(param: Tensor) -> bool:
-    """Whether the kernels can update `param`, which `check_parameter` let pass. A frozen one may be of another kind."""
+    """Whether the kernels can update `param`. `check_parameter` accepts frozen ones that they cannot update."""
     if param.requires_grad:
         return True
     local = local_of(param)
@@ -109,7 +109,7 @@ def is_served(param: Tensor) -> bool:
 
 
 def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises ValueError where two parameters share memory: each update would be of a weight the other has changed."""
+    """Raises ValueError if two parameters share memory: each update would change the other parameter."""
     by_device: dict[torch.device, list[Region]] = {}
     for name, param in ((name, local_of(param)) for name, param in named):
         if not (isinstance(param, FakeTensor) or param.is_meta or param.layout != torch.strided) and param.numel():
@@ -118,6 +118,6 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
         if conflict := find_conflict(regions):
             first, second = conflict
             raise ValueError(
-                f"Lomo: {first.name} and {second.name} share memory but are two parameters, and each update would meet "
-                "what the other made of it; make them one parameter (tie the modules to the same nn.Parameter)"
+                f"Lomo: {first.name} and {second.name} share memory but are two parameters. Each update would change "
+                "both; make them one parameter (tie the modules to the same nn.Parameter)"
             )

@@ -1,8 +1,8 @@
-"""Whether a second backward through a graph gives the gradients of the first, as clipping in two passes needs.
+"""Checks that a second backward through a graph gives the gradients of the first. Clipping in two passes needs that.
 
-It does not after a backward that writes over what its forward saved, or that draws random numbers anew. Autograd sees
-neither: a kernel that is given bare memory moves no version counter. So the first step of each new graph runs its norm
-pass twice and compares the norm of every parameter, before any weight changes.
+The gradients differ if a backward overwrites what its forward saved, or draws new random numbers. Autograd notices
+neither: a kernel that writes through a pointer changes no version counter. So the first step of each new graph runs its
+norm pass twice. It compares the norm of every parameter before any weight changes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .graph import Graph
 from .owners import optimizer_backward
 from .records import Device, Record
 
-# A model whose graph is another in every step (experts, lengths) pays for this many. After them only a graph with a new
-# kind of node is looked at twice.
+# A model's graph may differ in every step (experts, sequence lengths). Graphs of this many shapes are checked. After
+# that, a graph is checked only if it has a new kind of node.
 _SHAPES = 64
 
 TWO_PASSES = (
@@ -30,16 +30,16 @@ TWO_PASSES = (
     "was changed"
 )
 CHECKPOINTS = (
-    "With reentrant checkpoints a backward that only looks precedes the update. Use torch.utils.checkpoint with "
-    "use_reentrant=False, which needs none. No weight was changed"
+    "With reentrant checkpoints, a backward that updates nothing runs before the update. Use torch.utils.checkpoint "
+    "with use_reentrant=False, which needs one backward only. No weight was changed"
 )
 
-# What a hook that gives a tensor up once, or torch for it, raises when it is asked again.
+# Errors of a second backward whose saved tensors are gone. Hooks that give a saved tensor once raise them, and torch.
 _FAILURES = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
 
 
 class Shapes:
-    """The shapes of graphs whose backward was seen to repeat itself."""
+    """The shapes of graphs whose two backwards gave the same gradients."""
 
     def __init__(self) -> None:
         self._known: set[int] = set()
@@ -57,15 +57,15 @@ class Shapes:
 
 
 def can_compare(devices: Sequence[Device]) -> bool:
-    """Whether the slots have numbers to read: not in a simulation (`lomo_kernels.plan`), nor on the meta device.
+    """Whether norms can be read. They cannot in a simulation (`lomo_kernels.plan`) and on the meta device.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
     if any(device.slots.is_cuda for device in devices) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "Lomo: a CUDA graph captures the first step of its shape, which reads on the host whether two backwards "
-            "agree. Run one such step before the capture (as the warm-up that torch asks for)"
+            "Lomo: a CUDA graph captures the first step with this graph. The first step compares two backwards on the "
+            "host, which a capture does not allow. Run one such step before the capture, as torch's warm-up does"
         )
     return not any(isinstance(device.slots, FakeTensor) or device.slots.is_meta for device in devices)
 
@@ -73,11 +73,12 @@ def can_compare(devices: Sequence[Device]) -> bool:
 def look_again(
     look: Callable[[], None], optimizer: Any, model: nn.Module | None, devices: Sequence[Device], advice: str
 ) -> None:
-    """Runs the norm pass `look` once more, without a trace in random numbers and batch norms: a resumed run, which
-    begins with it, goes on as the run that it resumes.
+    """Runs the norm pass `look` once more, and restores random number generators and batch norm statistics after it.
+
+    A resumed run runs this pass too. It has to continue exactly as the run that it resumes.
 
     Raises:
-        RuntimeError: it failed, though the first did not.
+        RuntimeError: this pass failed, and the first did not.
     """
     indices = {device.slots.device.index for device in devices if device.slots.is_cuda}
     try:
@@ -92,18 +93,18 @@ def look_again(
         if str(error).startswith("Lomo:"):
             raise
         raise RuntimeError(
-            f"Lomo: a second backward through the same graph failed, though the first did not: {error}. Selective "
-            "activation checkpoints (context_fn) and hooks that give a saved tensor up once (offloading) allow one "
-            f"backward only. {advice}"
+            f"Lomo: a second backward through the same graph failed, and the first did not: {error}. Selective "
+            "activation checkpoints (context_fn) and hooks that give a saved tensor only once (offloading) allow one "
+            f"backward. {advice}"
         ) from error
 
 
 @contextmanager
 def statistics_kept(optimizer: Any, model: nn.Module | None) -> Iterator[None]:
-    """Gives batch norms, which a checkpoint runs again in every backward, their statistics back.
+    """Restores the statistics of batch norms. A checkpoint runs them again in every backward.
 
-    Those of `model`, and all that are called inside a backward of `optimizer`: it may have been given parameters in
-    place of a model, and its loss may come from several models.
+    Restored are the batch norms of `model`, and all that are called inside a backward of `optimizer`. The optimizer may
+    have been given parameters in place of a model, and its loss may come from several models.
     """
     copies: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -131,17 +132,17 @@ def statistics_kept(optimizer: Any, model: nn.Module | None) -> Iterator[None]:
     finally:
         handle.remove()
         for buffer, before in copies.values():
-            buffer.data.copy_(before)  # .data: with a version counter of its own, for autograd has saved the buffer
+            buffer.data.copy_(before)  # .data has its own version counter: autograd may have saved the buffer
 
 
 def tolerance(record: Record) -> tuple[float, float]:
-    """By how much a parameter's norm may differ in two passes: relative to itself, and to the norm of all.
+    """By how much a parameter's norm may differ in two passes: relative to this norm, and to the norm of all.
 
     Eager kernels on a CPU repeat every bit. Code of torch.compile adds to an embedding's rows in any order there, and
-    GPUs add with atomics. Another order of 100 terms an element moves a norm by up to 2e-6 in float32. In bfloat16, in
-    which each sum is rounded, it is 3e-2 for one element, 1e-2 for 16, 2e-3 for 640 and 3e-4 for 25,600. On a GPU a
-    float32 gradient may come through bfloat16 as well (autocast). A gradient that is zero except for rounding (of a
-    key's bias) may be any other, so a share of the norm of all is added.
+    GPUs add with atomics. Another order of 100 terms per element changes a norm by up to 2e-6 in float32. In bfloat16
+    each sum is rounded: the change is 3e-2 for one element, 1e-2 for 16, 2e-3 for 640 and 3e-4 for 25,600. On a GPU a
+    float32 gradient may come through bfloat16 as well (autocast). Some gradients are zero except for rounding (of a
+    key's bias, say) and differ completely. So a share of the norm of all is added.
     """
     if record.device.type == "cpu" and record.dtype is torch.float32:
         return 1e-4, 1e-6
@@ -150,7 +151,7 @@ def tolerance(record: Record) -> tuple[float, float]:
 
 def differing(records: Sequence[Record], first: Sequence[Tensor], second: Sequence[Tensor]) -> list[int]:
     """Indices of the parameters whose norm is not the same in two passes, given as slots (one tensor per device)."""
-    # One per parameter: the slots of other devices than its own are zero.
+    # A parameter's slot is zero on every device except its own.
     a, b = (torch.stack([slots.cpu() for slots in some]).sum(0).sqrt() for some in (first, second))
     tolerances = torch.tensor([tolerance(record) for record in records], dtype=torch.float64, device="cpu")
     relative, share = tolerances.unbind(1)
@@ -169,7 +170,7 @@ def difference(
     graph: Graph,
     advice: str,
 ) -> RuntimeError:
-    """What to raise when the passes differ in the norms of the parameters with these indices, perhaps none here."""
+    """The error for two passes that differ in the norms of the parameters `indices`; empty: another rank saw it."""
     where = "on another rank"
     if indices:
         norms = [
@@ -179,11 +180,11 @@ def difference(
             for some in (first, second)
         ]
         more = f" (and {len(indices) - 1} more)" if len(indices) > 1 else ""
-        where = f"of {records[indices[0]].name}{more}, whose norm is {norms[0]:.4g} and then {norms[1]:.4g}"
-    custom = f" This graph's own backwards: {', '.join(sorted(graph.custom))}." if graph.custom else ""
+        where = f"of {records[indices[0]].name}{more}: its norm is first {norms[0]:.4g}, then {norms[1]:.4g}"
+    custom = f" Custom backwards in this graph: {', '.join(sorted(graph.custom))}." if graph.custom else ""
     return RuntimeError(
         f"Lomo: two backwards through the same graph gave different gradients {where}. The usual cause is a loss or a "
-        "layer whose backward writes over what its forward saved (the cross entropies of Liger and unsloth, in-place "
-        "attention), or dropout or noise that is drawn anew in backward (preserve_rng_state=False, a hook)."
+        "layer whose backward overwrites what its forward saved (the cross entropies of Liger and unsloth, in-place "
+        "attention), or dropout or noise that draws new random numbers in backward (preserve_rng_state=False, a hook)."
         f"{custom} {advice}"
     )

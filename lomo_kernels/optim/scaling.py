@@ -56,8 +56,8 @@ class LossScale:
             check_positive("loss_scale", wanted)
             if not SMALLEST_SCALE <= wanted <= LARGEST_SCALE:
                 raise ValueError(
-                    f"Lomo: loss_scale is {wanted}, expected a number from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}, "
-                    "which it and its inverse are exact enough for in float32"
+                    f"Lomo: loss_scale is {wanted}, expected a number from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}: "
+                    "then float32 holds it and its inverse"
                 )
 
     @property
@@ -94,7 +94,7 @@ class LossScale:
 
 
 def factor_of(loss: Tensor) -> Tensor | None:
-    """The one-element float32 tensor that `loss` was multiplied by last, if any: what a GradScaler's scale would be."""
+    """The one-element float32 tensor that `loss` was multiplied by last, if any. It may be a GradScaler's scale."""
     node = loss.grad_fn
     for _ in range(4):  # the scaled loss may have been divided by a number of parts, say
         if node is None:
@@ -124,8 +124,8 @@ def is_of_grad_scaler(factor: Tensor) -> bool:
 
 
 def computes_in_float16(loss: Tensor) -> bool:
-    """Whether a gradient in float16 flows in the graph of `loss`, near it: under float16 autocast the last layer has
-    one, unless a compiled graph hides it."""
+    """Whether the graph of `loss`, near the loss, has a gradient in float16. Under float16 autocast the last layer has
+    one. A compiled graph hides it."""
     if loss.dtype is torch.float16:
         return True
     nodes = islice(nodes_of(loss), FLOAT16_NODES)

@@ -127,13 +127,13 @@ class State:
             self.scale.update(self.home.found_inf)
 
     def level_steps(self) -> None:
-        """Makes all devices count the same steps again, after an interrupt between two of them."""
+        """Makes the step counts of all devices equal again, after an interrupt between two devices."""
         for device in self.devices.values():
             if device is not self.home:
                 _send(self.home.step, device.step)
 
     def abandon_step(self) -> None:
-        """A norm was found but its step never came. It counts where it overflowed: that is why it did not come."""
+        """Called if no step used the norm that `grad_norm` found. If it overflowed, it counts as a skipped step."""
         overflowed = self.home.found_inf.to(torch.int64)
         for device in self.devices.values():
             device.step.add_(overflowed.to(device.step.device))
@@ -141,8 +141,8 @@ class State:
         self.scale.back_off(self.home.found_inf)
 
     def norms(self) -> Tensor:
-        """Every parameter's norm of the last step's gradient, on `home`: float64, [parameters]. Over several ranks each
-        is of the whole parameter, and all ranks have to ask."""
+        """Norm of every parameter's gradient in the last step, on `home`: float64, [parameters]. Over several ranks
+        they are of whole parameters, and every rank has to call this."""
         totals = [device.squares().to(self.norm.device) for device in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
         if self._ranks is not None:
