@@ -15,12 +15,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..layers import Pair, fuse, layers_of, takers, unfuse
 from ..ops.sgd import is_stochastic
 from . import resume
+from .attachment import Attachment, cut
 from .graph import Graph, check_fused_weights, check_loss, run_backward
 from .hyperparameters import check_group, check_positive, check_seed, numbers_of, unused_momentum
-from .owners import OptimizerBackward, claim, forget, optimizer_backward, owner_of, release, unmanaged, unscale_grads
+from .owners import OptimizerBackward, owner_of, unmanaged
 from .parameters import check_apart, check_parameter, is_served, name_of, named_groups
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
@@ -130,11 +130,7 @@ class Lomo(torch.optim.Optimizer):
         self._ranks: Ranks | None = None
 
         self._records: list[Record] = []
-        self._claimed: list[int] = []  # ids of the parameters noted as ours
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._model = None if model is None else weakref.ref(model)  # in which layers are fused
-        self._fused: list[weakref.ref[nn.Module]] = []
-        self._takers: list[int] = []  # ids of their weights
+        self._attachment = Attachment(self, self._records, model)
         self._step: Step | None = None  # the one that runs now
         self._outcome: str | None = None  # of the last one
         self._kept_scale: Tensor | None = None  # the loss scale in the gradients that accumulate() left in .grad
@@ -143,7 +139,6 @@ class Lomo(torch.optim.Optimizer):
         self._norm_is_known = False  # grad_norm() was called and fused_backward() not yet
         self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
         self._shapes = Shapes()  # of graphs through which two backwards gave the same
-        self._ids: set[int] = set()  # of the parameters
         self._warned = False
         self._warned_of_momentum = False
         self._looked_for_scaler = False
@@ -167,15 +162,12 @@ class Lomo(torch.optim.Optimizer):
         self._ranks = self._join_ranks(self._records, self.param_groups)
         self._state = State(self._records, self.param_groups, loss_scale, ranks=self._ranks)
         self._repeat_state()
-        if model is not None and self._ids.isdisjoint(id(param) for param in model.parameters()):
+        ours = {id(record.param) for record in self._records}
+        if model is not None and ours.isdisjoint(id(param) for param in model.parameters()):
             raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
         self._replace_owners(self._records)
-        self._attach()
+        self._attachment.attach()
         self._attached = True
-        # An optimizer that is dropped without remove() leaves no hooks behind.
-        weakref.finalize(
-            self, _let_go, id(self), self._claimed, self._records, self._handles, self._takers, self._fused
-        ).atexit = False
 
     # ---- What a user calls ------------------------------------------------------------------------------------------
 
@@ -318,7 +310,7 @@ class Lomo(torch.optim.Optimizer):
     def summary(self) -> str:
         """A table: what becomes of each parameter's gradient, and why. Print it."""
         kept = self._one_pass and self._needs_norm_first
-        return summary(self._records, None if self._model is None else self._model(), kept=kept)
+        return summary(self._records, self._attachment.model, kept=kept)
 
     def remove(self) -> None:
         """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again.
@@ -426,7 +418,6 @@ class Lomo(torch.optim.Optimizer):
     def _add(self, group: dict[str, Any], records: Sequence[Record]) -> None:
         super().add_param_group(group)
         self._records.extend(records)
-        self._ids = {id(record.param) for record in self._records}
 
     def _add_later(self, group: dict[str, Any], records: Sequence[Record]) -> None:
         ranks = self._join_ranks([*self._records, *records], [*self.param_groups, group])
@@ -434,7 +425,7 @@ class Lomo(torch.optim.Optimizer):
         self._ranks = ranks
         self._place()
         self._replace_owners(records)
-        self._attach()
+        self._attachment.attach()
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters.
@@ -506,17 +497,15 @@ class Lomo(torch.optim.Optimizer):
         """Whatever `change` raises leaves the optimizer, its parameters' hooks and its layers as they were before."""
         attributes = vars(self).copy()
         records = [(record, vars(record).copy()) for record in self._records]
-        groups, handles = len(self.param_groups), len(self._handles)
-        sinks, layers, claimed = len(self._takers), len(self._fused), len(self._claimed)
+        groups, attached = len(self.param_groups), self._attachment.extent()
         state, numbers = dict(self.state), self._state.export()
         try:
             change()
         except BaseException:
             self.__dict__ = attributes
-            release(_cut(self._claimed, claimed))
-            _detach(_cut(self._handles, handles), _cut(self._takers, sinks), _cut(self._fused, layers))
-            _cut(self._records, len(records))
-            _cut(self.param_groups, groups)
+            self._attachment.cut_back(attached)
+            cut(self._records, len(records))
+            cut(self.param_groups, groups)
             for record, before in records:
                 record.__dict__ = before
             self.state.clear()
@@ -579,7 +568,7 @@ class Lomo(torch.optim.Optimizer):
             params = [of(record.param, record.name) for record in itertools.islice(records, len(group["params"]))]
             entries = list(zip(group["param_names"], params, strict=True)) if "param_names" in group else params
             groups.append({key: value for key, value in group.items() if key != "param_names"} | {"params": entries})
-        model = None if self._model is None else self._model()
+        model = self._attachment.model
         settings = {
             "lr": self.defaults["lr"],
             "weight_decay": self.defaults["weight_decay"],
@@ -647,7 +636,7 @@ class Lomo(torch.optim.Optimizer):
                 self._find_norm(step, graph, scale)
             self._raise_if_not_finite(step, scaled, _NOTHING_CHANGED)
         else:
-            if self._takers:
+            if self._attachment.fuses:
                 check_fused_weights(loss)
             self._check_reentrancy(step, graph, scale)
             self._state.zero_slots()
@@ -867,7 +856,7 @@ class Lomo(torch.optim.Optimizer):
         return step.update
 
     def _params_of_fused(self) -> list[Tensor]:
-        return [record.param for record in self._records if record.served] if self._takers else []
+        return [record.param for record in self._records if record.served] if self._attachment.fuses else []
 
     def _finish(self, step: Step, scaled: bool) -> None:
         step.applied = True
@@ -926,8 +915,9 @@ class Lomo(torch.optim.Optimizer):
             stale = self._stale or unfrozen
             if stale or record.local.dtype is not record.dtype or record.local.device != record.device:
                 self._place()
-            record.forget_old_grad()
-        self._hook_all()
+            if record.scaled_grad is not None or record.zeros is not None:
+                record.forget_old_grad()
+        self._attachment.hook_all()
         if loss is not None:
             self._scale_float16(loss)
         if not self._warned_of_momentum and (text := unused_momentum(self.param_groups)):
@@ -973,7 +963,7 @@ class Lomo(torch.optim.Optimizer):
         ranks = ranks_of(records, self._process_group, stochastic=self._stochastic)
         if ranks is None:
             return None
-        if self._model is not None:
+        if self._attachment.model is not None:
             raise ValueError(
                 "Lomo: fused_layers apply a weight's gradient from its factors, which are this rank's own; over "
                 "several ranks the gradient has to be summed first, and so to exist. Use fused_layers=False"
@@ -1010,19 +1000,15 @@ class Lomo(torch.optim.Optimizer):
             self._whole = None
             return
         theirs = {id(param): param for param in model.parameters()}
-        lost = [record.name for record in self._records if id(record.param) not in theirs]
-        if lost and any(param.requires_grad and key not in self._ids for key, param in theirs.items()):
+        ours = {id(record.param): record.name for record in self._records}
+        lost = [name for key, name in ours.items() if key not in theirs]
+        if lost and any(param.requires_grad and key not in ours for key, param in theirs.items()):
             raise RuntimeError(
                 f"Lomo: the model's {lost[0]} is another parameter than when the optimizer was made, and the hook on "
                 "the old one will not be called. Make the optimizer after fully_shard, parallelize_module and whatever "
                 "else exchanges parameters. No weight was changed"
             )
         self._whole = None
-
-    @property
-    def _is_stepping(self) -> bool:
-        """Whether a step is under way, in whatever thread."""
-        return self._step is not None
 
     def _replace_owners(self, records: Sequence[Record]) -> None:
         """Ends the use of other optimizers that manage some of `records`. Raises RuntimeError if one is amid a step."""
@@ -1031,7 +1017,7 @@ class Lomo(torch.optim.Optimizer):
             owner = owner_of(record.param)
             if owner is None or owner is self:
                 continue
-            if owner._is_stepping:
+            if owner._step is not None:
                 raise RuntimeError(
                     f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer "
                     "when that step has ended"
@@ -1045,54 +1031,8 @@ class Lomo(torch.optim.Optimizer):
 
     def _end_use(self, reason: str) -> None:
         """Takes everything off the parameters. `reason`: what a later use is refused with."""
-        _let_go(id(self), self._claimed, self._records, self._handles, self._takers, self._fused)
+        self._attachment.remove()
         self._ended = self._ended or reason
-
-    def _attach(self) -> None:
-        """Makes all parameters this optimizer's: notes it, and puts hooks on those that are trained."""
-        self._claimed[:] = [id(record.param) for record in self._records]  # first: see `_fuse`
-        claim(self._claimed, self)
-        self._hook_all()
-        model = None if self._model is None else self._model()
-        if model is not None:
-            self._fuse(model)
-
-    def _hook_all(self) -> None:
-        """Puts hooks on trainable parameters that have none: at first, and on those unfrozen or swapped since then.
-
-        `torch.utils.swap_tensors` exchanges a parameter's memory and its dict of attributes, and leaves its hooks in
-        place though they are not called any more. Called before every backward, also another optimizer's.
-        """
-        for record in self._records:
-            if record.attributes is record.param.__dict__ and (record.hooked or not record.param.requires_grad):
-                continue
-            param: Any = record.param
-            if record.attributes is not param.__dict__:
-                if record.hooked:
-                    param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # makes torch call them
-                record.attributes = param.__dict__
-            if not record.hooked and param.requires_grad:
-                hook = _hook(weakref.ref(self), record)
-                self._handles.append(param.register_post_accumulate_grad_hook(hook))
-                record.hooked = True  # last: an interrupt before it leaves one hook too many, which finds no gradient
-
-    def _fuse(self, model: nn.Module) -> None:
-        """Fuses the layers of `model` whose weights are ours and that can be, unless they are."""
-        records = {id(record.param): record for record in self._records}
-        known = {id(reference()) for reference in self._fused}
-        for module, reason in layers_of(model, records):
-            if reason is not None:
-                continue
-            record = records[id(module.weight)]
-            new = id(module) not in known
-            if new:  # also where another optimizer fused it, whose weight was exchanged since
-                self._fused.append(weakref.ref(module))  # first: what an interrupt cuts short is taken off again
-                fuse(module)
-            record.reused |= record.fused and new
-            if not record.fused:
-                record.fused = True
-                self._takers.append(id(record.param))
-                takers[id(record.param)] = _taker(weakref.ref(self), record)
 
     def _exclusively(self, run: Callable[[Step], _T]) -> _T:
         """Runs one step: another thread waits, and a hook that starts one inside another is told.
@@ -1168,73 +1108,11 @@ def _complete(optimizer: Any, state: dict[str, Any]) -> None:
     }
 
 
-def _cut(some: list[Any], length: int) -> list[Any]:
-    """Takes off, and returns, what a list has beyond `length`."""
-    beyond = some[length:]
-    del some[length:]
-    return beyond
-
-
 def _unpickled(kind: type[Lomo], *parts: Any) -> Lomo:
     optimizer = kind.__new__(kind)
     optimizer._become(*parts)
     optimizer._unpickled = True
     return optimizer
-
-
-def _hook(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Tensor], None]:
-    """The hook of one parameter. It does not keep the optimizer alive."""
-
-    def on_gradient(_: Tensor) -> None:
-        owner = optimizer()
-        if owner is None:
-            return
-        backward = optimizer_backward()
-        if backward is not None and backward.optimizer is not owner:
-            backward.drop(record.param)
-            owner._passed_over = True
-        elif (step := owner._step) is not None and step.sink is not None:
-            step.sink.take(record)
-        else:
-            owner._on_plain_gradient(record)
-
-    return on_gradient
-
-
-def _taker(optimizer: weakref.ref[Lomo], record: Record) -> Callable[[Pair], Sequence[Pair]]:
-    """What a fused layer of the parameter asks. It does not keep the optimizer alive."""
-
-    def on_pair(pair: Pair) -> Sequence[Pair]:
-        owner = optimizer()
-        if owner is None:
-            return (pair,)
-        backward = optimizer_backward()
-        if backward is not None and backward.optimizer is not owner:
-            return ()  # its gradient would be dropped
-        step = owner._step
-        return (pair,) if step is None or step.sink is None else step.sink.take_pair(record, pair)
-
-    return on_pair
-
-
-def _let_go(optimizer_id: int, claimed: list[int], records: Sequence[Record], *attached: Any) -> None:
-    """Takes an optimizer off its parameters: `attached`, as `_detach` takes it, and the loss scale in gradients."""
-    release(claimed)
-    forget(optimizer_id)
-    _detach(*attached)
-    unscale_grads(records)
-
-
-def _detach(
-    handles: list[torch.utils.hooks.RemovableHandle], ids: list[int], fused: list[weakref.ref[nn.Module]]
-) -> None:
-    """Takes an optimizer's hooks off, and makes its layers plain ones again."""
-    while handles:
-        handles.pop().remove()
-    while ids:
-        takers.pop(ids.pop(), None)
-    unfuse(fused)
-    fused.clear()
 
 
 def _model_of(model_or_params: Any, fused_layers: bool | nn.Module) -> nn.Module | None:

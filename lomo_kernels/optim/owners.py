@@ -20,13 +20,8 @@ class Owner(Protocol):
     """What this module knows of a `Lomo`."""
 
     _records: list[Record]
-
-    @property
-    def _is_stepping(self) -> bool:
-        """Whether a step is under way."""
-
-    def _hook_all(self) -> None:
-        """Puts hooks on trainable parameters without one."""
+    _step: Any  # a `Step`, while one is under way, in whatever thread
+    _attachment: Any  # an `Attachment`
 
 
 #: By id of the parameter, which its optimizer keeps alive.
@@ -35,11 +30,10 @@ _owners: dict[int, weakref.ref[Any]] = {}
 _live: dict[int, weakref.ref[Any]] = {}
 
 
-def claim(ids: Iterable[int], optimizer: Owner) -> None:
+def claim(ids: Iterable[int], optimizer: weakref.ref[Any]) -> None:
     """Notes that `optimizer` manages the parameters of these ids."""
-    reference = weakref.ref(optimizer)
-    _owners.update(dict.fromkeys(ids, reference))
-    _live[id(optimizer)] = reference
+    _owners.update(dict.fromkeys(ids, optimizer))
+    _live[id(optimizer())] = optimizer
 
 
 def release(ids: list[int]) -> None:
@@ -96,7 +90,7 @@ class OptimizerBackward:
             other = reference()
             if other is None or other is self.optimizer:
                 continue
-            other._hook_all()
+            other._attachment.hook_all()
             for record in other._records:
                 if record.param.grad is None or not record.param.requires_grad:
                     continue
@@ -135,8 +129,8 @@ class OptimizerBackward:
 def optimizer_backward() -> OptimizerBackward | None:
     """The innermost backward that a `Lomo` runs around the caller, which may be a hook in one of autograd's threads."""
     backward = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
-    # An interrupt may keep `backward_of` from taking its note back.
-    return backward if backward is not None and backward.optimizer._is_stepping else None
+    # An interrupt may keep `Step.leave` from taking its note back.
+    return backward if backward is not None and backward.optimizer._step is not None else None
 
 
 def set_optimizer_backward(backward: OptimizerBackward | None) -> None:
