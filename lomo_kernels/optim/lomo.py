@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import itertools
 import threading
 import warnings
 import weakref
@@ -16,14 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.sgd import is_stochastic
-from . import resume
-from .attachment import Attachment, cut
+from . import copies, resume
+from .attachment import Attachment
 from .graph import Graph, check_fused_weights, check_loss, run_backward
 from .hyperparameters import check_group, check_positive, check_seed, numbers_of, unused_momentum
 from .owners import OptimizerBackward, owner_of, unmanaged
-from .parameters import check_apart, check_parameter, is_served, name_of, named_groups
+from .parameters import (
+    check_apart,
+    check_groups,
+    check_parameter,
+    check_unchanged,
+    is_served,
+    model_to_fuse,
+    name_of,
+    named_groups,
+)
 from .passes import KeepPass, NormPass, Pass, UpdatePass
-from .ranks import Ranks, is_engine, is_here, local_of, ranks_of, shape_of
+from .ranks import Ranks, is_engine, is_here, ranks_of, shape_of
 from .records import Record
 from .repeat import CHECKPOINTS, TWO_PASSES, Shapes, can_compare, difference, differing, look_again
 from .scaling import LossScale, computes_in_float16, factor_of, is_of_grad_scaler
@@ -31,11 +38,8 @@ from .state import State
 from .step import Step
 from .step_hooks import as_step
 from .summary import summary
+from .transaction import all_or_nothing
 
-_NOT_OURS = (
-    ", by hand or by an engine that was given this optimizer (DeepSpeed's ZeRO: give it none, see "
-    "docs/distributed.md); use add_param_group(), or make a new optimizer"
-)
 _NOTHING_CHANGED = "no weight was changed"
 _INSIDE = "a step was started inside another one of the same optimizer"
 _T = TypeVar("_T")
@@ -112,7 +116,7 @@ class Lomo(torch.optim.Optimizer):
                 raise ValueError("Lomo: a DeepSpeed engine has its own process group; leave process_group out")
             engine: Any = model_or_params
             model_or_params, process_group = engine.module, engine
-        model = _model_of(model_or_params, fused_layers)
+        model = model_to_fuse(model_or_params, fused_layers)
         if clip_grad_norm is not None:
             check_positive("clip_grad_norm", clip_grad_norm)
         if nonfinite not in ("skip", "raise"):
@@ -226,7 +230,7 @@ class Lomo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_groups()
+        check_groups(self._records, self.param_groups)
         if self._step_supports_amp_scaling and hasattr(self, "found_inf"):
             del self.found_inf
             raise RuntimeError(
@@ -411,7 +415,7 @@ class Lomo(torch.optim.Optimizer):
         group = {**self.defaults, **param_group, "params": entries}
         check_group(group, f"Lomo: param_groups[{len(self.param_groups)}]")
         if self._attached:
-            self._all_or_nothing(functools.partial(self._add_later, group, records))
+            all_or_nothing(self, functools.partial(self._add_later, group, records))
         else:
             self._add(group, records)
 
@@ -433,7 +437,9 @@ class Lomo(torch.optim.Optimizer):
         ``"state"`` repeats the numbers for each parameter: `torch.distributed.checkpoint` keeps nothing else. All
         tensors are copies.
         """
-        handle = self.register_state_dict_post_hook(_complete, prepend=True)  # before the user's, who see all of it
+        handle = self.register_state_dict_post_hook(
+            resume.add_entry, prepend=True
+        )  # before the user's, who see all of it
         try:
             state: dict[str, Any] = super().state_dict()
         finally:
@@ -452,7 +458,7 @@ class Lomo(torch.optim.Optimizer):
                 scaling, of a later version, or has a value that no run can have come to.
         """
         self._check_not_wrapped()
-        self._all_or_nothing(functools.partial(self._load, state_dict))
+        all_or_nothing(self, functools.partial(self._load, state_dict))
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         if isinstance(state_dict, dict):
@@ -493,26 +499,6 @@ class Lomo(torch.optim.Optimizer):
         for record in self._records:
             self.state[record.param] = self._state.by_parameter() | {"seed": self._seed}
 
-    def _all_or_nothing(self, change: Callable[[], None]) -> None:
-        """Whatever `change` raises leaves the optimizer, its parameters' hooks and its layers as they were before."""
-        attributes = vars(self).copy()
-        records = [(record, vars(record).copy()) for record in self._records]
-        groups, attached = len(self.param_groups), self._attachment.extent()
-        state, numbers = dict(self.state), self._state.export()
-        try:
-            change()
-        except BaseException:
-            self.__dict__ = attributes
-            self._attachment.cut_back(attached)
-            cut(self._records, len(records))
-            cut(self.param_groups, groups)
-            for record, before in records:
-                record.__dict__ = before
-            self.state.clear()
-            self.state.update(state)
-            self._state.load(numbers)
-            raise
-
     # ---- Copies -----------------------------------------------------------------------------------------------------
 
     def __copy__(self) -> NoReturn:
@@ -521,71 +507,14 @@ class Lomo(torch.optim.Optimizer):
             "or copy.deepcopy((model, optimizer))"
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Lomo:
-        """The same optimizer of the parameters' copies, which have to be in `memo`: they are copied with their model.
-
-        As with torch's optimizers, hooks that were registered on the optimizer and gradients are not copied.
-        """
-
-        def copied(original: Any, name: str) -> Any:
-            if id(original) not in memo:
-                raise TypeError(
-                    f"Lomo: {name} was not copied before the optimizer, whose copy would train nothing. Copy both "
-                    "together, the model first: copy.deepcopy((model, optimizer))"
-                )
-            return memo[id(original)]
-
-        groups, settings, numbers = self._parts(copied)
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-
-        def own(options: dict[str, Any]) -> dict[str, Any]:
-            done = ("params", "fused_layers", "process_group")  # the last is as little copied as the processes
-            return {key: value if key in done else copy.deepcopy(value, memo) for key, value in options.items()}
-
-        new._become([own(group) for group in groups], own(settings), numbers)
-        return new
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copies.deep_copy(self, memo)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles the optimizer with its parameters, which a model in the same pickle has in common with it."""
-        if self._ranks is not None:
-            raise TypeError("Lomo: an optimizer over several ranks cannot be pickled; save its state_dict()")
-        return _unpickled, (type(self), *self._parts(lambda part, _: part))
-
-    def _parts(self, of: Callable[[Any, str], Any]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-        """Groups, the constructor's other arguments, and numbers, of the same optimizer of other parameters.
-
-        Args:
-            of: gives for a parameter, or the model in which layers are fused, and its name, the other one.
-        """
-        self._check_not_ended()
-        self._check_groups()
-        if is_engine(self._process_group):
-            raise TypeError("Lomo: an optimizer of a DeepSpeed engine cannot be copied; save its state_dict()")
-        groups = []
-        records = iter(self._records)
-        for group in self.param_groups:
-            params = [of(record.param, record.name) for record in itertools.islice(records, len(group["params"]))]
-            entries = list(zip(group["param_names"], params, strict=True)) if "param_names" in group else params
-            groups.append({key: value for key, value in group.items() if key != "param_names"} | {"params": entries})
-        model = self._attachment.model
-        settings = {
-            "lr": self.defaults["lr"],
-            "weight_decay": self.defaults["weight_decay"],
-            "clip_grad_value": self.defaults["clip_grad_value"],
-            "clip_grad_norm": self._clip_grad_norm,
-            "clip_passes": "one" if self._one_pass else "two",
-            "loss_scale": self._wanted_scale,
-            "rounding": "stochastic" if self._stochastic else "nearest",
-            "nonfinite": "raise" if self._raise else "skip",
-            "fused_layers": False if model is None else of(model, "the model"),
-            "process_group": self._process_group,
-            "seed": self._seed,
-        }
-        return groups, settings, self._state.export() | {"norm": self._state.norm.clone()}
+        return copies.pickled(self)
 
     def _become(self, groups: list[dict[str, Any]], settings: dict[str, Any], numbers: dict[str, Any]) -> None:
-        """Makes a new object the optimizer whose `_parts` these are."""
+        """Makes a new object the optimizer whose `copies.Parts` these are."""
         Lomo.__init__(self, groups, **settings)  # a subclass may take other arguments
         self._state.load(numbers)
         self._state.norm.copy_(numbers["norm"])
@@ -604,7 +533,8 @@ class Lomo(torch.optim.Optimizer):
             self._drop_norm()
         self._refresh(loss, lr)
         if self._whole is not None:
-            self._check_still_there()
+            check_unchanged(self._records, self._whole() if self._ranks is None else None)
+            self._whole = None
         known, self._norm_is_known = self._norm_is_known, False
         kept = self._kept()
         if self._accumulating or kept or self._unreduced():
@@ -907,7 +837,7 @@ class Lomo(torch.optim.Optimizer):
     def _refresh(self, loss: Tensor | None = None, lr: float | Tensor | None = None) -> None:
         """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
         self._check_not_ended()
-        self._check_groups()
+        check_groups(self._records, self.param_groups)
         for record in self._records:
             if self._ranks is not None:
                 self._ranks.place(record)
@@ -924,15 +854,6 @@ class Lomo(torch.optim.Optimizer):
             self._warned_of_momentum = True
             warnings.warn(text, stacklevel=8)
         self._state.refresh(self.param_groups, lr)
-
-    def _check_groups(self) -> None:
-        """Raises RuntimeError where `param_groups` hold other parameters than those with our hooks."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        if len(params) != len(self._records):
-            raise RuntimeError(f"Lomo: parameters were put into or taken out of param_groups{_NOT_OURS}")
-        for record, param in zip(self._records, params, strict=True):
-            if param is not record.param:
-                raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_NOT_OURS}")
 
     def _check_not_wrapped(self) -> None:
         """Raises RuntimeError on a wrapper that is a subclass of ours, which reads the optimizer's attributes and keeps
@@ -983,32 +904,6 @@ class Lomo(torch.optim.Optimizer):
         )
         ranks.start(records, None if self._whole is None else self._whole())
         return ranks
-
-    def _check_still_there(self) -> None:
-        """Asks once, before the first step, whether the model still has the parameters that the hooks are on.
-
-        FSDP2 exchanges its own for others while it runs, so where they are ours there is nothing to compare.
-        """
-        for record in self._records:
-            if record.local is not local_of(record.param):
-                raise RuntimeError(
-                    f"Lomo: {record.name} was cut into parts since the optimizer was made. Make the optimizer after "
-                    "deepspeed.initialize, from the engine. No weight was changed"
-                )
-        model = None if self._whole is None else self._whole()
-        if model is None or self._ranks is not None:
-            self._whole = None
-            return
-        theirs = {id(param): param for param in model.parameters()}
-        ours = {id(record.param): record.name for record in self._records}
-        lost = [name for key, name in ours.items() if key not in theirs]
-        if lost and any(param.requires_grad and key not in ours for key, param in theirs.items()):
-            raise RuntimeError(
-                f"Lomo: the model's {lost[0]} is another parameter than when the optimizer was made, and the hook on "
-                "the old one will not be called. Make the optimizer after fully_shard, parallelize_module and whatever "
-                "else exchanges parameters. No weight was changed"
-            )
-        self._whole = None
 
     def _replace_owners(self, records: Sequence[Record]) -> None:
         """Ends the use of other optimizers that manage some of `records`. Raises RuntimeError if one is amid a step."""
@@ -1090,42 +985,3 @@ class Lomo(torch.optim.Optimizer):
         in_backward = torch._C._current_graph_task_id() != -1
         if self._busy._is_owned() or (in_backward and self._step is not None):
             raise RuntimeError(f"Lomo: {refusal}")
-
-
-def _complete(optimizer: Any, state: dict[str, Any]) -> None:
-    """Makes copies of all tensors in what torch put together, and adds our entry."""
-    for group in state["param_groups"]:
-        group.update({key: value.clone() for key, value in group.items() if isinstance(value, Tensor)})
-    state["state"] = {
-        index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in numbers.items()}
-        for index, numbers in state["state"].items()  # the optimizer's own dicts: nothing may be put into them
-    }
-    state[resume.KEY] = {
-        "version": resume.VERSION,
-        **optimizer._state.export(),
-        "seed": optimizer._seed,
-        "parameters": resume.layout(optimizer._records),
-    }
-
-
-def _unpickled(kind: type[Lomo], *parts: Any) -> Lomo:
-    optimizer = kind.__new__(kind)
-    optimizer._become(*parts)
-    optimizer._unpickled = True
-    return optimizer
-
-
-def _model_of(model_or_params: Any, fused_layers: bool | nn.Module) -> nn.Module | None:
-    """The model in which layers are to be fused; None: nowhere."""
-    if isinstance(fused_layers, nn.Module):
-        return fused_layers
-    if not isinstance(fused_layers, bool):
-        raise TypeError(f"Lomo: fused_layers is a {type(fused_layers).__name__}, expected True, False or the model")
-    if not fused_layers:
-        return None
-    if not isinstance(model_or_params, nn.Module):
-        raise ValueError(
-            "Lomo: fused_layers=True needs the model, to find its layers; with parameters or groups pass it there: "
-            "fused_layers=model"
-        )
-    return model_or_params

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..backends import check_device
 from ..ops._arguments import DTYPES
 from ..ops._overlap import Access, Region, find_conflict, overlaps_itself, region
 from .ranks import local_of
+from .records import Record
 
 
 def named_groups(model_or_params: Any) -> list[Any]:
@@ -36,6 +37,22 @@ def named_groups(model_or_params: Any) -> list[Any]:
     if not found:
         raise ValueError("Lomo: model_or_params holds no parameters")
     return found
+
+
+def model_to_fuse(model_or_params: Any, fused_layers: bool | nn.Module) -> nn.Module | None:
+    """The model in which layers are to be fused; None: nowhere."""
+    if isinstance(fused_layers, nn.Module):
+        return fused_layers
+    if not isinstance(fused_layers, bool):
+        raise TypeError(f"Lomo: fused_layers is a {type(fused_layers).__name__}, expected True, False or the model")
+    if not fused_layers:
+        return None
+    if not isinstance(model_or_params, nn.Module):
+        raise ValueError(
+            "Lomo: fused_layers=True needs the model, to find its layers; with parameters or groups pass it there: "
+            "fused_layers=model"
+        )
+    return model_or_params
 
 
 _INSTEAD = (
@@ -121,3 +138,44 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
                 f"Lomo: {first.name} and {second.name} share memory but are two parameters, and each update would meet "
                 "what the other made of it; make them one parameter (tie the modules to the same nn.Parameter)"
             )
+
+
+_NOT_ADDED = (
+    ", by hand or by an engine that was given this optimizer (DeepSpeed's ZeRO: give it none, see "
+    "docs/distributed.md); use add_param_group(), or make a new optimizer"
+)
+
+
+def check_groups(records: Sequence[Record], groups: Sequence[dict[str, Any]]) -> None:
+    """Raises RuntimeError where `groups` hold other parameters than `records`, those with hooks."""
+    params = [param for group in groups for param in group["params"]]
+    if len(params) != len(records):
+        raise RuntimeError(f"Lomo: parameters were put into or taken out of param_groups{_NOT_ADDED}")
+    for record, param in zip(records, params, strict=True):
+        if param is not record.param:
+            raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_NOT_ADDED}")
+
+
+def check_unchanged(records: Sequence[Record], model: nn.Module | None) -> None:
+    """Raises RuntimeError if parameters were cut into parts, or exchanged in `model`, since hooks were put on them.
+
+    Args:
+        model: None: not compared. FSDP2 exchanges a model's parameters for others while it runs.
+    """
+    for record in records:
+        if record.local is not local_of(record.param):
+            raise RuntimeError(
+                f"Lomo: {record.name} was cut into parts since the optimizer was made. Make the optimizer after "
+                "deepspeed.initialize, from the engine. No weight was changed"
+            )
+    if model is None:
+        return
+    theirs = {id(param): param for param in model.parameters()}
+    ours = {id(record.param): record.name for record in records}
+    lost = [name for key, name in ours.items() if key not in theirs]
+    if lost and any(param.requires_grad and key not in ours for key, param in theirs.items()):
+        raise RuntimeError(
+            f"Lomo: the model's {lost[0]} is another parameter than when the optimizer was made, and the hook on "
+            "the old one will not be called. Make the optimizer after fully_shard, parallelize_module and whatever "
+            "else exchanges parameters. No weight was changed"
+        )
