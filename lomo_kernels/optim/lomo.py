@@ -322,6 +322,7 @@ class Lomo(torch.optim.Optimizer):
         Raises:
             RuntimeError: called inside a step, by a hook. Gradients still to come would stay in ``.grad``.
         """
+        self._check_not_wrapped()
         self._check_not_inside("remove() was called inside a step of the same optimizer; call it when that has ended")
         self._end_use("remove() was called on this optimizer; make a new one")
 
