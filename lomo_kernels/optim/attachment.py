@@ -141,10 +141,12 @@ def _hook(optimizer: weakref.ref[Any], record: Record) -> Callable[[Tensor], Non
         if backward is not None and backward.optimizer is not owner:
             backward.drop(record.param)
             owner._passed_over = True
-        elif (step := owner._step) is not None and step.sink is not None:
+            return
+        step = owner._step
+        if step is not None and step.sink is not None:
             step.sink.take(record)
         else:
-            owner._on_plain_gradient(record)
+            owner._accumulation.note(record, scaled=step is not None and step.adds_scaled)
 
     return on_gradient
 

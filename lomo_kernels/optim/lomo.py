@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ops.sgd import is_stochastic
 from . import copies, resume
+from .accumulation import Accumulation
 from .attachment import Attachment
 from .graph import Graph, check_fused_weights, check_loss, run_backward
 from .hyperparameters import check_group, check_positive, check_seed, numbers_of, unused_momentum
@@ -43,7 +44,6 @@ from .transaction import all_or_nothing
 _NOTHING_CHANGED = "no weight was changed"
 _INSIDE = "a step was started inside another one of the same optimizer"
 _T = TypeVar("_T")
-_ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
 
 class Lomo(torch.optim.Optimizer):
@@ -137,8 +137,7 @@ class Lomo(torch.optim.Optimizer):
         self._attachment = Attachment(self, self._records, model)
         self._step: Step | None = None  # the one that runs now
         self._outcome: str | None = None  # of the last one
-        self._kept_scale: Tensor | None = None  # the loss scale in the gradients that accumulate() left in .grad
-        self._kept_dtype: torch.dtype | None = None  # of the losses they came from
+        self._accumulation = Accumulation(self._records)
         self._accumulating = False
         self._norm_is_known = False  # grad_norm() was called and fused_backward() not yet
         self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
@@ -215,7 +214,7 @@ class Lomo(torch.optim.Optimizer):
         finally:
             self._accumulating = before  # once more, in case an interrupt has kept the line above from running
 
-    @as_step(lambda self, closure=None: closure is not None or self._has_gradients())
+    @as_step(lambda self, closure=None: closure is not None or self._accumulation.has_gradients())
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Applies what plain backwards left in ``.grad``, and leaves it there. Does nothing, and calls no step hooks,
         if there is nothing: after `backward`.
@@ -237,7 +236,7 @@ class Lomo(torch.optim.Optimizer):
                 "Lomo: torch's GradScaler decides on every rank alone whether to step, from gradients that are not "
                 'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place'
             )
-        if self._has_gradients():
+        if self._accumulation.has_gradients():
             if not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -294,7 +293,7 @@ class Lomo(torch.optim.Optimizer):
             self._drop_norm()
             self._check_loss(loss)
             self._refresh(loss)
-            if self._kept():
+            if self._accumulation.gradients():
                 raise RuntimeError("Lomo: gradients stand in .grad; use backward(), which adds them in, or zero_grad()")
             self._find_norm(step, Graph(loss), self._start_scale(loss))
             self._norm_is_known = True
@@ -537,7 +536,7 @@ class Lomo(torch.optim.Optimizer):
             check_unchanged(self._records, self._whole() if self._ranks is None else None)
             self._whole = None
         known, self._norm_is_known = self._norm_is_known, False
-        kept = self._kept()
+        kept = self._accumulation.gradients()
         if self._accumulating or kept or self._unreduced():
             self._add_to_kept(step, loss, kept)
             del kept
@@ -696,15 +695,7 @@ class Lomo(torch.optim.Optimizer):
 
     def _add_to_kept(self, step: Step, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
         """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
-        fresh = all(record.zeroed for record, _ in kept)
-        if fresh and self._state.scale.used:
-            self._kept_scale, self._kept_dtype = self._state.scale.of(loss), loss.dtype
-        scale = self._kept_scale if self._carries_scale(kept) or fresh else None
-        if scale is not None and loss.dtype is not self._kept_dtype:
-            raise RuntimeError(
-                f"Lomo: the loss has dtype {loss.dtype}, those accumulated before have {self._kept_dtype}; with a loss "
-                "scale all parts of a step need one dtype, which the scale is rounded to"
-            )
+        scale = self._accumulation.scale_for(loss, kept, self._state.scale)
         step.isolate([] if scale is None else self._foreign_leaves(Graph(loss)))
         step.adds_scaled = scale is not None
         step.enter(OptimizerBackward(self))
@@ -721,10 +712,10 @@ class Lomo(torch.optim.Optimizer):
     def _apply_kept(self, step: Step, *, keep: bool) -> None:
         """One step from what stands in ``.grad``, which stays there where `keep`."""
         self._drop_norm()
-        kept = self._kept()
-        scaled = self._carries_scale(kept)
-        assert not scaled or self._kept_scale is not None
-        self._state.unscale_by(self._kept_scale if scaled else None)
+        kept = self._accumulation.gradients()
+        scale = self._accumulation.scale_of(kept)
+        scaled = scale is not None
+        self._state.unscale_by(scale)
         if not keep:
             step.consume()
         if self._ranks is not None:
@@ -743,13 +734,6 @@ class Lomo(torch.optim.Optimizer):
         update.flush()
         self._finish(step, scaled)
 
-    def _has_gradients(self) -> bool:
-        return any(record.param.grad is not None for record in self._records)
-
-    def _kept(self) -> list[tuple[Record, Tensor]]:
-        """The gradients that plain backwards left in ``.grad``."""
-        return [(record, grad) for record in self._records if (grad := record.param.grad) is not None]
-
     def _unreduced(self) -> bool:
         """Whether FSDP2 holds gradients of backwards without synchronisation. Only the first of two passes would see
         them: they need one backward into ``.grad``. Raises RuntimeError where they may not carry the loss scale."""
@@ -761,18 +745,6 @@ class Lomo(torch.optim.Optimizer):
                 "loss scale. With one, leave synchronisation on and use optimizer.accumulate()"
             )
         return self._needs_norm_first
-
-    def _carries_scale(self, kept: list[tuple[Record, Tensor]]) -> bool:
-        """Whether gradients in ``.grad`` carry the loss scale. Raises RuntimeError where only some do."""
-        if self._kept_scale is None:
-            return False
-        kinds = {record.scaled for record, _ in kept if not record.zeroed}
-        if len(kinds) == 2:
-            raise RuntimeError(
-                "Lomo: some gradients in .grad carry the loss scale (from accumulate()) and some do not (from a plain "
-                f"backward). {_ONE_KIND}"
-            )
-        return True in kinds
 
     def _update_pass(self, step: Step, scaled: bool, ranks: Ranks | None = None) -> UpdatePass:
         step.update = UpdatePass(
@@ -821,19 +793,6 @@ class Lomo(torch.optim.Optimizer):
         self._opt_called = True  # what schedulers look at to see that the optimizer went before them
 
     # ---- Parameters and their hooks ---------------------------------------------------------------------------------
-
-    def _on_plain_gradient(self, record: Record) -> None:
-        """Called when a gradient went into ``.grad``: notes whether it carries the loss scale."""
-        if record.param.grad is None:  # a custom layer that keeps it to itself
-            return
-        record.zeros = None  # FSDP2 adds to the shard inside a DTensor, whose version stays as it was
-        if self._step is not None and self._step.adds_scaled:
-            record.scaled_grad, record.grad_scale = record.param.grad, self._kept_scale
-        elif record.scaled:
-            raise RuntimeError(
-                f"Lomo: a plain backward added to the gradient of {record.name}, which accumulate() left with the loss "
-                f"scale in it. {_ONE_KIND}"
-            )
 
     def _refresh(self, loss: Tensor | None = None, lr: float | Tensor | None = None) -> None:
         """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
