@@ -19,7 +19,7 @@ from .accumulation import Accumulation
 from .attachment import Attachment
 from .graph import Graph, check_fused_weights, check_loss, run_backward
 from .hyperparameters import check_group, check_positive, check_seed, numbers_of, unused_momentum
-from .owners import OptimizerBackward, owner_of, unmanaged
+from .owners import OptimizerBackward, other_owners, unmanaged
 from .parameters import (
     check_apart,
     check_groups,
@@ -33,8 +33,8 @@ from .parameters import (
 from .passes import KeepPass, NormPass, Pass, UpdatePass
 from .ranks import Ranks, is_engine, is_here, ranks_of, shape_of
 from .records import Record
-from .repeat import CHECKPOINTS, TWO_PASSES, Shapes, can_compare, difference, differing, look_again
-from .scaling import LossScale, computes_in_float16, factor_of, is_of_grad_scaler
+from .repeat import Repeats
+from .scaling import LossScale, check_no_grad_scaler, computes_in_float16
 from .state import State
 from .step import Step
 from .step_hooks import as_step
@@ -140,8 +140,6 @@ class Lomo(torch.optim.Optimizer):
         self._accumulation = Accumulation(self._records)
         self._accumulating = False
         self._norm_is_known = False  # grad_norm() was called and fused_backward() not yet
-        self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
-        self._shapes = Shapes()  # of graphs through which two backwards gave the same
         self._warned = False
         self._warned_of_momentum = False
         self._looked_for_scaler = False
@@ -155,7 +153,7 @@ class Lomo(torch.optim.Optimizer):
         self._whole: Callable[[], nn.Module | None] | None = (
             weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else lambda: None
         )
-        self._trained_model: Callable[[], nn.Module | None] = self._whole if model is None else weakref.ref(model)
+        self._repeats = Repeats(self._records, self._whole if model is None else weakref.ref(model))
         self._stale = False  # `_place` was begun and not ended
         self._busy: Any = threading.RLock()  # held during a step
         self._stepping: set[int] = set()  # threads in which step hooks are called now
@@ -568,7 +566,7 @@ class Lomo(torch.optim.Optimizer):
         else:
             if self._attachment.fuses:
                 check_fused_weights(loss)
-            self._check_reentrancy(step, graph, scale)
+            self._repeats.check_checkpoints(graph, self._state, lambda ranks: self._look(step, graph, scale, ranks))
             self._state.zero_slots()
         self._sweep(step, self._update_pass(step, scaled, self._ranks), graph, scale, retain_graph=False)
         self._finish(step, scaled)
@@ -576,16 +574,8 @@ class Lomo(torch.optim.Optimizer):
     def _check_loss(self, loss: Tensor) -> None:
         """Raises TypeError, ValueError or RuntimeError unless `loss` is one number that no GradScaler has scaled."""
         check_loss(loss)
-        factor = None if self._looked_for_scaler else factor_of(loss)
-        if factor is None:
-            return
-        if is_of_grad_scaler(factor):
-            raise RuntimeError(
-                "Lomo: the loss was multiplied by the scale of a torch.amp.GradScaler, and the update would be so many "
-                'times too large. Use optimizer.backward(loss), with Lomo(..., loss_scale="dynamic") in the scaler\'s '
-                "place. No weight was changed"
-            )
-        self._looked_for_scaler = True  # once: some loops multiply by another tensor each time
+        if not self._looked_for_scaler:  # once: some loops multiply by another tensor each time
+            self._looked_for_scaler = check_no_grad_scaler(loss)
 
     def _scale_float16(self, loss: Tensor) -> None:
         """The first backward settles what ``loss_scale="auto"`` means with parameters none of which is float16."""
@@ -613,17 +603,7 @@ class Lomo(torch.optim.Optimizer):
     def _find_norm(self, step: Step, graph: Graph, scale: Tensor | None) -> None:
         self._look(step, graph, scale, self._ranks)
         self._state.decide(self._clip_grad_norm)
-        if graph in self._shapes:
-            return
-        # An engine that reduces inside backward needs all ranks for it, and only at first does each know that all look.
-        first = not len(self._shapes)
-        if self._ranks is not None and self._ranks.same_graphs and not first:
-            return
-        # A step without a finite norm changes nothing, and its norms say little.
-        if not can_compare(list(self._state.devices.values())) or self._state.home.found_inf.item():
-            return
-        self._check_repeats(step, graph, scale, self._ranks if first else None, TWO_PASSES)
-        self._shapes.add(graph)
+        self._repeats.check_clipping(graph, self._state, lambda ranks: self._look(step, graph, scale, ranks))
 
     def _look(self, step: Step, graph: Graph, scale: Tensor | None, ranks: Ranks | None) -> None:
         """A backward that adds up norms, in slots set to zero, and leaves the graph for another one."""
@@ -632,44 +612,11 @@ class Lomo(torch.optim.Optimizer):
         norms = NormPass(self._state.devices, scaled=scaled, ranks=ranks)
         self._sweep(step, norms, graph, scale, retain_graph=True)
 
-    def _check_repeats(self, step: Step, graph: Graph, scale: Tensor | None, ranks: Ranks | None, advice: str) -> None:
-        """Raises RuntimeError, on every one of `ranks`, unless a second look at `graph` gives the norms that the slots
-        hold. See `repeat`."""
-        devices = list(self._state.devices.values())
-        kept = [device.slots.clone() for device in devices]
-        if ranks is None and self._ranks is not None:  # this rank alone: its slots hold norms of all ranks' gradients
-            self._look(step, graph, scale, None)
-        first = [device.slots.clone() for device in devices]
-        look_again(lambda: self._look(step, graph, scale, ranks), self._trained_model(), devices, advice)
-        second = [device.slots.clone() for device in devices]
-        indices = differing(self._records, first, second)
-        number = torch.tensor(float(len(indices)), dtype=torch.float64, device=self._state.norm.device)
-        if ranks is not None:
-            ranks.sum_(number)
-        if number.item():
-            raise difference(self._records, indices, first, second, graph, advice)
-        for device, slots in zip(devices, kept, strict=True):
-            device.slots.copy_(slots)
-
     def _drop_norm(self) -> None:
         """Forgets a norm that `grad_norm` found and no `fused_backward` used."""
         if self._norm_is_known:
             self._norm_is_known = False
             self._state.abandon_step()
-
-    def _check_reentrancy(self, step: Step, graph: Graph, scale: Tensor | None) -> None:
-        """With one backward, a gradient that comes twice must be found before a weight has changed.
-
-        So a backward with reentrant checkpoints, where their number is new, is preceded by one that only looks. It
-        sends nothing where ranks count different numbers: the others would not be there.
-        """
-        count = graph.reentrant_checkpoints(thorough=self._checkpoints is None)
-        if count and count != self._checkpoints:
-            ranks = self._ranks if self._ranks is not None and self._ranks.same_graphs else None
-            self._look(step, graph, scale, ranks)
-            if can_compare(list(self._state.devices.values())):
-                self._check_repeats(step, graph, scale, ranks, CHECKPOINTS)
-        self._checkpoints = count or self._checkpoints or 0
 
     def _sweep(self, step: Step, sweep: Pass, graph: Graph, scale: Tensor | None, *, retain_graph: bool) -> None:
         """One backward in which hooks hand their gradients to `sweep`."""
@@ -867,18 +814,7 @@ class Lomo(torch.optim.Optimizer):
 
     def _replace_owners(self, records: Sequence[Record]) -> None:
         """Ends the use of other optimizers that manage some of `records`. Raises RuntimeError if one is amid a step."""
-        former: dict[int, Lomo] = {}
-        for record in records:
-            owner = owner_of(record.param)
-            if owner is None or owner is self:
-                continue
-            if owner._step is not None:
-                raise RuntimeError(
-                    f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer "
-                    "when that step has ended"
-                )
-            former[id(owner)] = owner
-        for owner in former.values():
+        for owner in other_owners(records, self):
             owner._end_use(
                 "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters; a "
                 "parameter has one optimizer. Use the newer one, or make one of the parameters that are left"

@@ -53,6 +53,22 @@ def owner_of(param: Tensor) -> Any | None:
     return None if reference is None else reference()
 
 
+def other_owners(records: Iterable[Record], optimizer: Owner) -> list[Any]:
+    """Optimizers besides `optimizer` that manage some of `records`. Raises RuntimeError if one is amid a step."""
+    others: dict[int, Any] = {}
+    for record in records:
+        owner = owner_of(record.param)
+        if owner is None or owner is optimizer:
+            continue
+        if owner._step is not None:
+            raise RuntimeError(
+                f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer when "
+                "that step has ended"
+            )
+        others[id(owner)] = owner
+    return list(others.values())
+
+
 @torch.no_grad()
 def unscale_grads(records: Iterable[Record]) -> None:
     """Makes what `accumulate` left in ``.grad`` what plain backwards would have left, for whoever uses it next."""

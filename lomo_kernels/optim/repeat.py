@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from .graph import Graph
+from .ranks import Ranks
 from .records import Device, Record
+from .state import State
 
 # A model whose graph is another in every step (experts, lengths) pays for this many. After them only a graph with a new
 # kind of node is looked at twice.
 _SHAPES = 64
 
-TWO_PASSES = (
+_TWO_PASSES = (
     'clip_grad_norm and dynamic loss scaling run backward twice. Use clip_passes="one", which runs it once. No weight '
     "was changed"
 )
-CHECKPOINTS = (
+_CHECKPOINTS = (
     "With reentrant checkpoints a backward that only looks precedes the update. Use torch.utils.checkpoint with "
     "use_reentrant=False, which needs none. No weight was changed"
 )
@@ -34,25 +36,83 @@ CHECKPOINTS = (
 _FAILURES = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
 
 
-class Shapes:
-    """The shapes of graphs whose backward was seen to repeat itself."""
+class Repeats:
+    """What an optimizer has seen of graphs whose backward repeats itself, and the checks of new ones.
 
-    def __init__(self) -> None:
-        self._known: set[int] = set()
+    Args:
+        records: its parameters: its own list, which grows with it.
+        model: gives the model that it trains, if that is known.
+    """
+
+    def __init__(self, records: Sequence[Record], model: Callable[[], nn.Module | None]) -> None:
+        self._records = records
+        self._model = model
+        self._shapes: set[int] = set()
         self._kinds: set[str] = set()
+        self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
 
-    def __len__(self) -> int:
-        return len(self._known)
+    def check_clipping(self, graph: Graph, state: State, look: Callable[[Ranks | None], None]) -> None:
+        """Before a second backward, which updates: raises RuntimeError unless it will have the gradients of the first.
 
-    def __contains__(self, graph: Graph) -> bool:
-        return graph.shape in self._known or (len(self._known) >= _SHAPES and graph.kinds <= self._kinds)
-
-    def add(self, graph: Graph) -> None:
-        self._known.add(graph.shape)
+        Args:
+            graph: through which a first `look` has just gone, over all ranks.
+            state: whose slots hold its norms.
+            look: a backward that adds up norms, in slots set to zero, and leaves the graph for another one; over these
+                ranks.
+        """
+        if self._knows(graph):
+            return
+        # An engine that reduces inside backward needs all ranks for it, and only at first does each know that all look.
+        first = not self._shapes
+        ranks = state.ranks
+        if ranks is not None and ranks.same_graphs and not first:
+            return
+        # A step without a finite norm changes nothing, and its norms say little.
+        if not _can_compare(list(state.devices.values())) or state.home.found_inf.item():
+            return
+        self._compare(graph, state, look, ranks if first else None, _TWO_PASSES)
+        self._shapes.add(graph.shape)
         self._kinds |= graph.kinds
 
+    def check_checkpoints(self, graph: Graph, state: State, look: Callable[[Ranks | None], None]) -> None:
+        """With one backward, a gradient that comes twice must be found before a weight has changed.
 
-def can_compare(devices: Sequence[Device]) -> bool:
+        So a backward with reentrant checkpoints, where their number is new, is preceded by one that only looks. It
+        sends nothing where ranks count different numbers: the others would not be there. Arguments as `check_clipping`.
+        """
+        count = graph.reentrant_checkpoints(thorough=self._checkpoints is None)
+        if count and count != self._checkpoints:
+            ranks = state.ranks if state.ranks is not None and state.ranks.same_graphs else None
+            look(ranks)
+            if _can_compare(list(state.devices.values())):
+                self._compare(graph, state, look, ranks, _CHECKPOINTS)
+        self._checkpoints = count or self._checkpoints or 0
+
+    def _knows(self, graph: Graph) -> bool:
+        return graph.shape in self._shapes or (len(self._shapes) >= _SHAPES and graph.kinds <= self._kinds)
+
+    def _compare(
+        self, graph: Graph, state: State, look: Callable[[Ranks | None], None], ranks: Ranks | None, advice: str
+    ) -> None:
+        """Raises RuntimeError, on every one of `ranks`, unless a second `look` gives the norms that the slots hold."""
+        devices = list(state.devices.values())
+        kept = [device.slots.clone() for device in devices]
+        if ranks is None and state.ranks is not None:  # this rank alone: its slots hold norms of all ranks' gradients
+            look(None)
+        first = [device.slots.clone() for device in devices]
+        _look_again(lambda: look(ranks), self._model(), devices, advice)
+        second = [device.slots.clone() for device in devices]
+        indices = _differing(self._records, first, second)
+        number = torch.tensor(float(len(indices)), dtype=torch.float64, device=state.norm.device)
+        if ranks is not None:
+            ranks.sum_(number)
+        if number.item():
+            raise _difference(self._records, indices, first, second, graph, advice)
+        for device, slots in zip(devices, kept, strict=True):
+            device.slots.copy_(slots)
+
+
+def _can_compare(devices: Sequence[Device]) -> bool:
     """Whether the slots have numbers to read: not in a simulation (`lomo_kernels.plan`), nor on the meta device.
 
     Raises:
@@ -66,7 +126,7 @@ def can_compare(devices: Sequence[Device]) -> bool:
     return not any(isinstance(device.slots, FakeTensor) or device.slots.is_meta for device in devices)
 
 
-def look_again(look: Callable[[], None], model: nn.Module | None, devices: Sequence[Device], advice: str) -> None:
+def _look_again(look: Callable[[], None], model: nn.Module | None, devices: Sequence[Device], advice: str) -> None:
     """Runs the norm pass `look` once more, without a trace in random numbers and batch norms: a resumed run, which
     begins with it, goes on as the run that it resumes.
 
@@ -106,7 +166,7 @@ def _statistics_kept(model: nn.Module | None) -> Iterator[None]:
             buffer.data.copy_(before)  # .data: with a version counter of its own, for autograd has saved the buffer
 
 
-def tolerance(record: Record) -> tuple[float, float]:
+def _tolerance(record: Record) -> tuple[float, float]:
     """By how much a parameter's norm may differ in two passes: relative to itself, and to the norm of all.
 
     Eager kernels on a CPU repeat every bit. Code of torch.compile adds to an embedding's rows in any order there, and
@@ -120,11 +180,11 @@ def tolerance(record: Record) -> tuple[float, float]:
     return max(0.1 / max(record.local.numel(), 1) ** 0.5, 5e-3), 1e-3
 
 
-def differing(records: Sequence[Record], first: Sequence[Tensor], second: Sequence[Tensor]) -> list[int]:
+def _differing(records: Sequence[Record], first: Sequence[Tensor], second: Sequence[Tensor]) -> list[int]:
     """Indices of the parameters whose norm is not the same in two passes, given as slots (one tensor per device)."""
     # One per parameter: the slots of other devices than its own are zero.
     a, b = (torch.stack([slots.cpu() for slots in some]).sum(0).sqrt() for some in (first, second))
-    relative, share = torch.tensor([tolerance(record) for record in records], dtype=torch.float64).unbind(1)
+    relative, share = torch.tensor([_tolerance(record) for record in records], dtype=torch.float64).unbind(1)
     both = torch.stack([a, b])
     total = both.nan_to_num(nan=0.0, posinf=0.0).norm(dim=1).max()
     near = (a - b).abs() <= relative * both.amax(0) + share * total
@@ -132,7 +192,7 @@ def differing(records: Sequence[Record], first: Sequence[Tensor], second: Sequen
     return same.logical_not().nonzero().flatten().tolist()
 
 
-def difference(
+def _difference(
     records: Sequence[Record],
     indices: Sequence[int],
     first: Sequence[Tensor],

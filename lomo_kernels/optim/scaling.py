@@ -93,7 +93,25 @@ class LossScale:
         self.growth_tracker.copy_(torch.where(found_inf != 0, self.growth_tracker, before[1]))
 
 
-def factor_of(loss: Tensor) -> Tensor | None:
+def check_no_grad_scaler(loss: Tensor) -> bool:
+    """Raises RuntimeError if a `torch.amp.GradScaler` has scaled `loss`.
+
+    Returns:
+        Whether it could have: whether `loss` was multiplied by a tensor like a scale.
+    """
+    factor = _factor_of(loss)
+    if factor is None:
+        return False
+    if _is_of_grad_scaler(factor):
+        raise RuntimeError(
+            "Lomo: the loss was multiplied by the scale of a torch.amp.GradScaler, and the update would be so many "
+            'times too large. Use optimizer.backward(loss), with Lomo(..., loss_scale="dynamic") in the scaler\'s '
+            "place. No weight was changed"
+        )
+    return True
+
+
+def _factor_of(loss: Tensor) -> Tensor | None:
     """The one-element float32 tensor that `loss` was multiplied by last, if any: what a GradScaler's scale would be."""
     node = loss.grad_fn
     for _ in range(4):  # the scaled loss may have been divided by a number of parts, say
@@ -111,7 +129,7 @@ def factor_of(loss: Tensor) -> Tensor | None:
     return None
 
 
-def is_of_grad_scaler(factor: Tensor) -> bool:
+def _is_of_grad_scaler(factor: Tensor) -> bool:
     """Whether a live `torch.amp.GradScaler` has `factor` as its scale. Asks the garbage collector: some 50 ms."""
     for referrer in gc.get_referrers(factor):
         holders = gc.get_referrers(referrer) if isinstance(referrer, dict) else [referrer]
