@@ -142,7 +142,7 @@ def _hook(optimizer: weakref.ref[Any], record: Record) -> Callable[[Tensor], Non
             backward.drop(record.param)
             owner._passed_over = True
             return
-        step = owner._step
+        step = owner._steps.current
         if step is not None and step.sink is not None:
             step.sink.take(record)
         else:
@@ -161,7 +161,7 @@ def _taker(optimizer: weakref.ref[Any], record: Record) -> Callable[[Pair], Sequ
         backward = optimizer_backward()
         if backward is not None and backward.optimizer is not owner:
             return ()  # its gradient would be dropped
-        step = owner._step
+        step = owner._steps.current
         return (pair,) if step is None or step.sink is None else step.sink.take_pair(record, pair)
 
     return on_pair

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +35,12 @@ from .records import Record
 from .repeat import Repeats
 from .scaling import LossScale, check_no_grad_scaler, computes_in_float16
 from .state import State
-from .step import Step
+from .step import Step, Steps
 from .step_hooks import as_step
 from .summary import summary
 from .transaction import all_or_nothing
 
 _NOTHING_CHANGED = "no weight was changed"
-_INSIDE = "a step was started inside another one of the same optimizer"
-_T = TypeVar("_T")
 
 
 class Lomo(torch.optim.Optimizer):
@@ -135,8 +132,7 @@ class Lomo(torch.optim.Optimizer):
 
         self._records: list[Record] = []
         self._attachment = Attachment(self, self._records, model)
-        self._step: Step | None = None  # the one that runs now
-        self._outcome: str | None = None  # of the last one
+        self._steps = Steps(self._records)
         self._accumulation = Accumulation(self._records)
         self._accumulating = False
         self._norm_is_known = False  # grad_norm() was called and fused_backward() not yet
@@ -155,7 +151,6 @@ class Lomo(torch.optim.Optimizer):
         )
         self._repeats = Repeats(self._records, self._whole if model is None else weakref.ref(model))
         self._stale = False  # `_place` was begun and not ended
-        self._busy: Any = threading.RLock()  # held during a step
         self._stepping: set[int] = set()  # threads in which step hooks are called now
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
         defaults["momentum"] = 0.0  # is not used; OneCycleLR and CyclicLR want to set it
@@ -192,7 +187,7 @@ class Lomo(torch.optim.Optimizer):
                 is sparse or comes twice; a hyperparameter is not usable.
             FloatingPointError: the gradient is not finite and ``nonfinite="raise"``.
         """
-        self._exclusively(lambda step: self._train(step, loss))
+        self._steps.run(self, lambda step: self._train(step, loss))
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -221,7 +216,7 @@ class Lomo(torch.optim.Optimizer):
             closure: called first, with gradients enabled; its result is returned.
         """
         self._check_not_ended()
-        self._check_not_inside(_INSIDE)
+        self._steps.check_not_inside()
         trained, self._trained = self._trained, False
         loss = None
         if closure is not None:
@@ -242,7 +237,7 @@ class Lomo(torch.optim.Optimizer):
                     "optimizer.backward(loss) in place of loss.backward() frees each as soon as it is there",
                     stacklevel=3,  # `as_step` wraps step() once, twice where there are hooks
                 )
-            self._exclusively(self._apply_plain)
+            self._steps.run(self, self._apply_plain)
         elif self._unpickled and closure is None:
             raise RuntimeError(
                 "Lomo: no gradient has come to the parameters of this optimizer since it was unpickled. They are "
@@ -297,7 +292,7 @@ class Lomo(torch.optim.Optimizer):
             self._norm_is_known = True
             return self.last_grad_norm
 
-        return self._exclusively(find)
+        return self._steps.run(self, find)
 
     @as_step(lambda self, *_, **__: not self._accumulating)
     def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
@@ -306,7 +301,7 @@ class Lomo(torch.optim.Optimizer):
         After `grad_norm` it needs one backward more; without, it does both, so a coefficient is never a stale one.
         """
         check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
-        self._exclusively(lambda step: self._train(step, loss, lr, after_grad_norm=True))
+        self._steps.run(self, lambda step: self._train(step, loss, lr, after_grad_norm=True))
 
     def summary(self) -> str:
         """A table: what becomes of each parameter's gradient, and why. Print it."""
@@ -320,7 +315,9 @@ class Lomo(torch.optim.Optimizer):
             RuntimeError: called inside a step, by a hook. Gradients still to come would stay in ``.grad``.
         """
         self._check_not_wrapped()
-        self._check_not_inside("remove() was called inside a step of the same optimizer; call it when that has ended")
+        self._steps.check_not_inside(
+            "remove() was called inside a step of the same optimizer; call it when that has ended"
+        )
         self._end_use("remove() was called on this optimizer; make a new one")
 
     def __enter__(self) -> Lomo:
@@ -366,7 +363,7 @@ class Lomo(torch.optim.Optimizer):
         gradients are dropped, its norm and its loss scale with them. Gradients that stood in ``.grad`` before it stay
         if it has not added to them and changed no weight; otherwise they are dropped, with a warning.
         """
-        return self._outcome
+        return self._steps.outcome
 
     @property
     def loss_scale(self) -> Tensor:
@@ -824,60 +821,3 @@ class Lomo(torch.optim.Optimizer):
         """Takes everything off the parameters. `reason`: what a later use is refused with."""
         self._attachment.remove()
         self._ended = self._ended or reason
-
-    def _exclusively(self, run: Callable[[Step], _T]) -> _T:
-        """Runs one step: another thread waits, and a hook that starts one inside another is told.
-
-        However the step ends, nothing of it is left. An interrupt (Ctrl-C) may also come between any two lines of what
-        takes a broken step back, and before the lock is given back: so both are done again if need be.
-        """
-        self._check_not_wrapped()
-        self._check_not_inside(_INSIDE)
-        try:
-            with self._busy:
-                return self._run(Step(self._records), run)
-        except BaseException:
-            if self._busy._is_owned():
-                self._busy.release()
-            raise
-
-    def _run(self, step: Step, run: Callable[[Step], _T]) -> _T:
-        try:
-            try:
-                self._outcome = step.outcome
-                self._step = step
-                result = run(step)
-                self._outcome = step.outcome
-                self._step = None
-                return result
-            except BaseException:
-                self._take_back(step)
-                raise
-        except BaseException:
-            self._take_back(step)
-            raise
-
-    def _take_back(self, step: Step) -> None:
-        """Leaves nothing of a step that has failed."""
-        if step.taken_back:
-            return
-        self._step = None
-        self._norm_is_known = False
-        self._outcome = step.outcome
-        step.take_back()
-        self._state.level_steps()
-        step.taken_back = True
-        if step.dropped:
-            warnings.warn(
-                f"Lomo: a step broke off, and the gradients that stood in .grad before it were dropped with its own: "
-                f"{'it had added to them' if step.outcome == 'unchanged' else 'some weights were updated already'}. "
-                "Begin that step again, with its first backward",
-                stacklevel=6,
-            )
-
-    def _check_not_inside(self, refusal: str) -> None:
-        """Raises RuntimeError, which says `refusal`, if the caller is inside a step of this optimizer."""
-        # On GPUs autograd runs hooks in threads of its own, which would wait here for the step that waits for them.
-        in_backward = torch._C._current_graph_task_id() != -1
-        if self._busy._is_owned() or (in_backward and self._step is not None):
-            raise RuntimeError(f"Lomo: {refusal}")

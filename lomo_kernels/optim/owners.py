@@ -20,7 +20,7 @@ class Owner(Protocol):
     """What this module knows of a `Lomo`."""
 
     _records: list[Record]
-    _step: Any  # a `Step`, while one is under way, in whatever thread
+    _steps: Any  # a `Steps`, whose `current` one may run in whatever thread
     _attachment: Any  # an `Attachment`
 
 
@@ -60,7 +60,7 @@ def other_owners(records: Iterable[Record], optimizer: Owner) -> list[Any]:
         owner = owner_of(record.param)
         if owner is None or owner is optimizer:
             continue
-        if owner._step is not None:
+        if owner._steps.current is not None:
             raise RuntimeError(
                 f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer when "
                 "that step has ended"
@@ -146,7 +146,7 @@ def optimizer_backward() -> OptimizerBackward | None:
     """The innermost backward that a `Lomo` runs around the caller, which may be a hook in one of autograd's threads."""
     backward = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
     # An interrupt may keep `Step.leave` from taking its note back.
-    return backward if backward is not None and backward.optimizer._step is not None else None
+    return backward if backward is not None and backward.optimizer._steps.current is not None else None
 
 
 def set_optimizer_backward(backward: OptimizerBackward | None) -> None:

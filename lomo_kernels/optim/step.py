@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +14,8 @@ from .owners import OptimizerBackward, optimizer_backward, set_optimizer_backwar
 from .passes import Pass, UpdatePass
 from .ranks import local_of
 from .records import Record
+
+_T = TypeVar("_T")
 
 
 class Step:
@@ -113,3 +118,74 @@ class Step:
     def _restore_isolated(self) -> None:
         for leaf, grad in self._isolated:
             leaf.grad = grad
+
+
+class Steps:
+    """Runs the steps of an optimizer, one after the other.
+
+    Args:
+        records: its parameters: its own list, which grows with it.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._records = records
+        self._busy: Any = threading.RLock()  # held during a step
+        self.current: Step | None = None  # the one that runs now
+        self.outcome: str | None = None  # of the last one
+
+    def run(self, optimizer: Any, run: Callable[[Step], _T]) -> _T:
+        """Runs one step: another thread waits, and a hook that starts one inside another is told.
+
+        However the step ends, nothing of it is left. An interrupt (Ctrl-C) may also come between any two lines of what
+        takes a broken step back, and before the lock is given back: so both are done again if need be.
+        """
+        optimizer._check_not_wrapped()
+        self.check_not_inside()
+        try:
+            with self._busy:
+                return self._run(optimizer, Step(self._records), run)
+        except BaseException:
+            if self._busy._is_owned():
+                self._busy.release()
+            raise
+
+    def _run(self, optimizer: Any, step: Step, run: Callable[[Step], _T]) -> _T:
+        try:
+            try:
+                self.outcome = step.outcome
+                self.current = step
+                result = run(step)
+                self.outcome = step.outcome
+                self.current = None
+                return result
+            except BaseException:
+                self._take_back(optimizer, step)
+                raise
+        except BaseException:
+            self._take_back(optimizer, step)
+            raise
+
+    def _take_back(self, optimizer: Any, step: Step) -> None:
+        """Leaves nothing of a step that has failed."""
+        if step.taken_back:
+            return
+        self.current = None
+        optimizer._norm_is_known = False
+        self.outcome = step.outcome
+        step.take_back()
+        optimizer._state.level_steps()
+        step.taken_back = True
+        if step.dropped:
+            warnings.warn(
+                f"Lomo: a step broke off, and the gradients that stood in .grad before it were dropped with its own: "
+                f"{'it had added to them' if step.outcome == 'unchanged' else 'some weights were updated already'}. "
+                "Begin that step again, with its first backward",
+                stacklevel=6,
+            )
+
+    def check_not_inside(self, refusal: str = "a step was started inside another one of the same optimizer") -> None:
+        """Raises RuntimeError, which says `refusal`, if the caller is inside a step of this optimizer."""
+        # On GPUs autograd runs hooks in threads of its own, which would wait here for the step that waits for them.
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self._busy._is_owned() or (in_backward and self.current is not None):
+            raise RuntimeError(f"Lomo: {refusal}")
