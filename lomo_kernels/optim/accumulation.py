@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from .records import Record
-from .scaling import LossScale
+from .scaling import LossScale, unscaled
 
 _ONE_KIND = "Use optimizer.backward() for all parts of a step, and optimizer.zero_grad() to drop one"
 
@@ -22,7 +23,7 @@ class Accumulation:
     def __init__(self, records: Sequence[Record]) -> None:
         self._records = records
         self._scale: Tensor | None = None  # the loss scale in the gradients that `Lomo.accumulate` left
-        self._dtype: object = None  # of the losses they came from
+        self._dtype: torch.dtype | None = None  # of the losses they came from
 
     def has_gradients(self) -> bool:
         return any(record.param.grad is not None for record in self._records)
@@ -77,3 +78,12 @@ class Accumulation:
                 f"Lomo: a plain backward added to the gradient of {record.name}, which accumulate() left with the loss "
                 f"scale in it. {_ONE_KIND}"
             )
+
+
+@torch.no_grad()
+def unscale_grads(records: Iterable[Record]) -> None:
+    """Makes what `Lomo.accumulate` left in ``.grad`` what plain backwards would have left, for whoever uses it next."""
+    for record in records:
+        if record.scaled_grad is not None and record.scaled and record.grad_scale is not None:
+            record.param.grad = unscaled(record.scaled_grad, record.grad_scale)
+        record.scaled_grad = record.zeros = None

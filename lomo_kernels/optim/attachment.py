@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Pair, fuse, layers_of, takers, unfuse
-from .owners import claim, forget, optimizer_backward, release, unscale_grads
+from .accumulation import unscale_grads
+from .owners import claim, forget, optimizer_backward, release
 from .records import Record
 
 

@@ -136,7 +136,7 @@ class Lomo(torch.optim.Optimizer):
         self._accumulation = Accumulation(self._records)
         self._accumulating = False
         self._norm_is_known = False  # grad_norm() was called and fused_backward() not yet
-        self._warned = False
+        self._warned_of_step = False
         self._warned_of_momentum = False
         self._looked_for_scaler = False
         self._passed_over = False  # another optimizer's backward dropped a gradient of ours
@@ -158,8 +158,8 @@ class Lomo(torch.optim.Optimizer):
         self._ranks = self._join_ranks(self._records, self.param_groups)
         self._state = State(self._records, self.param_groups, loss_scale, ranks=self._ranks)
         self._repeat_state()
-        ours = {id(record.param) for record in self._records}
-        if model is not None and ours.isdisjoint(id(param) for param in model.parameters()):
+        managed = {id(record.param) for record in self._records}
+        if model is not None and managed.isdisjoint(id(param) for param in model.parameters()):
             raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
         self._replace_owners(self._records)
         self._attachment.attach()
@@ -230,8 +230,8 @@ class Lomo(torch.optim.Optimizer):
                 'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place'
             )
         if self._accumulation.has_gradients():
-            if not self._warned:
-                self._warned = True
+            if not self._warned_of_step:
+                self._warned_of_step = True
                 warnings.warn(
                     "Lomo.step() applies gradients that a plain backward kept in memory all at once; "
                     "optimizer.backward(loss) in place of loss.backward() frees each as soon as it is there",
@@ -736,7 +736,7 @@ class Lomo(torch.optim.Optimizer):
         self._unpickled = False
         self._opt_called = True  # what schedulers look at to see that the optimizer went before them
 
-    # ---- Parameters and their hooks ---------------------------------------------------------------------------------
+    # ---- Parameters -------------------------------------------------------------------------------------------------
 
     def _refresh(self, loss: Tensor | None = None, lr: float | Tensor | None = None) -> None:
         """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""

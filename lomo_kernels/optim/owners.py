@@ -69,17 +69,6 @@ def other_owners(records: Iterable[Record], optimizer: Owner) -> list[Any]:
     return list(others.values())
 
 
-@torch.no_grad()
-def unscale_grads(records: Iterable[Record]) -> None:
-    """Makes what `accumulate` left in ``.grad`` what plain backwards would have left, for whoever uses it next."""
-    for record in records:
-        if record.scaled_grad is not None and record.scaled and record.grad_scale is not None:
-            grad = record.scaled_grad.clone()
-            local_of(grad).div_(record.grad_scale.to(grad.device))  # a DTensor takes no plain tensor
-            record.param.grad = grad
-        record.scaled_grad = record.zeros = None
-
-
 # ---- Whose backward runs --------------------------------------------------------------------------------------------
 
 _KEY = "lomo_kernels.optimizer_backward"

@@ -170,12 +170,12 @@ def check_unchanged(records: Sequence[Record], model: nn.Module | None) -> None:
             )
     if model is None:
         return
-    theirs = {id(param): param for param in model.parameters()}
-    ours = {id(record.param): record.name for record in records}
-    lost = [name for key, name in ours.items() if key not in theirs]
-    if lost and any(param.requires_grad and key not in ours for key, param in theirs.items()):
+    present = {id(param): param for param in model.parameters()}
+    managed = {id(record.param): record.name for record in records}
+    missing = [name for key, name in managed.items() if key not in present]
+    if missing and any(param.requires_grad and key not in managed for key, param in present.items()):
         raise RuntimeError(
-            f"Lomo: the model's {lost[0]} is another parameter than when the optimizer was made, and the hook on "
+            f"Lomo: the model's {missing[0]} is another parameter than when the optimizer was made, and the hook on "
             "the old one will not be called. Make the optimizer after fully_shard, parallelize_module and whatever "
             "else exchanges parameters. No weight was changed"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .graph import nodes_of
 from .hyperparameters import check_positive
+from .ranks import local_of
 
 # As torch.amp.GradScaler.
 INITIAL_SCALE = 2.0**16
@@ -91,6 +92,13 @@ class LossScale:
         self.update(found_inf)
         self.scale.copy_(torch.where(found_inf != 0, self.scale, before[0]))
         self.growth_tracker.copy_(torch.where(found_inf != 0, self.growth_tracker, before[1]))
+
+
+def unscaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """A copy of a gradient, perhaps a DTensor, that is divided by the loss scale."""
+    grad = grad.clone()
+    local_of(grad).div_(scale.to(grad.device))  # a DTensor takes no plain tensor
+    return grad
 
 
 def check_no_grad_scaler(loss: Tensor) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .owners import OptimizerBackward, optimizer_backward, set_optimizer_backward
 from .passes import Pass, UpdatePass
-from .ranks import local_of
 from .records import Record
+from .scaling import unscaled
 
 _T = TypeVar("_T")
 
@@ -69,8 +69,7 @@ class Step:
             if grad is not None and wanted:
                 # Not in place: autograd may have given the leaf the very memory of a gradient that a fused layer keeps.
                 if scale is not None:
-                    grad = grad.clone()
-                    local_of(grad).div_(scale.to(grad.device))  # a DTensor takes no plain tensor
+                    grad = unscaled(grad, scale)
                 leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
         self._isolated = []
 
