@@ -25,11 +25,11 @@ need_compiler := for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/de
 after := echo "Next: '$(bin)/python -m bench.report' writes bench/results/README.md and the documents' tables from it;" \
   "'$(bin)/python -m bench.compare OLD NEW' says what became faster or slower."
 
-.PHONY: help demo test sanitize bench bench-full gpu lint format testing clean environment FORCE
+.PHONY: help demo test sanitize bench bench-full machine-code gpu lint format testing clean environment FORCE
 .NOTPARALLEL:
 
 help:            ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
 	@echo 'Settings: VENV=$(VENV) PYTHON=$(PYTHON) TORCH="$(TORCH)" WORKERS=$(WORKERS) ARGS="$(ARGS)"'
 
 demo: $(stamps)/demo   ## watch an optimizer step with and without LOMO
@@ -46,7 +46,10 @@ bench-full: testing   ## measure every size and case, which takes an hour
 	@$(bin)/python -m bench --full $(ARGS)
 	@$(after)
 
-gpu:             ## what a GPU has to show, within BUDGET seconds, into RESULTS, with PYTHON's torch; ARGS="ncu" selects
+machine-code: $(stamps)/test   ## count the GPU kernels' instructions, without a GPU
+	@$(bin)/python -m bench.machine_code
+
+gpu:             ## test and measure a GPU within BUDGET seconds, into RESULTS, with PYTHON's torch; ARGS="ncu" selects
 	@$(PYTHON) -m bench.gpu --budget=$(BUDGET) --results=$(RESULTS) $(ARGS)
 
 lint: $(stamps)/lint   ## formatters, linter and type checker
@@ -84,7 +87,7 @@ sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, u
 	  OMP_NUM_THREADS=1 LOMO_KERNELS_ISA=$$isa PYTHONPATH=$(checked) \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py $$layers $(ARGS) || exit 1; done
+	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py tests/test_overlap.py $$layers $(ARGS) || exit 1; done
 
 clean:           ## remove what was built; VENV stays
 	rm -rf build dist *.egg-info lomo_kernels/*.so

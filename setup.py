@@ -33,7 +33,7 @@ def find_torch() -> str:
     if not version or not found or (int(found[2]), int(found[3])) < (2, 11):
         sys.exit(
             f"lomo_kernels is built against the installed torch and finds {found[1] if found else 'none'}: "
-            "`pip install 'torch>=2.11'` first. If it is installed, this build cannot see it, as uv hides it: "
+            "`pip install 'torch>=2.11'` first. If torch is installed, uv or pip hides it from this build: "
             "`pip install 'setuptools>=77' cmake ninja`, then `uv pip install --no-build-isolation .` "
             "(or the same with pip)."
         )
@@ -50,7 +50,7 @@ LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
 
 def split_compiler(cxx: str) -> tuple[str, str]:
-    """Launcher (or "") and compiler (or "") that CXX names: "ccache clang++" is not what CMake takes for a compiler."""
+    """Launcher and compiler that CXX names, each may be "". CMake takes no launcher as part of a compiler's name."""
     words = shlex.split(cxx)
     launcher = words.pop(0) if len(words) > 1 and Path(words[0]).name in LAUNCHERS else ""
     return launcher, words[0] if words else ""

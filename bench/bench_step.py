@@ -105,7 +105,7 @@ def sharing(model: ByteLlama) -> ByteLlama:
     return copy.deepcopy(model, {id(param): nn.Parameter(param.detach()) for param in model.parameters()})
 
 
-#: How many run in common rounds at most. A run on a GPU may be cut off, and loses the rounds that it is in.
+#: The most methods that run in the same rounds. A run on a GPU may be killed; then it loses its current rounds.
 TOGETHER = {"cpu": 100, "cuda": 5}
 
 

@@ -1,4 +1,4 @@
-"""Runs commands within a budget of seconds, whatever they do. The standard library is enough."""
+"""Runs commands within a budget of seconds, also commands that hang. Needs only the standard library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-LEAST = 8.0  # seconds: a stage with less is not started, since importing torch takes most of them
+LEAST = 8.0  # seconds: a stage is not started if fewer are left, since importing torch takes most of them
 POLL = 0.1  # seconds
 OUTPUT = 64 * 2**20  # bytes: a stage that prints more is killed before it fills the disk
 INTERRUPTED = (signal.SIGTERM, signal.SIGHUP)
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 
 class Process(Protocol):
-    """What is needed of `subprocess.Popen`."""
+    """The part of `subprocess.Popen` that is used here."""
 
     pid: int
 
@@ -51,8 +51,8 @@ class Process(Protocol):
 
 
 def spawn(stage: Stage, output: Path) -> Process:
-    """Starts the command as the leader of a process group, in this session: who kills the session kills it too. The
-    output goes to a file: nobody waits for the end of a pipe that a grandchild keeps open."""
+    """Starts the command as the leader of a process group in this session, so that killing the session kills it too.
+    The output goes to a file: a grandchild could keep a pipe open."""
     with output.open("wb") as file:
         return subprocess.Popen(
             stage.command,

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
 
+from .measure import repeated
+
 CACHE = {"cpu": 2**28, "cuda": 2**29}  # bytes that the calls go through: several times the largest last-level caches
 VIEWS = 2**14  # at most so many buffers: below 4 Ki elements of 16 bits they stay in the last-level cache
+
+PROBE_ROUNDS = 15  # of which the fastest probe is chosen
 
 
 class Probe(NamedTuple):
@@ -56,14 +62,25 @@ class Buffers:
             return Probe("copy", lambda number: torch.Tensor.copy_(*self.pair(number)), streams / 2)
         import lomo_kernels_testing as native  # built by `make testing`
 
-        def read_2_write_1(number: int) -> None:
-            param, grad = self.pair(number)
-            native.read_2_write_1(param.data_ptr(), grad.data_ptr(), self.nbytes)
-
         def read_1(number: int) -> None:
             native.read_1(self.pair(number)[1].data_ptr(), self.nbytes)
 
-        return {3: Probe("read 2, write 1", read_2_write_1), 1: Probe("read 1", read_1)}[streams]
+        return Probe("read 1", read_1) if streams == 1 else self._read_2_write_1
+
+    @cached_property
+    def _read_2_write_1(self) -> Probe:
+        """The fastest of the ways to do it: which that is depends on the processor and on the buffers' size."""
+        import lomo_kernels_testing as native
+
+        def call(number: int, way: int) -> None:
+            param, grad = self.pair(number)
+            native.read_2_write_1(param.data_ptr(), grad.data_ptr(), self.nbytes, way)
+
+        ways = [partial(call, way=way) for way in range(native.READ_2_WRITE_1)]
+        samples = repeated(self.device, *ways)
+        rounds = [[sample() for sample in samples] for _ in range(PROBE_ROUNDS)]
+        medians = [median(seconds) for seconds in zip(*rounds, strict=True)]
+        return Probe("read 2, write 1", ways[medians.index(min(medians))])
 
 
 def free_memory(device: str) -> int:

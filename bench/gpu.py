@@ -1,13 +1,13 @@
-"""``make gpu``: what a GPU has to show, in stages, the most valuable first, within a budget of seconds.
+"""``make gpu``: tests and measures on a GPU, in stages, the most valuable first, within a budget of seconds.
 
     make gpu PYTHON=python3 BUDGET=540 RESULTS=folder ARGS="stage …"
 
-ARGS names stages; without it all run that RESULTS does not hold as passed yet, so a second call goes on. The build
-always runs and is short when nothing has changed. Every result is in RESULTS when it exists: measurements and the
-stages' outcomes in ``<device>-<date>-<time>.json`` (`python -m bench.report` reads it from bench/results), each test in
-``tests.jsonl``, what the stages printed in ``log.txt``, the end of what this prints in ``summary.txt``. Nothing is
-installed but this package (editable, without its dependencies). LOMO_COMMIT names the commit if there is no git
-repository.
+ARGS names stages. Without it, all stages run that have not passed according to RESULTS: a second call continues the
+first. The build always runs; it is short if nothing has changed. RESULTS gets every result as soon as it exists:
+measurements and the stages' outcomes in ``<device>-<date>-<time>.json`` (copy it into bench/results, where
+`python -m bench.report` reads it), each test in ``tests.jsonl``, the stages' output in ``log.txt``, the summary in
+``summary.txt``. Only this package is installed (editable, without its dependencies). LOMO_COMMIT names the commit if
+there is no git repository.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PRINTED = 300_000  # bytes of what a stage printed that the log has
 
 
 def ends(file: Path) -> str:
-    """A file's text, of a long one its beginning and its end."""
+    """A file's text; if it is long, its beginning and its end."""
     with file.open("rb") as content:
         head = content.read(PRINTED // 2)
         size = content.seek(0, os.SEEK_END)
@@ -48,7 +48,7 @@ def ends(file: Path) -> str:
 
 
 class Run:
-    """What is known so far, and the files that hold it."""
+    """The results so far, and the files that hold them."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.device, self.scratch = device, Path(tempfile.mkdtemp(prefix="lomo-gpu-"))
@@ -71,7 +71,7 @@ class Run:
         print(line, file=self.log, flush=True)
 
     def ready(self, stage: Stage) -> Stage:
-        """With the files that its results go to."""
+        """The stage with the files for its results added."""
         command = stage.command
         if "--benchmark-enable" in command:
             command = [*command, f"--record={self.scratch / stage.name}.json"]
@@ -79,14 +79,14 @@ class Run:
         return stage._replace(command=command, environment={**stage.environment, **paths})
 
     def take_in(self) -> None:
-        """Adds what stages have measured since the last time to the file of results."""
+        """Adds new measurements of running stages to the file of results."""
         for file in self.scratch.glob("*.json"):
             if self.seen.get(file) != (changed := file.stat().st_mtime_ns):
                 self.seen[file] = changed
                 results.add(self.file, results.read(file))
 
     def end(self, outcome: Outcome) -> None:
-        """Writes a stage's outcome and what it printed."""
+        """Writes a stage's outcome and its output."""
         self.take_in()
         printed = ends(outcome.output) if outcome.output.exists() else ""
         self.log.write(f"===== {outcome.stage.name}: {outcome.status}\n{printed}\n")
@@ -98,7 +98,7 @@ class Run:
             results.add(self.file, results.Results({"device": self.device, "commit": results.commit()}, checks=checks))
 
     def outcomes(self) -> list[dict[str, str]]:
-        """The last one of each test of each stage. A killed process may have left half a line."""
+        """The last outcome of each test of each stage. Skips half a line, which a killed process may have left."""
         told = {}
         for line in self.tests.read_text().splitlines() if self.tests.exists() else []:
             with contextlib.suppress(ValueError):
@@ -168,9 +168,9 @@ def main(
     )
     asked = parser.parse_args(arguments)
     if unknown := set(asked.stage) - set(names):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        parser.error(f"unknown stages: {', '.join(sorted(unknown))}; expected some of {', '.join(names)}")
     if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        parser.error(f"PYTHON={sys.executable} lacks {', '.join(lacking)}: name another Python, with a torch for CUDA")
+        parser.error(f"PYTHON={sys.executable} lacks {', '.join(lacking)}: install them, or name another Python")
     os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
@@ -199,7 +199,7 @@ def main(
 
     try:
         go([build])
-        if not outcomes[0].passed:  # Triton's kernels can be tried all the same
+        if not outcomes[0].passed:  # Triton's kernels can run without it
             go([build._replace(name="build-without-cuda", environment={"LOMO_CUDA": "0"})])
             others = [stage for stage in others if stage.environment.get("LOMO_KERNELS_BACKEND") != "cuda"]
         go(others)

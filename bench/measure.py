@@ -135,7 +135,7 @@ def memory_of(step: Callable[[], object], device: str) -> tuple[int, int]:
     return requested("current") - before, requested("peak") - before
 
 
-#: Bytes that a step on a GPU may take beside the tensors it makes: partial sums of reductions. `torch._foreach_norm`
+#: Bytes that a step on a GPU may take in addition to its tensors: partial sums of reductions. `torch._foreach_norm`
 #: has 4 bytes for every 65536 elements of its largest tensor, for each tensor: 0.77 MiB for TinyLlama's 201 tensors,
 #: the largest of 65.5M elements. Our norms keep 132 KiB for a stream. torch's other reductions take less, and RMSNorm's
 #: backward has no partial sums below 64 Ki tokens. What products and attention take is known: `start_cublas` and
@@ -150,9 +150,10 @@ def requested(moment: str) -> int:
 
 
 def start_cublas() -> None:
-    """cuBLAS takes a workspace from torch's allocator, 32 MiB on Hopper and 8 MiB before, for each of its handles and
-    each stream. A handle belongs to a thread: this one, which runs forwards, and autograd's. They stay. After this both
-    are there, so that they are no part of a difference of bytes."""
+    """Makes cuBLAS allocate its workspaces, so that later differences of bytes do not include them.
+
+    cuBLAS takes a workspace from torch's allocator for each handle and stream: 32 MiB on Hopper, 8 MiB before. Each
+    thread has a handle: this one, which runs forwards, and autograd's. The workspaces stay."""
     x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     (x @ x).sum().backward()
     torch.cuda.synchronize()

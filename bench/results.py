@@ -199,9 +199,9 @@ def _rounded(one: dict[str, Any]) -> dict[str, Any]:
 
 
 def merged(old: Results, new: Results) -> Results:
-    """Of two files of a device, or of two moments of one. A measurement, and a check, takes the place of the same one.
-    What a question has of another commit than the new one goes. ``environment["commits"]`` says which commit each
-    question and check was asked of."""
+    """Merges results of a device: two files, or an older and a newer state of one. A new measurement or check replaces
+    the same old one. If a question was measured at another commit, its old measurements are dropped.
+    ``environment["commits"]`` has the commit of each question and check."""
     about = dict(new.environment)
     asked = new.questions() | new.checks.keys()
     commits = {name: about.get("commits", {}).get(name, about["commit"]) for name in sorted(asked)}

@@ -33,8 +33,8 @@ LOMO_FN float float_of(uint32_t bits) {
 LOMO_FN bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 LOMO_FN bool is_nan(float x) { return x != x; }
 
-// |x[0]| + |x[1]| + ...: one addition per number tells whether all of them are below some bound, with a NaN among them
-// it is a NaN. It may reach the bound where no number does, so what follows such a test must be right either way.
+// |x[0]| + |x[1]| + ... If the sum is below a bound, every number is, and none is a NaN. This takes one addition per
+// number. The sum may reach the bound although no number does, so the code after such a test must be right either way.
 template <int kCount>
 LOMO_FN float sum_of_magnitudes(const float (&x)[kCount]) {
   float sum = __builtin_fabsf(x[0]);
@@ -91,7 +91,7 @@ struct BFloat16 {
 #endif
   }
 
-  // The same for numbers of which `all_ordinary` says that none is a NaN or next to infinity. `random`: one word
+  // Rounds a pair stochastically, if `all_ordinary` is true: no number is a NaN or next to infinity. `random`: one word
   // for the pair.
   // Blackwell's cvt.rs.bf16x2.f32 adds the same random bits in the same places, but exists for the targets sm_100a and
   // sm_103a only, whose code runs on no other GPU: there is no PTX of it for later ones. It is not used.
@@ -181,8 +181,8 @@ struct Float16 {
 #endif
   }
 
-  // The same for numbers of which `all_ordinary` says that is_ordinary is true: adding to the bits that go, then
-  // cutting. Of the random bits only the top 13 are read, which end_hash leaves alone.
+  // Rounds a pair stochastically, if `all_ordinary` is true: adds random bits below the last bit, then truncates. It
+  // reads only the top 13 random bits, which end_hash does not change.
   LOMO_FN uint32_t stochastic_pair(float even, float odd, const uint32_t* random) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     const float low = float_of(bits_of(even) + (random[0] >> 19)), high = float_of(bits_of(odd) + (random[1] >> 19));
@@ -227,14 +227,14 @@ LOMO_FN uint64_t stream_key(int64_t seed, int64_t parameter_id, int64_t step) {
 // Once per 2^32 counters.
 LOMO_FN uint64_t block_key(uint64_t stream, uint64_t counter) { return mix64(stream ^ (counter >> 32)); }
 
-// Neighbours share the first part: if the low bits of `counter` are zero, begin_hash(block, counter + i) is
-// begin_hash(block, counter) ^ i for i < 128. Words: uint32_t, or a vector of them.
+// The first part of random_bits, which neighbours share: if the low bits of `counter` are zero,
+// begin_hash(block, counter + i) is begin_hash(block, counter) ^ i for i < 128. Words: uint32_t, or a vector of them.
 template <class Words>
 LOMO_FN Words begin_hash(uint64_t block, Words counter) {
   const Words x = counter ^ static_cast<uint32_t>(block);
   return x ^ (x >> 7) ^ (x >> 16);
 }
-// `addend`: of the block. All but the last shift, which only changes the low 17 bits.
+// The second part. `addend`: addend_of(block). Only the last shift is missing, which changes only the low 17 bits.
 constexpr uint32_t kSecondMultiplier = 0xd35a2d97u;
 LOMO_FN uint32_t addend_of(uint64_t block) { return static_cast<uint32_t>(block >> 32) * kSecondMultiplier; }
 template <class Words>
@@ -290,7 +290,7 @@ LOMO_FN Floats splat(float x) {
   }
 }
 
-// Floats: float, or a vector of them. Compilers do not see of a vector that clamping to infinity changes nothing.
+// Floats: float, or a vector of floats. Compilers do not see that clamping a vector to infinity changes nothing.
 template <class Floats>
 LOMO_FN Floats clamped(Floats x, float limit) {
 #if defined(__CUDA_ARCH__)

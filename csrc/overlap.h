@@ -1,5 +1,5 @@
-// Whether tensors of one call share memory, of which one is written. For every backend; lomo_kernels/ops/_overlap.py
-// states the same for those in Python.
+// Whether a tensor that a call writes shares memory with another tensor of the call. lomo_kernels/ops/_overlap.py has
+// the same for backends in Python.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace lomo {
 
-// Slots are added to, and two gradients may have one slot.
+// What a call does with a tensor. kAdded: a slot. Several gradients may have the same slot.
 enum class Access { kRead, kAdded, kWritten };
 
 // Where a tensor's elements lie, from `begin` to before `end`. `view` is null for a slot and must outlive the region.
@@ -22,7 +22,7 @@ struct Region {
   const char* name;
 
   int64_t element_size() const { return view ? view->element_size() : 8; }
-  bool dense() const { return !view || is_dense(*view); }  // every byte in between is an element's
+  bool dense() const { return !view || is_dense(*view); }  // every byte in between belongs to an element
 };
 
 inline Region region_of(const View& view, Access access, const char* name) {
@@ -35,14 +35,14 @@ inline Region region_of(const double* slot, const char* name) {
   return {begin, begin + sizeof *slot, nullptr, Access::kAdded, name};
 }
 
-// Whether a sum of `dims`, each stride times 0, 1, ... elements - 1, largest stride first, lies in [low, high]. Most
-// strides span what the smaller ones reach, so there are one or two multiples to try; after `budget` tries the answer
-// is yes.
+// Whether some element of `dims` has an offset in [low, high]. `dims`: (stride, elements), largest stride first. Most
+// strides are larger than what the smaller strides span. Then only one or two multiples have to be tried. After
+// `budget` tries the answer is yes.
 inline bool reaches(const std::pair<int64_t, int64_t>* dims, size_t n, int64_t low, int64_t high, int& budget) {
   int64_t most = 0;
   for (size_t d = 0; d < n; ++d) most += dims[d].first * (dims[d].second - 1);
   if (high < 0 || low > most) return false;
-  if (low <= 0 || high >= most) return true;  // none of them, or all
+  if (low <= 0 || high >= most) return true;  // the first element, or the last
   if (--budget < 0) return true;
   const auto [stride, elements] = dims[0];
   const int64_t rest = most - stride * (elements - 1);
@@ -55,12 +55,12 @@ inline bool reaches(const std::pair<int64_t, int64_t>* dims, size_t n, int64_t l
   return false;
 }
 
-// Exact, except that strided views which would take long to tell apart count as sharing memory.
+// Exact, with one exception: strided views that take too long to compare count as sharing memory.
 inline bool share_memory(const Region& a, const Region& b) {
   if (a.end <= b.begin || b.end <= a.begin) return false;
   if (a.dense() && b.dense()) return true;
-  // An element of a and one of b share a byte if their addresses differ by less than a size. Counting b's elements from
-  // its end makes the difference a sum.
+  // An element of a and one of b share a byte if their addresses differ by less than an element's size. b's elements
+  // are counted from its end: then the difference is a sum.
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride in bytes, elements)
   for (const Region* region : {&a, &b}) {
     const int64_t size = region->element_size();
@@ -86,8 +86,8 @@ inline bool share_memory(const Region& a, const Region& b) {
   return reaches(merged.data(), merged.size(), low, high, budget);
 }
 
-// Whether a look at the ranges is enough, as for most lists: what is written is sorted, the others are searched for in
-// it, and the slots, which mostly follow one another, count as one range.
+// A fast check that is enough for most lists: whether no ranges overlap. Written ranges are sorted, and the others are
+// searched for among them. Slots count as one range, because they mostly follow one another.
 inline bool lie_apart(const std::vector<Region>& regions) {
   using Range = std::pair<const char*, const char*>;
   std::vector<Range> written;
@@ -112,11 +112,11 @@ inline bool lie_apart(const std::vector<Region>& regions) {
   return true;
 }
 
-// Throws if two regions share memory so that the order of reading and writing would decide the result.
+// Throws if two regions share memory and the order of reading and writing would change the result.
 inline void check_no_overlap(std::vector<Region> regions, const char* op) {
   if (lie_apart(regions)) return;
   std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
-  std::vector<const Region*> open;  // those that reach beyond the beginning of the next
+  std::vector<const Region*> open;  // regions that end after the next one begins
   for (const Region& region : regions) {
     open.erase(std::remove_if(open.begin(), open.end(), [&](const Region* r) { return r->end <= region.begin; }),
                open.end());
@@ -124,10 +124,10 @@ inline void check_no_overlap(std::vector<Region> regions, const char* op) {
       const bool harmless = region.access == other->access && region.access != Access::kWritten;
       if (harmless || !share_memory(*other, region)) continue;
       LOMO_CHECK(region.access != other->access, op, ": two ", region.name,
-                 "s share memory; it would be updated twice");
+                 "s share memory; it would be updated twice. Nothing was changed");
       const auto [read, written] = std::minmax(*other, region, [](auto& a, auto& b) { return a.access < b.access; });
-      fail(op, ": ", written.name, " and ", read.name,
-           " share memory: one would change before it is read. Pass a copy of ", read.name);
+      fail(op, ": ", written.name, " and ", read.name, " share memory: ", read.name,
+           " would change before it is read. Nothing was changed. Pass a copy of ", read.name);
     }
     open.push_back(&region);
   }

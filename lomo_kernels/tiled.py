@@ -104,7 +104,7 @@ def _add_product(tile: Tensor, grad_output: Tensor, input: Tensor, *, fresh: boo
     if _product_serves(input):
         torch.ops.lomo_kernels._product_.default(tile, grad_output, input, not fresh)
         return
-    if _has_mixed_products(input):
+    if has_mixed_products(input):
         if fresh:
             torch.ops.aten.mm.dtype_out(grad_output.T, input, torch.float32, out=tile)
         else:  # addmm.dtype would add, but torch 2.8 to 2.11 refuse it a first summand of float32
@@ -118,7 +118,7 @@ def _add_product(tile: Tensor, grad_output: Tensor, input: Tensor, *, fresh: boo
         tile.addmm_(grad_output.T, input)
 
 
-def _has_mixed_products(input: Tensor) -> bool:
+def has_mixed_products(input: Tensor) -> bool:
     """Whether torch multiplies 16-bit matrices with a float32 result: for NVIDIA's GPUs, and not where it was told to
     add float16 up in float16. For AMD's it may refuse (torch 2.9, ROCm 7.0): there the factors are converted."""
     if not input.is_cuda or input.dtype is torch.float32 or torch.version.hip:

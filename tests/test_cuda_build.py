@@ -4,23 +4,19 @@ nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else the one of `pi
 nvidia-cuda-runtime`.
 """
 
-import fcntl
-import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench.compiled import BUILD, OBJECTS, NoCompiler, build_cuda, output_of, tool
+from bench.results import ROOT
 from lomo_kernels import ops
 
-ROOT = Path(__file__).parent.parent
-BUILD = ROOT / "build" / "cuda"
-OBJECTS = BUILD / "CMakeFiles" / "_cuda.dir" / "csrc" / "cuda"
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 #: Source: number of kernels in it. sgd: float32 parameters are not rounded, so 5 ways to round, times 3 dtypes of
 #: gradients; both: one kernel for a single tensor, one for short lists and one for long ones.
@@ -29,39 +25,13 @@ KERNELS = {"sgd_kernel.cu": 5 * 3 * 3, "sq_norm_kernel.cu": 3 * 3}
 pytestmark = pytest.mark.timeout(1800)
 
 
-def tool(name):
-    return str(Path(sys.executable).parent / name)
-
-
-def output_of(*command):
-    process = subprocess.run(command, capture_output=True, text=True)
-    return process.returncode, process.stdout + process.stderr
-
-
 @pytest.fixture(scope="module")
 def nvcc():
-    """Builds _cuda.so in the build folder, where something has changed, and returns nvcc's path."""
-    settings = [
-        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-        f"-DPYTHON={sys.executable}",
-        "-DLOMO_CUDA=1",
-        f"-DCMAKE_CUDA_COMPILER_LAUNCHER={ROOT / 'tests' / 'keep_output.sh'}",
-        "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
-    ]
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest-xdist stand side by side
-        failed, output = output_of(tool("cmake"), "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *settings)
-        if failed and "no nvcc" in output:
-            pytest.skip(
-                "THE CUDA KERNELS WERE NOT COMPILED AND THEIR CODE NOT CHECKED: there is no nvcc. Install CUDA, or "
-                "`pip install nvidia-cuda-nvcc nvidia-cuda-runtime`"
-            )
-        assert not failed, output
-        failed, output = output_of(tool("cmake"), "--build", str(BUILD), "--target", "_cuda")
-        assert not failed, output
-    found = re.search(r"^LOMO_NVCC:FILEPATH=(.*)", (BUILD / "CMakeCache.txt").read_text(), re.MULTILINE)
-    return os.environ.get("CUDACXX") or found[1]
+    """Builds _cuda.so in the build folder, if something has changed, and returns nvcc's path."""
+    try:
+        return build_cuda()
+    except NoCompiler as error:
+        pytest.skip(f"THE CUDA KERNELS WERE NOT COMPILED AND THEIR CODE NOT CHECKED: {error}")
 
 
 @pytest.fixture(scope="module", params=KERNELS)

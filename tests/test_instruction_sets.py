@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import platform
+import signal
 import sys
 from pathlib import Path
 
@@ -124,12 +125,10 @@ def embedding_digests():
     return {"updates": digest(updated), "norms": digest(norms)}
 
 
-#: Instructions per element that an update of ordinary numbers may take: what g++ 12 makes, and a quarter more. One hash
-#: serves two bfloat16 elements or one float16 element, which the processor converts in one instruction instead.
-LIMITS = {
-    "avx2": {"bfloat16 nearest": 2.3, "bfloat16 stochastic": 3.6, "float16 nearest": 1.2, "float16 stochastic": 3.6},
-    "avx512": {"bfloat16 nearest": 1.4, "bfloat16 stochastic": 2.1, "float16 nearest": 0.7, "float16 stochastic": 2.1},
-}
+#: Instructions per element that an update of ordinary numbers may take: what g++ 12 makes for AVX2, and a quarter more.
+#: One hash serves two bfloat16 elements or one float16 element, which the processor converts in one instruction. The
+#: limits hold for AVX-512 too, whose machine code has some 0.6 times as many: it was never counted while it ran.
+LIMITS = {"bfloat16 nearest": 2.3, "bfloat16 stochastic": 3.6, "float16 nearest": 1.2, "float16 stochastic": 3.6}
 
 COUNT = """
 import json
@@ -139,9 +138,12 @@ print(json.dumps(test_instruction_sets.instructions()))
 
 
 def instructions():
-    """Instructions per element, by dtype and rounding: in what calls of two sizes differ."""
+    """Instructions per element, by dtype and rounding: in what calls of two sizes differ. None if they are not counted
+    here."""
     import lomo_kernels_testing as native
 
+    if native.count_instructions(lambda: None) < 10:  # it takes some hundred
+        return None
     counts = {}
     for dtype in (torch.bfloat16, torch.float16):
         for rounding in ROUNDINGS:
@@ -151,13 +153,13 @@ def instructions():
                 update = functools.partial(ops.sgd_, param, grad, lr=0.1, rounding=rounding)
                 for _ in range(50):  # until Python has specialised its bytecode
                     update()
-                return min(native.count_instructions(update) for _ in range(3))
+                return min(native.count_instructions(update) for _ in range(2))
 
-            counts[f"{oracle.name_of(dtype)} {rounding}"] = (call(5 * 4096) - call(4096)) / (4 * 4096)
+            counts[f"{oracle.name_of(dtype)} {rounding}"] = (call(3 * 4096) - call(4096)) / (2 * 4096)
     return counts
 
 
-@pytest.mark.parametrize("isa", LIMITS)
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_updates_take_few_instructions(run_python, isa):
     pytest.importorskip("lomo_kernels_testing", reason="run `make testing`: the module that counts is not built")
     if platform.machine() != "x86_64" or sys.platform != "linux":
@@ -166,9 +168,13 @@ def test_updates_take_few_instructions(run_python, isa):
     process = run_python(f"import sys; sys.path.append({testing!r})" + COUNT, LOMO_KERNELS_ISA=isa)
     if process.returncode and MESSAGE in process.stderr:
         pytest.skip(process.stderr.strip().splitlines()[-1])
+    if process.returncode == -signal.SIGTRAP:
+        pytest.skip("this system ends a process that sets the processor's trap flag (an emulator?)")
     assert process.returncode == 0, process.stderr
     counts = json.loads(process.stdout)
-    assert {name: count for name, count in counts.items() if count > LIMITS[isa][name]} == {}, counts
+    if counts is None:
+        pytest.skip("this system ignores the processor's trap flag (an emulator?)")
+    assert {name: count for name, count in counts.items() if count > LIMITS[name]} == {}, counts
     assert min(counts.values()) > 0.3, counts  # each element is looked at
 
 

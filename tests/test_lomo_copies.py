@@ -53,7 +53,7 @@ def numbers(optimizer: Lomo) -> tuple[Any, ...]:
     state = optimizer.state_dict()
     parts = [*state["param_groups"], state["lomo"]]
     parts = [{key: v.item() if isinstance(v, Tensor) else v for key, v in part.items()} for part in parts]
-    return *parts, optimizer.last_grad_norm.item()
+    return *parts, optimizer.last_grad_norm.item(), [norm.item() for norm in optimizer.grad_norms().values()]
 
 
 @pytest.mark.parametrize("way", COPIES)

@@ -62,7 +62,7 @@ def test_leaves_of_others_inside_checkpoints(
 ) -> None:
     """Adapters in every block, say. An error is right, too, where autograd leaves no other way."""
     if kind == "reentrant":
-        limit = "a known limit, in the README: the graph inside a reentrant checkpoint does not exist before backward"
+        limit = "a known limit (docs/limits.md): the graph inside a reentrant checkpoint does not exist before backward"
         request.applymarker(pytest.mark.xfail(reason=limit))
     model = transformer(Options(checkpoint=kind))
     others = {name: p for name, p in model.named_parameters() if name.endswith(("up.weight", "up.bias"))}

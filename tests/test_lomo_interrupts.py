@@ -305,6 +305,9 @@ def test_what_became_of_a_step() -> None:
         handle.remove()
     backward(optimizer, model, 3)
     assert optimizer.last_step_outcome == "complete"
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.fused_backward(next(model.parameters()).sum(), lr=-1.0)
+    assert optimizer.last_step_outcome == "unchanged"
 
 
 # ---- Gradients that stood in .grad before a broken step --------------------------------------------------------------

@@ -491,7 +491,7 @@ def test_a_parameter_shared_only_in_a_later_step(inputs: Tensor, clip_grad_norm:
     assert_same_bits(weights_of(model), before)
 
 
-@pytest.mark.xfail(reason="a known limit, in the README: checkpoints are counted, not what they share")
+@pytest.mark.xfail(reason="a known limit, in docs/limits.md: checkpoints are counted, not what they share")
 def test_sharing_that_comes_without_another_checkpoint(inputs: Tensor) -> None:
     """As many checkpoints as before, but now over one layer: layers drawn at random, or a recurrence."""
     model = Shared(reentrant=True)
@@ -506,7 +506,7 @@ def test_sharing_that_comes_without_another_checkpoint(inputs: Tensor) -> None:
     assert_same_bits(weights_of(model), before)
 
 
-@pytest.mark.xfail(reason="a known limit, in the README: after the first step only 64 nodes are looked at")
+@pytest.mark.xfail(reason="a known limit, in docs/limits.md: after the first step only 64 nodes are looked at")
 def test_checkpoints_turned_on_far_from_the_loss(inputs: Tensor) -> None:
     """Behind a hundred nodes that are not checkpointed."""
     model = Shared(reentrant=True)

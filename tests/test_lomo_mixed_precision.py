@@ -225,6 +225,39 @@ def test_no_false_alarm() -> None:
     assert living.item() == 2.0
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_looking_for_a_scaler_unpacks_nothing(scaled: bool) -> None:
+    """A hook may give a saved tensor up once (offloading), or compute a whole checkpoint again for it."""
+    w = vector(2.0)
+    optimizer = Lomo([w], 0.5)
+    forwards: list[int] = []
+
+    def masked(w: Tensor) -> Tensor:
+        forwards.append(1)
+        return (w.exp() * torch.ones(1)).sum()
+
+    for _ in range(2):
+        forwards.clear()
+        optimizer.backward(checkpoint(masked, w, use_reentrant=False))
+        assert len(forwards) == 2
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> int:
+        kept[len(kept)] = tensor
+        return len(kept) - 1
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    before = w.item()
+    with torch.autograd.graph.saved_tensors_hooks(pack, kept.pop):
+        loss = gives(w, torch.tensor([0.5])) * torch.tensor(2.0)
+    if scaled:
+        with pytest.raises(RuntimeError, match="GradScaler"):
+            optimizer.backward(scaler.scale(loss))
+        return
+    optimizer.backward(loss)
+    assert not kept and w.item() == before - 0.5
+
+
 @pytest.mark.parametrize("kind", ["freed graph", "leaf", "product of two"])
 def test_losses_that_are_products(kind: str) -> None:
     w, v = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(3.0))

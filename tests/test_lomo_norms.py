@@ -95,6 +95,34 @@ def test_they_are_copies_of_the_last_step() -> None:
     assert [norm.item() for norm in optimizer.grad_norms().values()] == [0.0, 5.0]
 
 
+@pytest.mark.parametrize("grad_norm", [False, True])
+@pytest.mark.parametrize("fused", [False, True], ids=["hooks", "fused"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_step_that_broke_off_leaves_none(options: str, fused: bool, grad_norm: bool) -> None:
+    """Neither its own, of some parameters, nor those of all in the step before it."""
+    model = transformer(LARGE)
+    optimizer = Lomo(model, lr=0.1, fused_layers=fused, **OPTIONS[options])
+    optimizer.backward(loss_of(model, 0))
+    theirs = {name: norm.item() for name, norm in optimizer.grad_norms().items()}
+    with pytest.raises(TypeError):
+        optimizer.backward(1.0)  # type: ignore[arg-type]
+    assert_norms(optimizer, theirs)  # it was refused before it began
+    if grad_norm:
+        optimizer.grad_norm(loss_of(model, 1))
+
+    def fails(_: Tensor) -> None:
+        raise KeyError("theirs")
+
+    handle = next(param for name, param in model.named_parameters() if name == "embedding.weight").register_hook(fails)
+    with pytest.raises(KeyError):
+        optimizer.fused_backward(loss_of(model, 1), lr=0.1)
+    assert_norms(optimizer, dict.fromkeys(theirs, 0.0))
+    handle.remove()
+    theirs = expected(model, 2)
+    optimizer.backward(loss_of(model, 2))
+    assert_norms(optimizer, theirs, rel=1e-5)
+
+
 def test_parameters_of_one_name_are_told_apart() -> None:
     """Two models, one optimizer."""
     models = nn.Linear(1, 1), nn.Linear(1, 1)

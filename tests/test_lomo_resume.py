@@ -321,7 +321,7 @@ def test_a_state_dict_of_another_form_is_refused_in_our_words(form: str) -> None
         optimizer.load_state_dict(FORMS[form](state))
     assert whole_state(optimizer) == before
     if form == "a later version":
-        assert "update lomo_kernels" in str(error.value)
+        assert "Update lomo_kernels" in str(error.value)
 
 
 def test_a_state_dict_without_a_version_is_of_the_first() -> None:

@@ -198,22 +198,27 @@ def test_a_hook_may_give_other_arguments() -> None:
 def test_a_hook_that_fails_before_a_step_keeps_it_from_being_made(clip_grad_norm: float | None) -> None:
     model = transformer()
     optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm)
+    other = transformer()
+    others = Lomo(other, lr=0.3, clip_grad_norm=clip_grad_norm)
+    for which, stepper in ((model, optimizer), (other, others)):
+        stepper.backward(loss_of(which, 1))
     before = weights_of(model)
 
     def raises(*_: Any) -> None:
         raise KeyError("theirs")
 
     for hook, error in ((raises, KeyError), (lambda *_: "no tuple", RuntimeError)):
+        assert optimizer.last_step_outcome == "complete" or hook is not raises
         handle = optimizer.register_step_pre_hook(hook)
         with pytest.raises(error):
             optimizer.backward(loss_of(model, 0))
+        assert optimizer.last_step_outcome == "unchanged"
         handle.remove()
     assert_same_bits(weights_of(model), before)
-    assert optimizer.step_count.item() == 0 and all(param.grad is None for param in model.parameters())
+    assert optimizer.step_count.item() == 1 and all(param.grad is None for param in model.parameters())
     seen: list[int] = []
     optimizer.register_step_post_hook(lambda *_: seen.append(1))
-    other = transformer()
-    Lomo(other, lr=0.3, clip_grad_norm=clip_grad_norm).backward(loss_of(other, 0))
+    others.backward(loss_of(other, 0))
     optimizer.backward(loss_of(model, 0))
     assert_same_bits(weights_of(model), weights_of(other))
     assert seen == [1]

@@ -118,6 +118,40 @@ def cases(memory):
             "sq_norm and a factor",
         ),
         "an embedding norm's slot": (lambda: ops.embedding_sq_norm_(slot, index, x), "slot and a factor"),
+        "a learning rate in the parameter": (lambda: ops.sgd_(memory[:4], ones(4), lr=memory[3]), "param and lr"),
+        "a flag that is the slot": (
+            lambda: ops.sgd_(other, ones(4), sq_norm=slot, found_inf=slot, **lr),
+            "sq_norm and found_inf",
+        ),
+        "a coefficient in another parameter": (
+            lambda: ops.sgd_list_([other, memory[:8]], [ones(4), ones(8)], clip_coef=slots_in(memory)[1], **lr),
+            "param and clip_coef",
+        ),
+        "a step in a strided parameter": (
+            lambda: ops.sgd_(memory[::2], ones(32), step=memory.view(torch.int64)[1], **lr),
+            "param and step",
+        ),
+        "a norm's scale": (lambda: ops.sq_norm_(slot, ones(4), inv_scale=memory[1]), "slot and inv_scale"),
+        "a scale of a list of norms": (
+            lambda: ops.sq_norm_list_(slots_in(memory)[:2], [ones(4)] * 2, inv_scale=memory[3]),
+            "slot and inv_scale",
+        ),
+        "a linear update's learning rate": (
+            lambda: ops.linear_sgd_(memory[:20].view(5, 4), x.clone(), gy, lr=memory[19]),
+            "weight and lr",
+        ),
+        "a linear norm's scale": (
+            lambda: ops.linear_sq_norm_(slot, x.clone(), gy, inv_scale=memory[0]),
+            "slot and inv_scale",
+        ),
+        "an embedding's decay": (
+            lambda: ops.embedding_sgd_(memory[:20].view(5, 4), index, ones(3, 4), weight_decay=memory[0], **lr),
+            "weight and weight_decay",
+        ),
+        "an embedding norm's scale": (
+            lambda: ops.embedding_sq_norm_(slot, index, ones(3, 4), inv_scale=memory[0]),
+            "slot and inv_scale",
+        ),
         "an embedding's indices": (
             lambda: ops.embedding_sgd_(memory[:20].view(5, 4), memory[:6].view(torch.int64), ones(3, 4), **lr),
             "weight and a factor",
@@ -140,6 +174,16 @@ def test_columns_of_one_matrix_are_fine(device):
     ops.sgd_list_(params, [torch.full((40, 8), float(i), device=device) for i in range(8)], lr=0.25)
     assert torch.equal(whole, (1 - 0.25 * torch.arange(8.0, device=device)).repeat_interleave(8).expand(40, 64))
     ops.sgd_(whole[:, ::2], whole[:, 1::2], lr=0.25)
+
+
+def test_scalars_between_what_is_written_are_fine(device):
+    memory = torch.full((12,), 0.25, device=device)
+    slots = torch.ones(3, dtype=torch.float64, device=device)
+    params = [memory[:8:2], memory[9:]]
+    ones = [torch.ones_like(param) for param in params]
+    ops.sgd_list_(params, ones, lr=memory[1], weight_decay=memory[8], clip_coef=slots[1], sq_norm=slots[::2])
+    assert torch.equal(memory[[0, 2, 4, 6, 9, 10, 11]], torch.full((7,), 0.25 * (1 - 0.0625) - 0.25, device=device))
+    assert slots.tolist() == [5, 1, 4]
 
 
 def test_one_slot_and_one_gradient_may_serve_several(device):

@@ -189,10 +189,11 @@ def cases():
         full = {"norm": True, "clamp": True, "rows": p != "fp32", "pairs": False}
         yield f"{p} by {g} everything", Case(functools.partial(update, p, g, p != "fp32", **full), *sizes, False)
     for g in TYPES:
-        yield f"{g} norm", Case(functools.partial(norm_of, g), size_of(g), 0, 0, False)
+        # Twice: a program's first block, and in the loop the next one.
+        yield f"{g} norm", Case(functools.partial(norm_of, g), 2 * size_of(g), 0, 0, False)
         listed = functools.partial(update, g, g, g != "fp32", norm=True, listed=True)
         yield f"{g} list", Case(listed, 2 * size_of(g), 0, size_of(g), False)
-        yield f"{g} list norm", Case(functools.partial(norm_of, g, listed=True), size_of(g), 0, 0, False)
+        yield f"{g} list norm", Case(functools.partial(norm_of, g, listed=True), 2 * size_of(g), 0, 0, False)
 
 
 CASES = dict(cases())
@@ -242,7 +243,8 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     counts = [there[key] for key in ("ld.global.v4.b32", "ld.global.v2.b32", "st.global.v4.b32")]
     assert tuple(counts) == expected(kernel, made, case)
     if case.plain:
-        assert "ld.shared" not in ptx, "elements wander between threads"
+        # One number of each warp, for the decision how to round: more would be elements that wander between threads.
+        assert ptx.count("ld.shared") <= ("stochastic" in name), "elements wander between threads"
         threads = 32 * made[1]["num_warps"]
         assert 2 * registers * threads <= 65536, "no two programs fit on a multiprocessor"
 

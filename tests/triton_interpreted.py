@@ -10,7 +10,7 @@ import triton.language as tl
 from oracle import DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 
 from lomo_kernels import backends, ops, reference
-from lomo_kernels.triton import launch, sgd, sq_norm
+from lomo_kernels.triton import launch, numerics, sgd, sq_norm
 from lomo_kernels.triton.numerics import BLOCK, add_to_slot, float_of, fold, nearest, stochastic
 
 assert backends.choice("CPU").backend == "triton" and launch.INTERPRETED
@@ -185,6 +185,31 @@ def test_the_last_block_adds_all_sums_in_one_order(blocks):
 
 
 @triton.jit
+def halved(blocks):
+    return tl.cdiv(blocks, 2)
+
+
+def test_programs_that_add_up_several_blocks(monkeypatch):
+    """As of a tensor with more than `PROGRAMS` blocks: two programs for up to six blocks."""
+    for module in (numerics, sq_norm):
+        monkeypatch.setattr(module, "blocks_per_program", halved)
+    monkeypatch.setattr(sq_norm, "programs_of", lambda n: min(2, launch.blocks_of(n)))
+    for n in (BLOCK, 2 * BLOCK, 3 * BLOCK, 5 * BLOCK + 7, 6 * BLOCK):
+        grad, together, apart, listed = oracle.ordinary(n, torch.bfloat16), slots_of(1), slots_of(1), slots_of(2)
+        ops.sq_norm_(apart, grad)
+        oracle.assert_close_sum(apart, oracle.squares(grad))
+        ops.sgd_(torch.zeros(n), grad, lr=0.1, sq_norm=together)
+        ops.sq_norm_list_(listed, [grad[:9].clone(), grad])
+        assert_same_bits(together, apart)
+        assert_same_bits(listed[1:], apart)
+
+
+def test_the_number_of_programs_of_a_norm():
+    for blocks, programs in ((1, 1), (1024, 1024), (1025, 513), (2048, 1024), (11008, 1001), (2**16, 1024)):
+        assert sq_norm.programs_of(blocks * BLOCK) == programs == sq_norm.programs_of(blocks * BLOCK - 1)
+
+
+@triton.jit
 def fold_kernel(x, result, N: tl.constexpr, LEVELS: tl.constexpr):
     tl.store(result + tl.arange(0, N >> LEVELS), fold(tl.load(x + tl.arange(0, N)), LEVELS))
 
@@ -298,7 +323,7 @@ def test_one_launch_for_one_kind():
     """Tensors of one pair of dtypes and one alignment are one launch, whatever their sizes and shards."""
     rows = [launch.Row(0, 0, 0, n, 0, launch.indices_of("", (o, 9, 9), n), ("a",)) for n, o in ((5, 0), (BLOCK + 1, 1))]
     rows.append(launch.Row(0, 0, 0, 1, 0, launch.WHOLE, ("b",)))
-    _, begin, launches = launch.upload(rows, torch.device("cpu"))
+    _, begin, launches = launch.upload(rows, torch.device("cpu"), launch.blocks_of)
     assert begin == 3 * launch.COLUMNS.value
     assert launches == [launch.Launch(("a",), 0, 3, True, False), launch.Launch(("b",), 3, 1, False, True)]
 

@@ -300,6 +300,22 @@ def test_norms_that_triton_cannot_compile_go_by_tiles(monkeypatch):
     assert done == ["linear_sq_norm_", "linear_sgd_"]
 
 
+def test_many_tokens_are_multiplied_by_torch(monkeypatch):
+    """From CROSSOVER on, where torch has products of 16-bit factors with a float32 result; the results agree."""
+    monkeypatch.setattr(linear, "CROSSOVER", 40)
+    monkeypatch.setattr(linear, "GRAM_MARGIN", math.inf)
+    served = {torch.bfloat16: True, torch.float32: False}
+    tiles = []
+    for dtype, tokens in itertools.product(served, (39, 40)):
+        x, gy = factors_of((tokens, 130, 70), dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(linear.tiled, "has_mixed_products", lambda x: served[x.dtype])
+            patch.setattr(linear.tiled, "_add_product", lambda tile, gy, x, fresh: tiles.append((x.dtype, len(x))))
+            ops.linear_sgd_(torch.zeros(130, 70), x, gy, lr=1.0)
+            ops.linear_sq_norm_(slot_of(), x, gy)
+    assert tiles == [(torch.bfloat16, 40)] * 2
+
+
 def test_inner_products_are_tried_where_they_are_cheaper():
     for tokens, expected in ((8, True), (31, True), (32, False), (200, False)):
         x, gy = factors_of((tokens, 128, 128), torch.bfloat16)

@@ -45,8 +45,8 @@ namespace {
   }
 
 #if LOMO_HAVE_X86_ISAS
-// Those whose names __builtin_cpu_supports of clang 14 does not know. Whether the system keeps their registers is asked
-// with AVX2 and AVX-512.
+// __builtin_cpu_supports of clang 14 does not know the names of these two. Whether the operating system saves their
+// registers is checked with AVX2 and AVX-512.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & (1u << 29));

@@ -20,11 +20,12 @@ struct Random {
 
 // ---- float16 in vectors ----
 //
-// kLanes neighbours at a time, of which the processor converts a vector in one instruction. Without such an instruction
-// they are single numbers, in loops that the compiler vectorises.
+// The processor converts a vector of kLanes neighbours in one instruction. Without such an instruction the code works
+// on single numbers, in loops that the compiler vectorises.
 
-// Magnitudes for which stochastic_ordinary() is right: not subnormal, at the edge of that, next to infinity or not
-// finite, which 1 number in 400 of N(0, 0.02) is. are_ordinary() says whether n results are among them.
+// Smallest and largest magnitude for which stochastic_ordinary() is right. Others are subnormal or next to that, next
+// to infinity, or not finite: 1 number in 400 of N(0, 0.02). are_ordinary() says whether all of kN results are in
+// range.
 constexpr int kLeast = 0x0401, kMost = 0x7bfe;
 
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
@@ -76,8 +77,8 @@ LOMO_FN Halves narrowed(Floats x) {
 
 LOMO_FN Halves nearest(Floats x) { return narrowed<_MM_FROUND_TO_NEAREST_INT>(x); }
 
-// Right for what Float16::is_ordinary holds for; of other numbers are_ordinary() refuses the result. The processor
-// rounds toward zero, where nothing becomes infinite.
+// Right if Float16::is_ordinary(x); for other numbers are_ordinary() refuses the result. The processor rounds toward
+// zero, so nothing becomes infinite.
 LOMO_FN Halves stochastic_ordinary(Floats x, Words random) {
   return narrowed<_MM_FROUND_TO_ZERO>(reinterpret_cast<Floats>(reinterpret_cast<Words>(x) + (random >> 19)));
 }
@@ -189,7 +190,7 @@ LOMO_FN void update_group(uint16_t* p, const typename G::Storage* __restrict g, 
   }
 }
 
-// The parts of a group that hold another number, by the whole formula.
+// Updates a group with numbers that are not ordinary: the parts that hold one, by the whole formula.
 template <class G>
 __attribute__((noinline)) void update_others(uint16_t* __restrict p, const typename G::Storage* __restrict g,
                                              const Scalars& s, Random random, const uint16_t* __restrict rounded) {
@@ -205,7 +206,7 @@ __attribute__((noinline)) void update_others(uint16_t* __restrict p, const typen
       store(scaled + i, scaled_grad);
       store(x + i, updated(widen(p + part + i, Float16{}), scaled_grad, s));
     }
-#pragma GCC unroll 1  // else it is unrolled before it can be vectorised
+#pragma GCC unroll 1  // otherwise the compiler unrolls the loop and then cannot vectorise it
     for (int i = 0; i < kPart; ++i) {
       const uint32_t bits = random_bits(random.block, random.counter + static_cast<uint32_t>(part + i));
       const uint32_t new_p = Float16::stochastic(x[i], bits);
@@ -225,7 +226,7 @@ LOMO_FN void update_group(uint16_t* __restrict p, const typename G::Storage* __r
     const Floats x = updated(widen(p + i, Float16{}), scaled, s);
     Halves result =
         kStochastic ? stochastic_ordinary(x, continue_hash(begin_hash(random.block, counter), addend)) : nearest(x);
-    // Of a parameter that is kept, 0 makes the group one with others.
+    // If a parameter is kept, the 0 here sends the group to update_others().
     if (!kFinite) result = where_finite(scaled, result, kStochastic ? Halves{} : load<Halves>(p + i));
     store((kStochastic ? rounded : p) + i, result);
   }
@@ -283,8 +284,8 @@ LOMO_FN void update_run(typename P::Storage* p, const typename G::Storage* g, in
   // A float32 update waits for memory, whatever it computes.
   const bool look = sizeof(typename P::Storage) == 2 && is_finite(s.lr) && is_finite(s.clip_coef) &&
                     is_finite(s.decay) && s.inv_scale <= 1.0f && s.inv_scale >= -1.0f;
-  // The stochastic rounding of float16 looks at every result, and one that comes of no finite gradient is not ordinary
-  // unless it was clamped.
+  // The stochastic rounding of float16 checks every result. The result of a gradient that is not finite is not
+  // ordinary, unless the gradient was clamped.
   const bool seen = std::is_same_v<P, Float16> && kStochastic && s.clip_value == __builtin_inff();
   const uint64_t counter = stream.first_index / P::kPerHash;
   Random random{kStochastic ? block_key(stream.key, counter) : 0, static_cast<uint32_t>(counter)};

@@ -28,7 +28,7 @@ struct Entry {
   int64_t numel;
   uint32_t first_block, blocks, tiles_per_block;
   uint32_t lead;          // elements that the first tile lacks, so that the following ones are aligned
-  uint32_t straight_end;  // the first tile that is not whole, or none if accesses of 128 bits would not be aligned
+  uint32_t straight_end;  // tiles before this one are whole; 0 if accesses of 128 bits would not be aligned
 };
 
 template <class E, int kCapacity>
@@ -138,19 +138,19 @@ LOMO_DEVICE uint32_t first_tile(const Entry& entry) { return (blockIdx.x - entry
 // The first element of a tile; negative if the tile lacks some.
 LOMO_DEVICE int64_t first_element(const Entry& entry, uint32_t tile) { return tile * kTile - entry.lead; }
 
-// One decision for all threads and accesses: whether a tile is whole and aligned.
+// Whether a tile is whole and aligned: one decision for all threads and accesses.
 LOMO_DEVICE bool is_straight(const Entry& entry, uint32_t tile) {
   return tile < entry.straight_end && (tile || !entry.lead);
 }
 
 // ---- Tiles ----------------------------------------------------------------------------------------------------------
 
-// Neighbours that a thread loads together, so that the widest dtype takes 16 bytes: a warp's accesses have no gaps.
+// Neighbours that a thread loads in one access. The widest dtype takes 16 bytes, so a warp's accesses have no gaps.
 template <class T, class U = T>
 constexpr int kVector = sizeof(typename T::Storage) + sizeof(typename U::Storage) > 4 ? 4 : 8;
 
-// Where this thread's element 0 stands in a tile, and how far from it element i does, a multiple of kCount. A warp has
-// two runs of 256 neighbours, of which a thread takes 8 each: neighbours, or 4 and 4.
+// own_position(): position in a tile of this thread's element 0. distance(i): from there to its element i, a multiple
+// of kCount. A warp has two runs of 256 neighbours. A thread takes 8 of each run: 8 neighbours, or 4 and 4.
 template <int kCount>
 LOMO_DEVICE uint32_t own_position() {
   return kCount == 8 ? threadIdx.x * 8 : threadIdx.x / 32 * 256 + threadIdx.x % 32 * 4;
@@ -174,7 +174,7 @@ struct Share {
   }
 };
 
-// Memory as a wide access takes it, which must be aligned: a GPU stops at one that is not, and so does the emulation.
+// A pointer for a wide access. It must be aligned: otherwise a GPU stops with an error, and so does the emulation.
 template <class V, class T>
 LOMO_DEVICE V* wide(T* at) {
 #if !defined(__CUDACC__)
@@ -183,10 +183,10 @@ LOMO_DEVICE V* wide(T* at) {
   return reinterpret_cast<V*>(at);
 }
 
-enum class Use { once, again };  // `once`: dead after it is read, so that other data may take its place in the caches
+enum class Use { once, again };  // `once`: not needed after it is read, so caches may drop it first
 
-// This thread's share of a tile that is whole and aligned, from its element 0 on: straight loads, none of which waits
-// for another. A branch between them, for each group say, would make the second wait for the first.
+// Loads this thread's share of a tile that is whole and aligned. No load waits for another one. With a branch between
+// them (for each group, say) the second would wait for the first.
 template <Use use, class T, int kCount>
 LOMO_DEVICE void load_straight(Share<T, kCount>& share, const typename T::Storage* own) {
 #pragma unroll
@@ -226,7 +226,7 @@ LOMO_DEVICE uint32_t element(const void* tensor, int64_t x, int64_t numel) {
   return x >= 0 && x < numel ? uint32_t{static_cast<const typename T::Storage*>(tensor)[x]} : 0u;
 }
 
-// The same as load_straight for any tile, element by element. `own`: element 0 of this thread.
+// Loads the share of any tile, element by element. `own`: index of this thread's element 0.
 template <class T, int kCount>
 LOMO_DEVICE void load_elements(Share<T, kCount>& share, const void* tensor, int64_t own, int64_t numel) {
 #pragma unroll
@@ -252,8 +252,8 @@ LOMO_DEVICE int64_t read(const Integer& integer) { return integer.device ? *inte
 
 // ---- Sums of squares ------------------------------------------------------------------------------------------------
 
-// Below this the squares' own underflow (at most 2^-150 each, 16 of them) could be seen in the sum; above, it is under
-// 2^-46 of it.
+// Smallest float32 sum that is used. Each of the 16 squares may lose 2^-150 by underflow: under 2^-46 of a sum above
+// this bound.
 constexpr float kTiny = 0x1p-100f;
 constexpr float kLargest = 3.4028234663852886e38f;
 
@@ -272,22 +272,22 @@ LOMO_DEVICE Float sum_of_4(const Numbers& x, int begin) {
   return (square(begin) + square(begin + 1)) + (square(begin + 2) + square(begin + 3));
 }
 
-// The squares of 16 numbers: 4 and the 4 after them, in both of the warp's runs. They are those of this thread, or,
-// with groups of 4, half of them are a neighbour's. The order of the additions is the same.
+// The sum of 16 squares: of 4 numbers and the next 4, in both of the warp's runs. With groups of 8 all are this
+// thread's. With groups of 4 half of them are a neighbour's. The order of the additions is the same.
 template <class Float, int kCount, class Numbers>
 LOMO_DEVICE Float sum_of_16(const Numbers& x) {
   const Float left = sum_of_4<Float>(x, 0) + sum_of_4<Float>(x, 8);
   const Float right = sum_of_4<Float>(x, 4) + sum_of_4<Float>(x, 12);
   if (kCount == 8) return left + right;
-  const bool odd = threadIdx.x % 2;  // even threads take the first groups of both, odd ones the second
+  const bool odd = threadIdx.x % 2;  // an even thread takes the first groups of both threads, an odd one the second
   return (odd ? right : left) + __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
 }
 
-// The sum of 16 squares of a tile; the threads of a warp together have all 512 of theirs. All must call it.
+// The sum of 16 squares of a tile. A warp's 32 threads together sum its 512 squares. All of them must call this.
 //
 // In float32, as a tree: a square is rounded once, then goes through 4 additions, all terms positive: the error is
-// under 5 * 2^-24 = 3e-7 of the sum. Above that sums are float64. Where a square may have overflowed or underflowed,
-// the same numbers are summed in float64, where squares are exact.
+// under 5 * 2^-24 = 3e-7 of the sum. Larger sums are added in float64. If a square may have overflowed or underflowed,
+// the same numbers are summed in float64, in which squares are exact.
 template <int kCount, class Numbers>
 LOMO_DEVICE double sum_squares(const Numbers& x) {
   const float sum = sum_of_16<float, kCount>(x);
@@ -303,14 +303,15 @@ LOMO_DEVICE double sum_squares(const Numbers& x) {
   return is_right ? sum : exact;
 }
 
-// Adds the threads' sums to the tensor's slot: at once where one block has all of it, else by way of partial sums,
-// which the block that finishes last adds up, in their order. No float is added atomically, so the bits never change.
+// Adds the threads' sums to the tensor's slot. If one block has the whole tensor, it adds at once. Otherwise blocks
+// write partial sums, and the block that finishes last adds them in order. No float is added atomically, so the bits
+// never change.
 template <int kCount>
 LOMO_DEVICE void add_to_slot(const Entry& entry, int index, const Workspace& workspace, double sum) {
   __shared__ double warps[kThreads / kWarp];
   __shared__ bool is_last;
   const uint32_t thread = threadIdx.x, warp = thread / kWarp;
-  // With groups of 4 the sums of 16 neighbouring pairs' first halves are in the even threads, see sum_of_16.
+  // With groups of 4 the even threads have the sums of the first groups, see sum_of_16. This puts the sums in order.
   if (kCount == 4) sum = __shfl_sync(0xffffffffu, sum, thread % 16 * 2 + thread / 16 % 2);
   sum = warp_sum(sum);
   if (thread % kWarp == 0) warps[warp] = sum;

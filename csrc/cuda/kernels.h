@@ -23,7 +23,7 @@ struct Integer {
   const int64_t* device = nullptr;
 };
 
-// What all parameters of one call have in common. kFoundInf: if it is not zero, parameters are left alone.
+// Numbers of a call, the same for all its parameters. kFoundInf: if it is not zero, parameters are not changed.
 enum Scalar : int { kLr, kWeightDecay, kInvScale, kClipValue, kClipCoef, kFoundInf, kScalars };
 
 struct Step {
@@ -57,17 +57,16 @@ constexpr int kShare = 16;     // elements of a tile that a thread takes, all lo
 constexpr int64_t kTile = int64_t{kThreads} * kShare;
 // Blocks of one tensor. More tiles than that: several to a block.
 //
-// With a norm: 8 blocks for each of an H100's 132 multiprocessors, two waves of the 4 that it has room for. A constant
-// of the code, since the order of a sum follows from it. Few, so that a block's end (a fence, a ticket) is paid for by
-// several tiles, and the last block has few partial sums to add up.
-// Without: 8 waves of 8 blocks.
+// With a norm: 8 blocks for each of an H100's 132 multiprocessors, which has room for 4, so two waves. It is a
+// constant, since the order of a sum depends on it. It is small: then several tiles share the cost of a block's end (a
+// fence, a ticket), and the last block adds few partial sums. Without a norm: 8 waves of 8 blocks.
 #if defined(LOMO_EMULATION)
 constexpr int64_t kNormBlocks = 12, kTensorBlocks = 16, kLaunchBlocks = 448;  // so that small tests reach all bounds
 #else
 constexpr int64_t kNormBlocks = 1056, kTensorBlocks = 8192, kLaunchBlocks = 2 * kTensorBlocks;
 #endif
-// Tensors in one launch: one, some, or what 32764 bytes of kernel arguments hold. All of them are copied at each
-// launch.
+// Tensors in one launch: one, up to kSomeEntries, or as many as 32764 bytes of kernel arguments hold. Every launch
+// copies the whole table.
 constexpr int kSomeEntries = 40, kTableEntries = 368;
 
 // Memory for the sums of tensors with several blocks. `tickets` must be zero before the first launch; every launch

@@ -19,12 +19,12 @@ static_assert(sizeof(Arguments<kTableEntries>) <= 32764, "what a launch can take
 
 // What a block's threads share.
 struct Shared {
-  float scalars[kScalars];  // float32, and of weight_decay the factor that it stands for
+  float scalars[kScalars];  // as float32; at kWeightDecay the factor of decay_of()
   // Element x of the block has column `column` + x of the row whose first element has index `row`, or of a later row.
   uint64_t row, column, row_length, row_stride;
   uint64_t stream, high, key;  // `key`: of the counters that have these high 32 bits
-  // Whether all of the block's elements stand in one row, share this key, and begin with a multiple of 8: then the
-  // counters are `counter` and those that follow, and the low bits of a thread's first one are zero.
+  // Whether all of the block's elements are in one row and share this key, and the first index is a multiple of 8. Then
+  // their counters are `counter` and the following ones, and the low bits of a thread's first counter are zero.
   uint32_t plain;
   uint32_t counter, addend;
 };
@@ -68,9 +68,9 @@ LOMO_DEVICE uint32_t word_of(uint32_t begun, uint32_t addend) {
   return P::kPerHash == 2 ? end_hash(hash) : hash;
 }
 
-// Random words for the block's elements [x, x + kCount): one for two of bfloat16, of which the even one has the low
-// half, or one for each of float16, without end_hash. False if the elements are not neighbours in the whole parameter,
-// or do not share the block's key.
+// Random words for the block's elements [x, x + kCount). bfloat16: one word for two elements, the even one has the low
+// half. float16: one word for each, without end_hash. Returns false if the elements are not neighbours in the whole
+// parameter, or do not share the block's key.
 template <class P, int kCount>
 LOMO_DEVICE bool draw(uint32_t* words, const Shared& shared, uint32_t x) {
   constexpr int kWords = kCount / P::kPerHash;
@@ -97,7 +97,7 @@ LOMO_DEVICE bool draw(uint32_t* words, const Shared& shared, uint32_t x) {
   return true;
 }
 
-// Rounds 8 results to words of two. Nearly always all of them are ordinary, see numerics.h.
+// Rounds 8 results into 4 words. Nearly always all of them are ordinary, see numerics.h.
 template <class P>
 LOMO_DEVICE void round_stochastic(uint32_t* words, const float (&x)[8], const uint32_t* random) {
   if (P::all_ordinary(x)) {
@@ -113,9 +113,8 @@ LOMO_DEVICE void round_stochastic(uint32_t* words, const float (&x)[8], const ui
   for (int i = 0; i < 8; i += 2) words[i / 2] = rounded(i) | rounded(i + 1) << 16;
 }
 
-// The update of this thread's share of a straight tile, whose element 0 stands at `own` and is the block's element x.
-// False, and nothing is stored, if there is an exception to what holds nearly always: all gradients are finite, and
-// neighbours here are neighbours in the whole parameter.
+// Updates this thread's share of a straight tile. `own`: its element 0, which is the block's element x. Returns false
+// and stores nothing if a gradient is not finite, or if neighbours here are not neighbours in the whole parameter.
 template <class P, class G, int kCount, bool kStochastic>
 LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCount>& g, const Scalars& scalars,
                                  const Shared& shared, uint32_t x, typename P::Storage* own) {
@@ -155,9 +154,9 @@ LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCoun
   return all_finite;
 }
 
-// The update of any elements, by the formula, one by one: the ends of a tensor, what is not aligned, what is not
-// finite, the ends of a shard's rows and of the counters that share a key. `x`: in the block, `first` is the block's
-// element 0.
+// Updates 4 elements one by one, by the formula. For the ends of a tensor, for what is not aligned or not finite, and
+// for the ends of a shard's rows and of counters that share a key. `first`: the block's element 0; `x`: counted from
+// there.
 template <class P, class G, int kCount, bool kStochastic>
 LOMO_DEVICE void update_4(const UpdateEntry& entry, const Scalars& scalars, const Shared& shared, int64_t first,
                           uint32_t x) {

@@ -50,11 +50,14 @@ PYBIND11_MODULE(lomo_kernels_testing, m) {
   define_format<lomo::BFloat16>(m, "bfloat16");
   define_format<lomo::Float16>(m, "float16");
   lomo::define_cuda(m);
+  m.attr("READ_2_WRITE_1") = lomo::read_2_write_1().size();
   m.def(
       "read_2_write_1",
-      [](uintptr_t p, uintptr_t g, int64_t bytes) { lomo::read_2_write_1(at<void>(p), at<void>(g), bytes); },
-      py::call_guard<py::gil_scoped_release>(),
-      "Reads p and g, writes p with the values it has; 64-bit words, in one thread.");
+      [](uintptr_t p, uintptr_t g, int64_t bytes, size_t way) {
+        lomo::read_2_write_1().at(way)(at<uint64_t>(p), at<const uint64_t>(g), bytes / 8);
+      },
+      py::arg("p"), py::arg("g"), py::arg("bytes"), py::arg("way") = 0, py::call_guard<py::gil_scoped_release>(),
+      "Reads p and g, writes p with the values it has; 64-bit words, in one thread, in one of READ_2_WRITE_1 ways.");
   m.def(
       "read_1", [](uintptr_t p, int64_t bytes) { return lomo::read_1(at<void>(p), bytes); },
       py::call_guard<py::gil_scoped_release>(), "Reads 64-bit words, in one thread.");

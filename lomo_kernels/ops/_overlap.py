@@ -1,17 +1,20 @@
-"""Whether tensors of one call share memory, of which one is written. ``csrc/overlap.h`` states the same in C++."""
+"""Whether a tensor that a call writes shares memory with another tensor of the call. ``csrc/overlap.h`` has the same in
+C++."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 class Access(IntEnum):
-    """What a call does with a tensor. Slots are added to, and two gradients may have one slot."""
+    """What a call does with a tensor. ADDED: a slot. Several gradients may have the same slot."""
 
     READ = 0
     ADDED = 1
@@ -19,25 +22,25 @@ class Access(IntEnum):
 
 
 class Region(NamedTuple):
-    """Where a tensor's elements lie, in bytes: `size` of them each, from `begin` to before `end`."""
+    """Where a tensor's elements lie: addresses from `begin` to before `end`; an element has `size` bytes."""
 
     begin: int
     end: int
     size: int
     dims: tuple[tuple[int, int], ...]  # (stride, elements), largest stride first
-    dense: bool  # every byte in between is an element's
+    dense: bool  # every byte in between belongs to an element
     access: Access
     name: str
 
 
 def reach(tensor: Tensor) -> tuple[int, int]:
-    """First and one past the last byte that the elements lie in. Strides of tensors are not negative."""
+    """Address of the first byte of the elements, and of the byte after the last. Strides are not negative."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may lie in the same place (an expanded tensor, say)."""
+    """Whether two elements may share memory (as in an expanded tensor)."""
     far = 0
     for stride, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
         if stride <= far:
@@ -61,26 +64,26 @@ def region(tensor: Tensor, access: Access, name: str) -> Region:
 
 
 def regions(access: Access, name: str, tensors: Iterable[Tensor]) -> list[Region]:
-    """Those of tensors that have elements."""
+    """Regions of the tensors that have elements."""
     return [region(tensor, access, name) for tensor in tensors if tensor.numel()]
 
 
 def _reaches(dims: list[tuple[int, int]], low: int, high: int, budget: list[int]) -> bool:
-    """Whether a sum of `dims`, each stride times 0, 1, ... elements - 1, largest stride first, is in [low, high].
+    """Whether some element of `dims` has an offset in [low, high]. `dims`: (stride, elements), largest stride first.
 
-    Most strides span what the smaller ones reach, so there are one or two multiples to try; after `budget` tries the
-    answer is yes.
+    Most strides are larger than what the smaller strides span. Then only one or two multiples have to be tried. After
+    `budget` tries the answer is yes.
     """
     most = sum(stride * (n - 1) for stride, n in dims)
     if high < 0 or low > most:
         return False
-    if low <= 0 or high >= most:  # none of them, or all
+    if low <= 0 or high >= most:  # the first element, or the last
         return True
     budget[0] -= 1
     if budget[0] < 0:
         return True
     (stride, n), others = dims[0], dims[1:]
-    beyond = low - (most - stride * (n - 1))  # what this one has to bring
+    beyond = low - (most - stride * (n - 1))  # what this stride has to add
     multiples = range(max(0, -(-beyond // stride)), min(high // stride, n - 1) + 1)
     if not others:
         return len(multiples) > 0
@@ -88,13 +91,13 @@ def _reaches(dims: list[tuple[int, int]], low: int, high: int, budget: list[int]
 
 
 def share_memory(a: Region, b: Region) -> bool:
-    """Exact, except that strided views which would take long to tell apart count as sharing memory."""
+    """Exact, with one exception: strided views that take too long to compare count as sharing memory."""
     if a.end <= b.begin or b.end <= a.begin:
         return False
     if a.dense and b.dense:
         return True
-    # An element of a and one of b share a byte if their addresses differ by less than a size. Counting b's elements
-    # from its end makes the difference a sum.
+    # An element of a and one of b share a byte if their addresses differ by less than an element's size. b's elements
+    # are counted from its end: then the difference is a sum.
     merged: dict[int, int] = {}
     for stride, n in sorted((*a.dims, *b.dims), reverse=True):
         if stride and n > 1:
@@ -103,12 +106,17 @@ def share_memory(a: Region, b: Region) -> bool:
     return _reaches(list(merged.items()), distance - (a.size - 1), distance + (b.size - 1), [10000])
 
 
-def find_conflict(all_regions: Iterable[Region]) -> tuple[Region, Region] | None:
-    """The first two that share memory so that the order of reading and writing would decide the result.
+def have_addresses(tensors: Iterable[Tensor]) -> bool:
+    """Whether the tensors lie in memory: fake ones, those on "meta" and those of a function being compiled do not."""
+    return not torch.compiler.is_compiling() and not any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
 
-    Sorted by address: of lists whose tensors lie apart, neighbours are compared.
+
+def find_conflict(all_regions: Iterable[Region]) -> tuple[Region, Region] | None:
+    """The first two regions that share memory, if the order of reading and writing would change the result.
+
+    Regions are sorted by address. So if no tensors overlap, only neighbours are compared.
     """
-    reaching: list[Region] = []  # beyond the beginning of the next
+    reaching: list[Region] = []  # regions that end after the next one begins
     for new in sorted(all_regions, key=lambda region: region.begin):
         reaching = [old for old in reaching if old.end > new.begin]
         for old in reaching:
@@ -126,8 +134,23 @@ def check_no_overlap(op: str, *lists: Iterable[Region]) -> None:
         return
     read, written = sorted(conflict, key=lambda region: region.access)
     if read.access == written.access:
-        raise RuntimeError(f"{op}: two {written.name}s share memory; it would be updated twice")
+        raise RuntimeError(f"{op}: two {written.name}s share memory; it would be updated twice. Nothing was changed")
     raise RuntimeError(
-        f"{op}: {written.name} and {read.name} share memory: one would change before it is read. Pass a copy of "
-        f"{read.name}"
+        f"{op}: {written.name} and {read.name} share memory: {read.name} would change before it is read. Nothing was "
+        f"changed. Pass a copy of {read.name}"
     )
+
+
+def check_scalars_apart(
+    op: str, scalars: Mapping[str, object], added: tuple[str, Sequence[Tensor]], written: tuple[str, Sequence[Tensor]]
+) -> None:
+    """Raises RuntimeError if a scalar that is a tensor lies in memory that the call writes: it could change while
+    elements, or tiles of a product, still need it. `added`, `written`: slots and parameters, and their name."""
+    tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
+    if tensors and have_addresses((*tensors.values(), *added[1], *written[1])):
+        check_no_overlap(
+            op,
+            regions(Access.ADDED, *added),
+            regions(Access.WRITTEN, *written),
+            *(regions(Access.READ, name, [value]) for name, value in tensors.items()),
+        )

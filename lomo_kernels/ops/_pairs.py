@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from ._arguments import as_list, check_element_type, check_lengths
-from ._overlap import Access, check_no_overlap, regions
+from ._overlap import Access, check_no_overlap, have_addresses, regions
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -54,11 +53,11 @@ def check_linear(op: str, inputs: Sequence[Tensor], grad_outputs: Sequence[Tenso
 
 
 def check_factors_apart(op: str, factors: Sequence[Tensor], weight: Tensor | None, slot: Tensor | None) -> None:
-    """Raises RuntimeError if what is written, the weight and the slot, shares memory with a factor or with the other:
-    part of it would change before it is used."""
+    """Raises RuntimeError if the weight or the slot, which are written, shares memory with a factor or with each other:
+    then a part would change before it is used."""
     slots = [] if slot is None else [slot]
     weights = [] if weight is None else [weight]
-    if torch.compiler.is_compiling() or any(isinstance(t, FakeTensor) or t.is_meta for t in (*weights, *slots)):
+    if not have_addresses((*weights, *slots)):
         return
     check_no_overlap(
         op,

@@ -21,6 +21,7 @@ from ._arguments import (
     library,
     scalar,
 )
+from ._overlap import check_scalars_apart
 from ._pairs import check_embedding, check_factors_apart, check_weight, pair_lists
 from .sgd import SCALARS, increment_version, sgd_arguments
 
@@ -87,6 +88,7 @@ def embedding_sq_norm_(
     check_embedding(op, index_list, grad_outputs, paddings, slot)
     check_served(slot)
     check_factors_apart(op, [*index_list, *grad_outputs], None, slot)
+    check_scalars_apart(op, {"inv_scale": inv_scale}, ("slot", [slot]), ("weight", []))
     number = scalar(op, "inv_scale", inv_scale, slot.device, open_=True, high=FINITE)
     torch.ops.lomo_kernels.embedding_sq_norm_.default(slot, index_list, grad_outputs, paddings, number)
 
@@ -124,7 +126,8 @@ def embedding_sgd_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `weight` share memory with each other or with `grad_output`; on the CPU, an index out
+        RuntimeError: elements of `weight` share memory with each other, a factor, `sq_norm` or a scalar, or `sq_norm`
+            does with a factor or a scalar; on the CPU, an index out
             of range. Nothing is changed then. (On a GPU such tokens are left out, as nothing is read by the host.)
     """
     op = "embedding_sgd_"
@@ -143,6 +146,6 @@ def embedding_sgd_(
         index_list,
         grad_outputs,
         paddings,
-        *sgd_arguments(op, weight.device, scalars, sq_norm, rounding, seed, parameter_id, step),
+        *sgd_arguments(op, "weight", weight, scalars, sq_norm, rounding, seed, parameter_id, step),
     )
     increment_version([weight])

@@ -20,6 +20,7 @@ from ._arguments import (
     library,
     scalar,
 )
+from ._overlap import check_scalars_apart
 from ._pairs import check_factors_apart, check_linear, check_weight, pair_lists
 from .sgd import SCALARS, increment_version, sgd_arguments
 
@@ -76,6 +77,7 @@ def linear_sq_norm_(
     check_linear(op, inputs, grad_outputs, slot)
     check_served(slot)
     check_factors_apart(op, [*inputs, *grad_outputs], None, slot)
+    check_scalars_apart(op, {"inv_scale": inv_scale}, ("slot", [slot]), ("weight", []))
     number = scalar(op, "inv_scale", inv_scale, slot.device, open_=True, high=FINITE)
     torch.ops.lomo_kernels.linear_sq_norm_.default(slot, inputs, grad_outputs, number)
 
@@ -112,8 +114,8 @@ def linear_sgd_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `weight` share memory with each other, a factor or `sq_norm`, or a factor does with
-            `sq_norm`; nothing is changed then.
+        RuntimeError: elements of `weight` share memory with each other, with a factor or with `sq_norm`; a factor
+            shares memory with `sq_norm`; or a scalar does with `weight` or `sq_norm`. Nothing is changed then.
     """
     op = "linear_sgd_"
     inputs, grad_outputs = pair_lists(op, "input", input, grad_output)
@@ -127,6 +129,6 @@ def linear_sgd_(
         weight,
         inputs,
         grad_outputs,
-        *sgd_arguments(op, weight.device, scalars, sq_norm, rounding, seed, parameter_id, step),
+        *sgd_arguments(op, "weight", weight, scalars, sq_norm, rounding, seed, parameter_id, step),
     )
     increment_version([weight])

@@ -23,8 +23,10 @@ from ._arguments import (
     scalar,
     step_tensor,
 )
+from ._overlap import check_scalars_apart
 
 SCALARS = "Tensor lr, Tensor? weight_decay, Tensor? inv_scale, Tensor? clip_value, Tensor? clip_coef, Tensor? found_inf"
+SCALAR_NAMES = ("lr", "weight_decay", "inv_scale", "clip_value", "clip_coef", "found_inf", "step")
 library.define(
     f"sgd_(Tensor(a!) param, Tensor grad, {SCALARS}, Tensor(b!)? sq_norm, bool stochastic, int seed, "
     "int parameter_id, Tensor? step, int[]? shard) -> ()"
@@ -93,7 +95,7 @@ def sgd_(
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
         RuntimeError: elements of `param` share memory with each other, with `grad` or with `sq_norm`, or `grad` shares
-            memory with `sq_norm`; nothing is changed then.
+            memory with `sq_norm`, or a scalar does with `param` or `sq_norm`; nothing is changed then.
     """
     check_pair("sgd_", param, grad)
     check_served(param)
@@ -101,7 +103,7 @@ def sgd_(
     torch.ops.lomo_kernels.sgd_.default(
         param,
         grad,
-        *sgd_arguments("sgd_", param.device, scalars, sq_norm, rounding, seed, parameter_id, step),
+        *sgd_arguments("sgd_", "param", param, scalars, sq_norm, rounding, seed, parameter_id, step),
         None if shard is None else check_shard("sgd_", shard, param.numel()),
     )
     increment_version([param])
@@ -135,8 +137,8 @@ def sgd_list_(
 
     Raises:
         TypeError, ValueError: as `sgd_`, lists of different lengths, a parameter twice; nothing is changed then.
-        RuntimeError: as `sgd_`, of any two tensors of the lists; nothing is changed then. Several parameters may have
-            one slot, and strided views may interleave if they have no element in common.
+        RuntimeError: as `sgd_`, for any two tensors of the lists; nothing is changed then. Several parameters may have
+            the same slot. Strided views may interleave if they have no element in common.
     """
     op = "sgd_list_"
     params, grads = as_list(op, "params", params), as_list(op, "grads", grads)
@@ -161,10 +163,13 @@ def sgd_list_(
     numbers = [check_shard(op, one, param.numel()) for one, param in zip(shards, params, strict=False)]
     for slot in slots:
         check_slot(op, "sq_norm", slot, device)
+    scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
+    given = dict(zip(SCALAR_NAMES, (*scalars, step), strict=True))
+    check_scalars_apart(op, given, ("sq_norm", slots), ("param", params))
     torch.ops.lomo_kernels.sgd_list_.default(
         params,
         grads,
-        *sgd_scalars(op, device, lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf),
+        *sgd_scalars(op, device, *scalars),
         slots,
         is_stochastic(op, rounding),
         integer(op, "seed", seed),
@@ -208,7 +213,8 @@ def sgd_scalars(
 
 def sgd_arguments(
     op: str,
-    device: torch.device,
+    name: str,
+    param: Tensor,
     scalars: tuple[Any, ...],
     sq_norm: Tensor | None,
     rounding: str,
@@ -217,9 +223,13 @@ def sgd_arguments(
     step: int | Tensor,
 ) -> list[Any]:
     """What every update of one parameter takes after its tensors, from ``lr`` to ``step``, checked. `scalars`: those of
-    `sgd_scalars`."""
-    if sq_norm is not None:
-        check_slot(op, "sq_norm", sq_norm, device)
+    `sgd_scalars`. `name`: the operator's for `param`."""
+    device = param.device
+    slots = [] if sq_norm is None else [sq_norm]
+    for slot in slots:
+        check_slot(op, "sq_norm", slot, device)
+    given = dict(zip(SCALAR_NAMES, (*scalars, step), strict=True))
+    check_scalars_apart(op, given, ("sq_norm", slots), (name, [param]))
     return [
         *sgd_scalars(op, device, *scalars),
         sq_norm,

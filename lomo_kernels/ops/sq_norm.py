@@ -18,6 +18,7 @@ from ._arguments import (
     library,
     scalar,
 )
+from ._overlap import check_scalars_apart
 
 library.define("sq_norm_(Tensor(a!) slot, Tensor grad, Tensor? inv_scale) -> ()")
 library.define("sq_norm_list_(Tensor(a!)[] slots, Tensor[] grads, Tensor? inv_scale) -> ()")
@@ -54,11 +55,11 @@ def sq_norm_(slot: Tensor, grad: Tensor, *, inv_scale: Scalar | None = None) -> 
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout or device; the slot is then unchanged.
-        RuntimeError: the slot lies in the gradient's memory; it is then unchanged.
+        RuntimeError: the slot shares memory with the gradient or with `inv_scale`; the slot is then unchanged.
     """
     _check("sq_norm_", slot, grad)
     check_served(slot)
-    torch.ops.lomo_kernels.sq_norm_.default(slot, grad, _inv_scale("sq_norm_", inv_scale, slot.device))
+    torch.ops.lomo_kernels.sq_norm_.default(slot, grad, _inv_scale("sq_norm_", inv_scale, [slot]))
 
 
 def sq_norm_list_(
@@ -73,17 +74,17 @@ def sq_norm_list_(
 
     Raises:
         TypeError, ValueError: as `sq_norm_`, and lists of different lengths; all slots are then unchanged.
-        RuntimeError: a slot lies in a gradient's memory; all slots are then unchanged.
+        RuntimeError: a slot shares memory with a gradient or with `inv_scale`; all slots are then unchanged.
     """
     slots, grads = as_list("sq_norm_list_", "slots", slots), as_list("sq_norm_list_", "grads", grads)
     check_lengths("sq_norm_list_", "grads", len(grads), slots=len(slots))
     for slot, grad in zip(slots, grads, strict=True):
         _check("sq_norm_list_", slot, grad)
     if grads:
-        device = grads[0].device
         check_served(grads[0])
-        torch.ops.lomo_kernels.sq_norm_list_.default(slots, grads, _inv_scale("sq_norm_list_", inv_scale, device))
+        torch.ops.lomo_kernels.sq_norm_list_.default(slots, grads, _inv_scale("sq_norm_list_", inv_scale, slots))
 
 
-def _inv_scale(op: str, value: Scalar | None, device: torch.device) -> Tensor | None:
-    return scalar(op, "inv_scale", value, device, open_=True, high=FINITE)
+def _inv_scale(op: str, value: Scalar | None, slots: Sequence[Tensor]) -> Tensor | None:
+    check_scalars_apart(op, {"inv_scale": value}, ("slot", slots), ("param", []))
+    return scalar(op, "inv_scale", value, slots[0].device, open_=True, high=FINITE)

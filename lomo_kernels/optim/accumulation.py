@@ -33,7 +33,7 @@ class Accumulation:
         return [(record, grad) for record in self._records if (grad := record.param.grad) is not None]
 
     def scale_of(self, gradients: Sequence[tuple[Record, Tensor]]) -> Tensor | None:
-        """The loss scale that `gradients` carry. Raises RuntimeError where only some carry one."""
+        """The loss scale that `gradients` carry. Raises RuntimeError if only some carry one."""
         if self._scale is None:
             return None
         kinds = {record.scaled for record, _ in gradients if not record.zeroed}
@@ -57,13 +57,13 @@ class Accumulation:
         scale = self._scale if fresh else self.scale_of(gradients)
         if scale is not None and loss.dtype is not self._dtype:
             raise RuntimeError(
-                f"Lomo: the loss has dtype {loss.dtype}, those accumulated before have {self._dtype}; with a loss "
-                "scale all parts of a step need one dtype, which the scale is rounded to"
+                f"Lomo: the loss has dtype {loss.dtype}, expected {self._dtype} as in the parts before. "
+                "The loss scale is rounded to this dtype, so all parts of a step need the same"
             )
         return scale
 
     def note(self, record: Record, *, scaled: bool) -> None:
-        """A backward, which was `scaled` or not, has added to the parameter's ``.grad``.
+        """Called when a backward, `scaled` or not, has added to the parameter's ``.grad``.
 
         Raises:
             RuntimeError: it was not, and what it added to is.
@@ -75,14 +75,14 @@ class Accumulation:
             record.scaled_grad, record.grad_scale = record.param.grad, self._scale
         elif record.scaled:
             raise RuntimeError(
-                f"Lomo: a plain backward added to the gradient of {record.name}, which accumulate() left with the loss "
-                f"scale in it. {_ONE_KIND}"
+                f"Lomo: a plain backward added to the gradient of {record.name}. accumulate() left this gradient with "
+                f"the loss scale in it. {_ONE_KIND}"
             )
 
 
 @torch.no_grad()
 def unscale_grads(records: Iterable[Record]) -> None:
-    """Makes what `Lomo.accumulate` left in ``.grad`` what plain backwards would have left, for whoever uses it next."""
+    """Takes the loss scale out of what `Lomo.accumulate` left in ``.grad``: then it is what plain backwards leave."""
     for record in records:
         if record.scaled_grad is not None and record.scaled and record.grad_scale is not None:
             record.param.grad = unscaled(record.scaled_grad, record.grad_scale)

@@ -49,7 +49,7 @@ class Attachment:
         return bool(self._takers)
 
     def attach(self) -> None:
-        """Puts on all parameters what they do not have yet."""
+        """Registers the optimizer as the owner of all its parameters, and puts hooks on those that are trained."""
         self._claimed[:] = [id(record.param) for record in self._records]  # first: see `_fuse`
         claim(self._claimed, self._optimizer)
         self.hook_all()
@@ -58,10 +58,10 @@ class Attachment:
             self._fuse(model)
 
     def hook_all(self) -> None:
-        """Puts hooks on trainable parameters that have none: at first, and on those unfrozen or swapped since then.
+        """Puts hooks on trainable parameters without a hook: all at first, later those that were unfrozen or swapped.
 
-        `torch.utils.swap_tensors` exchanges a parameter's memory and its dict of attributes, and leaves its hooks in
-        place though they are not called any more. Called before every backward, also another optimizer's.
+        `torch.utils.swap_tensors` exchanges a parameter's memory and its dict of attributes. The hooks stay, but torch
+        does not call them any more. This is called before every backward, also one of another optimizer.
         """
         for record in self._records:
             if record.attributes is record.param.__dict__ and (record.hooked or not record.param.requires_grad):
@@ -74,10 +74,10 @@ class Attachment:
             if not record.hooked and param.requires_grad:
                 hook = _hook(self._optimizer, record)
                 self._handles.append(param.register_post_accumulate_grad_hook(hook))
-                record.hooked = True  # last: an interrupt before it leaves one hook too many, which finds no gradient
+                record.hooked = True  # last: an interrupt before it leaves a second hook, which finds no gradient
 
     def _fuse(self, model: nn.Module) -> None:
-        """Fuses the layers of `model` whose weights are the optimizer's and that can be, unless they are."""
+        """Fuses the layers of `model` that can be fused and whose weights the optimizer manages."""
         records = {id(record.param): record for record in self._records}
         known = {id(reference()) for reference in self._fused}
         for module, reason in layers_of(model, records):
@@ -86,7 +86,7 @@ class Attachment:
             record = records[id(module.weight)]
             new = id(module) not in known
             if new:  # also where another optimizer fused it, whose weight was exchanged since
-                self._fused.append(weakref.ref(module))  # first: what an interrupt cuts short is taken off again
+                self._fused.append(weakref.ref(module))  # first: so that a layer is unfused even after an interrupt
                 fuse(module)
             record.reused |= record.fused and new
             if not record.fused:
@@ -95,7 +95,7 @@ class Attachment:
                 takers[id(record.param)] = _taker(self._optimizer, record)
 
     def remove(self) -> None:
-        """Takes everything off, also the loss scale that gradients in ``.grad`` carry."""
+        """Removes everything, also the loss scale that gradients in ``.grad`` carry."""
         release(self._claimed)
         forget(self._optimizer_id)
         _detach(self._handles, self._takers, self._fused)
@@ -113,7 +113,7 @@ class Attachment:
 
 
 def cut(some: list[Any], length: int) -> list[Any]:
-    """Takes off, and returns, what a list has beyond `length`."""
+    """Shortens a list to `length`, and returns the removed end."""
     beyond = some[length:]
     del some[length:]
     return beyond
@@ -122,7 +122,7 @@ def cut(some: list[Any], length: int) -> list[Any]:
 def _detach(
     handles: list[torch.utils.hooks.RemovableHandle], ids: list[int], fused: list[weakref.ref[nn.Module]]
 ) -> None:
-    """Takes hooks off, and makes fused layers plain ones again."""
+    """Removes hooks, and makes fused layers plain ones again."""
     while handles:
         handles.pop().remove()
     while ids:
@@ -153,7 +153,7 @@ def _hook(optimizer: weakref.ref[Any], record: Record) -> Callable[[Tensor], Non
 
 
 def _taker(optimizer: weakref.ref[Any], record: Record) -> Callable[[Pair], Sequence[Pair]]:
-    """What a fused layer of the parameter asks. It does not keep the optimizer alive."""
+    """What a fused layer of the parameter calls with its factors. It does not keep the optimizer alive."""
 
     def on_pair(pair: Pair) -> Sequence[Pair]:
         owner = optimizer()

@@ -15,16 +15,16 @@ Parts = tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]
 
 
 def deep_copy(optimizer: Any, memo: dict[int, Any]) -> Any:
-    """The same optimizer of the parameters' copies, which have to be in `memo`: they are copied with their model.
+    """An equal optimizer of the parameters' copies. They have to be in `memo`: the model is copied first.
 
-    As with torch's optimizers, hooks that were registered on the optimizer and gradients are not copied.
+    Gradients, and hooks that were registered on the optimizer, are not copied, as with torch's optimizers.
     """
 
     def copied(original: Any, name: str) -> Any:
         if id(original) not in memo:
             raise TypeError(
-                f"Lomo: {name} was not copied before the optimizer, whose copy would train nothing. Copy both "
-                "together, the model first: copy.deepcopy((model, optimizer))"
+                f"Lomo: {name} was not copied before the optimizer, so the optimizer's copy would train nothing. "
+                "Copy both together, the model first: copy.deepcopy((model, optimizer))"
             )
         return memo[id(original)]
 
@@ -34,7 +34,7 @@ def deep_copy(optimizer: Any, memo: dict[int, Any]) -> Any:
     memo[id(optimizer)] = new
 
     def own(options: dict[str, Any]) -> dict[str, Any]:
-        done = ("params", "fused_layers", "process_group")  # the last is as little copied as the processes
+        done = ("params", "fused_layers", "process_group")  # a process group is not copied
         return {key: value if key in done else copy.deepcopy(value, memo) for key, value in options.items()}
 
     new._become([own(group) for group in groups], own(settings), numbers)
@@ -42,8 +42,7 @@ def deep_copy(optimizer: Any, memo: dict[int, Any]) -> Any:
 
 
 def pickled(optimizer: Any) -> tuple[Any, ...]:
-    """What ``__reduce_ex__`` returns: the optimizer with its parameters, which a model in the same pickle has in common
-    with it."""
+    """What ``__reduce_ex__`` returns: the optimizer with its parameters. A model in the same pickle shares them."""
     if optimizer._ranks is not None:
         raise TypeError("Lomo: an optimizer over several ranks cannot be pickled; save its state_dict()")
     return _unpickled, (type(optimizer), *_parts(optimizer, lambda part, _: part))
@@ -60,7 +59,7 @@ def _parts(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
     """What `Lomo._become` makes the same optimizer of other parameters from.
 
     Args:
-        of: gives for a parameter, or the model in which layers are fused, and its name, the other one.
+        of: called with a parameter (or the model in which layers are fused) and its name; returns the other one.
     """
     optimizer._check_not_ended()
     check_groups(optimizer._records, optimizer.param_groups)
@@ -86,4 +85,4 @@ def _parts(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
         "process_group": optimizer._process_group,
         "seed": optimizer._seed,
     }
-    return groups, settings, optimizer._state.export() | {"norm": optimizer._state.norm.clone()}
+    return groups, settings, optimizer._state.export() | optimizer._state.export_norms()

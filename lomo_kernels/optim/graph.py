@@ -1,4 +1,4 @@
-"""Running autograd for the optimizer, and asking its graph a question."""
+"""Runs autograd for the optimizer, and answers questions about its graph."""
 
 from __future__ import annotations
 
@@ -43,15 +43,16 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None
     except RuntimeError as error:
         if "donated buffer" in str(error):
             raise RuntimeError(
-                "Lomo: clipping or dynamic loss scaling runs backward twice, and torch.compile has given its saved "
-                "tensors away to the first (donated buffers). Set torch._functorch.config.donated_buffer = False "
-                'before the model is compiled, or use clip_passes="one", one backward'
+                "Lomo: clipping or dynamic loss scaling runs backward twice. torch.compile reuses the memory of saved "
+                "tensors (donated buffers), which allows one backward. Set "
+                "torch._functorch.config.donated_buffer = False before the model is compiled, or use "
+                'clip_passes="one", which runs backward once. No weight was changed'
             ) from error
         if "under selective activation checkpoint" in str(error):
             raise RuntimeError(
                 "Lomo: clipping or dynamic loss scaling runs backward twice, and a selective activation checkpoint "
-                '(context_fn) allows one backward. Use clip_passes="one". Whether a weight was changed says '
-                "optimizer.last_step_outcome"
+                '(context_fn) allows one backward. Use clip_passes="one". optimizer.last_step_outcome says whether a '
+                "weight was changed"
             ) from error
         if "Direct calls to tensor.backward()" in str(error):
             raise RuntimeError(
@@ -62,7 +63,7 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None
 
 
 class Graph:
-    """What a step asks of the graph of its loss. Answers come from one walk, at the first question that needs it."""
+    """What a step asks about the graph of its loss. The graph is walked once, at the first question that needs it."""
 
     def __init__(self, loss: Tensor) -> None:
         self.loss = loss
@@ -87,13 +88,13 @@ class Graph:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The leaves that need a gradient: parameters, inputs. Those used only inside a reentrant checkpoint are not
-        seen, because its graph does not exist before backward."""
+        """The leaves that need a gradient: parameters, inputs. Leaves that only a reentrant checkpoint uses are
+        missing: its graph does not exist before backward."""
         return self._walk.leaves
 
     @property
     def shape(self) -> int:
-        """A number that two graphs have in common if they have nodes of the same kinds in the same order."""
+        """A hash of the kinds of nodes, in order: equal for two graphs with the same kinds in the same order."""
         return self._walk.shape
 
     @property
@@ -131,7 +132,7 @@ _OWN_BACKWARDS = ("torch.", "lomo_kernels.")
 
 
 def nodes_of(loss: Tensor) -> Iterator[Any]:
-    """The nodes of the graph of `loss`, those near it first; about 1 us each."""
+    """The nodes of the graph of `loss`, nearest first; about 1 us each."""
     release_deep_graphs()
     first = get_gradient_edge(loss).node  # also of a leaf, which has no grad_fn
     nodes: dict[int, Any] = {id(first): first}  # by id, which only living objects have for themselves
@@ -149,9 +150,9 @@ def nodes_of(loss: Tensor) -> Iterator[Any]:
             _deep_graphs.append(nodes)
 
 
-# Since torch 2.13 a node that Python has seen once is freed through its Python object: a chain of them by recursion,
-# some 220 bytes of stack a node. 40,000 overflow a stack of 8 MiB, 2,400 one of 512 KiB. So a graph of more nodes than
-# this is held until nothing else does, and is then freed node by node.
+# Since torch 2.13, a node that Python has seen is freed through its Python object. A chain of nodes is then freed by
+# recursion, with some 220 bytes of stack per node: 40,000 nodes overflow a stack of 8 MiB, 2,400 a stack of 512 KiB. So
+# this module holds a graph of more nodes than this until nothing else holds it, and then frees it node by node.
 DEEP = 1000
 
 _deep_graphs: list[dict[int, Any]] = []
@@ -159,7 +160,7 @@ _releasing = threading.Lock()
 
 
 def release_deep_graphs() -> None:
-    """Frees graphs that only this module holds, each node after those whose gradient it gets."""
+    """Frees graphs that only this module holds. A node is freed after the nodes that give it a gradient."""
     if not _deep_graphs or not _releasing.acquire(blocking=False):
         return
     try:
@@ -182,21 +183,21 @@ def release_deep_graphs() -> None:
 
 
 def _is_held(nodes: dict[int, Any], key: int) -> bool:
-    """Whether a node is held by more than `nodes` and this call: by the graph or by a tensor, if any of them does."""
+    """Whether a graph or a tensor holds a node, besides `nodes` and this call."""
     return sys.getrefcount(nodes[key]) > 2
 
 
 @atexit.register
 def _keep_deep_graphs() -> None:
-    """What is still held when Python ends is never freed: losses of the program's may be freed after this module."""
+    """Graphs that are held when Python ends are never freed: the program's losses may be freed after this module."""
     if _deep_graphs:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(_deep_graphs))
 
 
 def check_fused_weights(loss: Tensor) -> None:
-    """Raises RuntimeError where a fused linear layer's weight was changed since its forward and its backward needs it.
+    """Raises RuntimeError if a fused linear layer's weight was changed since its forward and its backward needs it.
 
-    Autograd would raise as well, but only when it comes to that layer: with others updated already.
+    Autograd would raise too, but only when it reaches that layer. Other weights are updated by then.
     """
     for node in nodes_of(loss):
         version = getattr(node, "weight_version", None)

@@ -26,13 +26,13 @@ def check_group(group: dict[str, Any], where: str) -> None:
 
 
 def unused_momentum(groups: Sequence[dict[str, Any]]) -> str:
-    """A warning where a group's ``momentum`` is not zero; otherwise empty. Tensors are not read."""
+    """A warning if a group's ``momentum`` is not zero, otherwise "". Does not read tensors."""
     for index, group in enumerate(groups):
         momentum = group.get("momentum", 0.0)
         if isinstance(momentum, Tensor) or momentum:
             return (
-                f"Lomo: param_groups[{index}]['momentum'] is {momentum}, which is not used: SGD without state has no "
-                "momentum. OneCycleLR and CyclicLR set it, unless they are given cycle_momentum=False"
+                f"Lomo: param_groups[{index}]['momentum'] is {momentum}, which is not used: Lomo has no momentum. "
+                "OneCycleLR and CyclicLR set it; give them cycle_momentum=False"
             )
     return ""
 
@@ -82,9 +82,9 @@ class LiveScalar:
                 return
             self._own.copy_(value.reshape(()), non_blocking=self._own.is_cuda)
         elif value != self._number:
-            self._number = None  # in case an interrupt comes before the number is noted below
+            self._number = None  # an interrupt may come before the number is set below
             self._own.fill_(value)
-            # While a CUDA graph is captured nothing is filled yet: the graph has to do it, and an eager step once more.
+            # A capture fills nothing: the graph fills the number at replay, and the next eager step fills it again.
             captured = self._own.is_cuda and torch.cuda.is_current_stream_capturing()
             self._number = None if captured else value
         self.tensor = self._own

@@ -47,9 +47,9 @@ class Lomo(torch.optim.Optimizer):
     """Trains every parameter with plain SGD, each updated and its gradient freed while backward runs.
 
     ``optimizer.backward(loss)`` takes the place of ``loss.backward()``, ``optimizer.step()`` and
-    ``optimizer.zero_grad()``. Only it (and `fused_backward`) consumes gradients: a plain ``loss.backward()`` leaves
-    them in ``.grad`` as ever, and `step` applies them, so this is a `torch.optim.Optimizer` like others in any trainer.
-    A parameter has one optimizer: a newer `Lomo` of some of them takes them over and ends the use of the older one.
+    ``optimizer.zero_grad()``. Only it (and `fused_backward`) frees gradients. A plain ``loss.backward()`` leaves them
+    in ``.grad``, and `step` applies them: so any trainer can use it as a `torch.optim.Optimizer`. A parameter has one
+    optimizer. A newer `Lomo` of some of the parameters takes them over, and the older one cannot be used any more.
 
     Per element, with g the gradient over the loss scale (`lomo_kernels.reference` states it bit for bit)::
 
@@ -60,34 +60,35 @@ class Lomo(torch.optim.Optimizer):
             groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16;
             frozen ones of any dtype. Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.integrations.deepspeed`).
         lr: learning rate, a number or a one-element tensor; read from ``param_groups`` at every step.
-        clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. It is known
-            only after a backward pass: see `clip_passes`.
+        clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. The norm is
+            known only after a backward pass: see `clip_passes`.
         clip_grad_value: bound on each element of the gradient, applied before the norm's coefficient.
         weight_decay: decoupled.
         clip_passes: for clipping by norm and dynamic loss scaling. "two": a backward for the norm, then one for the
-            update; least memory. "one": one backward, which keeps every gradient until the norm is known, of fused
-            layers the factors where those are smaller (`docs/one_backward.md`): fastest.
-        loss_scale: None, a number, "dynamic", or "auto": dynamic when a parameter is float16, or when the first
-            backward computes in float16, as under autocast; over several processes that is only warned of.
+            update; least memory. The first step of each new graph runs one more, to check that two backwards give the
+            same gradients. "one": one backward, which keeps every gradient until the norm is known; of fused layers it
+            keeps the factors if they are smaller (`docs/one_backward.md`). Fastest.
+        loss_scale: None, a number, "dynamic", or "auto". "auto" is dynamic if a parameter is float16, or if the first
+            backward computes in float16, as under autocast. Over several processes autocast only gives a warning.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
             updates far below a weight's last bit still count on average.
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
             scaling it leaves all weights untouched, otherwise the elements concerned. "raise": it also raises
             FloatingPointError, which takes a host synchronisation per step.
         fused_layers: True: the weights of the model's `nn.Linear` and `nn.Embedding` get no gradient; their updates are
-            formed from its factors, tile by tile. With parameters or groups in place of the model, the model itself.
-            `summary` says which weights that concerns.
-        process_group: False: none. Data parallel without a wrapper: gradients are averaged over this
-            `torch.distributed.ProcessGroup` inside backward, and parameters and buffers start as its first rank's. Not
-            for DTensor parameters (FSDP2, tensor parallel), which need nothing but that the optimizer is made after
-            ``fully_shard`` or ``parallelize_module``. Or, with parameters or groups in place of DeepSpeed's engine, the
-            engine. `docs/distributed.md` has them all.
+            formed from the gradient's factors, tile by tile. If you pass parameters or groups, pass the model here.
+            `summary` says which weights are fused.
+        process_group: False: none. A `torch.distributed.ProcessGroup`: data parallel without a wrapper. Gradients are
+            averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
+            DTensor parameters (FSDP2, tensor parallel): make the optimizer after ``fully_shard`` or
+            ``parallelize_module``, without this argument. If you pass parameters or groups of DeepSpeed's engine, pass
+            the engine here. See `docs/distributed.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
-        RuntimeError: the model is in DistributedDataParallel or FSDP1; a parameter's other `Lomo` is amid a step.
-        NotImplementedError: a kind of parameter that this version does not have.
+        RuntimeError: the model is in DistributedDataParallel or FSDP1; another `Lomo` of a parameter runs a step now.
+        NotImplementedError: a kind of parameter or buffer that is not implemented.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Lomo(torch.optim.Optimizer):
         self._whole: Callable[[], nn.Module | None] | None = (
             weakref.ref(model_or_params) if isinstance(model_or_params, nn.Module) else lambda: None
         )
-        self._repeats = Repeats(self._records, self._whole if model is None else weakref.ref(model))
+        self._repeats = Repeats(self, self._records, self._whole if model is None else weakref.ref(model))
         self._stale = False  # `_place` was begun and not ended
         self._stepping: set[int] = set()  # threads in which step hooks are called now
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
@@ -169,32 +170,33 @@ class Lomo(torch.optim.Optimizer):
 
     @as_step(lambda self, *_, **__: not self._accumulating)
     def backward(self, loss: Tensor) -> None:
-        """One step of training: backward, with every gradient applied and freed as soon as it is there.
+        """One step of training: runs backward, and applies and frees every gradient as soon as it exists.
 
-        With `clip_grad_norm` or dynamic loss scaling the graph is run twice, first for the norm. Gradients that plain
-        backwards (or `accumulate`) left in ``.grad`` are part of the step: this one is added to them, then all are
-        applied and freed. Inside `accumulate` it only adds to ``.grad``. Parameters that another `Lomo` manages get no
-        gradient, and keep what stands in their ``.grad``; leaves that none manages get that of one plain backward.
+        With `clip_grad_norm` or dynamic loss scaling, backward runs twice, first for the norm (see `clip_passes`).
+        Gradients that plain backwards (or `accumulate`) left in ``.grad`` are part of the step: the new gradients are
+        added to them, then all are applied and freed. Inside `accumulate` this call only adds to ``.grad``. Parameters
+        of another `Lomo` get no gradient, and their ``.grad`` stays as it was. Leaves that no `Lomo` manages get the
+        ``.grad`` of one plain backward.
 
-        Otherwise it is the step that torch's step hooks are called around, the optimizer's own
-        (`register_step_pre_hook`, `register_step_post_hook`) and the global ones, with ``(optimizer, loss)`` as args.
+        torch's step hooks are called before and after it, except inside `accumulate`: the optimizer's own
+        (`register_step_pre_hook`, `register_step_post_hook`) and the global ones. Their args are ``(optimizer, loss)``.
 
         Args:
             loss: one floating-point element, not scaled.
 
         Raises:
             TypeError, ValueError, RuntimeError: `loss` is no such tensor or needs no gradient; a parameter's gradient
-                is sparse or comes twice; a hyperparameter is not usable.
-            FloatingPointError: the gradient is not finite and ``nonfinite="raise"``.
+                is sparse or comes twice; two backwards give different gradients; a hyperparameter is not usable.
+            FloatingPointError: the gradient is not finite and ``nonfinite="raise"``. Step post hooks are not called.
         """
         self._steps.run(self, lambda step: self._train(step, loss))
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Inside, `backward` only adds its gradients to ``.grad``; the next one outside applies the sum. Exact.
+        """Inside, `backward` only adds its gradients to ``.grad``. The next `backward` outside applies the sum. Exact.
 
-        A `backward` inside that breaks off (an interrupt, an error in a hook) after it has added to some gradients
-        drops all that were accumulated, with a warning: begin that step again.
+        If a `backward` inside breaks off (an interrupt, an error in a hook) after it has added to some gradients, all
+        accumulated gradients are dropped, with a warning. Then begin the step again.
         """
         self._check_not_wrapped()
         before = self._accumulating
@@ -205,12 +207,12 @@ class Lomo(torch.optim.Optimizer):
             finally:
                 self._accumulating = before
         finally:
-            self._accumulating = before  # once more, in case an interrupt has kept the line above from running
+            self._accumulating = before  # again: an interrupt may have kept the line above from running
 
     @as_step(lambda self, closure=None: closure is not None or self._accumulation.has_gradients())
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Applies what plain backwards left in ``.grad``, and leaves it there. Does nothing, and calls no step hooks,
-        if there is nothing: after `backward`.
+        """Applies the gradients that plain backwards left in ``.grad``. They stay there. If there are none, as after
+        `backward`, this does nothing and calls no step hooks.
 
         Args:
             closure: called first, with gradients enabled; its result is returned.
@@ -227,26 +229,27 @@ class Lomo(torch.optim.Optimizer):
             del self.found_inf
             raise RuntimeError(
                 "Lomo: torch's GradScaler decides on every rank alone whether to step, from gradients that are not "
-                'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place'
+                'summed over the ranks yet. Use optimizer.backward(loss) and loss_scale="dynamic" in its place. No '
+                "weight was changed"
             )
         if self._accumulation.has_gradients():
             if not self._warned_of_step:
                 self._warned_of_step = True
                 warnings.warn(
-                    "Lomo.step() applies gradients that a plain backward kept in memory all at once; "
-                    "optimizer.backward(loss) in place of loss.backward() frees each as soon as it is there",
+                    "Lomo.step() applies gradients that a plain backward has kept in memory, all of them. "
+                    "optimizer.backward(loss) in place of loss.backward() frees each gradient as soon as it exists",
                     stacklevel=3,  # `as_step` wraps step() once, twice where there are hooks
                 )
             self._steps.run(self, self._apply_plain)
         elif self._unpickled and closure is None:
             raise RuntimeError(
-                "Lomo: no gradient has come to the parameters of this optimizer since it was unpickled. They are "
-                "copies; pickle model and optimizer together, as one tuple, and use both from there"
+                "Lomo: the parameters of this optimizer have got no gradient since it was unpickled. They are copies, "
+                "not the model's; pickle model and optimizer together, as one tuple, and use both from it"
             )
         elif self._passed_over and not (trained or self._trained):
             self._passed_over = False
             warnings.warn(
-                "Lomo.step() found no gradients. The backward of another Lomo ran through these parameters, and leaves "
+                "Lomo.step() found no gradients. The backward of another Lomo ran through these parameters, and gives "
                 "gradients only to its own. Use this optimizer's backward() too, or one Lomo with parameter groups",
                 stacklevel=3,
             )
@@ -255,16 +258,16 @@ class Lomo(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What torch's GradScaler asks: whether to hand `found_inf` and `grad_scale` to `step`, to be refused there."""
+        """torch's GradScaler asks this before it hands `found_inf` and `grad_scale` to `step`, which refuses them."""
         return self._state.divides
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops what plain backwards left in ``.grad``.
 
         Args:
-            set_to_none: False: the tensors stay, filled with zeros, which the next backward adds to. They are gradients
-                as torch's optimizers see it: weight decay goes to their parameters, and the next `backward`, which
-                frees them, takes the memory of all of them once more.
+            set_to_none: False: the tensors stay, filled with zeros, and the next backward adds to them. For torch's
+                optimizers they are gradients: weight decay applies to their parameters. So the next `backward` has all
+                gradients in memory; it frees them at its end.
         """
         itself = self._itself()
         if itself is not None and itself is not self:  # Lightning's wrapper is made of this class
@@ -276,7 +279,7 @@ class Lomo(torch.optim.Optimizer):
         self._drop_norm()
 
     def grad_norm(self, loss: Tensor) -> Tensor:
-        """First half of lomo_optim's pair: one backward for the norm; the next `fused_backward` uses it, once.
+        """First call of lomo_optim's pair: a backward for the norm. The next `fused_backward` uses the norm, once.
 
         Returns:
             The norm, as `last_grad_norm`.
@@ -287,7 +290,10 @@ class Lomo(torch.optim.Optimizer):
             self._check_loss(loss)
             self._refresh(loss)
             if self._accumulation.gradients():
-                raise RuntimeError("Lomo: gradients stand in .grad; use backward(), which adds them in, or zero_grad()")
+                raise RuntimeError(
+                    "Lomo: grad_norm() found gradients in .grad, expected none; use backward(), which includes them, "
+                    "or zero_grad(), which drops them"
+                )
             self._find_norm(step, Graph(loss), self._start_scale(loss))
             self._norm_is_known = True
             return self.last_grad_norm
@@ -298,13 +304,17 @@ class Lomo(torch.optim.Optimizer):
     def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
         """lomo_optim's name for `backward`, with the learning rate of all groups given for this step.
 
-        After `grad_norm` it needs one backward more; without, it does both, so a coefficient is never a stale one.
+        After `grad_norm` it runs one backward, otherwise both: an old norm is never used.
         """
-        check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
-        self._steps.run(self, lambda step: self._train(step, loss, lr, after_grad_norm=True))
+
+        def run(step: Step) -> None:
+            check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
+            self._train(step, loss, lr, after_grad_norm=True)
+
+        self._steps.run(self, run)
 
     def summary(self) -> str:
-        """A table: what becomes of each parameter's gradient, and why. Print it."""
+        """A table to print: what happens to each parameter's gradient, and why."""
         kept = self._one_pass and self._needs_norm_first
         return summary(self._records, self._attachment.model, kept=kept)
 
@@ -312,12 +322,10 @@ class Lomo(torch.optim.Optimizer):
         """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again.
 
         Raises:
-            RuntimeError: called inside a step, by a hook. Gradients still to come would stay in ``.grad``.
+            RuntimeError: a hook called it inside a step. The gradients that come later would stay in ``.grad``.
         """
         self._check_not_wrapped()
-        self._steps.check_not_inside(
-            "remove() was called inside a step of the same optimizer; call it when that has ended"
-        )
+        self._steps.check_not_inside("remove() was called inside a step of the same optimizer; call it after the step")
         self._end_use("remove() was called on this optimizer; make a new one")
 
     def __enter__(self) -> Lomo:
@@ -329,14 +337,15 @@ class Lomo(torch.optim.Optimizer):
     def grad_norms(self) -> dict[str, Tensor]:
         """Norm of each parameter's gradient in the last step: unscaled, before clipping of any kind.
 
-        The host waits for nothing. Over several ranks the norms are those of whole parameters and averaged gradients;
-        with sharded parameters (FSDP2, tensor parallel, DeepSpeed) that takes one all-reduce, so every rank has to call
-        this.
+        The host does not wait for the device. Over several ranks the norms are of whole parameters and averaged
+        gradients. With sharded parameters (FSDP2, tensor parallel, DeepSpeed) this is one all-reduce: every rank has to
+        call it.
 
         Returns:
-            By name, in the order of ``param_groups``: float64, no dimensions, on the first parameter's device. Copies.
-            Zero for a parameter that got no gradient. A parameter given without a name is "parameter 3", after its
-            place; to a name that occurs twice "(parameter 3)" is added the second time.
+            A dict by name, in the order of ``param_groups``. Norms are copies: float64, no dimensions, on the first
+            parameter's device. A norm is zero if the parameter got no gradient; all are zero after a step that broke
+            off. The fourth parameter is "parameter 3" if it was given without a name. If its name occurs twice, the
+            second one gets "(parameter 3)" added.
         """
         norms: dict[str, Tensor] = {}
         for record, norm in zip(self._records, self._state.norms().unbind(), strict=True):
@@ -347,21 +356,21 @@ class Lomo(torch.optim.Optimizer):
     @property
     def last_grad_norm(self) -> Tensor:
         """Global L2 norm of the last step's unscaled, unclamped gradient: float64, no dimensions, on the first
-        parameter's device. Zero before the first step. Overwritten by the next step."""
+        parameter's device. Zero before the first step and after one that broke off. The next step overwrites it."""
         return self._state.norm
 
     @property
     def last_step_outcome(self) -> str | None:
-        """What became of the weights in the last call of `backward`, `fused_backward`, `grad_norm` or `step`, also if
-        it ended in an exception, an interrupt included. None before the first.
+        """What happened to the weights in the last call of `backward`, `fused_backward`, `grad_norm` or `step`, also if
+        an exception or an interrupt ended it. None before the first call.
 
-        - ``"complete"``: every gradient was applied (or skipped for not being finite: see `skipped_steps`).
-        - ``"unchanged"``: no weight was changed: `grad_norm`, `accumulate`, or a step that broke off in time.
-        - ``"partial"``: the step broke off after some weights may have been updated. The others have their old values.
+        - ``"complete"``: every gradient was applied (or skipped because it is not finite: see `skipped_steps`).
+        - ``"unchanged"``: no weight was changed: `grad_norm`, `accumulate`, or a step that broke off early.
+        - ``"partial"``: the step broke off, and some weights may have been updated. The others have their old values.
 
-        After an exception the next step starts from the weights as they are. Nothing of the broken one is used: its
-        gradients are dropped, its norm and its loss scale with them. Gradients that stood in ``.grad`` before it stay
-        if it has not added to them and changed no weight; otherwise they are dropped, with a warning.
+        After an exception the next step starts from the weights as they are. It uses nothing of the broken step, whose
+        gradients and norm are dropped. Gradients that were in ``.grad`` before the broken step stay if the step has
+        not added to them and has changed no weight. Otherwise they are dropped, with a warning.
         """
         return self._steps.outcome
 
@@ -427,10 +436,10 @@ class Lomo(torch.optim.Optimizer):
         self._attachment.attach()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, parameters.
+        """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed and parameters.
 
-        ``"state"`` repeats the numbers for each parameter: `torch.distributed.checkpoint` keeps nothing else. All
-        tensors are copies.
+        ``"state"`` repeats these numbers for each parameter, because `torch.distributed.checkpoint` keeps nothing else.
+        All tensors are copies.
         """
         handle = self.register_state_dict_post_hook(
             resume.add_entry, prepend=True
@@ -442,15 +451,16 @@ class Lomo(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, bit for bit. All of it is loaded, or nothing.
+        """Continues where `state_dict` was saved, bit for bit. All of it is loaded, or nothing.
 
-        Parameters are compared by place and shape (a place keys a parameter's random bits) and, if both sides have
-        them, by names, except for what `torch.compile` and ``checkpoint_wrapper`` put into those. That of a
-        `torch.optim.SGD` gives its groups' learning rates and weight decay, with a warning that names what is dropped.
+        Parameters are compared by position and shape; the position keys a parameter's random bits. They are compared by
+        name too if both sides have names; what `torch.compile` and ``checkpoint_wrapper`` add to names is ignored. So
+        parameters without names that have equal shapes may be in another order: this is not noticed. The state dict of
+        a `torch.optim.SGD` gives learning rates and weight decay. A warning names what is dropped.
 
         Raises:
-            TypeError, ValueError: it is neither a Lomo's nor an SGD's, of other parameters, of another kind of loss
-                scaling, of a later version, or has a value that no run can have come to.
+            TypeError, ValueError: `state_dict` is not from `Lomo` or SGD, is of other parameters, of another kind of
+                loss scaling or of a later version, or has a value that is not possible in a run. Nothing is loaded.
         """
         self._check_not_wrapped()
         all_or_nothing(self, functools.partial(self._load, state_dict))
@@ -466,8 +476,8 @@ class Lomo(torch.optim.Optimizer):
         read = resume.read(state_dict, self._records, self.param_groups, self.defaults, kinds)
         if read.numbers is None:
             warnings.warn(
-                "Lomo: the state dict is of torch.optim.SGD. Loaded: learning rates, weight decay and what schedulers "
-                f"keep in the groups. Dropped: {', '.join(read.dropped) or 'nothing that was in use'}",
+                "Lomo: the state dict is from torch.optim.SGD. Loaded: learning rates, weight decay and what "
+                f"schedulers keep in the groups. Dropped: {', '.join(read.dropped) or 'nothing that was in use'}",
                 stacklevel=4,  # load_state_dict's caller
             )
             self._drop_norm()
@@ -487,9 +497,9 @@ class Lomo(torch.optim.Optimizer):
             post_hook(self)
 
     def _repeat_state(self) -> None:
-        """Puts our numbers where torch looks for a parameter's state.
+        """Puts the optimizer's numbers into ``self.state``, where torch looks for a parameter's state.
 
-        `torch.distributed.checkpoint` would take an empty one as a reason to make gradients for all and do a step.
+        If the state were empty, `torch.distributed.checkpoint` would make gradients for all parameters and run a step.
         """
         for record in self._records:
             self.state[record.param] = self._state.by_parameter() | {"seed": self._seed}
@@ -498,8 +508,8 @@ class Lomo(torch.optim.Optimizer):
 
     def __copy__(self) -> NoReturn:
         raise TypeError(
-            "Lomo: copy.copy of the optimizer would be a second one of the same parameters. Use the optimizer itself, "
-            "or copy.deepcopy((model, optimizer))"
+            "Lomo: copy.copy would make a second optimizer of the same parameters. Use the optimizer itself, or "
+            "copy.deepcopy((model, optimizer))"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -509,10 +519,10 @@ class Lomo(torch.optim.Optimizer):
         return copies.pickled(self)
 
     def _become(self, groups: list[dict[str, Any]], settings: dict[str, Any], numbers: dict[str, Any]) -> None:
-        """Makes a new object the optimizer whose `copies.Parts` these are."""
+        """Initialises a new object from `copies.Parts`."""
         Lomo.__init__(self, groups, **settings)  # a subclass may take other arguments
         self._state.load(numbers)
-        self._state.norm.copy_(numbers["norm"])
+        self._state.load_norms(numbers)
 
     # ---- One step ---------------------------------------------------------------------------------------------------
 
@@ -569,13 +579,13 @@ class Lomo(torch.optim.Optimizer):
         self._finish(step, scaled)
 
     def _check_loss(self, loss: Tensor) -> None:
-        """Raises TypeError, ValueError or RuntimeError unless `loss` is one number that no GradScaler has scaled."""
+        """Raises TypeError, ValueError or RuntimeError unless `loss` is one number, and no GradScaler has scaled it."""
         check_loss(loss)
         if not self._looked_for_scaler:  # once: some loops multiply by another tensor each time
             self._looked_for_scaler = check_no_grad_scaler(loss)
 
     def _scale_float16(self, loss: Tensor) -> None:
-        """The first backward settles what ``loss_scale="auto"`` means with parameters none of which is float16."""
+        """The first backward decides what ``loss_scale="auto"`` means if no parameter is float16."""
         if not self._scale_is_open:
             return
         self._scale_is_open = False
@@ -583,8 +593,8 @@ class Lomo(torch.optim.Optimizer):
             return
         if self._ranks is not None:  # which would have to agree on it
             warnings.warn(
-                "Lomo: backward computes in float16 (autocast?) without a loss scale, and small gradients become zero. "
-                'Over several processes, say loss_scale="dynamic" (or None) when the optimizer is made',
+                "Lomo: backward computes in float16 (autocast?) without a loss scale, so small gradients become zero. "
+                'Over several processes, pass loss_scale="dynamic" (or None) to Lomo',
                 stacklevel=9,
             )
             return
@@ -592,7 +602,7 @@ class Lomo(torch.optim.Optimizer):
         self._place()
 
     def _start_scale(self, loss: Tensor) -> Tensor | None:
-        """The loss scale for a backward from `loss`, which the kernels are told to take out again. None: no scaling."""
+        """The loss scale for a backward from `loss`; tells the kernels to divide by it. None: no scaling."""
         scale = self._state.scale.of(loss) if self._state.scale.used else None
         self._state.unscale_by(scale)
         return scale
@@ -603,14 +613,14 @@ class Lomo(torch.optim.Optimizer):
         self._repeats.check_clipping(graph, self._state, lambda ranks: self._look(step, graph, scale, ranks))
 
     def _look(self, step: Step, graph: Graph, scale: Tensor | None, ranks: Ranks | None) -> None:
-        """A backward that adds up norms, in slots set to zero, and leaves the graph for another one."""
+        """A backward that sets the slots to zero, adds up norms in them, and keeps the graph for another backward."""
         self._state.zero_slots()
         scaled = scale is not None or self._state.divides
         norms = NormPass(self._state.devices, scaled=scaled, ranks=ranks)
         self._sweep(step, norms, graph, scale, retain_graph=True)
 
     def _drop_norm(self) -> None:
-        """Forgets a norm that `grad_norm` found and no `fused_backward` used."""
+        """Drops a norm that `grad_norm` found and no `fused_backward` used."""
         if self._norm_is_known:
             self._norm_is_known = False
             self._state.abandon_step()
@@ -627,18 +637,18 @@ class Lomo(torch.optim.Optimizer):
         step.sink = None
         if not any(record.fired == sweep.serial for record in self._records):
             raise RuntimeError(
-                "Lomo: no gradient came: the loss depends on none of the optimizer's parameters, or only on copies of "
+                "Lomo: no gradient came. The loss depends on none of the optimizer's parameters, or only on copies of "
                 "them (model and optimizer were pickled apart?). Make the optimizer after fully_shard, "
-                "parallelize_module, deepcopy and whatever else exchanges parameters; FSDP1 (FullyShardedDataParallel) "
-                "is not served, fully_shard is; under set_requires_gradient_sync(False) use optimizer.accumulate()"
+                "parallelize_module, deepcopy and all else that replaces parameters. Use fully_shard, not FSDP1 "
+                "(FullyShardedDataParallel). Under set_requires_gradient_sync(False) use optimizer.accumulate()"
             )
 
     def _foreign_leaves(self, graph: Graph) -> list[Tensor]:
-        """What a backward through `graph` may give gradients besides parameters that a `Lomo` manages."""
+        """Leaves of `graph` that may get a gradient and that no `Lomo` manages."""
         return unmanaged([*graph.leaves, *(() if self._ranks is None else self._ranks.leaves())])
 
     def _add_to_kept(self, step: Step, loss: Tensor, kept: list[tuple[Record, Tensor]]) -> None:
-        """One backward whose gradients add to ``.grad``, with the loss scale that those there carry."""
+        """One backward that adds to ``.grad``, with the loss scale of the gradients that are there."""
         scale = self._accumulation.scale_for(loss, kept, self._state.scale)
         step.isolate([] if scale is None else self._foreign_leaves(Graph(loss)))
         step.adds_scaled = scale is not None
@@ -654,7 +664,7 @@ class Lomo(torch.optim.Optimizer):
             self._apply_kept(step, keep=True)
 
     def _apply_kept(self, step: Step, *, keep: bool) -> None:
-        """One step from what stands in ``.grad``, which stays there where `keep`."""
+        """One step from the gradients in ``.grad``. They stay there if `keep`."""
         self._drop_norm()
         kept = self._accumulation.gradients()
         scale = self._accumulation.scale_of(kept)
@@ -680,13 +690,13 @@ class Lomo(torch.optim.Optimizer):
 
     def _unreduced(self) -> bool:
         """Whether FSDP2 holds gradients of backwards without synchronisation. Only the first of two passes would see
-        them: they need one backward into ``.grad``. Raises RuntimeError where they may not carry the loss scale."""
+        them, so they need one backward into ``.grad``. Raises RuntimeError if they may lack the loss scale."""
         if self._ranks is None or not self._ranks.unreduced():
             return False
         if self._state.scale.used:
             raise RuntimeError(
-                "Lomo: gradients of backwards under set_requires_gradient_sync(False) wait in FSDP2, with or without a "
-                "loss scale. With one, leave synchronisation on and use optimizer.accumulate()"
+                "Lomo: gradients of backwards under set_requires_gradient_sync(False) wait in FSDP2. They may lack the "
+                "loss scale. Leave synchronisation on and use optimizer.accumulate(). No weight was changed"
             )
         return self._needs_norm_first
 
@@ -710,14 +720,14 @@ class Lomo(torch.optim.Optimizer):
         if not self._needs_norm_first:
             self._state.decide(None)
             outcome = (
-                "the elements concerned kept their weight, the others were updated (with clip_grad_norm or dynamic "
-                "loss scaling none would have been)"
+                "elements whose gradient is not finite were kept, the others were updated (with clip_grad_norm or "
+                "dynamic loss scaling, all would have been kept)"
             )
             self._raise_if_not_finite(step, scaled, outcome)
         self._end(step, scaled)
 
     def _raise_if_not_finite(self, step: Step, scaled: bool, outcome: str) -> None:
-        """Ends the step with an error where the mode is "raise" and the norm is not finite."""
+        """Ends the step with an error if ``nonfinite="raise"`` and the norm is not finite."""
         if self._raise and self._state.home.found_inf.item():
             names = [record.name for record in self._records if not record.slot.isfinite().item()]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -726,7 +736,7 @@ class Lomo(torch.optim.Optimizer):
             raise FloatingPointError(f"Lomo: the gradient is not finite {where}; {outcome}")
 
     def _end(self, step: Step, scaled: bool) -> None:
-        """Counts the step, moves the loss scale, and tells the ranks' engine, schedulers and autocast."""
+        """Counts the step, updates the loss scale, and informs the ranks' engine, schedulers and autocast."""
         if self._ranks is not None:
             self._ranks.end()
         self._state.end_step(scaled)
@@ -739,7 +749,7 @@ class Lomo(torch.optim.Optimizer):
     # ---- Parameters -------------------------------------------------------------------------------------------------
 
     def _refresh(self, loss: Tensor | None = None, lr: float | Tensor | None = None) -> None:
-        """Takes over what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the scale."""
+        """Reads what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the loss scale."""
         self._check_not_ended()
         check_groups(self._records, self.param_groups)
         for record in self._records:
@@ -760,12 +770,12 @@ class Lomo(torch.optim.Optimizer):
         self._state.refresh(self.param_groups, lr)
 
     def _check_not_wrapped(self) -> None:
-        """Raises RuntimeError on a wrapper that is a subclass of ours, which reads the optimizer's attributes and keeps
-        to itself what is written."""
+        """Raises RuntimeError on a wrapper that is a subclass of `Lomo`. Such a wrapper reads the optimizer's
+        attributes, but writes its own."""
         if self._itself() is not self:
             raise RuntimeError(
-                f"Lomo: this is a {type(self).__name__} around the optimizer, on which a step would be only half done. "
-                "Call the optimizer itself: the wrapper's .optimizer. No weight was changed"
+                f"Lomo: this is a {type(self).__name__} around the optimizer. A step on it would be incomplete. Call "
+                "the optimizer itself: the wrapper's .optimizer. No weight was changed"
             )
 
     def _check_not_ended(self) -> None:
@@ -773,7 +783,7 @@ class Lomo(torch.optim.Optimizer):
             raise RuntimeError(f"Lomo: {self._ended}")
 
     def _place(self) -> None:
-        """Makes the device side anew: parameters were added, or moved to another device or dtype."""
+        """Makes the device state again: parameters were added, or moved to another device or dtype."""
         for record in self._records:
             check_parameter(record.name, record.param)
             record.served = is_served(record.param)
@@ -813,11 +823,11 @@ class Lomo(torch.optim.Optimizer):
         """Ends the use of other optimizers that manage some of `records`. Raises RuntimeError if one is amid a step."""
         for owner in other_owners(records, self):
             owner._end_use(
-                "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters; a "
-                "parameter has one optimizer. Use the newer one, or make one of the parameters that are left"
+                "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters. A "
+                "parameter has one optimizer. Use the newer one, or make another one of the other parameters"
             )
 
     def _end_use(self, reason: str) -> None:
-        """Takes everything off the parameters. `reason`: what a later use is refused with."""
+        """Removes all hooks from the parameters. `reason`: the error message of a later use."""
         self._attachment.remove()
         self._ended = self._ended or reason

@@ -1,4 +1,4 @@
-"""Which optimizer manages a parameter, and which optimizer's backward runs: a gradient goes to no other one.
+"""Which optimizer manages a parameter, and which optimizer's backward runs. Only this optimizer gets gradients from it.
 
 Nothing here holds a weak reference to a tensor: `torch.utils.swap_tensors` refuses a tensor that has one.
 """
@@ -62,8 +62,8 @@ def other_owners(records: Iterable[Record], optimizer: Owner) -> list[Any]:
             continue
         if owner._steps.current is not None:
             raise RuntimeError(
-                f"Lomo: {record.name} is managed by another Lomo, which is amid a step; make the new optimizer when "
-                "that step has ended"
+                f"Lomo: {record.name} is managed by another Lomo, which is amid a step. Nothing was changed. Make the "
+                "new optimizer after this step"
             )
         others[id(owner)] = owner
     return list(others.values())
@@ -77,11 +77,11 @@ _KEY = "lomo_kernels.optimizer_backward"
 class OptimizerBackward:
     """One backward that an optimizer runs. It leaves no gradient on parameters that other live optimizers manage.
 
-    Their own hooks drop such a gradient as soon as it exists, also inside a reentrant checkpoint. A gradient that stood
-    in ``.grad`` before is set aside while autograd accumulates, which would add to it in place.
+    The hooks of those parameters drop such a gradient as soon as it exists, also inside a reentrant checkpoint.
+    Autograd would add it in place to a gradient that is in ``.grad`` already. So the older one is set aside meanwhile.
 
     Args:
-        optimizer: whose backward it is.
+        optimizer: the optimizer that runs the backward.
     """
 
     def __init__(self, optimizer: Owner) -> None:
@@ -106,14 +106,14 @@ class OptimizerBackward:
                 self._handles.append(record.param.register_hook(self._before_accumulation(record.param)))
 
     def end(self) -> None:
-        """Also after an error, which may have come between setting a gradient aside and putting it back."""
+        """Removes the hooks, and gives back gradients that are still set aside after an error."""
         for handle in self._handles:
             handle.remove()
         for param, grad in self._aside.values():
             param.grad = grad
 
     def drop(self, param: Tensor) -> None:
-        """Called by the hook of another optimizer's parameter: its ``.grad`` is again what it was before."""
+        """Called by the hook of another optimizer's parameter. Makes its ``.grad`` what it was before this backward."""
         if id(param) not in self._watched:
             param.grad = None
         elif id(param) in self._aside:
@@ -132,14 +132,14 @@ class OptimizerBackward:
 
 
 def optimizer_backward() -> OptimizerBackward | None:
-    """The innermost backward that a `Lomo` runs around the caller, which may be a hook in one of autograd's threads."""
+    """The innermost backward of a `Lomo` in which the caller runs. The caller may be a hook in a thread of autograd."""
     backward = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
-    # An interrupt may keep `Step.leave` from taking its note back.
+    # An interrupt may have kept `Step.leave` from removing the entry.
     return backward if backward is not None and backward.optimizer._steps.current is not None else None
 
 
 def set_optimizer_backward(backward: OptimizerBackward | None) -> None:
-    """Says what `optimizer_backward` gives. It is noted in torch's thread-local objects, which autograd hands on to its
+    """Sets what `optimizer_backward` returns. It is kept in torch's thread-local objects, which autograd copies to its
     own threads."""
     if backward is not None:
         torch._C._stash_obj_in_tls(_KEY, backward)
@@ -148,5 +148,5 @@ def set_optimizer_backward(backward: OptimizerBackward | None) -> None:
 
 
 def unmanaged(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Those of `leaves` that no live optimizer manages: a backward leaves the ``.grad`` of a plain one on them."""
+    """Those of `leaves` that no live optimizer manages. They get the ``.grad`` of a plain backward."""
     return [leaf for leaf in leaves if owner_of(leaf) is None]

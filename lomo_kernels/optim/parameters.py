@@ -68,8 +68,8 @@ def _refuse_wrappers(model: nn.Module) -> None:
         replicated = any(base.__module__ == "torch.distributed._composable.replicate" for base in type(module).__mro__)
         if replicated or isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
             raise RuntimeError(
-                f"Lomo: the model holds a {kind}. Gradients reach the hooks before it has reduced them (or not at "
-                f"all), and the ranks would drift apart without a word. {_INSTEAD[kind == 'FullyShardedDataParallel']}"
+                f"Lomo: the model holds a {kind}. The hooks get gradients before {kind} has reduced them, or none. The "
+                f"ranks would get different weights. {_INSTEAD[kind == 'FullyShardedDataParallel']}"
             )
 
 
@@ -106,14 +106,14 @@ def check_parameter(name: str, param: Any) -> None:
         raise ValueError(f"Lomo: {name} has layout {param.layout}, expected a dense (strided) tensor (or frozen)")
     if overlaps_itself(param):
         raise ValueError(
-            f"Lomo: several elements of {name} share one place in memory (an expanded tensor?), which cannot be "
-            "updated in place; pass a contiguous parameter"
+            f"Lomo: several elements of {name} share one place in memory (an expanded tensor?). It cannot be updated "
+            "in place; pass a contiguous parameter"
         )
     check_device(param.device)
 
 
 def is_served(param: Tensor) -> bool:
-    """Whether the kernels can update `param`, which `check_parameter` let pass. A frozen one may be of another kind."""
+    """Whether the kernels can update `param`. `check_parameter` accepts frozen ones that they cannot update."""
     if param.requires_grad:
         return True
     local = local_of(param)
@@ -126,7 +126,7 @@ def is_served(param: Tensor) -> bool:
 
 
 def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises ValueError where two parameters share memory: each update would be of a weight the other has changed."""
+    """Raises ValueError if two parameters share memory: each update would change the other parameter."""
     by_device: dict[torch.device, list[Region]] = {}
     for name, param in ((name, local_of(param)) for name, param in named):
         if not (isinstance(param, FakeTensor) or param.is_meta or param.layout != torch.strided) and param.numel():
@@ -135,19 +135,19 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
         if conflict := find_conflict(regions):
             first, second = conflict
             raise ValueError(
-                f"Lomo: {first.name} and {second.name} share memory but are two parameters, and each update would meet "
-                "what the other made of it; make them one parameter (tie the modules to the same nn.Parameter)"
+                f"Lomo: {first.name} and {second.name} share memory but are two parameters. Each update would change "
+                "both; make them one parameter (tie the modules to the same nn.Parameter)"
             )
 
 
 _NOT_ADDED = (
     ", by hand or by an engine that was given this optimizer (DeepSpeed's ZeRO: give it none, see "
-    "docs/distributed.md); use add_param_group(), or make a new optimizer"
+    "docs/distributed.md). No weight was changed. Use add_param_group(), or make a new optimizer"
 )
 
 
 def check_groups(records: Sequence[Record], groups: Sequence[dict[str, Any]]) -> None:
-    """Raises RuntimeError where `groups` hold other parameters than `records`, those with hooks."""
+    """Raises RuntimeError if `groups` hold other parameters than `records`, the ones with hooks."""
     params = [param for group in groups for param in group["params"]]
     if len(params) != len(records):
         raise RuntimeError(f"Lomo: parameters were put into or taken out of param_groups{_NOT_ADDED}")
@@ -160,7 +160,7 @@ def check_unchanged(records: Sequence[Record], model: nn.Module | None) -> None:
     """Raises RuntimeError if parameters were cut into parts, or exchanged in `model`, since hooks were put on them.
 
     Args:
-        model: None: not compared. FSDP2 exchanges a model's parameters for others while it runs.
+        model: None: not compared, as under FSDP2, which replaces parameters while it runs.
     """
     for record in records:
         if record.local is not local_of(record.param):
@@ -175,7 +175,7 @@ def check_unchanged(records: Sequence[Record], model: nn.Module | None) -> None:
     missing = [name for key, name in managed.items() if key not in present]
     if missing and any(param.requires_grad and key not in managed for key, param in present.items()):
         raise RuntimeError(
-            f"Lomo: the model's {missing[0]} is another parameter than when the optimizer was made, and the hook on "
-            "the old one will not be called. Make the optimizer after fully_shard, parallelize_module and whatever "
-            "else exchanges parameters. No weight was changed"
+            f"Lomo: the model's {missing[0]} is another parameter than when the optimizer was made, and the new one "
+            "has no hook. Make the optimizer after fully_shard, parallelize_module and all else that replaces "
+            "parameters. No weight was changed"
         )

@@ -43,9 +43,9 @@ class Record:
         self.param = param
         self.index = index
         self.name = name
-        self.served = True  # the kernels can update it; False: frozen, and of another dtype or so
+        self.served = True  # the kernels can update it; False: frozen, and of a kind that they do not take
         self.hooked = False  # a frozen parameter has no hook
-        self.attributes: dict[str, Any] | None = None  # the parameter's __dict__, which swap_tensors exchanges
+        self.attributes: dict[str, Any] | None = None  # the parameter's __dict__; swap_tensors exchanges it
         self.fused = False  # some of its layers hand over factors in place of its gradient
         self.reused = False  # several layers have it, or one was used several times in a backward
         self.fired = -1  # the last pass in which its gradient came
@@ -60,25 +60,25 @@ class Record:
 
     @property
     def scaled(self) -> bool:
-        """Whether what stands in ``.grad`` carries the loss scale: whether it is what `accumulate` left there."""
+        """Whether the gradient in ``.grad`` carries the loss scale, because `accumulate` left it there."""
         return self.scaled_grad is not None and self.param.grad is self.scaled_grad
 
     @property
     def zeroed(self) -> bool:
-        """Whether what stands in ``.grad`` is the zeros that `zero_grad` left there: zeros carry any loss scale."""
+        """Whether ``.grad`` still has the zeros that `zero_grad` left. Zeros are right for any loss scale."""
         if self.zeros is None:
             return False
         grad, (zeros, version) = self.param.grad, self.zeros
         return grad is not None and grad is zeros and grad._version == version
 
     def note_zeros(self) -> None:
-        """What stands in ``.grad``, if anything, was filled with zeros."""
+        """Called when the gradient in ``.grad``, if any, was filled with zeros."""
         grad = self.param.grad
         self.scaled_grad = None
         self.zeros = None if grad is None else (grad, grad._version)
 
     def forget_old_grad(self) -> None:
-        """Lets go of gradients that stand in ``.grad`` no more."""
+        """Drops references to gradients that are no longer in ``.grad``."""
         if not self.scaled:
             self.scaled_grad = None
         if not self.zeroed:

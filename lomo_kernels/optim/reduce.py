@@ -102,8 +102,8 @@ class Averaged(Ranks):
                 continue
             if tensor.layout != torch.strided or tensor.is_quantized:
                 raise NotImplementedError(
-                    f"Lomo: process_group sends parameters and buffers from its first rank, which a tensor of dtype "
-                    f"{tensor.dtype} and layout {tensor.layout} cannot be; leave process_group out"
+                    f"Lomo: process_group sends parameters and buffers from its first rank. A tensor of dtype "
+                    f"{tensor.dtype} and layout {tensor.layout} cannot be sent; leave process_group out"
                 )
             sent = tensor.detach().contiguous()
             as_bytes = sent.view(-1).view(torch.uint8)  # backends do not send every dtype
@@ -192,7 +192,7 @@ class Averaged(Ranks):
                 yield record, part.view(record.param.shape)
 
     def _agree_on_order(self) -> None:
-        """Takes over in which order gradients came on rank 0, those that did not come last. Once: it is read here."""
+        """Takes the order of gradients on rank 0, then parameters without one. Once: the host reads the order."""
         came = list(dict.fromkeys(self._came))
         order = torch.tensor(
             [*came, *(index for index in self._order if index not in set(came))],

@@ -1,26 +1,31 @@
-"""Whether a second backward through a graph gives the gradients of the first, as clipping in two passes needs.
+"""Checks that a second backward through a graph gives the gradients of the first. Clipping in two passes needs that.
 
-It does not after a backward that writes over what its forward saved, or that draws random numbers anew. Autograd sees
-neither: a kernel that is given bare memory moves no version counter. So the first step of each new graph runs its norm
-pass twice and compares the norm of every parameter, before any weight changes.
+The gradients differ if a backward overwrites what its forward saved, or draws new random numbers. Autograd notices
+neither: a kernel that writes through a pointer changes no version counter. So the first step of each new graph runs its
+norm pass twice. It compares the norm of every parameter before any weight changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .graph import Graph
+from .owners import optimizer_backward
 from .ranks import Ranks
 from .records import Device, Record
 from .state import State
 
-# A model whose graph is another in every step (experts, lengths) pays for this many. After them only a graph with a new
-# kind of node is looked at twice.
+# A model's graph may differ in every step (experts, sequence lengths). Graphs of this many shapes are checked. After
+# that, a graph is checked only if it has a new kind of node.
 _SHAPES = 64
 
 _TWO_PASSES = (
@@ -28,11 +33,11 @@ _TWO_PASSES = (
     "was changed"
 )
 _CHECKPOINTS = (
-    "With reentrant checkpoints a backward that only looks precedes the update. Use torch.utils.checkpoint with "
-    "use_reentrant=False, which needs none. No weight was changed"
+    "With reentrant checkpoints, a backward that updates nothing runs before the update. Use torch.utils.checkpoint "
+    "with use_reentrant=False, which needs one backward only. No weight was changed"
 )
 
-# What a hook that gives a tensor up once, or torch for it, raises when it is asked again.
+# Errors of a second backward whose saved tensors are gone. Hooks that give a saved tensor once raise them, and torch.
 _FAILURES = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
 
 
@@ -40,11 +45,13 @@ class Repeats:
     """What an optimizer has seen of graphs whose backward repeats itself, and the checks of new ones.
 
     Args:
+        optimizer: a `Lomo`, which this does not keep alive.
         records: its parameters: its own list, which grows with it.
         model: gives the model that it trains, if that is known.
     """
 
-    def __init__(self, records: Sequence[Record], model: Callable[[], nn.Module | None]) -> None:
+    def __init__(self, optimizer: Any, records: Sequence[Record], model: Callable[[], nn.Module | None]) -> None:
+        self._optimizer = weakref.ref(optimizer)
         self._records = records
         self._model = model
         self._shapes: set[int] = set()
@@ -62,12 +69,12 @@ class Repeats:
         """
         if self._knows(graph):
             return
-        # An engine that reduces inside backward needs all ranks for it, and only at first does each know that all look.
+        # An engine that reduces inside backward needs all ranks for this check. They all run it in the first step only.
         first = not self._shapes
         ranks = state.ranks
         if ranks is not None and ranks.same_graphs and not first:
             return
-        # A step without a finite norm changes nothing, and its norms say little.
+        # A step whose norm is not finite changes nothing, and its norms cannot be compared.
         if not _can_compare(list(state.devices.values())) or state.home.found_inf.item():
             return
         self._compare(graph, state, look, ranks if first else None, _TWO_PASSES)
@@ -77,13 +84,14 @@ class Repeats:
     def check_checkpoints(self, graph: Graph, state: State, look: Callable[[Ranks | None], None]) -> None:
         """With one backward, a gradient that comes twice must be found before a weight has changed.
 
-        So a backward with reentrant checkpoints, where their number is new, is preceded by one that only looks. It
-        sends nothing where ranks count different numbers: the others would not be there. Arguments as `check_clipping`.
+        So if the number of reentrant checkpoints is new, a norm pass runs before the update. It sends nothing between
+        ranks whose graphs may differ: the other ranks may not run it. Arguments as `check_clipping`.
         """
         count = graph.reentrant_checkpoints(thorough=self._checkpoints is None)
         if count and count != self._checkpoints:
             ranks = state.ranks if state.ranks is not None and state.ranks.same_graphs else None
-            look(ranks)
+            with _statistics_kept(self._optimizer(), self._model()):  # only the first step of a run begins so
+                look(ranks)
             if _can_compare(list(state.devices.values())):
                 self._compare(graph, state, look, ranks, _CHECKPOINTS)
         self._checkpoints = count or self._checkpoints or 0
@@ -94,13 +102,13 @@ class Repeats:
     def _compare(
         self, graph: Graph, state: State, look: Callable[[Ranks | None], None], ranks: Ranks | None, advice: str
     ) -> None:
-        """Raises RuntimeError, on every one of `ranks`, unless a second `look` gives the norms that the slots hold."""
+        """Raises RuntimeError, on every one of `ranks`, unless a second `look` gives the norms in the slots."""
         devices = list(state.devices.values())
         kept = [device.slots.clone() for device in devices]
-        if ranks is None and state.ranks is not None:  # this rank alone: its slots hold norms of all ranks' gradients
+        if ranks is None and state.ranks is not None:  # only this rank checks: its slots hold norms of averages
             look(None)
         first = [device.slots.clone() for device in devices]
-        _look_again(lambda: look(ranks), self._model(), devices, advice)
+        _look_again(lambda: look(ranks), self._optimizer(), self._model(), devices, advice)
         second = [device.slots.clone() for device in devices]
         indices = _differing(self._records, first, second)
         number = torch.tensor(float(len(indices)), dtype=torch.float64, device=state.norm.device)
@@ -113,29 +121,35 @@ class Repeats:
 
 
 def _can_compare(devices: Sequence[Device]) -> bool:
-    """Whether the slots have numbers to read: not in a simulation (`lomo_kernels.plan`), nor on the meta device.
+    """Whether norms can be read. They cannot in a simulation (`lomo_kernels.plan`) and on the meta device.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
     if any(device.slots.is_cuda for device in devices) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "Lomo: a CUDA graph captures the first step of its shape, which reads on the host whether two backwards "
-            "agree. Run one such step before the capture (as the warm-up that torch asks for)"
+            "Lomo: a CUDA graph captures the first step with this graph. The first step compares two backwards on the "
+            "host, which a capture does not allow. Run one such step before the capture, as torch's warm-up does"
         )
     return not any(isinstance(device.slots, FakeTensor) or device.slots.is_meta for device in devices)
 
 
-def _look_again(look: Callable[[], None], model: nn.Module | None, devices: Sequence[Device], advice: str) -> None:
-    """Runs the norm pass `look` once more, without a trace in random numbers and batch norms: a resumed run, which
-    begins with it, goes on as the run that it resumes.
+def _look_again(
+    look: Callable[[], None], optimizer: Any, model: nn.Module | None, devices: Sequence[Device], advice: str
+) -> None:
+    """Runs the norm pass `look` once more, and restores random number generators and batch norm statistics after it.
+
+    A resumed run runs this pass too. It has to continue exactly as the run that it resumes.
 
     Raises:
-        RuntimeError: it failed, though the first did not.
+        RuntimeError: this pass failed, and the first did not.
     """
     indices = {device.slots.device.index for device in devices if device.slots.is_cuda}
     try:
-        with torch.random.fork_rng(sorted(index for index in indices if index is not None)), _statistics_kept(model):
+        with (
+            torch.random.fork_rng(sorted(index for index in indices if index is not None)),
+            _statistics_kept(optimizer, model),
+        ):
             look()
     except torch.OutOfMemoryError:
         raise
@@ -143,37 +157,56 @@ def _look_again(look: Callable[[], None], model: nn.Module | None, devices: Sequ
         if str(error).startswith("Lomo:"):
             raise
         raise RuntimeError(
-            f"Lomo: a second backward through the same graph failed, though the first did not: {error}. Selective "
-            "activation checkpoints (context_fn) and hooks that give a saved tensor up once (offloading) allow one "
-            f"backward only. {advice}"
+            f"Lomo: a second backward through the same graph failed, and the first did not: {error}. Selective "
+            "activation checkpoints (context_fn) and hooks that give a saved tensor only once (offloading) allow one "
+            f"backward. {advice}"
         ) from error
 
 
 @contextmanager
-def _statistics_kept(model: nn.Module | None) -> Iterator[None]:
-    """Gives batch norms, which a checkpoint runs again in every backward, their statistics back."""
-    buffers = [
-        buffer
-        for module in (() if model is None else model.modules())
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
-        for buffer in module.buffers(recurse=False)
-    ]
-    copies = [buffer.detach().clone() for buffer in buffers]
+def _statistics_kept(optimizer: Any, model: nn.Module | None) -> Iterator[None]:
+    """Restores the statistics of batch norms. A checkpoint runs them again in every backward.
+
+    Restored are the batch norms of `model`, and all that are called inside a backward of `optimizer`. The optimizer may
+    have been given parameters in place of a model, and its loss may come from several models.
+    """
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+                for buffer in module.buffers(recurse=False):
+                    if id(buffer) not in copies:
+                        copies[id(buffer)] = buffer, buffer.detach().clone()
+
+    def before_forward(module: nn.Module, _: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        backward = optimizer_backward()
+        if backward is not None and backward.optimizer is optimizer:
+            keep(module.modules() if "_orig_mod" in module._modules else [module])  # compiled: calls no hooks inside
+
+    if model is not None:
+        keep(model.modules())
+    handle = register_module_forward_pre_hook(before_forward)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # on modules with global hooks
+            yield
     finally:
-        for buffer, before in zip(buffers, copies, strict=True):
-            buffer.data.copy_(before)  # .data: with a version counter of its own, for autograd has saved the buffer
+        handle.remove()
+        for buffer, before in copies.values():
+            buffer.data.copy_(before)  # .data has its own version counter: autograd may have saved the buffer
 
 
 def _tolerance(record: Record) -> tuple[float, float]:
-    """By how much a parameter's norm may differ in two passes: relative to itself, and to the norm of all.
+    """By how much a parameter's norm may differ in two passes: relative to this norm, and to the norm of all.
 
     Eager kernels on a CPU repeat every bit. Code of torch.compile adds to an embedding's rows in any order there, and
-    GPUs add with atomics. Another order of 100 terms an element moves a norm by up to 2e-6 in float32. In bfloat16, in
-    which each sum is rounded, it is 3e-2 for one element, 1e-2 for 16, 2e-3 for 640 and 3e-4 for 25,600. On a GPU a
-    float32 gradient may come through bfloat16 as well (autocast). A gradient that is zero except for rounding (of a
-    key's bias) may be any other, so a share of the norm of all is added.
+    GPUs add with atomics. Another order of 100 terms per element changes a norm by up to 2e-6 in float32. In bfloat16
+    each sum is rounded: the change is 3e-2 for one element, 1e-2 for 16, 2e-3 for 640 and 3e-4 for 25,600. On a GPU a
+    float32 gradient may come through bfloat16 as well (autocast). Some gradients are zero except for rounding (of a
+    key's bias, say) and differ completely. So a share of the norm of all is added.
     """
     if record.device.type == "cpu" and record.dtype is torch.float32:
         return 1e-4, 1e-6
@@ -182,9 +215,10 @@ def _tolerance(record: Record) -> tuple[float, float]:
 
 def _differing(records: Sequence[Record], first: Sequence[Tensor], second: Sequence[Tensor]) -> list[int]:
     """Indices of the parameters whose norm is not the same in two passes, given as slots (one tensor per device)."""
-    # One per parameter: the slots of other devices than its own are zero.
+    # A parameter's slot is zero on every device except its own.
     a, b = (torch.stack([slots.cpu() for slots in some]).sum(0).sqrt() for some in (first, second))
-    relative, share = torch.tensor([_tolerance(record) for record in records], dtype=torch.float64).unbind(1)
+    tolerances = torch.tensor([_tolerance(record) for record in records], dtype=torch.float64, device="cpu")
+    relative, share = tolerances.unbind(1)
     both = torch.stack([a, b])
     total = both.nan_to_num(nan=0.0, posinf=0.0).norm(dim=1).max()
     near = (a - b).abs() <= relative * both.amax(0) + share * total
@@ -200,7 +234,7 @@ def _difference(
     graph: Graph,
     advice: str,
 ) -> RuntimeError:
-    """What to raise when the passes differ in the norms of the parameters with these indices, perhaps none here."""
+    """The error for two passes that differ in the norms of the parameters `indices`; empty: another rank saw it."""
     where = "on another rank"
     if indices:
         norms = [
@@ -210,11 +244,11 @@ def _difference(
             for some in (first, second)
         ]
         more = f" (and {len(indices) - 1} more)" if len(indices) > 1 else ""
-        where = f"of {records[indices[0]].name}{more}, whose norm is {norms[0]:.4g} and then {norms[1]:.4g}"
-    custom = f" This graph's own backwards: {', '.join(sorted(graph.custom))}." if graph.custom else ""
+        where = f"of {records[indices[0]].name}{more}: its norm is first {norms[0]:.4g}, then {norms[1]:.4g}"
+    custom = f" Custom backwards in this graph: {', '.join(sorted(graph.custom))}." if graph.custom else ""
     return RuntimeError(
         f"Lomo: two backwards through the same graph gave different gradients {where}. The usual cause is a loss or a "
-        "layer whose backward writes over what its forward saved (the cross entropies of Liger and unsloth, in-place "
-        "attention), or dropout or noise that is drawn anew in backward (preserve_rng_state=False, a hook)."
+        "layer whose backward overwrites what its forward saved (the cross entropies of Liger and unsloth, in-place "
+        "attention), or dropout or noise that draws new random numbers in backward (preserve_rng_state=False, a hook)."
         f"{custom} {advice}"
     )

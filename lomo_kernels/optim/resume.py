@@ -1,4 +1,4 @@
-"""What a state dict holds, and the checks of one before anything of it is loaded."""
+"""What a state dict holds, and its checks. They come before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .records import Record
 from .scaling import GROWTH_INTERVAL, KINDS, LARGEST_SCALE, SMALLEST_SCALE
 
 KEY = "lomo"  # of the library's entry in a state dict
-VERSION = 1  # of that entry; raised when a reader of the present one would misread it
+VERSION = 1  # of that entry; raised if a reader of this version would misread a newer entry
 
-#: What every entry holds, and what of it `torch.distributed.checkpoint` keeps with each parameter.
+#: Numbers of the entry. `torch.distributed.checkpoint` keeps the same numbers with each parameter.
 _NUMBERS = ("step", "skipped_steps", "scaling", "loss_scale", "growth_tracker", "seed")
 _SGD_ONLY = frozenset(("momentum", "dampening", "nesterov", "maximize", "foreach", "differentiable", "fused"))
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module"))  # torch.compile, checkpoint_wrapper
@@ -25,21 +25,20 @@ _FROM = "expected one from Lomo.state_dict()"
 
 
 class Resumed(NamedTuple):
-    """A state dict that was checked whole, and shares no memory with it except the numbers' tensors."""
+    """A state dict that was checked completely. It shares no memory with the user's, except the numbers' tensors."""
 
-    groups: list[dict[str, Any]]  # hyperparameters and whatever schedulers keep there, without parameters
-    numbers: dict[str, Any] | None  # as `State.load` takes them, with the seed; None: the state dict is SGD's
-    dropped: list[str]  # of SGD's options, those that are not taken over
+    groups: list[dict[str, Any]]  # hyperparameters, and what schedulers keep there; without parameters
+    numbers: dict[str, Any] | None  # for `State.load`, and the seed; None: the state dict is SGD's
+    dropped: list[str]  # options of SGD that are not loaded
 
 
 def layout(records: Sequence[Record]) -> list[list[Any]]:
-    """Name and shape of every parameter, in the order that keys their random bits."""
+    """Name and shape of every parameter. The position in this list keys a parameter's random bits."""
     return [[record.name, list(shape_of(record.param))] for record in records]
 
 
 def add_entry(optimizer: Any, state: dict[str, Any]) -> None:
-    """A hook of `torch.optim.Optimizer.state_dict`: makes copies of all tensors in what torch put together, and adds
-    the library's entry."""
+    """A hook of `torch.optim.Optimizer.state_dict`: copies all tensors in it, and adds the library's entry."""
     for group in state["param_groups"]:
         group.update({key: value.clone() for key, value in group.items() if isinstance(value, Tensor)})
     state["state"] = {
@@ -61,16 +60,16 @@ def read(
     defaults: dict[str, Any],
     kinds: Sequence[str],
 ) -> Resumed:
-    """Checks all of a state dict, and changes nothing.
+    """Checks a state dict completely, and changes nothing.
 
     Args:
         state_dict: from `Lomo.state_dict`, from `torch.distributed.checkpoint`'s helpers, or from `torch.optim.SGD`.
-        records, groups, defaults: of the optimizer that is to load it.
-        kinds: of loss scaling, those that it can continue; the first is its present one.
+        records, groups, defaults: of the optimizer that loads it.
+        kinds: the kinds of loss scaling that the optimizer can continue; the first is its present one.
 
     Raises:
-        TypeError, ValueError: a key is missing or unknown, a value is of another type or out of range, a parameter is
-            another one.
+        TypeError, ValueError: a key is missing or unknown, a value has another type or is out of range, or a parameter
+            has another name or shape.
     """
     theirs = _groups_of(state_dict)
     numbers = dropped = None
@@ -81,14 +80,14 @@ def read(
     elif all({"momentum", "nesterov"} <= group.keys() for group in theirs):
         dropped = _of_sgd(state_dict["state"], theirs, records)
     else:
-        raise ValueError(f"Lomo: the state dict has no {KEY!r} entry; {_FROM} or from torch.optim.SGD")
+        raise ValueError(f"Lomo: the state dict has no {KEY!r} entry; {_FROM} or torch.optim.SGD")
     if numbers is not None:
         _check_numbers(numbers, kinds)
     return Resumed(_options(theirs, groups, defaults, dropped is not None), numbers, dropped or [])
 
 
 def _groups_of(state_dict: Any) -> list[dict[str, Any]]:
-    """The parameter groups of a state dict, whose outer form is checked."""
+    """The parameter groups of a state dict. Checks its keys and their types."""
     if not isinstance(state_dict, dict):
         raise TypeError(f"Lomo: the state dict is a {type(state_dict).__name__}, expected a dict")
     missing = [name for name in ("state", "param_groups") if name not in state_dict]
@@ -100,12 +99,12 @@ def _groups_of(state_dict: Any) -> list[dict[str, Any]]:
     if not isinstance(groups, list) or not all(
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     ):
-        raise TypeError("Lomo: the state dict's param_groups are no list of dicts with a list of params each")
+        raise TypeError("Lomo: the state dict's param_groups are not a list of dicts, each with a list of params")
     return groups
 
 
 def _of_entry(entry: Any, records: Sequence[Record]) -> dict[str, Any]:
-    """The numbers of a state dict's own entry, whose parameters are compared with `records`."""
+    """The numbers of the library's entry. Its parameters are compared with `records`."""
     if not isinstance(entry, dict):
         raise TypeError(f"Lomo: the state dict's {KEY!r} entry is a {type(entry).__name__}, expected a dict")
     version = entry.get("version", VERSION)
@@ -113,7 +112,7 @@ def _of_entry(entry: Any, records: Sequence[Record]) -> dict[str, Any]:
         raise ValueError(f"Lomo: the state dict's version is {version!r}, expected an integer from 1 to {VERSION}")
     if version > VERSION:
         raise ValueError(
-            f"Lomo: the state dict has version {version}, and this lomo_kernels reads versions up to {VERSION}; update "
+            f"Lomo: the state dict has version {version}; this lomo_kernels reads versions up to {VERSION}. Update "
             "lomo_kernels to the release that saved it, or a later one"
         )
     _check_keys(entry, (*_NUMBERS, "parameters"), optional=("version",))
@@ -122,8 +121,7 @@ def _of_entry(entry: Any, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _of_parameters(state: dict[Any, Any]) -> dict[str, Any]:
-    """The numbers that stand with every parameter, as `torch.distributed.checkpoint`, which goes by names, keeps them.
-    It has compared names and shapes."""
+    """The numbers that `torch.distributed.checkpoint` keeps with every parameter. It has compared names and shapes."""
     first: dict[str, Any] | None = None
     for name, numbers in state.items():
         if not isinstance(numbers, dict):
@@ -134,8 +132,8 @@ def _of_parameters(state: dict[Any, Any]) -> dict[str, Any]:
         different = [key for key in _NUMBERS if not _same(numbers[key], first[key])]
         if different:
             raise ValueError(
-                f"Lomo: the state dict has another {different[0]} for {name} than for {next(iter(state))}; expected "
-                "all from one checkpoint"
+                f"Lomo: the state dict's {different[0]} differs between {next(iter(state))} and {name}; expected the "
+                "same for all, from one checkpoint"
             )
     assert first is not None
     scaling = first["scaling"]
@@ -157,15 +155,15 @@ def _check_keys(entry: dict[str, Any], keys: Sequence[str], optional: Sequence[s
     unknown = [str(key) for key in entry if key not in keys and key not in optional]
     if unknown:
         raise ValueError(
-            f"Lomo: the state dict's {KEY!r} entry has {', '.join(sorted(unknown))}, which this lomo_kernels does not "
-            "know; it was changed by hand, or saved by another release"
+            f"Lomo: the state dict's {KEY!r} entry has unknown keys: {', '.join(sorted(unknown))}. It was changed by "
+            "hand, or saved by another release of lomo_kernels"
         )
 
 
 def _of_sgd(state: dict[Any, Any], theirs: list[dict[str, Any]], records: Sequence[Record]) -> list[str]:
-    """The options of `torch.optim.SGD` that a Lomo has no use for. Names and shapes are compared if they are there."""
+    """The options of `torch.optim.SGD` that `Lomo` does not use. Compares names and shapes if they are there."""
     if any(group.get("maximize") for group in theirs):
-        raise ValueError("Lomo: the state dict is of a torch.optim.SGD with maximize=True, which Lomo cannot continue")
+        raise ValueError("Lomo: the state dict is from a torch.optim.SGD with maximize=True, which Lomo does not have")
     shapes = []
     for group in theirs:
         names = group.get("param_names", [None] * len(group["params"]))
@@ -179,11 +177,11 @@ def _of_sgd(state: dict[Any, Any], theirs: list[dict[str, Any]], records: Sequen
 
 
 def _check_layout(theirs: Any, records: Sequence[Record]) -> None:
-    """Raises ValueError unless names and shapes are those of `records`. One that is None is not compared, nor is the
+    """Raises ValueError unless names and shapes are those of `records`. None is not compared, and neither is the
     name of a parameter that was given without one."""
     ours = layout(records)
     if not isinstance(theirs, list) or not all(isinstance(one, (list, tuple)) and len(one) == 2 for one in theirs):
-        raise ValueError("Lomo: the state dict's parameters are no list of a name and a shape each")
+        raise ValueError(f"Lomo: the state dict's parameters are not a list of (name, shape); {_FROM}")
     if len(ours) != len(theirs):
         raise ValueError(f"Lomo: the state dict has {len(theirs)} parameters, this optimizer has {len(ours)}")
     for record, (name, shape), (our_name, our_shape) in zip(records, theirs, ours, strict=True):
@@ -193,23 +191,23 @@ def _check_layout(theirs: Any, records: Sequence[Record]) -> None:
             of_shape = "" if shape is None else f" of shape {list(shape)}"
             raise ValueError(
                 f"Lomo: parameter {record.index} is {name}{of_shape} in the state dict, "
-                f"{our_name} of shape {our_shape} here"
+                f"{our_name} of shape {our_shape} here; expected the same parameters in the same order"
             )
 
 
 def _bare(name: str) -> str:
-    """A parameter's name without what `torch.compile` and `checkpoint_wrapper` put into it."""
+    """A parameter's name without the parts that `torch.compile` and `checkpoint_wrapper` add."""
     return ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
 
 
 def _check_numbers(numbers: dict[str, Any], kinds: Sequence[str]) -> None:
-    """Raises unless step, counters, loss scale and seed are what a run can have come to."""
+    """Raises ValueError unless step, counters, loss scale and seed are possible in a run."""
     scaling = numbers["scaling"]
     if not isinstance(scaling, str) or scaling not in KINDS:
         raise ValueError(f"Lomo: the state dict's scaling is {scaling!r}, expected one of {', '.join(KINDS)}")
     if scaling not in kinds:
         raise ValueError(
-            f"Lomo: the state dict was taken with {scaling} loss scaling, this optimizer has {kinds[0]}; construct it "
+            f"Lomo: the state dict was saved with {scaling} loss scaling, this optimizer has {kinds[0]}; construct it "
             "with the same loss_scale"
         )
     step = _number("step", numbers["step"], torch.int64, 0, 2**63 - 1)
@@ -226,7 +224,7 @@ def _check_numbers(numbers: dict[str, Any], kinds: Sequence[str]) -> None:
 
 
 def _number(name: str, value: Any, dtype: torch.dtype, smallest: float, largest: float) -> Any:
-    """A tensor's only element, read from its device. Raises ValueError unless it is of `dtype` and in range."""
+    """The only element of a tensor. Raises ValueError unless it has `dtype` and is in range."""
     allowed = f"{smallest:g}" if smallest == largest else f"from {smallest:g} to {largest:g}"
     expected = f"expected a tensor of one element, {str(dtype).removeprefix('torch.')}, {allowed}"
     if not isinstance(value, Tensor):
@@ -245,9 +243,9 @@ def _number(name: str, value: Any, dtype: torch.dtype, smallest: float, largest:
 def _options(
     theirs: list[dict[str, Any]], ours: Sequence[dict[str, Any]], defaults: dict[str, Any], of_sgd: bool
 ) -> list[dict[str, Any]]:
-    """Copies of their groups' options, those of the present groups' parameters. Reads hyperparameters that are tensors.
+    """Copies of the options in the state dict's groups, for the present parameters. Reads options that are tensors.
 
-    Names of parameters are not taken over: the present ones hold.
+    The state dict's parameter names are not loaded: the present names stay.
     """
     if len(theirs) != len(ours):
         raise ValueError(f"Lomo: the state dict has {len(theirs)} parameter groups, this optimizer has {len(ours)}")

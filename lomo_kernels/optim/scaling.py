@@ -57,8 +57,8 @@ class LossScale:
             check_positive("loss_scale", wanted)
             if not SMALLEST_SCALE <= wanted <= LARGEST_SCALE:
                 raise ValueError(
-                    f"Lomo: loss_scale is {wanted}, expected a number from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}, "
-                    "which it and its inverse are exact enough for in float32"
+                    f"Lomo: loss_scale is {wanted}, expected a number from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}: "
+                    "then float32 holds it and its inverse"
                 )
 
     @property
@@ -112,22 +112,24 @@ def check_no_grad_scaler(loss: Tensor) -> bool:
         return False
     if _is_of_grad_scaler(factor):
         raise RuntimeError(
-            "Lomo: the loss was multiplied by the scale of a torch.amp.GradScaler, and the update would be so many "
-            'times too large. Use optimizer.backward(loss), with Lomo(..., loss_scale="dynamic") in the scaler\'s '
-            "place. No weight was changed"
+            "Lomo: the loss was multiplied by the scale of a torch.amp.GradScaler. The update would be too large "
+            'by this factor. Use Lomo(..., loss_scale="dynamic") and optimizer.backward(loss), without the scaler. '
+            "No weight was changed"
         )
     return True
 
 
 def _factor_of(loss: Tensor) -> Tensor | None:
-    """The one-element float32 tensor that `loss` was multiplied by last, if any: what a GradScaler's scale would be."""
+    """The one-element float32 tensor that `loss` was multiplied by last, if any. It may be a GradScaler's scale."""
     node = loss.grad_fn
     for _ in range(4):  # the scaled loss may have been divided by a number of parts, say
         if node is None:
             return None
         if node.name() == "MulBackward0":
             try:
-                factor = node._saved_other  # type: ignore[attr-defined]
+                # What was saved, without calling unpack hooks: a checkpoint would compute its block once more, and some
+                # hooks give a tensor up once. Their own kind of object is no factor.
+                factor = node._raw_saved_other.data  # type: ignore[attr-defined]
             except RuntimeError:  # the graph was freed, as backward will say
                 return None
             if isinstance(factor, Tensor) and factor.dtype is torch.float32 and not factor.dim():
@@ -148,8 +150,8 @@ def _is_of_grad_scaler(factor: Tensor) -> bool:
 
 
 def computes_in_float16(loss: Tensor) -> bool:
-    """Whether a gradient in float16 flows in the graph of `loss`, near it: under float16 autocast the last layer has
-    one, unless a compiled graph hides it."""
+    """Whether the graph of `loss`, near the loss, has a gradient in float16. Under float16 autocast the last layer has
+    one. A compiled graph hides it."""
     if loss.dtype is torch.float16:
         return True
     nodes = islice(nodes_of(loss), FLOAT16_NODES)

@@ -64,6 +64,7 @@ class State:
         self.scale = LossScale(loss_scale, places[0])
         self.skipped = torch.zeros((), dtype=torch.int64, device=places[0])
         self.norm = torch.zeros((), dtype=torch.float64, device=places[0])
+        self._measuring = False  # the slots are those of a step that has not ended
         if before is not None:
             self.load(before.export())
 
@@ -90,6 +91,7 @@ class State:
             _send(inverse, device.inv_scale)
 
     def zero_slots(self) -> None:
+        self._measuring = True
         for device in self.devices.values():
             device.slots.zero_()
 
@@ -108,8 +110,16 @@ class State:
                 _send(self.home.found_inf, device.found_inf)
                 _send(self.home.clip_coef, device.clip_coef)
 
+    def forget_norms(self) -> None:
+        """Makes all norms zero if they are, or some of them, of a step that has not ended."""
+        if self._measuring:
+            self.zero_slots()
+            self.norm.zero_()
+            self._measuring = False
+
     def end_step(self, scaled: bool) -> None:
         """Counts the step and, where its gradients carried the loss scale, moves that."""
+        self._measuring = False
         for device in self.devices.values():
             device.step.add_(1)
         self.skipped.add_(self.home.found_inf.to(torch.int64))
@@ -117,13 +127,13 @@ class State:
             self.scale.update(self.home.found_inf)
 
     def level_steps(self) -> None:
-        """Makes all devices count the same steps again, after an interrupt between two of them."""
+        """Makes the step counts of all devices equal again, after an interrupt between two devices."""
         for device in self.devices.values():
             if device is not self.home:
                 _send(self.home.step, device.step)
 
     def abandon_step(self) -> None:
-        """A norm was found but its step never came. It counts where it overflowed: that is why it did not come."""
+        """Called if no step used the norm that `grad_norm` found. If it overflowed, it counts as a skipped step."""
         overflowed = self.home.found_inf.to(torch.int64)
         for device in self.devices.values():
             device.step.add_(overflowed.to(device.step.device))
@@ -131,8 +141,8 @@ class State:
         self.scale.back_off(self.home.found_inf)
 
     def norms(self) -> Tensor:
-        """Every parameter's norm of the last step's gradient, on `home`: float64, [parameters]. Over several ranks each
-        is of the whole parameter, and all ranks have to ask."""
+        """Norm of every parameter's gradient in the last step, on `home`: float64, [parameters]. Over several ranks
+        they are of whole parameters, and every rank has to call this."""
         totals = [device.squares().to(self.norm.device) for device in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
         if self.ranks is not None:
@@ -142,6 +152,16 @@ class State:
     def export(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
         return {"step": self.home.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export()
+
+    def export_norms(self) -> dict[str, Tensor]:
+        """Copies of the last step's norms, which a copy of the optimizer has too."""
+        slots = torch.stack([device.slots.to(self.norm.device) for device in self.devices.values()]).sum(0)
+        return {"norm": self.norm.clone(), "slots": slots}
+
+    def load_norms(self, exported: dict[str, Tensor]) -> None:
+        """Takes over what `export_norms` gave. All slots are on `home` then, as good as on several devices."""
+        self.norm.copy_(exported["norm"])
+        self.home.slots.copy_(exported["slots"])
 
     def by_parameter(self) -> dict[str, Any]:
         """The same numbers, live, as `torch.distributed.checkpoint` can keep them with a parameter: no string, and at

@@ -1,4 +1,4 @@
-"""One step as an object with a lifetime: what a step that breaks off has left behind is taken away when it ends."""
+"""One step as an object: when a step breaks off, it removes what this step has left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 class Step:
-    """What belongs to one call of `backward`, `step`, `grad_norm` or `fused_backward`, and to nothing after it.
+    """What belongs to one call of `backward`, `step`, `grad_norm` or `fused_backward`. It lives as long as the call.
 
     Args:
         records: all parameters of the optimizer.
@@ -32,27 +32,27 @@ class Step:
         self._backward: OptimizerBackward | None = None
         self._stood = [
             (record, grad, grad._version) for record in records if (grad := record.param.grad) is not None
-        ]  # gradients of the user's, and their versions
+        ]  # the user's gradients, and their versions
         self._accumulated = any(not record.zeroed for record, _, _ in self._stood)
         self._consumed = False
-        self._isolated: list[tuple[Tensor, Tensor | None]] = []  # leaves of others, and the gradients they had
-        self.sink: Pass | None = None  # what hooks hand their gradients to; None: they stay in .grad
-        self.adds_scaled = False  # whether the backward that now runs into .grad carries the loss scale
+        self._isolated: list[tuple[Tensor, Tensor | None]] = []  # unmanaged leaves, and the gradients they had
+        self.sink: Pass | None = None  # hooks hand gradients to it; None: gradients stay in .grad
+        self.adds_scaled = False  # whether a backward that adds to .grad runs now, with the loss scale
         self.update: UpdatePass | None = None
-        self.applied = False  # every gradient was
-        self.ended = False  # counted: an error after that is about gradients that are not finite
-        self.taken_back = False  # nothing is left of it
-        self.dropped = False  # whether gradients of the user's had to be
+        self.applied = False  # every gradient was applied
+        self.ended = False  # the step was counted; an error after that is about gradients that are not finite
+        self.taken_back = False  # `take_back` is done
+        self.dropped = False  # `take_back` had to drop gradients of the user's
 
     @property
     def outcome(self) -> str:
-        """What became of the weights: see `Lomo.last_step_outcome`."""
+        """What happened to the weights: see `Lomo.last_step_outcome`."""
         if self.applied:
             return "complete"
         return "partial" if self.update is not None and self.update.changed else "unchanged"
 
     def isolate(self, leaves: Sequence[Tensor]) -> None:
-        """Sets the gradients of others' leaves aside: a backward that is scaled, or one of two, is not to add to them.
+        """Sets aside the gradients of unmanaged leaves. A scaled backward, or one of two, must not add to them.
 
         `rejoin` gives them back, or `take_back` if the backward fails.
         """
@@ -61,20 +61,20 @@ class Step:
             leaf.grad = None
 
     def rejoin(self, scale: Tensor | None, *, wanted: bool) -> None:
-        """Ends `isolate`. Leaves have the gradient then that a plain backward would have left there, or that they had
-        before if this backward is not `wanted`."""
+        """Ends `isolate`. Leaves then have the gradient that a plain backward would have left. If this backward is not
+        `wanted`, they have the gradient that they had before."""
         made = [leaf.grad for leaf, _ in self._isolated]
         self._restore_isolated()
         for (leaf, _), grad in zip(self._isolated, made, strict=True):
             if grad is not None and wanted:
-                # Not in place: autograd may have given the leaf the very memory of a gradient that a fused layer keeps.
+                # Not in place: a fused layer may keep the same memory as its gradient.
                 if scale is not None:
                     grad = unscaled(grad, scale)
                 leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
         self._isolated = []
 
     def enter(self, backward: OptimizerBackward) -> None:
-        """The step's optimizer runs `backward` from here on, until `leave`."""
+        """`backward` is the backward that runs, from here on until `leave`."""
         self._backward = backward
         set_optimizer_backward(backward)
         backward.begin()
@@ -87,20 +87,19 @@ class Step:
             self._backward = None
 
     def consume(self) -> None:
-        """Takes the gradients out of ``.grad``: they are the step's own from here on, freed as they are applied."""
+        """Takes the gradients out of ``.grad``. From here on they are the step's own, freed when applied."""
         self._consumed = True
         self._stood.clear()
         for record in self._records:
             record.param.grad = record.scaled_grad = record.zeros = None
 
     def take_back(self) -> None:
-        """Called when the step has failed: leaves no gradient of it behind. Another call does what an interrupt kept
-        this one from doing.
+        """Removes all gradients of a step that has failed. An interrupt may cut it short; then it is called again.
 
-        Gradients that stood in ``.grad`` before are the user's. They stay if the step has neither added to them nor
-        changed a weight; otherwise all are dropped, since they no longer belong to these weights or to one batch.
+        Gradients that were in ``.grad`` before the step are the user's. They stay if the step has not added to them and
+        has changed no weight. Otherwise all are dropped: they no longer belong to these weights or to one batch.
         """
-        torch.set_grad_enabled(self._grad_mode)  # the interrupt may have come as a torch.no_grad() was to end
+        torch.set_grad_enabled(self._grad_mode)  # an interrupt may have kept torch.no_grad() from ending
         self.leave()
         self._restore_isolated()
         stay = (
@@ -133,10 +132,10 @@ class Steps:
         self.outcome: str | None = None  # of the last one
 
     def run(self, optimizer: Any, run: Callable[[Step], _T]) -> _T:
-        """Runs one step: another thread waits, and a hook that starts one inside another is told.
+        """Runs one step. Another thread waits. A hook that starts a step inside another one gets an error.
 
-        However the step ends, nothing of it is left. An interrupt (Ctrl-C) may also come between any two lines of what
-        takes a broken step back, and before the lock is given back: so both are done again if need be.
+        A step that fails leaves nothing behind. An interrupt (Ctrl-C) may come between any two lines, also while a
+        broken step is removed and before the lock is released. So both are done again if needed.
         """
         optimizer._check_not_wrapped()
         self.check_not_inside()
@@ -165,24 +164,27 @@ class Steps:
             raise
 
     def _take_back(self, optimizer: Any, step: Step) -> None:
-        """Leaves nothing of a step that has failed."""
+        """Removes everything that a failed step has left."""
         if step.taken_back:
             return
         self.current = None
         optimizer._norm_is_known = False
         self.outcome = step.outcome
         step.take_back()
+        optimizer._state.forget_norms()
         optimizer._state.level_steps()
         step.taken_back = True
         if step.dropped:
             warnings.warn(
-                f"Lomo: a step broke off, and the gradients that stood in .grad before it were dropped with its own: "
+                f"Lomo: a step broke off. The gradients that were in .grad before it were dropped with its own: "
                 f"{'it had added to them' if step.outcome == 'unchanged' else 'some weights were updated already'}. "
-                "Begin that step again, with its first backward",
+                "Begin the step again with its first backward",
                 stacklevel=6,
             )
 
-    def check_not_inside(self, refusal: str = "a step was started inside another one of the same optimizer") -> None:
+    def check_not_inside(
+        self, refusal: str = "a step was started inside another step of the same optimizer; start it after that step"
+    ) -> None:
         """Raises RuntimeError, which says `refusal`, if the caller is inside a step of this optimizer."""
         # On GPUs autograd runs hooks in threads of its own, which would wait here for the step that waits for them.
         in_backward = torch._C._current_graph_task_id() != -1

@@ -9,7 +9,7 @@ from .attachment import cut
 
 
 def all_or_nothing(optimizer: Any, change: Callable[[], None]) -> None:
-    """Whatever `change` raises leaves the optimizer, its parameters' hooks and its layers as they were before."""
+    """Calls `change`. If it raises, the optimizer, its parameters' hooks and its layers are as they were before."""
     attributes = vars(optimizer).copy()
     records = [(record, vars(record).copy()) for record in optimizer._records]
     groups, attached = len(optimizer.param_groups), optimizer._attachment.extent()

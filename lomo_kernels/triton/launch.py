@@ -6,7 +6,7 @@ import functools
 import struct
 import threading
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, NoReturn
 
@@ -187,7 +187,7 @@ counters = Workspaces(torch.int64, zeroed=True)  # blocks done, back at zero whe
 
 # ---- Lists -----------------------------------------------------------------------------------------------------------
 
-#: Numbers per row of a table: addresses of parameter, gradient and slot, elements, first block, key, and the indices.
+#: Numbers per row of a table: addresses of parameter, gradient and slot, elements, first program, key, and the indices.
 COLUMNS = tl.constexpr(9)
 
 _tables = Workspaces(torch.int64, zeroed=False)
@@ -217,8 +217,8 @@ class Launch(NamedTuple):
     """The rows of one variant."""
 
     variant: tuple[Any, ...]
-    first_block: int
-    blocks: int
+    first_program: int
+    programs: int
     rows: bool
     pairs: bool
 
@@ -256,15 +256,20 @@ def _staged(numbers: Tensor, device: torch.device) -> Tensor:
     return mine
 
 
-def upload(rows: list[Row], device: torch.device) -> tuple[Tensor, int, list[Launch]]:
-    """The table of `rows` on the device: a row each, then for each block the row it belongs to.
+def upload(
+    rows: list[Row], device: torch.device, programs_of: Callable[[int], int]
+) -> tuple[Tensor, int, list[Launch]]:
+    """The table of `rows` on the device: a row each, then for each program the row it belongs to.
 
     Copied from pinned memory, without a sync: torch hands that memory out again only when the copy is done. In a graph
     capture it is kept for the life of the process, because every replay copies it again: 72 bytes per tensor and 8 per
-    block of each captured call.
+    program of each captured call.
+
+    Args:
+        programs_of: how many programs a tensor of some size gets.
 
     Returns:
-        the table, where in it the blocks begin, and the launches. The caller holds `table_lock`.
+        the table, where in it the programs begin, and the launches. The caller holds `table_lock`.
     """
     variants: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -276,7 +281,7 @@ def upload(rows: list[Row], device: torch.device) -> tuple[Tensor, int, list[Lau
         for row in alike:
             owner = len(numbers) // COLUMNS.value
             numbers.extend((row.param, row.grad, row.slot, row.numel, len(owners), row.key, *row.indices[:3]))
-            owners.extend([owner] * blocks_of(row.numel))
+            owners.extend([owner] * programs_of(row.numel))
         several, pairs = any(row.indices.rows for row in alike), all(row.indices.pairs for row in alike)
         launches.append(Launch(variant, begin, len(owners) - begin, several, pairs))
     numbers.extend(owners)

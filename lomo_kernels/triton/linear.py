@@ -46,13 +46,25 @@ SIZES = ("tokens", "rows", "columns", "gy_stride", "x_stride")
 
 
 class Tile(NamedTuple):
-    """How a product is divided: rows and columns of the gradient per program, tokens per step, and how it is run."""
+    """How a product is divided: rows and columns of the gradient per program, tokens per step, and how it is run.
+
+    registers: a thread's limit; None leaves it to the compiler.
+    """
 
     rows: int
     columns: int
     tokens: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_stages": self.stages, **limit, **launch.options(self.warps)}
+
+
+#: Columns of a tile are updated in so many parts, one after the other: a thread has registers for one part at a time.
+PARTS = 8
 
 
 @functools.cache
@@ -64,25 +76,26 @@ def generation(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def tile_of(dtype: torch.dtype, gpu: int, much: bool) -> Tile:
+def tile_of(factors: torch.dtype, gpu: int, aligned: bool) -> Tile:
     """A fixed choice: trying several, as an autotuner does, would take several steps.
 
+    On Hopper and Blackwell 128 registers let two programs share a multiprocessor, one of which multiplies while the
+    other updates. Compiled for sm_90, no update then spills registers, in parts of 16 columns; whole tiles would take
+    138 to 255 registers.
+
     Args:
-        dtype: of the factors.
+        factors: dtype of the factors.
         gpu: `generation`.
-        much: each element needs so many registers that a thread gets half the elements; else some would be spilled.
+        aligned: whether factors are read in vectors. If not, a thread gets half the elements: else some are spilled.
     """
-    if dtype == torch.float32 or 0 < gpu < 80:  # multiplied by ordinary instructions
-        return Tile(64, 32 if much else 64, 16, 4, 2 if much or gpu < 80 else 3)
+    if factors == torch.float32 or 0 < gpu < 80:  # multiplied by ordinary instructions
+        return Tile(64, 64 if aligned else 32, 16, 4, 3 if aligned and gpu >= 80 else 2)
     if gpu == 0:  # 64 KiB of shared memory
-        return Tile(128, 64 if much else 128, 32, 4, 2)
+        return Tile(128, 128 if aligned else 64, 32, 4, 2)
+    two = aligned and gpu in (90, 100, 103)
     # 96 KiB of shared memory, or where there are no more than 99 KiB (sm_86, 89, 120) 48 KiB.
-    return Tile(128, 64 if much else 128, 64 if gpu in (80, 90, 100, 103) else 32, 8, 3)
-
-
-def is_much(weight: torch.dtype, stochastic: bool, norm: bool, aligned: bool) -> bool:
-    """What `tile_of` asks of an update: compiled with whole tiles, these kernels spill registers."""
-    return norm or not aligned or (stochastic and weight == torch.float16)
+    tokens = 64 if gpu in (80, 90, 100, 103) else 32
+    return Tile(128, 128 if aligned else 64, tokens, 8, 3, 128 if two else None)
 
 
 def sums_products(gpu: int, version: str) -> bool:
@@ -141,7 +154,9 @@ def product(
     x += column + k[:, None] * x_stride + c[None, :]
     in_row, in_column = (r < rows - row)[:, None], (c < columns - column)[None, :]
     tile = tl.zeros((BM, BN), tl.float32)
-    for first in range(0, tokens if TOKENS is None else TOKENS, BK):
+    # Known to run once at least: a way round the loop would set the accumulator beside the asynchronous products, and
+    # the assembler would then wait for each of them. Without tokens, that one step adds zeros.
+    for first in range(0, tl.maximum(tokens, 1) if TOKENS is None else TOKENS, BK):
         in_token = k < tokens - first
         a = tl.load(gy, mask=in_row & in_token[None, :], other=0.0)
         b = tl.load(x, mask=in_token[:, None] & in_column, other=0.0)
@@ -151,6 +166,44 @@ def product(
         gy += BK * gy_stride
         x += BK * x_stride
     return tile
+
+
+@triton.jit
+def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr):
+    """Columns part * width to (part + 1) * width of the tile, width being 1 / PARTS of it. No element changes its
+    thread."""
+    if PARTS == 1:
+        columns = tile
+    else:
+        halves = tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        columns = part_of(left if 2 * part < PARTS else right, part % (PARTS // 2), PARTS // 2)
+    return columns
+
+
+@triton.jit
+def sum_of_tile(tile, unscale, SIZE: tl.constexpr):
+    """The float64 sum of squares of the tile's SIZE numbers times `unscale`: of one half, then the other, for which
+    there are registers."""
+    total = tl.zeros((), tl.float64)
+    for half in tl.static_range(2):
+        scaled = part_of(tile, half, 2) * unscale
+        total += sum_of_squares(tl.reshape(scaled, (SIZE // 2,)), SIZE // 2)
+    return total
+
+
+@triton.jit
+def weights_of(corner, rows, columns, stride, first, BM: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to a part of a tile, and which of them are inside the weight.
+
+    Args:
+        corner: pointer to the tile's first element.
+        rows, columns: of the weight, from the tile's corner on.
+        stride: elements from one row to the next.
+        first: the part's first column in the tile.
+    """
+    r, c = tl.arange(0, BM)[:, None], first + tl.arange(0, WIDTH)[None, :]
+    return corner + (r * stride + c), (r < rows) & (c < columns)
 
 
 @triton.jit
@@ -197,6 +250,7 @@ def linear_sgd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDEN: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -204,28 +258,36 @@ def linear_sgd_kernel(
     if ALIGNED:
         rows, columns, gy_stride, x_stride = multiples_of_16(rows, columns, gy_stride, x_stride)
     row, column = corner(tl.program_id(0), rows, columns, BM, BN)
+    # A part's weights are under way while the part before, or the product, is computed.
+    WIDTH: tl.constexpr = BN // PARTS
+    weight = elements(weight, P) + row.to(tl.int64) * columns + column
+    next_bits = tl.load(*weights_of(weight, rows - row, columns - column, columns, 0, BM, WIDTH), other=0)
     tile = product(gy, x, tokens, rows, columns, gy_stride, x_stride, row, column, G, BM, BN, BK, WIDEN, TOKENS)
 
-    first = row.to(tl.int64) * columns + column
-    r, c = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-    inside = (r < rows - row) & (c < columns - column)
-    weight = elements(weight, P) + first + (r * columns + c)
-    p_bits = tl.load(weight, mask=inside, other=0)
     rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
-    scaled = tile * unscale
-    p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
+    skip = float64_of(found_inf, kinds, 5) != 0.0
     if STOCHASTIC:
         stream = mix64((key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
-        STEP: tl.constexpr = 2 if PAIRS and tl.bfloat16 == P else 1
-        place = r * columns + (tl.arange(0, BN // STEP) * STEP)[None, :]
-        last = first + (BM - 1) * columns + BN
-        rounded = stochastic(p, draw_at(stream, first, last, place, P, PAIRS), P)
-    else:
-        rounded = nearest(p, P)
-    if float64_of(found_inf, kinds, 5) == 0.0:
-        tl.store(weight, tl.where(tl.abs(scaled) < float("inf"), rounded, p_bits), mask=inside)
+    STEP: tl.constexpr = 2 if PAIRS and tl.bfloat16 == P else 1
+    for part in tl.static_range(PARTS):
+        pointer, inside = weights_of(weight, rows - row, columns - column, columns, part * WIDTH, BM, WIDTH)
+        p_bits = next_bits
+        if part + 1 < PARTS:
+            following = weights_of(weight, rows - row, columns - column, columns, (part + 1) * WIDTH, BM, WIDTH)
+            next_bits = tl.load(*following, other=0)
+        scaled = part_of(tile, part, PARTS) * unscale
+        p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
+        if STOCHASTIC:
+            first = row.to(tl.int64) * columns + column + part * WIDTH
+            last = first + (BM - 1) * columns + WIDTH
+            position = tl.arange(0, BM)[:, None] * columns + (tl.arange(0, WIDTH // STEP) * STEP)[None, :]
+            rounded = stochastic(p, draw_at(stream, first, last, position, P, PAIRS), P)
+        else:
+            rounded = nearest(p, P)
+        if not skip:
+            tl.store(pointer, tl.where(tl.abs(scaled) < float("inf"), rounded, p_bits), mask=inside)
     if NORM:
-        total = sum_of_squares(tl.reshape(scaled, (BM * BN,)), BM * BN)
+        total = sum_of_tile(tile, unscale, BM * BN)
         add_to_slot(total, slot_at(slot), partials, counter, tl.program_id(0), tl.num_programs(0))
 
 
@@ -263,8 +325,7 @@ def linear_sq_norm_kernel(
             rows, columns, gy_stride, x_stride = multiples_of_16(rows, columns, gy_stride, x_stride)
         row, column = corner(tl.program_id(0), rows, columns, BM, BN)
         tile = product(gy, x, tokens, rows, columns, gy_stride, x_stride, row, column, G, BM, BN, BK, WIDEN, TOKENS)
-        scaled = tile * float64_of(inv_scale, kinds, 0).to(tl.float32)
-        total = sum_of_squares(tl.reshape(scaled, (BM * BN,)), BM * BN)
+        total = sum_of_tile(tile, float64_of(inv_scale, kinds, 0).to(tl.float32), BM * BN)
         add_to_slot(total, slot_at(slot), partials, counter, tl.program_id(0), tl.num_programs(0))
 
 
@@ -408,6 +469,14 @@ def gram_kernel(
 
 #: Strides and sizes that kernels multiply by up to 128 in 32 bits; what is larger goes by tiles.
 LARGEST = 2**23
+#: From so many tokens on, torch multiplies 16-bit factors tile by tile into a buffer, and `sgd_` or `sq_norm_` follows:
+#: cuBLAS is then faster than `product` by more than the buffer costs. Modelled, not measured. For a weight 11008 x 4096
+#: on an H100, milliseconds with cuBLAS and with `product`: 0.22 and 0.16 to 0.19 for 1024 tokens, 0.62 and 0.62 to 0.75
+#: for 4096, 2.2 and 2.5 to 3.0 for 16384. The first measurement replaces it.
+#:
+#: `weight.addmm_` would need no buffer, but a gradient that is not finite would destroy the weight, and alpha and beta
+#: are numbers, which the host would have to read from the device.
+CROSSOVER = 2048
 #: How many times cheaper, in multiplications, inner products of tokens must be than the product of the factors: they
 #: come in few programs, each with a long way to go.
 GRAM_MARGIN = 4
@@ -446,12 +515,14 @@ def _rows_of(matrix: Tensor) -> Tensor:
 
 
 def by_tiles(inputs: list[Tensor], rows: int, columns: int, norm: bool) -> bool:
-    """Whether `tiled` does the work: several pairs, which are added up first, sizes beyond `LARGEST`, and norms where
-    Triton cannot compile them."""
+    """Whether `tiled` does the work: several pairs, which are added up first, many tokens, sizes beyond `LARGEST`,
+    and norms where Triton cannot compile them. The shapes decide, not what is in the tensors."""
     if norm and not sums_products(generation(inputs[0].device), triton.__version__):
         return True
     tokens = inputs[0].numel() // columns
-    return len(inputs) > 1 or max(rows, columns) >= LARGEST or tokens >= 2**31 - 128
+    if len(inputs) > 1 or max(rows, columns) >= LARGEST or tokens >= 2**31 - 128:
+        return True
+    return tokens >= CROSSOVER and tiled.has_mixed_products(inputs[0])
 
 
 def shape_of(factors: Factors, tile: Tile, gpu: int) -> tuple[int, dict[str, Any]]:
@@ -464,8 +535,7 @@ def shape_of(factors: Factors, tile: Tile, gpu: int) -> tuple[int, dict[str, Any
         "BK": tile.tokens,
         "WIDEN": widened(factors.x.dtype, gpu),
         "TOKENS": factors.tokens if launch.INTERPRETED else None,  # range() of a tensor fails there, see `add_up`
-        "num_stages": tile.stages,
-        **launch.options(tile.warps),
+        **tile.options(),
     }
     return triton.cdiv(factors.rows, tile.rows) * triton.cdiv(factors.columns, tile.columns), constants
 
@@ -486,7 +556,7 @@ def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tenso
         return
     gpu = generation(device)
     gram = GRAM_MARGIN * factors.tokens * (rows + columns) < 2 * rows * columns
-    tile = tile_of(factors.x.dtype, gpu, not factors.aligned)
+    tile = tile_of(factors.x.dtype, gpu, factors.aligned)
     blocks, constants = shape_of(factors, tile, gpu)
     # Another thread may use the stream, too: no kernel of its own between those of one call, which share memory.
     with launch.on(device), _gram_lock if gram else nullcontext():
@@ -541,8 +611,7 @@ def _gram(slot: Tensor, factors: Factors, number: int, kinds: int, gpu: int) -> 
         WIDEN=widened(dtype, gpu),
         ROWS=factors.rows if known else None,
         COLUMNS=factors.columns if known else None,
-        num_stages=tile.stages,
-        **launch.options(tile.warps),
+        **tile.options(),
     )
     return done
 
@@ -581,8 +650,8 @@ def linear_sgd_(
     stochastic = stochastic and weight.dtype != torch.float32
     factors, gpu = factors_of(inputs[0], grad_outputs[0]), generation(device)
     w = weight.detach().contiguous()
-    much = is_much(weight.dtype, stochastic, sq_norm is not None, factors.aligned)
-    blocks, constants = shape_of(factors, tile_of(factors.x.dtype, gpu, much), gpu)
+    tile = tile_of(factors.x.dtype, gpu, factors.aligned)
+    blocks, constants = shape_of(factors, tile, gpu)
     with launch.on(device):
         slot, partials, counter = 0, None, None
         if sq_norm is not None:
@@ -602,6 +671,7 @@ def linear_sgd_(
             STOCHASTIC=stochastic,
             PAIRS=columns % 2 == 0,
             NORM=sq_norm is not None,
+            PARTS=PARTS,
             **constants,
         )
         if not weight.is_contiguous():

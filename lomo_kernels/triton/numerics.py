@@ -8,8 +8,8 @@ bits must not depend on what a GPU's conversion does. Kernels are compiled with 
 import triton
 import triton.language as tl
 
-# Elements per program. Sums of squares are formed per BLOCK, so their bits depend on it, but neither on the GPU nor on
-# the number of warps.
+# Elements that a program has in registers at a time. Sums of squares are formed per BLOCK, so their bits depend on it,
+# but neither on the GPU nor on the number of warps.
 BLOCK = 4096
 
 # ---- Element types. Memory holds unsigned integers; arithmetic is in float32. ----------------------------------------
@@ -93,18 +93,44 @@ def stochastic(x, random, dtype: tl.constexpr):
     else:
         sign = (bits_of(x) >> 16) & 0x8000
         u = bits_of(x) & 0x7FFFFFFF
-        # The significand times 2**(32 - s), s being the bits cut: 13, more below 2**-14, all of them below 2**-33. What
-        # stands above 32 bits is kept, and the random bits carry into it.
         field = u >> 23
-        capped = tl.minimum(field, 113)
-        factor = tl.where(field < 94, 0, 1 << ((capped - 94) & 31))
-        m = (u & 0x7FFFFF) | 0x800000
-        kept = ((m.to(tl.uint64) * factor.to(tl.uint64) + random.to(tl.uint64)) >> 32).to(tl.uint32)
+        capped = tl.minimum(tl.maximum(field, 94), 113)
+        cut = 126 - capped  # 13 bits, more below 2**-14; below 2**-33 nothing is kept
+        m = tl.where(field < 94, 0, (u & 0x7FFFFF) | 0x800000)
+        # What is kept, and the carry that the random bits make out of what is cut: a sum of 33 bits where 32 are cut.
+        low = m << (32 - cut)
+        kept = ((m >> 1) >> (cut - 1)) + (low + random < low).to(tl.uint32)
         largest = tl.where(u < 0x477FF000, 0x7BFF, 0x7C00)  # infinite only where nearest is
-        magnitude = tl.minimum(((field - capped) << 10) + kept, largest.to(tl.uint32))
+        magnitude = tl.minimum(((tl.maximum(field, 113) - 113) << 10) + kept, largest.to(tl.uint32))
         magnitude = tl.where(x != x, 0x7E00 | ((u >> 13) & 0x3FF), magnitude)
         bits = (sign | magnitude).to(tl.uint16)
     return bits
+
+
+@triton.jit
+def is_ordinary(x, dtype: tl.constexpr):
+    """Whether `ordinary` rounds all of these numbers, [N]. bfloat16: none is NaN, or in the last binade's last step, or
+    infinite. float16: the same, and none is zero or below 2**-32."""
+    size = bits_of(x) & 0x7FFFFFFF
+    if dtype == tl.bfloat16:
+        fits = tl.max(size, axis=0) < 0x7F7F0000
+    else:
+        fits = tl.max(size - 0x2F800000, axis=0) < 0x477FE000 - 0x2F800000
+    return fits
+
+
+@triton.jit
+def ordinary(x, random, dtype: tl.constexpr):
+    """`stochastic` of numbers that are as `is_ordinary` says: nothing is cut but bits, at most 31."""
+    u = bits_of(x)
+    if dtype == tl.bfloat16:
+        bits = (u + random) >> 16
+    else:
+        size = (u & 0x7FFFFFFF) - 0x2F800000
+        kept = tl.minimum(size >> 23, 18)  # 31 less the bits cut
+        m = size - (kept << 23) + 0x800000
+        bits = ((u >> 16) & 0x8000) | ((m + (random >> (kept + 1))) >> (31 - kept))
+    return bits.to(tl.uint16)
 
 
 # ---- Scalars: one-element tensors on the device, or numbers, in arguments of one type, so one kernel serves all. -----
@@ -175,7 +201,8 @@ def random_bits(block, counter):
     """32 bits for each counter; `block` is the key of its 2**32 counters."""
     x = counter ^ block.to(tl.uint32)
     x = (x ^ (x >> 7) ^ (x >> 16)) * 0x21F0AAAD
-    x = ((x ^ (x >> 15)) + (block >> 32).to(tl.uint32)) * 0xD35A2D97
+    # (x + key) * factor, the key times the factor being the same for all: one instruction instead of two.
+    x = (x ^ (x >> 15)) * 0xD35A2D97 + (block >> 32).to(tl.uint32) * 0xD35A2D97
     return x ^ (x >> 15)
 
 
@@ -198,11 +225,13 @@ def draw(
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
+    KEYS: tl.constexpr = None,
 ):
     """The random bits of the elements from `start` on, as `stochastic` takes them.
 
     ROWS: the shard has several rows; else element i has index offset + i. PAIRS: every even element and the next one
-    share a hash, which is then computed once; else it is computed for both.
+    share a hash, which is then computed once; else it is computed for both. KEYS: how many keys
+    there are, 1 or 2; None: it is found out.
     """
     SHIFT: tl.constexpr = 1 if dtype == tl.bfloat16 else 0
     STEP: tl.constexpr = 2 if PAIRS and dtype == tl.bfloat16 else 1
@@ -227,12 +256,19 @@ def draw(
             bits = random_bits(mix64(stream ^ (index >> (32 + SHIFT)).to(tl.uint64)), counter)
         bits = share_of(bits, index.to(tl.uint32) & 1, dtype, PAIRS)
     else:
-        bits = draw_at(stream, offset + start, offset + start + left - 1, place, dtype, PAIRS)
+        bits = draw_at(stream, offset + start, offset + start + left - 1, place, dtype, PAIRS, KEYS)
     return bits
 
 
 @triton.jit
-def draw_at(stream, first, last, place, dtype: tl.constexpr, PAIRS: tl.constexpr):
+def share_a_key(first, last, dtype: tl.constexpr):
+    """Whether the elements with index `first` to `last` draw from one key's 2**32 counters: almost always."""
+    SHIFT: tl.constexpr = 33 if dtype == tl.bfloat16 else 32
+    return first >> SHIFT == last >> SHIFT
+
+
+@triton.jit
+def draw_at(stream, first, last, place, dtype: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr = None):
     """The random bits of the elements with index first + place, as `stochastic` takes them.
 
     place: int32, any shape, below 2**31. For bfloat16 with PAIRS, even ones only, and `first` is even: each stands for
@@ -245,7 +281,13 @@ def draw_at(stream, first, last, place, dtype: tl.constexpr, PAIRS: tl.constexpr
     last_high = last >> (32 + SHIFT)
     first_key = mix64(stream ^ first_high.to(tl.uint64))
     # One key to all is common and costs nothing: two would be a comparison and two selections for each hash.
-    if last_high == first_high:
+    if KEYS == 1:
+        bits = random_bits(first_key, counter)
+    elif KEYS == 2:
+        last_key = mix64(stream ^ last_high.to(tl.uint64))
+        key = tl.where(counter >= (first >> SHIFT).to(tl.uint32), first_key, last_key)
+        bits = random_bits(key, counter)
+    elif last_high == first_high:
         bits = random_bits(first_key, counter)
     else:
         last_key = mix64(stream ^ last_high.to(tl.uint64))
@@ -304,16 +346,30 @@ def sum_of_squares(x, BLOCK: tl.constexpr):
     return total
 
 
+#: The last program adds up so many numbers at a time. `sq_norm_` takes no more programs than these for a tensor.
+PROGRAMS = tl.constexpr(1024)
+
+
+@triton.jit
+def blocks_per_program(blocks):
+    """How many blocks are added up one after the other: in large tensors several, so that PROGRAMS sums are left. It
+    depends on the size alone, and so do the bits of a norm."""
+    return tl.cdiv(blocks, PROGRAMS)
+
+
 @triton.jit
 def add_up(partials, blocks):
-    """The sum of `blocks` numbers that other programs stored, in fixed order."""
-    WIDTH: tl.constexpr = 1024
-    place = tl.arange(0, WIDTH)
-    sums = tl.zeros((WIDTH,), tl.float64)
-    first = tl.zeros((), tl.int32)
-    while first < blocks:  # range() of a tensor fails in the interpreter of Triton 3.6 with numpy 2.4
-        sums += tl.load(partials + first + place, mask=place < blocks - first, other=0.0, cache_modifier=".cg")
-        first += WIDTH
+    """The sum of `blocks` numbers that other programs stored, in fixed order: neighbours one after the other, as in
+    `blocks_per_program`, then these sums in pairs."""
+    several = blocks_per_program(blocks)
+    place = tl.arange(0, PROGRAMS) * several
+    sums = tl.zeros((PROGRAMS,), tl.float64)
+    i = several * 0
+    while i < several:  # range() of a tensor fails in the interpreter of Triton 3.6 with numpy 2.4
+        for k in tl.static_range(4):  # loads that are under way together
+            limit = tl.where(i + k < several, blocks - i - k, 0)
+            sums += tl.load(partials + i + k + place, mask=place < limit, other=0.0, cache_modifier=".cg")
+        i += 4
     return tl.sum(fold(sums, 10), axis=0)
 
 

@@ -21,9 +21,12 @@ from .numerics import (
     elements,
     float64_of,
     int64_of,
+    is_ordinary,
     load,
     mix64,
     nearest,
+    ordinary,
+    share_a_key,
     slot_at,
     step_scalars,
     stepped,
@@ -97,17 +100,27 @@ def sgd_kernel(
     g_bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK, TOGETHER)
     rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
     scaled = widen(g_bits, G) * unscale
-    finite = tl.abs(scaled) < float("inf")
     p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
+    finite = tl.abs(scaled) < float("inf")
     if STOCHASTIC:
         stream = mix64((key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
         offset, row_length, row_stride = offset.to(tl.int64), row_length.to(tl.int64), row_stride.to(tl.int64)
-        random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK)
-        rounded = stochastic(p, random, P)
+        if ROWS:
+            random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK)
+            rounded = tl.where(finite, stochastic(p, random, P), p_bits)
+        elif is_ordinary(p, P) & share_a_key(offset + start, offset + start + left - 1, P):
+            # One decision for all of them: tests of each number would be a third of the instructions.
+            random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK, 1)
+            rounded = ordinary(p, random, P)
+            if CLAMP:  # else p shows that a gradient is not finite
+                rounded = tl.where(finite, rounded, p_bits)
+        else:
+            random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK, 2)
+            rounded = tl.where(finite, stochastic(p, random, P), p_bits)
     else:
-        rounded = nearest(p, P)
+        rounded = tl.where(finite, nearest(p, P), p_bits)
     if float64_of(found_inf, kinds, 5) == 0.0:
-        store(param, tl.where(finite, rounded, p_bits), left, BLOCK)
+        store(param, rounded, left, BLOCK)
     if NORM:
         add_to_slot(sum_of_squares(scaled, BLOCK), slot_at(slot), partials, counters, block, tl.cdiv(numel, BLOCK))
 
@@ -276,21 +289,21 @@ def sgd_list_(
             )
         for part in launch.rounds(rows):
             with launch.table_lock:
-                table, owners, launches = launch.upload(part, device)
+                table, owners, launches = launch.upload(part, device, launch.blocks_of)
                 partials, counters = None, None
                 if sq_norm:
-                    partials = launch.partials.get(device, sum(one.blocks for one in launches))
+                    partials = launch.partials.get(device, sum(one.programs for one in launches))
                     counters = launch.counters.get(device, len(part))
                 for one in launches:
                     p_dtype, g_dtype, aligned, rounded = one.variant
-                    sgd_kernel[(one.blocks,)](
+                    sgd_kernel[(one.programs,)](
                         *(None, None, 0),  # tensors are in the table
                         *numbers,
                         kinds,
                         *(0, 0, 0, 0, 0),
                         table,
                         owners,
-                        one.first_block,
+                        one.first_program,
                         partials,
                         counters,
                         P=TYPES[p_dtype],

@@ -10,10 +10,21 @@ from torch import Tensor
 from ..ops._overlap import Access, check_no_overlap, regions
 from . import launch
 from .launch import COLUMNS, TYPES, fail
-from .numerics import BLOCK, add_to_slot, elements, float64_of, load, slot_at, sum_of_squares, widen
+from .numerics import (
+    BLOCK,
+    PROGRAMS,
+    add_to_slot,
+    blocks_per_program,
+    elements,
+    float64_of,
+    load,
+    slot_at,
+    sum_of_squares,
+    widen,
+)
 
 
-@triton.jit(do_not_specialize=["numel", "slot", "inv_scale", "kinds", "owners", "first_block"])
+@triton.jit(do_not_specialize=["numel", "slot", "inv_scale", "kinds", "owners", "first_program"])
 def sq_norm_kernel(
     grad,
     numel: tl.int64,
@@ -22,7 +33,7 @@ def sq_norm_kernel(
     kinds: tl.int32,
     table,
     owners: tl.int64,
-    first_block: tl.int64,
+    first_program: tl.int64,
     partials,
     counters,
     G: tl.constexpr,
@@ -30,23 +41,37 @@ def sq_norm_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program adds up BLOCK elements: of the one tensor in the arguments, or, with COLUMNS, of the tensor that the
-    table says."""
-    block = tl.program_id(0).to(tl.int64)
+    """A program adds up some blocks: of the one tensor in the arguments, or, with COLUMNS, of the tensor that the table
+    says."""
+    program = tl.program_id(0).to(tl.int64)
     if COLUMNS:
-        block += first_block.to(tl.int64)
-        owner = tl.load(table + owners.to(tl.int64) + block)
+        program += first_program.to(tl.int64)
+        owner = tl.load(table + owners.to(tl.int64) + program)
         row = table + owner * COLUMNS
-        grad, slot, numel, first = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-        block -= first
-        partials += first
+        grad, slot, numel, first_of = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+        program -= first_of
+        partials += first_of
         counters += owner
     numel = numel.to(tl.int64)
-    start = block * BLOCK
-    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
-    bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK)
-    total = sum_of_squares(widen(bits, G) * float64_of(inv_scale, kinds, 0).to(tl.float32), BLOCK)
-    add_to_slot(total, slot_at(slot), partials, counters, block, tl.cdiv(numel, BLOCK))
+    grad = elements(grad, G, ALIGNED)
+    unscale = float64_of(inv_scale, kinds, 0).to(tl.float32)
+    several = blocks_per_program(tl.cdiv(numel, BLOCK))
+    start = program * several * BLOCK
+    end = tl.minimum(start + several * BLOCK, numel)
+    bits = load(grad + start, tl.minimum(end - start, BLOCK).to(tl.int32), BLOCK)
+    total = tl.zeros((), tl.float64)
+    while start < end:
+        first = start + BLOCK  # of the next block, which is under way while this one is added up
+        next_bits = load(grad + first, tl.maximum(tl.minimum(end - first, BLOCK), 0).to(tl.int32), BLOCK)
+        total += sum_of_squares(widen(bits, G) * unscale, BLOCK)
+        bits, start = next_bits, first
+    add_to_slot(total, slot_at(slot), partials, counters, program, tl.cdiv(numel, several * BLOCK))
+
+
+def programs_of(numel: int) -> int:
+    """Programs that add up a tensor; see `blocks_per_program`."""
+    blocks = launch.blocks_of(numel)
+    return triton.cdiv(blocks, triton.cdiv(blocks, PROGRAMS.value))
 
 
 def sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
@@ -58,10 +83,10 @@ def sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
     if numel == 0:
         return
     grad = grad.contiguous()
-    blocks = launch.blocks_of(numel)
+    programs = programs_of(numel)
     with launch.on(device):
-        partials, counter = launch.partials.get(device, blocks), launch.counters.get(device, 1)
-        sq_norm_kernel[(blocks,)](
+        partials, counter = launch.partials.get(device, programs), launch.counters.get(device, 1)
+        sq_norm_kernel[(programs,)](
             grad,
             numel,
             slot.data_ptr(),
@@ -100,18 +125,18 @@ def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | 
                 rows.append(launch.Row(0, address, slot.data_ptr(), numel, 0, launch.WHOLE, variant))
         for part in launch.rounds(rows):
             with launch.table_lock:
-                table, owners, launches = launch.upload(part, device)
-                partials = launch.partials.get(device, sum(one.blocks for one in launches))
+                table, owners, launches = launch.upload(part, device, programs_of)
+                partials = launch.partials.get(device, sum(one.programs for one in launches))
                 counters = launch.counters.get(device, len(part))
                 for one in launches:
                     dtype, aligned = one.variant
-                    sq_norm_kernel[(one.blocks,)](
+                    sq_norm_kernel[(one.programs,)](
                         *(None, 0, 0),  # tensors are in the table
                         number,
                         kinds,
                         table,
                         owners,
-                        one.first_block,
+                        one.first_program,
                         partials,
                         counters,
                         G=TYPES[dtype],

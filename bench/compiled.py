@@ -1,0 +1,323 @@
+"""The GPU kernels as compiled for a GPU that need not be there: the CUDA library's by nvcc, Triton's by Triton."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import sass
+from .results import ROOT
+
+BUILD = ROOT / "build" / "cuda"
+OBJECTS = BUILD / "CMakeFiles" / "_cuda.dir" / "csrc" / "cuda"
+LAYER = 4096 * 4096  # elements of a parameter whose launch is read
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
+MANGLED = {"7Float32": "fp32", "8BFloat16": "bf16", "7Float16": "fp16"}
+
+
+class NoCompiler(Exception):
+    """There is no nvcc or no Triton, or nothing that prints machine code."""
+
+
+def output_of(*command: str | Path) -> tuple[int, str]:
+    """The exit status, and what was written to both streams."""
+    process = subprocess.run(command, capture_output=True, text=True)
+    return process.returncode, process.stdout + process.stderr
+
+
+def tool(name: str) -> str:
+    """A program of the environment that runs this."""
+    return str(Path(sys.executable).parent / name)
+
+
+def build_cuda() -> str:
+    """Builds _cuda.so for every target in build/cuda, if something has changed, and returns nvcc's path.
+
+    nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else that of ``pip install nvidia-cuda-nvcc
+    nvidia-cuda-runtime``. What ptxas says of each source is kept beside its object, as ``<source>.o.log``.
+
+    Raises:
+        NoCompiler: there is no nvcc.
+        RuntimeError: the build failed.
+    """
+    settings = [
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        f"-DPYTHON={sys.executable}",
+        "-DLOMO_CUDA=1",
+        f"-DCMAKE_CUDA_COMPILER_LAUNCHER={ROOT / 'tests' / 'keep_output.sh'}",
+        "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
+    ]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest-xdist stand side by side
+        failed, output = output_of(tool("cmake"), "-S", ROOT, "-B", BUILD, "-G", "Ninja", *settings)
+        if failed and "no nvcc" in output:
+            raise NoCompiler("there is no nvcc. Install CUDA, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime`")
+        if not failed:
+            failed, output = output_of(tool("cmake"), "--build", BUILD, "--target", "_cuda")
+        if failed:
+            raise RuntimeError(output)
+    cached = re.search(r"^LOMO_NVCC:FILEPATH=(.*)", (BUILD / "CMakeCache.txt").read_text(), re.MULTILINE)
+    assert cached is not None
+    return os.environ.get("CUDACXX") or cached[1]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel."""
+
+    operator: str
+    param: str  # "fp32", "bf16", "fp16"; that of the gradient, if there is no parameter
+    grad: str
+    stochastic: bool
+    norm: bool  # whether it adds up squares
+    code: list[sass.Instruction]
+    registers: int  # of a thread
+    stack: int  # bytes of a thread's own memory: spilled registers, and arrays that are indexed
+    shared: int  # bytes of a block's memory
+    threads: int  # of a block
+    elements: int  # of a tile that a thread handles
+    tiles: int = 1  # that a block takes one after the other, of `LAYER` elements
+    markers: tuple[tuple[str, int], ...] = ()  # instructions of the path, beside the accesses; see `sass.hot_path`
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Of the tensors that it reads."""
+        return (self.grad, self.param) if self.operator == "sgd_" else (self.grad,)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Bytes of an access at least, by dtype: 16, but 8 for 16-bit elements beside those of 32 bits."""
+        largest = max(SIZES[dtype] for dtype in self.dtypes)
+        return {dtype: 16 * SIZES[dtype] // largest for dtype in self.dtypes}
+
+    @property
+    def most_loads(self) -> int:
+        """Loads of a thread per tile, if none is narrower than `widths`."""
+        return sum(self.elements * SIZES[dtype] // self.widths[dtype] for dtype in self.dtypes)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Per element."""
+        return SIZES[self.grad] + (2 * SIZES[self.param] if self.operator == "sgd_" else 0)
+
+
+def cuobjdump() -> str:
+    """Triton brings one, with the nvdisasm that it calls."""
+    try:
+        import triton
+
+        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    except ImportError:
+        bundled = Path()
+    for path in (bundled, shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump"):
+        if path and os.access(path, os.X_OK) and not Path(path).is_dir():
+            return str(path)
+    raise NoCompiler("there is no cuobjdump. Install Triton, which brings one, or CUDA")
+
+
+def _dumped(file: Path, arch: int) -> Iterator[tuple[str, list[sass.Instruction], dict[str, int]]]:
+    """Name, code and resources of each kernel in `file`."""
+    target = [] if file.suffix == ".cubin" else ["-arch", f"sm_{arch}"]
+    _, text = output_of(cuobjdump(), *target, "-res-usage", file)
+    usage = dict(re.findall(r"Function (\S+):\s+(REG:.*)", text))
+    failed, text = output_of(cuobjdump(), *target, "-sass", file)
+    if failed:
+        raise RuntimeError(text)
+    for name, code in sass.read(text.splitlines()).items():
+        yield name, code, {key: int(n) for key, n in re.findall(r"(\w+):(\d+)", usage[name])}
+
+
+# ---- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+def _constant(name: str) -> int:
+    """One of csrc/cuda/kernels.h, as nvcc sees it: the last, after those of the emulation."""
+    values = re.findall(rf"\b{name} = (\d+)[;,]", (ROOT / "csrc/cuda/kernels.h").read_text())
+    assert values, f"csrc/cuda/kernels.h has no {name}"
+    return int(values[-1])
+
+
+def cuda_kernels(arch: int) -> Iterator[Kernel]:
+    """Those of one tensor, from `build_cuda`'s objects."""
+    threads, elements = _constant("kThreads"), _constant("kShare")
+    tiles = LAYER // (threads * elements)
+    for source, operator in (("sgd_kernel.cu", "sgd_"), ("sq_norm_kernel.cu", "sq_norm_")):
+        for name, code, usage in _dumped(OBJECTS / f"{source}.o", arch):
+            if "Li1E" not in name:  # a launch of a list
+                continue
+            dtypes = [MANGLED[dtype] for dtype in re.findall("|".join(MANGLED), name)]
+            # The mangled name of a gradient of the parameter's dtype refers back to it.
+            what = operator, dtypes[0], dtypes[-1], "Lb1E" in name
+            resources = code, usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"], threads, elements
+            if operator == "sgd_":
+                yield Kernel(*what, False, *resources, -(-tiles // _constant("kTensorBlocks")))
+            # An update with a norm is the same code on another way: per tile a vote of the warp whether a sum must be
+            # formed again in float64, and at the end a float64 sum over the warp.
+            each = -(-tiles // _constant("kNormBlocks"))
+            yield Kernel(*what, True, *resources, each, (("VOTE", each), ("SHFL", 10)))
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+
+def triton_source(
+    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], unaligned: tuple[str, ...] = ()
+) -> Any:
+    """`kernel` as a launch would specialise it; every pointer is aligned to 16 bytes, except those named."""
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    values, hints = {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr or constants.get(name, 0) is None:
+            signature[name], values[i,] = "constexpr", constants[name]
+        elif name in pointers:
+            signature[name] = pointers[name]
+            if name not in unaligned:
+                hints[i,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = parameter.annotation_type
+    return ASTSource(kernel, signature, values, hints)
+
+
+def _triton_update(p: str, g: str, stochastic: bool, norm: bool) -> tuple[Any, dict[str, Any]]:
+    import triton.language as tl
+
+    from lomo_kernels.triton import numerics, sgd
+
+    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+    constants = {"P": types[p], "G": types[g], "STOCHASTIC": stochastic, "ROWS": False, "PAIRS": True, "NORM": norm}
+    constants |= {"CLAMP": False, "BLOCK": numerics.BLOCK, "ALIGNED": False, "table": None, "COLUMNS": 0}
+    if not norm:
+        constants |= {"partials": None, "counters": None}
+    pointers = {"param": f"*{p}", "grad": f"*{g}", "partials": "*fp64", "counters": "*i64"}
+    return triton_source(sgd.sgd_kernel, pointers, constants), sgd.options(p == "bf16", stochastic, False, norm)
+
+
+def _triton_norm(g: str) -> tuple[Any, dict[str, Any]]:
+    import triton.language as tl
+
+    from lomo_kernels.triton import launch, numerics, sq_norm
+
+    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+    constants = {"G": types[g], "BLOCK": numerics.BLOCK, "ALIGNED": False, "table": None, "COLUMNS": 0}
+    pointers = {"grad": f"*{g}", "partials": "*fp64", "counters": "*i64"}
+    return triton_source(sq_norm.sq_norm_kernel, pointers, constants), launch.options()
+
+
+def triton_compile(source: Any, options: dict[str, Any], arch: int, folder: Path) -> tuple[Any, list[Any]]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    file = folder / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    ((_, code, usage),) = _dumped(file, arch)
+    return compiled, [code, usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared]
+
+
+def triton_kernels(arch: int) -> Iterator[Kernel]:
+    """Those of one tensor, of whole parameters and without a clamp."""
+    from lomo_kernels.triton import numerics, sq_norm
+
+    cases = [
+        ("sgd_", p, g, stochastic, norm, _triton_update(p, g, stochastic, norm))
+        for p, g, stochastic, norm in itertools.product(SIZES, SIZES, (False, True), (False, True))
+        if not (stochastic and p == "fp32")
+    ]
+    cases += [("sq_norm_", g, g, False, True, _triton_norm(g)) for g in SIZES]
+    with tempfile.TemporaryDirectory() as folder:
+        for *what, (source, options) in cases:
+            _, resources = triton_compile(source, options, arch, Path(folder))
+            threads = 32 * options["num_warps"]
+            blocks = LAYER // numerics.BLOCK
+            each = blocks // sq_norm.programs_of(LAYER) if source.fn is sq_norm.sq_norm_kernel else 1
+            yield Kernel(*what, *resources, threads, numerics.BLOCK // threads, each)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A kernel of a linear layer, which forms tiles of the gradient and uses them up."""
+
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    threads: int
+    maxnreg: int | None  # the bound on registers that it was compiled with
+    serialized: bool  # the assembler waits for each asynchronous product before it issues the next
+
+
+def triton_products(arch: int) -> Iterator[Product]:
+    """`linear_sgd_` and `linear_sq_norm_` for whole and aligned tiles."""
+    import torch
+    import triton.language as tl
+
+    from lomo_kernels.triton import linear
+
+    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+    def tiled(g: str, tile: Any, **constants: Any) -> dict[str, Any]:
+        constants |= {"G": types[g], "ALIGNED": True, "BM": tile.rows, "BN": tile.columns, "BK": tile.tokens}
+        return constants | {"WIDEN": linear.widened(dtypes[g], arch), "TOKENS": None}
+
+    def update(p: str, g: str, stochastic: bool, norm: bool, clamp: bool) -> tuple[Any, dict[str, Any]]:
+        tile = linear.tile_of(dtypes[g], arch, True)
+        constants = tiled(g, tile, P=types[p], CLAMP=clamp, STOCHASTIC=stochastic, PAIRS=True, NORM=norm)
+        constants |= {"PARTS": linear.PARTS} | ({} if norm else {"partials": None, "counter": None})
+        pointers = {"weight": f"*{p}", "gy": f"*{g}", "x": f"*{g}", "partials": "*fp64", "counter": "*i64"}
+        return triton_source(linear.linear_sgd_kernel, pointers, constants), tile.options()
+
+    def norm_of(g: str) -> tuple[Any, dict[str, Any]]:
+        tile = linear.tile_of(dtypes[g], arch, True)
+        pointers = {"gy": f"*{g}", "x": f"*{g}", "partials": "*fp64", "counter": "*i64"}
+        constants = tiled(g, tile, GRAM=False, done=None)
+        return triton_source(linear.linear_sq_norm_kernel, pointers, constants), tile.options()
+
+    cases = {
+        f"`linear_sgd_` {p} by {g}{', stochastic' * stochastic}{', norm' * norm}{', clamp' * clamp}": update(
+            p, g, stochastic, norm, clamp
+        )
+        for p, g, stochastic, norm, clamp in (
+            ("bf16", "bf16", False, False, False),
+            ("bf16", "bf16", False, True, False),
+            ("bf16", "bf16", True, True, True),
+            ("fp16", "fp16", False, True, False),
+            ("fp16", "fp16", True, True, True),
+            ("fp32", "bf16", False, True, False),
+            ("fp32", "fp32", False, True, False),
+        )
+    }
+    cases |= {f"`linear_sq_norm_` {g}": norm_of(g) for g in ("bf16", "fp16", "fp32")}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (source, options) in cases.items():
+            compiled, (_, *resources) = triton_compile(source, options, arch, Path(folder))
+            said = _ptxas(compiled.asm["ptx"], arch, Path(folder))
+            yield Product(name, *resources, 32 * options["num_warps"], options.get("maxnreg"), "serialized" in said)
+
+
+def _ptxas(ptx: str, arch: int, folder: Path) -> str:
+    """What Triton's assembler says of a kernel, which Triton keeps to itself."""
+    from triton.backends.nvidia import compiler
+
+    (folder / "kernel.ptx").write_text(ptx)
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    options = ["--fmad=false", f"--gpu-name={target[1]}", folder / "kernel.ptx", "-o", folder / "again.cubin"]
+    failed, output = output_of(compiler.get_ptxas(arch).path, "-v", *options)
+    if failed:
+        raise RuntimeError(output)
+    return output
