@@ -192,7 +192,8 @@ def triton_source(
     return ASTSource(kernel, signature, values, hints)
 
 
-def _triton_update(p: str, g: str, stochastic: bool, norm: bool) -> tuple[Any, dict[str, Any]]:
+def _triton_update(arch: int, p: str, g: str, stochastic: bool, norm: bool) -> tuple[Any, dict[str, Any]]:
+    import torch
     import triton.language as tl
 
     from lomo_kernels.triton import numerics, sgd
@@ -203,7 +204,9 @@ def _triton_update(p: str, g: str, stochastic: bool, norm: bool) -> tuple[Any, d
     if not norm:
         constants |= {"partials": None, "counters": None}
     pointers = {"param": f"*{p}", "grad": f"*{g}", "partials": "*fp64", "counters": "*i64"}
-    return triton_source(sgd.sgd_kernel, pointers, constants), sgd.options(p == "bf16", stochastic, False, norm)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[p]
+    options = sgd.options(arch, dtype, stochastic, False, norm, False)
+    return triton_source(sgd.sgd_kernel, pointers, constants), options
 
 
 def _triton_norm(g: str) -> tuple[Any, dict[str, Any]]:
@@ -233,7 +236,7 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     from lomo_kernels.triton import numerics, sq_norm
 
     cases = [
-        ("sgd_", p, g, stochastic, norm, _triton_update(p, g, stochastic, norm))
+        ("sgd_", p, g, stochastic, norm, _triton_update(arch, p, g, stochastic, norm))
         for p, g, stochastic, norm in itertools.product(SIZES, SIZES, (False, True), (False, True))
         if not (stochastic and p == "fp32")
     ]
