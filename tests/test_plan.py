@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from bench.measure import SCRATCH, allocations, peak_of, peak_on_gpu
 from lomo_kernels import Lomo, tiled
 from lomo_kernels.demo.model import ByteLlama, Config
+from lomo_kernels.optim import repeat
 from lomo_kernels.optim.records import SMALL_BYTES
 from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, record, simulate
 from lomo_kernels.plan.kernels import KERNELS
@@ -50,10 +52,13 @@ def tied(build: Callable[[], ByteLlama]) -> Callable[[], ByteLlama]:
 @checkpointing
 def test_a_simulation_is_exact(name: str, checkpointing: bool) -> None:
     """Every storage of a real run on the CPU, in its category: the same numbers. With checkpoints the loss is in
-    chunks, too."""
+    chunks, too. A first step that compares two norm passes takes copies of all norms more, which is not simulated."""
     build, loss = llama(CONFIG, checkpointing=checkpointing), loss_of(BATCH, SEQ, 50 if checkpointing else None)
-    real = record(build, loss, METHODS[name], workspaces=KERNELS["cpu"].workspaces)
-    assert simulate(build, loss, METHODS[name], kernels="cpu") == real
+    simulated = simulate(build, loss, METHODS[name], kernels="cpu")
+    first = record(build, loss, METHODS[name], workspaces=KERNELS["cpu"].workspaces)
+    with patch.object(repeat, "_can_compare", lambda devices: False):
+        assert record(build, loss, METHODS[name], workspaces=KERNELS["cpu"].workspaces) == simulated
+    assert simulated.peak <= first.peak <= simulated.peak + 4 * 8 * len(WEIGHTS)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.steps == 1])
