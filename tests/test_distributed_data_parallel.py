@@ -401,7 +401,7 @@ def differing(rank: int) -> None:
 def devices(rank: int) -> None:
     params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))]
     with pytest.raises(ValueError, match="one device, these are on cpu, meta"):
-        reduce.Averaged(dist.group.WORLD, [type("Record", (), {"param": param}) for param in params])
+        reduce.Averaged(dist.group.WORLD, [type("Record", (), {"param": param, "served": True}) for param in params])
 
 
 def grad_scaler(rank: int) -> None:

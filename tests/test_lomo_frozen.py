@@ -156,3 +156,27 @@ def test_a_model_of_nothing_else() -> None:
     optimizer = Lomo([nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)])
     optimizer.step()
     assert optimizer.step_count.item() == 0
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["hooks", "fused"])
+@pytest.mark.parametrize("rule", RULES)
+def test_one_that_is_frozen_between_forward_and_backward(rule: str, fused: bool) -> None:
+    """As with autograd, which drops its gradient then: it stays, and the norm is that of the others."""
+    models = [Adapted(KINDS["int8"]()) for _ in range(2)]
+    optimizer = Lomo(models[0].layers, LR, fused_layers=fused, **RULES[rule])
+    sgd = torch.optim.SGD(models[1].layers.parameters(), LR)
+    before = models[0].layers[2].weight.detach().clone()
+    losses = [model(0) for model in models]
+    for model in models:
+        model.layers[2].weight.requires_grad_(False)
+    optimizer.backward(losses[0])
+    losses[1].backward()
+    total = nn.utils.clip_grad_norm_(models[1].layers.parameters(), RULES[rule].get("clip_grad_norm", torch.inf))
+    sgd.step()
+    assert torch.equal(models[0].layers[2].weight, before)
+    assert optimizer.last_grad_norm.item() == pytest.approx(total.item(), rel=1e-5)
+    torch.testing.assert_close(weights_of(models[0]), weights_of(models[1]), rtol=1e-5, atol=1e-6)
+    assert all(param.grad is None for param in models[0].parameters())
+    models[0].layers[2].weight.requires_grad_(True)
+    optimizer.backward(models[0](1))
+    assert not torch.equal(models[0].layers[2].weight, before)

@@ -522,7 +522,8 @@ def test_autograd_grad_inside_the_backward_of_a_step(way: str, detour: str) -> N
 
     handle = model.inplace[0].register_full_backward_hook(ask)
     check_step(model, optimizer, WAYS[way], lambda m: net_loss(m), step=lambda: optimizer.backward(net_loss(model)))
-    assert len(results) == {"one": 1, "two": 2}[way] + 1  # one more by the copy that check_step compares with
+    # Two passes: the first step of a graph looks twice. One more by the copy that check_step compares with.
+    assert len(results) == {"one": 1, "two": 3}[way] + 1
     torch.testing.assert_close(results[0], expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(results[1], expected, rtol=1e-5, atol=1e-6)  # of the norm's pass, or the only one
     handle.remove()
@@ -626,7 +627,7 @@ def test_weights_frozen_and_thawed_between_steps(way: str) -> None:
 @pytest.mark.parametrize("loss_scale", [None, 64.0])
 @pytest.mark.parametrize("way", WAYS)
 def test_two_optimizers_on_two_parts(way: str, loss_scale: float | None) -> None:
-    """Each leaves the other's gradients in .grad, as a plain backward would."""
+    """Neither leaves a gradient on the other's parameters, and each takes its own."""
     model = net()
     part = [*model.first.parameters(), *model.inplace.parameters()]
     rest = [model.twice.weight, model.embedding.weight]
@@ -638,8 +639,7 @@ def test_two_optimizers_on_two_parts(way: str, loss_scale: float | None) -> None
         grads = {name: param.grad for name, param in expected.model.named_parameters()}
         of_rest = ("twice.weight", "embedding.weight")
         a.backward(net_loss(model, step))
-        for name in of_rest:
-            torch.testing.assert_close(model.get_parameter(name).grad.double(), grads[name], rtol=1e-4, atol=1e-6)
+        assert all(param.grad is None for param in rest)
         norm = sum(g.square().sum().item() for name, g in grads.items() if name not in of_rest) ** 0.5
         assert a.last_grad_norm.item() == pytest.approx(norm, rel=1e-5)
         assert all(param.grad is None for param in part)

@@ -153,7 +153,7 @@ def test_what_is_loaded_is_not_shared() -> None:
 
 def whole_state(optimizer: Lomo) -> dict[str, Any]:
     """All that loading, or a group that is added, may change; compared by `==`."""
-    records = optimizer._records
+    records, attachment = optimizer._records, optimizer._attachment
     return {
         "groups": [{**group, "params": [id(p) for p in group["params"]]} for group in optimizer.param_groups],
         "lists": [id(optimizer.param_groups), id(optimizer.state)],
@@ -165,9 +165,9 @@ def whole_state(optimizer: Lomo) -> dict[str, Any]:
         },
         "records": [vars(record).copy() for record in records],
         "hooks": [len(record.param._post_accumulate_grad_hooks or ()) for record in records],
-        "handles": [handle.id for handle in optimizer._handles],
-        "fused": [id(reference()) for reference in optimizer._fused],
-        "sinks": [*optimizer._takers, sorted(takers)],
+        "handles": [handle.id for handle in attachment._handles],
+        "fused": [id(reference()) for reference in attachment._fused],
+        "sinks": [*attachment._takers, sorted(takers)],
     }
 
 

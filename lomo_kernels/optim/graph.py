@@ -147,7 +147,7 @@ def nodes_of(loss: Tensor) -> Iterator[Any]:
                     waiting.append(id(after))
     finally:
         if len(nodes) > DEEP:
-            _deep_graphs.append(nodes)
+            _hold(nodes)
 
 
 # Since torch 2.13, a node that Python has seen is freed through its Python object. A chain of nodes is then freed by
@@ -159,22 +159,32 @@ _deep_graphs: list[dict[int, Any]] = []
 _releasing = threading.Lock()
 
 
+def _hold(nodes: dict[int, Any]) -> None:
+    """Holds a graph, together with graphs that share nodes with it: each of two holders would wait for the other.
+
+    A leaf's node is not held. It ends every chain, and every graph of the parameter shares it.
+    """
+    held = {key: node for key, node in nodes.items() if node.next_functions}
+    for graph in [graph for graph in _deep_graphs if not held.keys().isdisjoint(graph)]:
+        _deep_graphs.remove(graph)
+        held.update(graph)
+    _deep_graphs.append(held)
+
+
 def release_deep_graphs() -> None:
-    """Frees graphs that only this module holds. A node is freed after the nodes that give it a gradient."""
+    """Frees nodes that only this module holds. A node is freed after the nodes that give it a gradient."""
     if not _deep_graphs or not _releasing.acquire(blocking=False):
         return
     try:
         for nodes in list(_deep_graphs):
-            first = next(iter(nodes))
-            waiting = [] if _is_held(nodes, first) else list(reversed(nodes))
+            waiting = list(reversed(nodes))
             while waiting:
                 key = waiting.pop()
-                if key not in nodes:
+                if key not in nodes or _is_held(nodes, key):
                     continue
                 after = nodes[key].next_functions
-                if not after or not _is_held(nodes, key):  # a leaf's node ends every chain, and new graphs hold it too
-                    del nodes[key]
-                    waiting.extend(id(node) for node, _ in after if node is not None)
+                del nodes[key]
+                waiting.extend(id(node) for node, _ in after if node is not None)
                 del after
             if not nodes:
                 _deep_graphs.remove(nodes)

@@ -20,13 +20,8 @@ class Owner(Protocol):
     """What this module knows of a `Lomo`."""
 
     _records: list[Record]
-
-    @property
-    def _is_stepping(self) -> bool:
-        """Whether a step is under way."""
-
-    def _hook_all(self) -> None:
-        """Puts hooks on trainable parameters without one."""
+    _steps: Any  # a `Steps`, whose `current` one may run in whatever thread
+    _attachment: Any  # an `Attachment`
 
 
 #: By id of the parameter, which its optimizer keeps alive.
@@ -35,11 +30,10 @@ _owners: dict[int, weakref.ref[Any]] = {}
 _live: dict[int, weakref.ref[Any]] = {}
 
 
-def claim(ids: Iterable[int], optimizer: Owner) -> None:
+def claim(ids: Iterable[int], optimizer: weakref.ref[Any]) -> None:
     """Notes that `optimizer` manages the parameters of these ids."""
-    reference = weakref.ref(optimizer)
-    _owners.update(dict.fromkeys(ids, reference))
-    _live[id(optimizer)] = reference
+    _owners.update(dict.fromkeys(ids, optimizer))
+    _live[id(optimizer())] = optimizer
 
 
 def release(ids: list[int]) -> None:
@@ -59,15 +53,20 @@ def owner_of(param: Tensor) -> Any | None:
     return None if reference is None else reference()
 
 
-@torch.no_grad()
-def unscale_grads(records: Iterable[Record]) -> None:
-    """Takes the loss scale out of what `accumulate` left in ``.grad``: then it is what plain backwards leave."""
+def other_owners(records: Iterable[Record], optimizer: Owner) -> list[Any]:
+    """Optimizers besides `optimizer` that manage some of `records`. Raises RuntimeError if one is amid a step."""
+    others: dict[int, Any] = {}
     for record in records:
-        if record.scaled_grad is not None and record.scaled and record.grad_scale is not None:
-            grad = record.scaled_grad.clone()
-            local_of(grad).div_(record.grad_scale.to(grad.device))  # a DTensor takes no plain tensor
-            record.param.grad = grad
-        record.scaled_grad = record.zeros = None
+        owner = owner_of(record.param)
+        if owner is None or owner is optimizer:
+            continue
+        if owner._steps.current is not None:
+            raise RuntimeError(
+                f"Lomo: {record.name} is managed by another Lomo, which is amid a step. Nothing was changed. Make the "
+                "new optimizer after this step"
+            )
+        others[id(owner)] = owner
+    return list(others.values())
 
 
 # ---- Whose backward runs --------------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ class OptimizerBackward:
             other = reference()
             if other is None or other is self.optimizer:
                 continue
-            other._hook_all()
+            other._attachment.hook_all()
             for record in other._records:
                 if record.param.grad is None or not record.param.requires_grad:
                     continue
@@ -136,7 +135,7 @@ def optimizer_backward() -> OptimizerBackward | None:
     """The innermost backward of a `Lomo` in which the caller runs. The caller may be a hook in a thread of autograd."""
     backward = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
     # An interrupt may have kept `Step.leave` from removing the entry.
-    return backward if backward is not None and backward.optimizer._is_stepping else None
+    return backward if backward is not None and backward.optimizer._steps.current is not None else None
 
 
 def set_optimizer_backward(backward: OptimizerBackward | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..backends import check_device
 from ..ops._arguments import DTYPES
 from ..ops._overlap import Access, Region, find_conflict, overlaps_itself, region
 from .ranks import local_of
+from .records import Record
 
 
 def named_groups(model_or_params: Any) -> list[Any]:
@@ -36,6 +37,22 @@ def named_groups(model_or_params: Any) -> list[Any]:
     if not found:
         raise ValueError("Lomo: model_or_params holds no parameters")
     return found
+
+
+def model_to_fuse(model_or_params: Any, fused_layers: bool | nn.Module) -> nn.Module | None:
+    """The model in which layers are to be fused; None: nowhere."""
+    if isinstance(fused_layers, nn.Module):
+        return fused_layers
+    if not isinstance(fused_layers, bool):
+        raise TypeError(f"Lomo: fused_layers is a {type(fused_layers).__name__}, expected True, False or the model")
+    if not fused_layers:
+        return None
+    if not isinstance(model_or_params, nn.Module):
+        raise ValueError(
+            "Lomo: fused_layers=True needs the model, to find its layers; with parameters or groups pass it there: "
+            "fused_layers=model"
+        )
+    return model_or_params
 
 
 _INSTEAD = (
@@ -121,3 +138,44 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
                 f"Lomo: {first.name} and {second.name} share memory but are two parameters. Each update would change "
                 "both; make them one parameter (tie the modules to the same nn.Parameter)"
             )
+
+
+_NOT_ADDED = (
+    ", by hand or by an engine that was given this optimizer (DeepSpeed's ZeRO: give it none, see "
+    "docs/distributed.md). No weight was changed. Use add_param_group(), or make a new optimizer"
+)
+
+
+def check_groups(records: Sequence[Record], groups: Sequence[dict[str, Any]]) -> None:
+    """Raises RuntimeError if `groups` hold other parameters than `records`, the ones with hooks."""
+    params = [param for group in groups for param in group["params"]]
+    if len(params) != len(records):
+        raise RuntimeError(f"Lomo: parameters were put into or taken out of param_groups{_NOT_ADDED}")
+    for record, param in zip(records, params, strict=True):
+        if param is not record.param:
+            raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_NOT_ADDED}")
+
+
+def check_unchanged(records: Sequence[Record], model: nn.Module | None) -> None:
+    """Raises RuntimeError if parameters were cut into parts, or exchanged in `model`, since hooks were put on them.
+
+    Args:
+        model: None: not compared, as under FSDP2, which replaces parameters while it runs.
+    """
+    for record in records:
+        if record.local is not local_of(record.param):
+            raise RuntimeError(
+                f"Lomo: {record.name} was cut into parts since the optimizer was made. Make the optimizer after "
+                "deepspeed.initialize, from the engine. No weight was changed"
+            )
+    if model is None:
+        return
+    present = {id(param): param for param in model.parameters()}
+    managed = {id(record.param): record.name for record in records}
+    missing = [name for key, name in managed.items() if key not in present]
+    if missing and any(param.requires_grad and key not in managed for key, param in present.items()):
+        raise RuntimeError(
+            f"Lomo: the model's {missing[0]} is another parameter than when the optimizer was made, and the new one "
+            "has no hook. Make the optimizer after fully_shard, parallelize_module and all else that replaces "
+            "parameters. No weight was changed"
+        )

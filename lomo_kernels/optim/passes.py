@@ -107,6 +107,8 @@ class Pass:
             The pairs, this one and any taken before, whose gradient the layer has to return: holding them would take
             more memory than the gradient does. Usually none.
         """
+        if not record.param.requires_grad:  # frozen since its forward: autograd drops its gradient
+            return ()
         self._check_first_time(record)
         with self._lock:
             return self._holdings.add(record, pair, self._outcome)

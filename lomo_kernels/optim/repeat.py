@@ -8,6 +8,7 @@ norm pass twice. It compares the norm of every parameter before any weight chang
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,17 +20,19 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .graph import Graph
 from .owners import optimizer_backward
+from .ranks import Ranks
 from .records import Device, Record
+from .state import State
 
 # A model's graph may differ in every step (experts, sequence lengths). Graphs of this many shapes are checked. After
 # that, a graph is checked only if it has a new kind of node.
 _SHAPES = 64
 
-TWO_PASSES = (
+_TWO_PASSES = (
     'clip_grad_norm and dynamic loss scaling run backward twice. Use clip_passes="one", which runs it once. No weight '
     "was changed"
 )
-CHECKPOINTS = (
+_CHECKPOINTS = (
     "With reentrant checkpoints, a backward that updates nothing runs before the update. Use torch.utils.checkpoint "
     "with use_reentrant=False, which needs one backward only. No weight was changed"
 )
@@ -38,25 +41,86 @@ CHECKPOINTS = (
 _FAILURES = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
 
 
-class Shapes:
-    """The shapes of graphs whose two backwards gave the same gradients."""
+class Repeats:
+    """What an optimizer has seen of graphs whose backward repeats itself, and the checks of new ones.
 
-    def __init__(self) -> None:
-        self._known: set[int] = set()
+    Args:
+        optimizer: a `Lomo`, which this does not keep alive.
+        records: its parameters: its own list, which grows with it.
+        model: gives the model that it trains, if that is known.
+    """
+
+    def __init__(self, optimizer: Any, records: Sequence[Record], model: Callable[[], nn.Module | None]) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._records = records
+        self._model = model
+        self._shapes: set[int] = set()
         self._kinds: set[str] = set()
+        self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
 
-    def __len__(self) -> int:
-        return len(self._known)
+    def check_clipping(self, graph: Graph, state: State, look: Callable[[Ranks | None], None]) -> None:
+        """Before a second backward, which updates: raises RuntimeError unless it will have the gradients of the first.
 
-    def __contains__(self, graph: Graph) -> bool:
-        return graph.shape in self._known or (len(self._known) >= _SHAPES and graph.kinds <= self._kinds)
-
-    def add(self, graph: Graph) -> None:
-        self._known.add(graph.shape)
+        Args:
+            graph: through which a first `look` has just gone, over all ranks.
+            state: whose slots hold its norms.
+            look: a backward that adds up norms, in slots set to zero, and leaves the graph for another one; over these
+                ranks.
+        """
+        if self._knows(graph):
+            return
+        # An engine that reduces inside backward needs all ranks for this check. They all run it in the first step only.
+        first = not self._shapes
+        ranks = state.ranks
+        if ranks is not None and ranks.same_graphs and not first:
+            return
+        # A step whose norm is not finite changes nothing, and its norms cannot be compared.
+        if not _can_compare(list(state.devices.values())) or state.home.found_inf.item():
+            return
+        self._compare(graph, state, look, ranks if first else None, _TWO_PASSES)
+        self._shapes.add(graph.shape)
         self._kinds |= graph.kinds
 
+    def check_checkpoints(self, graph: Graph, state: State, look: Callable[[Ranks | None], None]) -> None:
+        """With one backward, a gradient that comes twice must be found before a weight has changed.
 
-def can_compare(devices: Sequence[Device]) -> bool:
+        So if the number of reentrant checkpoints is new, a norm pass runs before the update. It sends nothing between
+        ranks whose graphs may differ: the other ranks may not run it. Arguments as `check_clipping`.
+        """
+        count = graph.reentrant_checkpoints(thorough=self._checkpoints is None)
+        if count and count != self._checkpoints:
+            ranks = state.ranks if state.ranks is not None and state.ranks.same_graphs else None
+            with _statistics_kept(self._optimizer(), self._model()):  # only the first step of a run begins so
+                look(ranks)
+            if _can_compare(list(state.devices.values())):
+                self._compare(graph, state, look, ranks, _CHECKPOINTS)
+        self._checkpoints = count or self._checkpoints or 0
+
+    def _knows(self, graph: Graph) -> bool:
+        return graph.shape in self._shapes or (len(self._shapes) >= _SHAPES and graph.kinds <= self._kinds)
+
+    def _compare(
+        self, graph: Graph, state: State, look: Callable[[Ranks | None], None], ranks: Ranks | None, advice: str
+    ) -> None:
+        """Raises RuntimeError, on every one of `ranks`, unless a second `look` gives the norms in the slots."""
+        devices = list(state.devices.values())
+        kept = [device.slots.clone() for device in devices]
+        if ranks is None and state.ranks is not None:  # only this rank checks: its slots hold norms of averages
+            look(None)
+        first = [device.slots.clone() for device in devices]
+        _look_again(lambda: look(ranks), self._optimizer(), self._model(), devices, advice)
+        second = [device.slots.clone() for device in devices]
+        indices = _differing(self._records, first, second)
+        number = torch.tensor(float(len(indices)), dtype=torch.float64, device=state.norm.device)
+        if ranks is not None:
+            ranks.sum_(number)
+        if number.item():
+            raise _difference(self._records, indices, first, second, graph, advice)
+        for device, slots in zip(devices, kept, strict=True):
+            device.slots.copy_(slots)
+
+
+def _can_compare(devices: Sequence[Device]) -> bool:
     """Whether norms can be read. They cannot in a simulation (`lomo_kernels.plan`) and on the meta device.
 
     Raises:
@@ -70,7 +134,7 @@ def can_compare(devices: Sequence[Device]) -> bool:
     return not any(isinstance(device.slots, FakeTensor) or device.slots.is_meta for device in devices)
 
 
-def look_again(
+def _look_again(
     look: Callable[[], None], optimizer: Any, model: nn.Module | None, devices: Sequence[Device], advice: str
 ) -> None:
     """Runs the norm pass `look` once more, and restores random number generators and batch norm statistics after it.
@@ -84,7 +148,7 @@ def look_again(
     try:
         with (
             torch.random.fork_rng(sorted(index for index in indices if index is not None)),
-            statistics_kept(optimizer, model),
+            _statistics_kept(optimizer, model),
         ):
             look()
     except torch.OutOfMemoryError:
@@ -100,7 +164,7 @@ def look_again(
 
 
 @contextmanager
-def statistics_kept(optimizer: Any, model: nn.Module | None) -> Iterator[None]:
+def _statistics_kept(optimizer: Any, model: nn.Module | None) -> Iterator[None]:
     """Restores the statistics of batch norms. A checkpoint runs them again in every backward.
 
     Restored are the batch norms of `model`, and all that are called inside a backward of `optimizer`. The optimizer may
@@ -135,7 +199,7 @@ def statistics_kept(optimizer: Any, model: nn.Module | None) -> Iterator[None]:
             buffer.data.copy_(before)  # .data has its own version counter: autograd may have saved the buffer
 
 
-def tolerance(record: Record) -> tuple[float, float]:
+def _tolerance(record: Record) -> tuple[float, float]:
     """By how much a parameter's norm may differ in two passes: relative to this norm, and to the norm of all.
 
     Eager kernels on a CPU repeat every bit. Code of torch.compile adds to an embedding's rows in any order there, and
@@ -149,11 +213,11 @@ def tolerance(record: Record) -> tuple[float, float]:
     return max(0.1 / max(record.local.numel(), 1) ** 0.5, 5e-3), 1e-3
 
 
-def differing(records: Sequence[Record], first: Sequence[Tensor], second: Sequence[Tensor]) -> list[int]:
+def _differing(records: Sequence[Record], first: Sequence[Tensor], second: Sequence[Tensor]) -> list[int]:
     """Indices of the parameters whose norm is not the same in two passes, given as slots (one tensor per device)."""
     # A parameter's slot is zero on every device except its own.
     a, b = (torch.stack([slots.cpu() for slots in some]).sum(0).sqrt() for some in (first, second))
-    tolerances = torch.tensor([tolerance(record) for record in records], dtype=torch.float64, device="cpu")
+    tolerances = torch.tensor([_tolerance(record) for record in records], dtype=torch.float64, device="cpu")
     relative, share = tolerances.unbind(1)
     both = torch.stack([a, b])
     total = both.nan_to_num(nan=0.0, posinf=0.0).norm(dim=1).max()
@@ -162,7 +226,7 @@ def differing(records: Sequence[Record], first: Sequence[Tensor], second: Sequen
     return same.logical_not().nonzero().flatten().tolist()
 
 
-def difference(
+def _difference(
     records: Sequence[Record],
     indices: Sequence[int],
     first: Sequence[Tensor],

@@ -37,6 +37,22 @@ def layout(records: Sequence[Record]) -> list[list[Any]]:
     return [[record.name, list(shape_of(record.param))] for record in records]
 
 
+def add_entry(optimizer: Any, state: dict[str, Any]) -> None:
+    """A hook of `torch.optim.Optimizer.state_dict`: copies all tensors in it, and adds the library's entry."""
+    for group in state["param_groups"]:
+        group.update({key: value.clone() for key, value in group.items() if isinstance(value, Tensor)})
+    state["state"] = {
+        index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in numbers.items()}
+        for index, numbers in state["state"].items()  # the optimizer's own dicts: nothing may be put into them
+    }
+    state[KEY] = {
+        "version": VERSION,
+        **optimizer._state.export(),
+        "seed": optimizer._seed,
+        "parameters": layout(optimizer._records),
+    }
+
+
 def read(
     state_dict: Any,
     records: Sequence[Record],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .graph import nodes_of
 from .hyperparameters import check_positive
+from .ranks import local_of
 
 # As torch.amp.GradScaler.
 INITIAL_SCALE = 2.0**16
@@ -93,7 +94,32 @@ class LossScale:
         self.growth_tracker.copy_(torch.where(found_inf != 0, self.growth_tracker, before[1]))
 
 
-def factor_of(loss: Tensor) -> Tensor | None:
+def unscaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """A copy of a gradient, perhaps a DTensor, that is divided by the loss scale."""
+    grad = grad.clone()
+    local_of(grad).div_(scale.to(grad.device))  # a DTensor takes no plain tensor
+    return grad
+
+
+def check_no_grad_scaler(loss: Tensor) -> bool:
+    """Raises RuntimeError if a `torch.amp.GradScaler` has scaled `loss`.
+
+    Returns:
+        Whether it could have: whether `loss` was multiplied by a tensor like a scale.
+    """
+    factor = _factor_of(loss)
+    if factor is None:
+        return False
+    if _is_of_grad_scaler(factor):
+        raise RuntimeError(
+            "Lomo: the loss was multiplied by the scale of a torch.amp.GradScaler. The update would be too large "
+            'by this factor. Use Lomo(..., loss_scale="dynamic") and optimizer.backward(loss), without the scaler. '
+            "No weight was changed"
+        )
+    return True
+
+
+def _factor_of(loss: Tensor) -> Tensor | None:
     """The one-element float32 tensor that `loss` was multiplied by last, if any. It may be a GradScaler's scale."""
     node = loss.grad_fn
     for _ in range(4):  # the scaled loss may have been divided by a number of parts, say
@@ -113,7 +139,7 @@ def factor_of(loss: Tensor) -> Tensor | None:
     return None
 
 
-def is_of_grad_scaler(factor: Tensor) -> bool:
+def _is_of_grad_scaler(factor: Tensor) -> bool:
     """Whether a live `torch.amp.GradScaler` has `factor` as its scale. Asks the garbage collector: some 50 ms."""
     for referrer in gc.get_referrers(factor):
         holders = gc.get_referrers(referrer) if isinstance(referrer, dict) else [referrer]

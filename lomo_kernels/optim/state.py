@@ -40,7 +40,7 @@ class State:
         ranks: Ranks | None = None,
         before: State | None = None,
     ) -> None:
-        self._ranks = ranks
+        self.ranks = ranks
         places = list(dict.fromkeys(record.local.device for record in records if record.served))
         places = places or [torch.device("cpu")]
         self.devices = {place: Device(place, len(records)) for place in places}
@@ -79,13 +79,13 @@ class State:
     @property
     def divides(self) -> bool:
         """Whether gradients have to be divided though they carry no loss scale: they are sums over ranks."""
-        return self._ranks is not None and self._ranks.divisor != 1
+        return self.ranks is not None and self.ranks.divisor != 1
 
     def unscale_by(self, scale: Tensor | None) -> None:
         """The gradients to come carry `scale`, and the ranks' divisor: has the inverse, in float64, on every device."""
         if scale is None and not self.divides:
             return
-        divisor = 1 if self._ranks is None else self._ranks.divisor
+        divisor = 1 if self.ranks is None else self.ranks.divisor
         inverse = (torch.ones_like(self.norm) if scale is None else scale.double()).mul(divisor).reciprocal()
         for device in self.devices.values():
             _send(inverse, device.inv_scale)
@@ -99,8 +99,8 @@ class State:
         """From the slots to norm, overflow flag and clip coefficient, on every device: the same on every rank."""
         totals = [device.sum_of_squares().to(self.norm.device) for device in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
-        if self._ranks is not None:
-            self._ranks.sum_(total)
+        if self.ranks is not None:
+            self.ranks.sum_(total)
         self.norm.copy_(total.sqrt())
         self.home.found_inf.copy_(total.isfinite().logical_not())
         if clip_grad_norm is not None:
@@ -145,8 +145,8 @@ class State:
         they are of whole parameters, and every rank has to call this."""
         totals = [device.squares().to(self.norm.device) for device in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
-        if self._ranks is not None:
-            self._ranks.sum_(total)
+        if self.ranks is not None:
+            self.ranks.sum_(total)
         return total.sqrt()
 
     def export(self) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .owners import OptimizerBackward, optimizer_backward, set_optimizer_backward
 from .passes import Pass, UpdatePass
-from .ranks import local_of
 from .records import Record
+from .scaling import unscaled
+
+_T = TypeVar("_T")
 
 
 class Step:
@@ -64,8 +69,7 @@ class Step:
             if grad is not None and wanted:
                 # Not in place: a fused layer may keep the same memory as its gradient.
                 if scale is not None:
-                    grad = grad.clone()
-                    local_of(grad).div_(scale.to(grad.device))  # a DTensor takes no plain tensor
+                    grad = unscaled(grad, scale)
                 leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
         self._isolated = []
 
@@ -112,3 +116,77 @@ class Step:
     def _restore_isolated(self) -> None:
         for leaf, grad in self._isolated:
             leaf.grad = grad
+
+
+class Steps:
+    """Runs the steps of an optimizer, one after the other.
+
+    Args:
+        records: its parameters: its own list, which grows with it.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._records = records
+        self._busy: Any = threading.RLock()  # held during a step
+        self.current: Step | None = None  # the one that runs now
+        self.outcome: str | None = None  # of the last one
+
+    def run(self, optimizer: Any, run: Callable[[Step], _T]) -> _T:
+        """Runs one step. Another thread waits. A hook that starts a step inside another one gets an error.
+
+        A step that fails leaves nothing behind. An interrupt (Ctrl-C) may come between any two lines, also while a
+        broken step is removed and before the lock is released. So both are done again if needed.
+        """
+        optimizer._check_not_wrapped()
+        self.check_not_inside()
+        try:
+            with self._busy:
+                return self._run(optimizer, Step(self._records), run)
+        except BaseException:
+            if self._busy._is_owned():
+                self._busy.release()
+            raise
+
+    def _run(self, optimizer: Any, step: Step, run: Callable[[Step], _T]) -> _T:
+        try:
+            try:
+                self.outcome = step.outcome
+                self.current = step
+                result = run(step)
+                self.outcome = step.outcome
+                self.current = None
+                return result
+            except BaseException:
+                self._take_back(optimizer, step)
+                raise
+        except BaseException:
+            self._take_back(optimizer, step)
+            raise
+
+    def _take_back(self, optimizer: Any, step: Step) -> None:
+        """Removes everything that a failed step has left."""
+        if step.taken_back:
+            return
+        self.current = None
+        optimizer._norm_is_known = False
+        self.outcome = step.outcome
+        step.take_back()
+        optimizer._state.forget_norms()
+        optimizer._state.level_steps()
+        step.taken_back = True
+        if step.dropped:
+            warnings.warn(
+                f"Lomo: a step broke off. The gradients that were in .grad before it were dropped with its own: "
+                f"{'it had added to them' if step.outcome == 'unchanged' else 'some weights were updated already'}. "
+                "Begin the step again with its first backward",
+                stacklevel=6,
+            )
+
+    def check_not_inside(
+        self, refusal: str = "a step was started inside another step of the same optimizer; start it after that step"
+    ) -> None:
+        """Raises RuntimeError, which says `refusal`, if the caller is inside a step of this optimizer."""
+        # On GPUs autograd runs hooks in threads of its own, which would wait here for the step that waits for them.
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self._busy._is_owned() or (in_backward and self.current is not None):
+            raise RuntimeError(f"Lomo: {refusal}")

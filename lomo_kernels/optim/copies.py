@@ -1,0 +1,88 @@
+"""Copying and pickling an optimizer: another one with the same settings and numbers, of the parameters' copies."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from .parameters import check_groups
+from .ranks import is_engine
+
+#: Groups, the constructor's other arguments, and numbers.
+Parts = tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]
+
+
+def deep_copy(optimizer: Any, memo: dict[int, Any]) -> Any:
+    """An equal optimizer of the parameters' copies. They have to be in `memo`: the model is copied first.
+
+    Gradients, and hooks that were registered on the optimizer, are not copied, as with torch's optimizers.
+    """
+
+    def copied(original: Any, name: str) -> Any:
+        if id(original) not in memo:
+            raise TypeError(
+                f"Lomo: {name} was not copied before the optimizer, so the optimizer's copy would train nothing. "
+                "Copy both together, the model first: copy.deepcopy((model, optimizer))"
+            )
+        return memo[id(original)]
+
+    groups, settings, numbers = _parts(optimizer, copied)
+    kind: Any = type(optimizer)
+    new = kind.__new__(kind)
+    memo[id(optimizer)] = new
+
+    def own(options: dict[str, Any]) -> dict[str, Any]:
+        done = ("params", "fused_layers", "process_group")  # a process group is not copied
+        return {key: value if key in done else copy.deepcopy(value, memo) for key, value in options.items()}
+
+    new._become([own(group) for group in groups], own(settings), numbers)
+    return new
+
+
+def pickled(optimizer: Any) -> tuple[Any, ...]:
+    """What ``__reduce_ex__`` returns: the optimizer with its parameters. A model in the same pickle shares them."""
+    if optimizer._ranks is not None:
+        raise TypeError("Lomo: an optimizer over several ranks cannot be pickled; save its state_dict()")
+    return _unpickled, (type(optimizer), *_parts(optimizer, lambda part, _: part))
+
+
+def _unpickled(kind: Any, *parts: Any) -> Any:
+    optimizer = kind.__new__(kind)
+    optimizer._become(*parts)
+    optimizer._unpickled = True
+    return optimizer
+
+
+def _parts(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
+    """What `Lomo._become` makes the same optimizer of other parameters from.
+
+    Args:
+        of: called with a parameter (or the model in which layers are fused) and its name; returns the other one.
+    """
+    optimizer._check_not_ended()
+    check_groups(optimizer._records, optimizer.param_groups)
+    if is_engine(optimizer._process_group):
+        raise TypeError("Lomo: an optimizer of a DeepSpeed engine cannot be copied; save its state_dict()")
+    groups = []
+    records = iter(optimizer._records)
+    for group in optimizer.param_groups:
+        params = [of(record.param, record.name) for record in itertools.islice(records, len(group["params"]))]
+        entries = list(zip(group["param_names"], params, strict=True)) if "param_names" in group else params
+        groups.append({key: value for key, value in group.items() if key != "param_names"} | {"params": entries})
+    model = optimizer._attachment.model
+    settings = {
+        "lr": optimizer.defaults["lr"],
+        "weight_decay": optimizer.defaults["weight_decay"],
+        "clip_grad_value": optimizer.defaults["clip_grad_value"],
+        "clip_grad_norm": optimizer._clip_grad_norm,
+        "clip_passes": "one" if optimizer._one_pass else "two",
+        "loss_scale": optimizer._wanted_scale,
+        "rounding": "stochastic" if optimizer._stochastic else "nearest",
+        "nonfinite": "raise" if optimizer._raise else "skip",
+        "fused_layers": False if model is None else of(model, "the model"),
+        "process_group": optimizer._process_group,
+        "seed": optimizer._seed,
+    }
+    return groups, settings, optimizer._state.export() | optimizer._state.export_norms()
