@@ -281,8 +281,8 @@ def draw(
             bits = random_bits(mix64(stream ^ (index >> (32 + SHIFT)).to(tl.uint64)), counter)
         bits = share_of(bits, index.to(tl.uint32) & 1, dtype, PAIRS)
     elif KEYS == 1 and dtype == tl.float16:
-        # A thread has eight elements, 128 bits, side by side. Half as many hashes of bfloat16 would gain 1.4 of 25
-        # instructions, and spill scalar registers of AMD's.
+        # A thread has eight elements, 128 bits, side by side. bfloat16 has half as many hashes and would gain 1.4 of 25
+        # instructions, which memory hides.
         key = mix64(stream ^ ((offset + start) >> 32).to(tl.uint64))
         bits = random_bits_from(key, (offset + start).to(tl.uint32), BLOCK, 8)
     else:
