@@ -209,15 +209,15 @@ def _triton_update(arch: int, p: str, g: str, stochastic: bool, norm: bool) -> t
     return triton_source(sgd.sgd_kernel, pointers, constants), options
 
 
-def _triton_norm(g: str) -> tuple[Any, dict[str, Any]]:
+def _triton_norm(arch: int, g: str) -> tuple[Any, dict[str, Any]]:
     import triton.language as tl
 
-    from lomo_kernels.triton import launch, numerics, sq_norm
+    from lomo_kernels.triton import numerics, sq_norm
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
     constants = {"G": types[g], "BLOCK": numerics.BLOCK, "ALIGNED": False, "table": None, "COLUMNS": 0}
     pointers = {"grad": f"*{g}", "partials": "*fp64", "counters": "*i64"}
-    return triton_source(sq_norm.sq_norm_kernel, pointers, constants), launch.options()
+    return triton_source(sq_norm.sq_norm_kernel, pointers, constants), sq_norm.options(arch)
 
 
 def triton_compile(source: Any, options: dict[str, Any], arch: int, folder: Path) -> tuple[Any, list[Any]]:
@@ -240,7 +240,7 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
         for p, g, stochastic, norm in itertools.product(SIZES, SIZES, (False, True), (False, True))
         if not (stochastic and p == "fp32")
     ]
-    cases += [("sq_norm_", g, g, False, True, _triton_norm(g)) for g in SIZES]
+    cases += [("sq_norm_", g, g, False, True, _triton_norm(arch, g)) for g in SIZES]
     with tempfile.TemporaryDirectory() as folder:
         for *what, (source, options) in cases:
             _, resources = triton_compile(source, options, arch, Path(folder))

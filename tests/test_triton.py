@@ -169,10 +169,10 @@ def update(p, g, stochastic, *, gpu=90, rows=False, pairs=True, norm=False, clam
     return source(sgd.sgd_kernel, pointers, constants, aligned), options
 
 
-def norm_of(g, *, aligned=True, listed=False):
+def norm_of(g, *, gpu=90, aligned=True, listed=False):
     constants = {"G": TYPES[g], "BLOCK": BLOCK, "ALIGNED": aligned and listed}
     constants |= FORMS["list" if listed else "single"]
-    return source(sq_norm.sq_norm_kernel, POINTERS | {"grad": f"*{g}"}, constants, aligned), launch.options()
+    return source(sq_norm.sq_norm_kernel, POINTERS | {"grad": f"*{g}"}, constants, aligned), sq_norm.options(gpu)
 
 
 def size_of(name):
@@ -244,7 +244,7 @@ FUSED = re.compile(
 @pytest.mark.parametrize("target", NVIDIA)
 def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     case = CASES[name]
-    made = case.make()
+    made = case.make(gpu=target)
     kernel = compiled(target, made)
     ptx = kernel.asm["ptx"]
     registers, stack, local = resources(kernel, tmp_path)
@@ -279,7 +279,7 @@ def test_two_programs_share_a_multiprocessor(p, listed, norm, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_for_amd(name, record_property):
     case = CASES[name]
-    code, options = case.make()
+    code, options = case.make(gpu=0)
     made = code, options | {"num_warps": options["num_warps"] // 2}  # as `launch.WARPS` is where torch is built for AMD
     kernel = compiled(AMD, made)
     code = kernel.asm["amdgcn"]

@@ -129,7 +129,8 @@ def sgd_kernel(
 def options(gpu: int, param: torch.dtype, stochastic: bool, rows: bool, norm: bool, clamp: bool) -> dict[str, Any]:
     """How a variant is compiled. Rounding bfloat16 stochastically is work for the arithmetic units as much as for the
     memory: with half the threads, 32 elements each, what is done once per thread weighs half: counted in Hopper's
-    machine code, 31 instructions per element instead of 36. Norms and rows would then take all 255 registers.
+    machine code, 31 instructions per element instead of 36. Norms and rows would then take all 255 registers. On AMD's
+    GPUs it would spill six scalar registers.
 
     Two programs or more share a multiprocessor of Hopper's: one loads while another computes. Left to itself the
     compiler takes up to 179 registers for float16 with a clamp; with 120 it spills none.
@@ -137,7 +138,7 @@ def options(gpu: int, param: torch.dtype, stochastic: bool, rows: bool, norm: bo
     Args:
         gpu: `launch.generation`.
     """
-    half = stochastic and param == torch.bfloat16 and not rows and not norm
+    half = stochastic and param == torch.bfloat16 and not rows and not norm and gpu > 0
     limited = stochastic and param == torch.float16 and clamp and not rows and gpu >= 80
     return launch.options(launch.WARPS // 2 if half else launch.WARPS) | ({"maxnreg": 120} if limited else {})
 

@@ -72,6 +72,16 @@ def sq_norm_kernel(
     add_to_slot(total, slot_at(slot), partials, counters, program, tl.cdiv(numel, several * BLOCK))
 
 
+def options(gpu: int) -> dict[str, Any]:
+    """How norms are compiled. For sm_75 the compiler takes 80 registers by itself, and spills 16 bytes of a list's
+    kernel; with this limit it takes 92 and spills none.
+
+    Args:
+        gpu: `launch.generation`.
+    """
+    return launch.options() | ({"maxnreg": 128} if 0 < gpu < 80 else {})
+
+
 def programs_of(numel: int) -> int:
     """Programs that add up a tensor; see `blocks_per_program`."""
     blocks = launch.blocks_of(numel)
@@ -103,13 +113,13 @@ def sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
             ALIGNED=False,  # what a launch knows of tensors needs no hint
             BLOCK=BLOCK,
             COLUMNS=0,
-            **launch.options(),
+            **options(launch.generation(device)),
         )
 
 
-def list_constants(grad: torch.dtype, plain: bool) -> dict[str, Any]:
+def list_constants(grad: torch.dtype, plain: bool, *, gpu: int) -> dict[str, Any]:
     """What the kernel of a list is compiled for."""
-    return {"G": TYPES[grad], "ALIGNED": plain, "BLOCK": BLOCK, "COLUMNS": COLUMNS.value, **launch.options()}
+    return {"G": TYPES[grad], "ALIGNED": plain, "BLOCK": BLOCK, "COLUMNS": COLUMNS.value, **options(gpu)}
 
 
 def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> None:
@@ -148,5 +158,5 @@ def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | 
                         partials,
                         counters,
                     )
-                    constants = functools.partial(list_constants, *one.variant)
+                    constants = functools.partial(list_constants, *one.variant, gpu=launch.generation(device))
                     launch.run(sq_norm_kernel, one, device, arguments, constants)
