@@ -232,7 +232,7 @@ def test_without_matplotlib_nothing_is_written_and_what_to_install_is_said(monke
     monkeypatch.delattr("bench.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(report, "documents", lambda devices: pytest.fail("begun"))
-    with pytest.raises(SystemExit, match=r"matplotlib: pip install 'lomo_kernels\[bench\]'"):
+    with pytest.raises(SystemExit, match=r"the plots need matplotlib: pip install"):
         report.main()
 
 
