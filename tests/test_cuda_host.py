@@ -143,6 +143,12 @@ def test_sizes_around_tiles_and_blocks(size, offset):
     ordinary = oracle.ordinary(size, torch.bfloat16)
     assert_close_sum(norms([ordinary])[0], oracle.squares(ordinary))
     assert_same_bits(norms([oracle.misaligned(ordinary, offset)[0]]), norms([ordinary]))
+    # With a norm the groups follow the gradient's elements, so a misaligned parameter has no straight tile.
+    p, _ = oracle.misaligned(param, offset)
+    slot = torch.zeros(1, dtype=torch.float64)
+    sgd_list([p], [ordinary], lr=0.03, slots=[slot])
+    assert_same_bits(p, reference.updated(param, ordinary, lr=0.03))
+    assert_same_bits(slot, norms([ordinary]))
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
