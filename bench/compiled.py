@@ -280,7 +280,7 @@ def triton_products(arch: int) -> Iterator[Product]:
     def update(p: str, g: str, stochastic: bool, norm: bool, clamp: bool) -> tuple[Any, dict[str, Any]]:
         tile = linear.tile_of(dtypes[g], arch, True)
         constants = tiled(g, tile, P=types[p], CLAMP=clamp, STOCHASTIC=stochastic, PAIRS=True, NORM=norm)
-        constants |= {"PARTS": linear.PARTS} | ({} if norm else {"partials": None, "counter": None})
+        constants |= {"PARTS": tile.parts} | ({} if norm else {"partials": None, "counter": None})
         pointers = {"weight": f"*{p}", "gy": f"*{g}", "x": f"*{g}", "partials": "*fp64", "counter": "*i64"}
         return triton_source(linear.linear_sgd_kernel, pointers, constants), tile.options()
 

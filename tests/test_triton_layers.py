@@ -73,7 +73,7 @@ def product_constants(g, tile, gpu, aligned):
 def update(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True):
     tile = linear.tile_of(DTYPES[g], gpu, aligned)
     constants = {"P": TYPES[p], "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": pairs, "NORM": norm}
-    constants |= {"PARTS": linear.PARTS} | product_constants(g, tile, gpu, aligned)
+    constants |= {"PARTS": tile.parts} | product_constants(g, tile, gpu, aligned)
     if not norm:
         constants |= {"partials": None, "counter": None}
     pointers = POINTERS | {"weight": f"*{p}", "gy": f"*{g}", "x": f"*{g}"}
@@ -201,7 +201,7 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
 
 
 def test_without_the_limit_a_program_would_be_alone(tmp_path):
-    code, options, _ = CASES["linear bf16 by bf16"](90)
+    code, options, _ = CASES["linear fp16 by fp16 everything"](90)
     assert options.pop("maxnreg") == 128
     kernel = compiled(90, (code, options))
     assert programs_together(kernel, resources(kernel, tmp_path)[0]) == 1

@@ -61,9 +61,14 @@ class Tile(NamedTuple):
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_stages": self.stages, **limit, **launch.options(self.warps)}
 
+    @property
+    def parts(self) -> int:
+        """In how many parts columns are updated. A part of a small tile would be written by less than 16 bytes."""
+        return PARTS if self.columns == 128 or self.warps == 8 else 1
 
-#: Columns of a tile are updated in so many parts, one after the other: a thread has registers for one part at a time.
-#: Each part is more to interpret: eight would take 2.7 times as long as one.
+
+#: The columns of a wide tile are updated in so many parts, one after the other: a thread has registers for one part at
+#: a time. Each part is more to interpret: eight would take 2.7 times as long as one.
 PARTS = 2 if launch.INTERPRETED else 8
 
 
@@ -663,7 +668,7 @@ def linear_sgd_(
             STOCHASTIC=stochastic,
             PAIRS=columns % 2 == 0,
             NORM=sq_norm is not None,
-            PARTS=PARTS,
+            PARTS=tile.parts,
             **constants,
         )
         if not weight.is_contiguous():
