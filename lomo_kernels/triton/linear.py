@@ -63,8 +63,9 @@ class Tile(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """In how many parts columns are updated. A part of a small tile would be written by less than 16 bytes."""
-        return PARTS if self.columns == 128 or self.warps == 8 else 1
+        """In how many parts columns are updated. A narrower part of a small tile would be written by less than 16 bytes;
+        a small tile in one part spills registers on sm_90."""
+        return PARTS if self.columns == 128 or self.warps == 8 else min(PARTS, 2)
 
 
 #: The columns of a wide tile are updated in so many parts, one after the other: a thread has registers for one part at
@@ -84,8 +85,8 @@ def tile_of(factors: torch.dtype, gpu: int, aligned: bool) -> Tile:
         gpu: `generation`.
         aligned: whether factors are read in vectors. If not, a thread gets half the elements: else some are spilled.
     """
-    if factors == torch.float32 or 0 < gpu < 80:  # multiplied by ordinary instructions
-        return Tile(64, 64 if aligned else 32, 16, 4, 3 if aligned and gpu >= 80 else 2)
+    if factors == torch.float32 or 0 < gpu < 80:  # multiplied by ordinary instructions; sm_120 spills with 3 stages
+        return Tile(64, 64 if aligned else 32, 16, 4, 3 if aligned and 80 <= gpu < 120 else 2)
     if gpu == 0:  # 64 KiB of shared memory
         return Tile(128, 128 if aligned else 64, 32, 4, 2)
     two = aligned and gpu in (90, 100, 103)
