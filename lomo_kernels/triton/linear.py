@@ -63,8 +63,8 @@ class Tile(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """In how many parts columns are updated. A narrower part of a small tile would be written by less than 16 bytes;
-        a small tile in one part spills registers on sm_90."""
+        """In how many parts columns are updated. Narrower parts of a small tile would be written by less than 16 bytes
+        at a time. A small tile in one part spills registers on sm_90."""
         return PARTS if self.columns == 128 or self.warps == 8 else min(PARTS, 2)
 
 
