@@ -147,7 +147,9 @@ def nodes_of(loss: Tensor) -> Iterator[Any]:
                     waiting.append(id(after))
     finally:
         if len(nodes) > DEEP:
-            _hold(nodes)
+            # Without the nodes of leaves. They end every chain, and every graph of a parameter shares them.
+            _deep_graphs.append({key: node for key, node in nodes.items() if node.next_functions})
+            release_deep_graphs()  # joins it with an earlier walk of the same graph
 
 
 # Since torch 2.13, a node that Python has seen is freed through its Python object. A chain of nodes is then freed by
@@ -159,24 +161,18 @@ _deep_graphs: list[dict[int, Any]] = []
 _releasing = threading.Lock()
 
 
-def _hold(nodes: dict[int, Any]) -> None:
-    """Holds a graph, together with graphs that share nodes with it: each of two holders would wait for the other.
-
-    A leaf's node is not held. It ends every chain, and every graph of the parameter shares it.
-    """
-    held = {key: node for key, node in nodes.items() if node.next_functions}
-    for graph in [graph for graph in _deep_graphs if not held.keys().isdisjoint(graph)]:
-        _deep_graphs.remove(graph)
-        held.update(graph)
-    _deep_graphs.append(held)
-
-
 def release_deep_graphs() -> None:
-    """Frees nodes that only this module holds. A node is freed after the nodes that give it a gradient."""
+    """Joins graphs that share nodes, and frees nodes that only this module holds. A node is freed after the nodes that
+    give it a gradient."""
     if not _deep_graphs or not _releasing.acquire(blocking=False):
         return
     try:
         for nodes in list(_deep_graphs):
+            for other in list(_deep_graphs):
+                # Of two graphs that hold the same nodes, each would wait for the other.
+                if other is not nodes and not nodes.keys().isdisjoint(other):
+                    nodes.update(other)
+                    other.clear()
             waiting = list(reversed(nodes))
             while waiting:
                 key = waiting.pop()
