@@ -237,12 +237,7 @@ def _difference(
     """The error for two passes that differ in the norms of the parameters `indices`; empty: another rank saw it."""
     where = "on another rank"
     if indices:
-        norms = [
-            max(float(slots[indices[0]]) ** 0.5 for slots in some)
-            if len(some) > 1
-            else float(some[0][indices[0]]) ** 0.5
-            for some in (first, second)
-        ]
+        norms = [max(float(slots[indices[0]]) ** 0.5 for slots in some) for some in (first, second)]
         more = f" (and {len(indices) - 1} more)" if len(indices) > 1 else ""
         where = f"of {records[indices[0]].name}{more}: its norm is first {norms[0]:.4g}, then {norms[1]:.4g}"
     custom = f" Custom backwards in this graph: {', '.join(sorted(graph.custom))}." if graph.custom else ""
