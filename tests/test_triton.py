@@ -20,9 +20,9 @@ if triton.knobs.runtime.interpret:
 
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
+from bench.compiled import triton_source  # noqa: E402
 from lomo_kernels.triton import launch, sgd, sq_norm  # noqa: E402
 from lomo_kernels.triton.numerics import BLOCK  # noqa: E402
 
@@ -138,18 +138,7 @@ FORMS = {
 
 def source(kernel, pointers, constants, aligned=True):
     """`kernel` as a launch would specialise it."""
-    signature, values, hints = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr or constants.get(name, 0) is None:
-            signature[name], values[i,] = "constexpr", constants[name]
-        elif name in pointers:
-            signature[name] = pointers[name]
-            if aligned or name not in ("param", "grad"):
-                hints[i,] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = parameter.annotation_type
-    return ASTSource(kernel, signature, values, hints)
+    return triton_source(kernel, pointers, constants, unaligned=() if aligned else ("param", "grad"))
 
 
 def update(p, g, stochastic, *, gpu=90, rows=False, pairs=True, norm=False, clamp=False, aligned=True, listed=False):

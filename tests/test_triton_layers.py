@@ -27,9 +27,9 @@ from test_triton import (  # noqa: E402
 )
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
+from bench.compiled import triton_source  # noqa: E402
 from lomo_kernels.triton import embedding, launch, linear  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,18 +51,7 @@ POINTERS |= {"touched": "*u8", "lengths": "*fp32"}
 
 def source(kernel, pointers, constants, aligned=True):
     """`kernel` as a launch would specialise it."""
-    signature, values, hints = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr or constants.get(name, 0) is None:
-            signature[name], values[i,] = "constexpr", constants[name]
-        elif name in pointers:
-            signature[name] = pointers[name]
-            if aligned or name not in ("weight", "gy", "x"):
-                hints[i,] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = parameter.annotation_type
-    return ASTSource(kernel, signature, values, hints)
+    return triton_source(kernel, pointers, constants, unaligned=() if aligned else ("weight", "gy", "x"))
 
 
 def product_constants(g, tile, gpu, aligned):
