@@ -25,7 +25,7 @@ def module(monkeypatch):
         ("g++ -m64", ("", "g++")),
         ("ccache", ("", "ccache")),
         ("ccache clang++", ("ccache", "clang++")),
-        ("/usr/bin/sccache '/opt/my compiler/g++' -m64", ("/usr/bin/sccache", "/opt/my compiler/g++")),
+        ("some/tools/sccache 'my tools/g++' -m64", ("some/tools/sccache", "my tools/g++")),
     ],
 )
 def test_a_launcher_is_no_compiler(module, cxx, expected):
