@@ -48,6 +48,7 @@ class Tile(NamedTuple):
     """How a product is divided: rows and columns of the gradient per program, tokens per step, and how it is run.
 
     registers: a thread's limit; None leaves it to the compiler.
+    parts: in which an update takes the columns, one after the other.
     """
 
     rows: int
@@ -56,16 +57,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+    parts: int = 1
 
     def options(self) -> dict[str, Any]:
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_stages": self.stages, **limit, **launch.options(self.warps)}
-
-    @property
-    def parts(self) -> int:
-        """In how many parts columns are updated. Narrower parts of a small tile would be written by less than 16 bytes
-        at a time. A small tile in one part spills registers on sm_90."""
-        return PARTS if self.columns == 128 or self.warps == 8 else min(PARTS, 2)
 
 
 #: The columns of a wide tile are updated in so many parts, one after the other: a thread has registers for one part at
@@ -86,13 +82,15 @@ def tile_of(factors: torch.dtype, gpu: int, aligned: bool) -> Tile:
         aligned: whether factors are read in vectors. If not, a thread gets half the elements: else some are spilled.
     """
     if factors == torch.float32 or 0 < gpu < 80:  # multiplied by ordinary instructions; sm_120 spills with 3 stages
-        return Tile(64, 64 if aligned else 32, 16, 4, 3 if aligned and 80 <= gpu < 120 else 2)
-    if gpu == 0:  # 64 KiB of shared memory
-        return Tile(128, 128 if aligned else 64, 32, 4, 2)
+        # In one part sm_90 spills registers. Of more than two, a part would be written by less than 16 bytes at a time.
+        stages = 3 if aligned and 80 <= gpu < 120 else 2
+        return Tile(64, 64 if aligned else 32, 16, 4, stages, parts=min(PARTS, 2))
+    if gpu == 0:  # 64 KiB of shared memory. Parts of a narrow tile would spill scalar registers.
+        return Tile(128, 128 if aligned else 64, 32, 4, 2, parts=PARTS if aligned else 1)
     two = aligned and gpu in (90, 100, 103)
     # 96 KiB of shared memory, or where there are no more than 99 KiB (sm_86, 89, 120) 48 KiB.
     tokens = 64 if gpu in (80, 90, 100, 103) else 32
-    return Tile(128, 128 if aligned else 64, tokens, 8, 3, 128 if two else None)
+    return Tile(128, 128 if aligned else 64, tokens, 8, 3, 128 if two else None, PARTS)
 
 
 def sums_products(gpu: int, version: str) -> bool:
