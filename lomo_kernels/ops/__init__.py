@@ -2,8 +2,8 @@
 
 from .embedding import embedding_sgd_, embedding_sq_norm_
 from .linear import linear_sgd_, linear_sq_norm_
-from .sgd import sgd_, sgd_list_
 from .sq_norm import sq_norm_, sq_norm_list_
+from .update import sgd_, sgd_list_
 
 __all__ = [
     "embedding_sgd_",

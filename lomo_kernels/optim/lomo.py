@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..ops.sgd import is_stochastic
+from ..ops.update import is_stochastic
 from . import copies, resume
 from .accumulation import Accumulation
 from .attachment import Attachment

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import clip_coefficient
+from ..numbers import clip_coefficient
 from .hyperparameters import GroupScalars, check_group
 from .ranks import Ranks
 from .records import Device, Record

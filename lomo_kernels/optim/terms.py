@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import gram, tiled
+from ..composite import gram, tiled
 from ..layers import Pair
 
 
@@ -28,7 +28,11 @@ class Terms(NamedTuple):
                 slot, *_factors(embedding), _paddings(embedding), inv_scale
             )
         else:
-            found = gram.tied(linear[0], embedding) if self.grad is None and len(linear) == 1 else None
+            found = (
+                gram.tied(linear[0].input, linear[0].grad_output, *_factors(embedding), _paddings(embedding))
+                if self.grad is None and len(linear) == 1
+                else None
+            )
             if gram.add_to(slot, found, inv_scale, weight.numel()):
                 return
             for _, tile in self._tiles(weight):
@@ -44,7 +48,7 @@ class Terms(NamedTuple):
                 weight, *_factors(embedding), _paddings(embedding), *arguments
             )
         else:
-            tiled.update(weight, self._tiles(weight), *arguments)
+            tiled.update_by_tiles(weight, self._tiles(weight), *arguments)
 
     def _by_kind(self) -> tuple[list[Pair], list[Pair]]:
         linear = [pair for pair in self.pairs if pair.of_linear]

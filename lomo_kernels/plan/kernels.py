@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import tiled
+from ..composite import tiled
 from .recorder import Workspaces
 
 _torch_attention = F.scaled_dot_product_attention

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from .. import numbers as formulas
 from .numerics import BLOCK
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -115,8 +115,8 @@ def _address(op: str, name: str, tensor: Tensor, device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=65536)
 def parameter_key(seed: int, parameter_id: int) -> int:
-    """`reference.parameter_key`, as an int64. Kept: the same in every step."""
-    key = reference.parameter_key(seed, parameter_id)
+    """`numbers.parameter_key`, as an int64. Kept: the same in every step."""
+    key = formulas.parameter_key(seed, parameter_id)
     return key - 2**64 if key >= 2**63 else key
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiled
+from ..composite import tiled
 from ..ops._overlap import Access, check_no_overlap, overlaps_itself, regions
 from ..ops._pairs import check_linear, check_weight
 from . import launch

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .layers.pairs import Pair
-from .ops._arguments import library
+from ..ops._arguments import library
 
 # csrc/cpu/gram.cpp. input [T, in], grad_output [T, out], of one dtype; rows contiguous, at any distance -> float64 [2]:
 # ||grad_output.T @ input||^2, and about the standard deviation of that number's error.
@@ -88,19 +87,29 @@ def estimate(input: Tensor, grad_output: Tensor) -> Estimate | None:
     return Estimate(*torch.ops.lomo_kernels._gram.default(with_contiguous_rows(x), with_contiguous_rows(gy)).tolist())
 
 
-def tied(head: Pair, embedding: Sequence[Pair]) -> Estimate | None:
+def tied(
+    input: Tensor,
+    grad_output: Tensor,
+    indices: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    padding_idx: Sequence[int],
+) -> Estimate | None:
     """Of the gradient of a head tied to an embedding: the squares of both parts, and twice their product, which is
     ``sum_ij grad_output[i, index_j] (input_i . row_j)`` over the head's tokens i and the embedding's j. None as
-    `estimate`."""
-    own = estimate(head.input, head.grad_output)
+    `estimate`.
+
+    Args:
+        input, grad_output: of the head, as in `linear_sq_norm_`.
+        indices, grad_outputs, padding_idx: of the embedding, one per use, as in ``embedding_sq_norm_``.
+    """
+    own = estimate(input, grad_output)
     if own is None:
         return None
     squares = torch.zeros(1, dtype=torch.float64, device="cpu")
     product, variance = 0.0, 0.0
-    (x,), (gy,) = flat([head.input]), flat([head.grad_output])
-    paddings = [-1 if pair.padding_idx is None else pair.padding_idx for pair in embedding]
-    for pair, padding in zip(embedding, paddings, strict=True):
-        index, (rows,) = pair.input.reshape(-1), flat([pair.grad_output])
+    (x,), (gy,) = flat([input]), flat([grad_output])
+    for index, rows, padding in zip(indices, flat(grad_outputs), padding_idx, strict=True):
+        index = index.reshape(-1)
         for some in range(0, len(index), _TOKENS):
             here, row = index[some : some + _TOKENS], rows[some : some + _TOKENS].float()
             row = row * here.ne(padding)[:, None]
@@ -110,7 +119,6 @@ def tied(head: Pair, embedding: Sequence[Pair]) -> Estimate | None:
                     product += ((token @ row.T).double() * weight).sum().item()
                 lengths = torch.outer(token.double().square().sum(1), row.double().square().sum(1))
                 variance += (lengths * weight.square()).sum().item()
-    factors = [pair.input for pair in embedding], [pair.grad_output for pair in embedding]
-    torch.ops.lomo_kernels.embedding_sq_norm_.default(squares, *factors, paddings, None)
+    torch.ops.lomo_kernels.embedding_sq_norm_.default(squares, indices, grad_outputs, padding_idx, None)
     error = own.error + _ERROR * (squares.item() + 2 * variance**0.5)
     return Estimate(own.total + squares.item() + 2 * product, error)
