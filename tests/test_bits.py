@@ -1,4 +1,4 @@
-"""Bits that no change of the code may change: hashes of outputs, written into bits.json by ``python tests/test_bits.py``.
+"""Bits that no change of the code may change: hashes of outputs, written to bits.json by `python tests/test_bits.py`.
 
 The other tests compare with the oracle, which a change may change too. Inputs come from integers, so that they are the
 same on every machine. Updates have the same bits on every backend. Norms and products do not: those of this file are
