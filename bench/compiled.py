@@ -152,9 +152,9 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
     """Those of one tensor, from `build_cuda`'s objects."""
     threads, elements = _constant("kThreads"), _constant("kShare")
     tiles = LAYER // (threads * elements)
-    for source, operator in (("sgd_kernel.cu", "sgd_"), ("sq_norm_kernel.cu", "sq_norm_")):
+    for source, operator in (("update_kernel.cu", "sgd_"), ("sq_norm_kernel.cu", "sq_norm_")):
         for name, code, usage in _dumped(OBJECTS / f"{source}.o", arch):
-            if "Li1E" not in name:  # a launch of a list
+            if "Li1E" not in name or "4Sign" in name:  # a launch of a list, or another rule
                 continue
             dtypes = [MANGLED[dtype] for dtype in re.findall("|".join(MANGLED), name)]
             # The mangled name of a gradient of the parameter's dtype refers back to it.

@@ -18,9 +18,9 @@ from bench.results import ROOT
 from lomo_kernels import ops
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-#: Source: number of kernels in it. sgd: float32 parameters are not rounded, so 5 ways to round, times 3 dtypes of
+#: Source: number of kernels in it. update: 2 rules; float32 parameters are not rounded, so 5 ways to round, times 3 dtypes of
 #: gradients; both: one kernel for a single tensor, one for short lists and one for long ones.
-KERNELS = {"sgd_kernel.cu": 5 * 3 * 3, "sq_norm_kernel.cu": 3 * 3}
+KERNELS = {"update_kernel.cu": 2 * 5 * 3 * 3, "sq_norm_kernel.cu": 3 * 3}
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -118,7 +118,7 @@ def test_accesses_are_as_wide_as_can_be(ptx):
     for kernel, code in kernels.items():
         names = re.findall(r"7Float32|8BFloat16|7Float16", kernel)
         # The mangled name of a gradient of the parameter's dtype refers back to it.
-        param, grad = (names[0], names[-1]) if source == "sgd_kernel.cu" else (None, names[0])
+        param, grad = (names[0], names[-1]) if source == "update_kernel.cu" else (None, names[0])
         accesses = 4 if "7Float32" in (param, grad) else 2
 
         def width(name, accesses=accesses):
