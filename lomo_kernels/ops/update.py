@@ -22,7 +22,7 @@ from ._arguments import (
     library,
 )
 from ._overlap import check_scalars_apart
-from .scalars import NAMES, check_vector, vector
+from .scalars import check_vector, vector
 
 if TYPE_CHECKING:
     from typing_extensions import Required, Unpack
@@ -186,7 +186,7 @@ def update_arguments(
         raise TypeError(f"{op}: got unexpected {unknown}, expected some of {', '.join(Step.__annotations__)}")
     for slot in slots:
         check_slot(op, "sq_norm", slot, device)
-    check_scalars_apart(op, {name: step.get(name) for name in NAMES}, ("sq_norm", slots), written)
+    check_scalars_apart(op, step, ("sq_norm", slots), written)
     return (
         vector(op, device, step),
         rule_number(step.get("rule", "sgd"), op),
