@@ -15,3 +15,13 @@ __all__ = [
     "sq_norm_",
     "sq_norm_list_",
 ]
+
+#: Those of ``torch.ops.lomo_kernels`` that backends implement. The functions above call them.
+OPERATORS = (
+    "update_",
+    "sq_norm_",
+    "linear_update_",
+    "linear_sq_norm_",
+    "embedding_update_",
+    "embedding_sq_norm_",
+)

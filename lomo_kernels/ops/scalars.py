@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ FIELDS = {
     "step": Field(0.0),
 }
 NAMES = tuple(FIELDS)
-NEUTRAL = array("d", [field.neutral for field in FIELDS.values()])
+NEUTRAL = tuple(field.neutral for field in FIELDS.values())
 STEP = NAMES.index("step")
 #: Of the float64 numbers.
 POSITIONS = {name: i for i, name in enumerate(NAMES) if i != STEP}
@@ -59,7 +59,7 @@ def vector(op: str, device: torch.device, scalars: Mapping[str, Any]) -> Tensor:
     """
     if scalars.get("lr") is None:
         raise TypeError(f"{op}: lr is None, expected a number or a one-element tensor")
-    numbers, tensors = NEUTRAL[:], []
+    numbers, tensors = list(NEUTRAL), []
     for name, value in scalars.items():
         position = POSITIONS.get(name)
         if position is None or value is None:
@@ -75,20 +75,21 @@ def vector(op: str, device: torch.device, scalars: Mapping[str, Any]) -> Tensor:
     return _on_host(numbers, step)
 
 
-def _on_host(numbers: array[float], step: int) -> Tensor:
-    # A buffer of Python's takes 1 us, torch.tensor 5, but what traces torch's calls does not see it.
+def _on_host(numbers: list[float], step: int) -> Tensor:
+    # A buffer of Python's takes 1 us, torch.tensor 5; but what traces torch's calls does not see it.
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        made = torch.tensor(numbers.tolist(), dtype=torch.float64, device="cpu")
+        made = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         if step:
             made.view(torch.int64)[STEP] = step
         return made
+    buffer = array("d", numbers)
     if step:
-        struct.pack_into("q", numbers, STEP * numbers.itemsize, step)
-    return torch.frombuffer(numbers, dtype=torch.float64)
+        struct.pack_into("q", buffer, STEP * buffer.itemsize, step)
+    return torch.frombuffer(buffer, dtype=torch.float64)
 
 
 def _on_device(
-    device: torch.device, numbers: Iterable[float], tensors: list[tuple[int, Tensor]], step: int | Tensor
+    device: torch.device, numbers: list[float], tensors: list[tuple[int, Tensor]], step: int | Tensor
 ) -> Tensor:
     """Made on the device alone: a copy from the host's memory would make the host wait."""
     made = torch.empty(len(NAMES), dtype=torch.float64, device=device)

@@ -56,6 +56,9 @@ class Step(TypedDict, total=False):
     seed: int
 
 
+ARGUMENTS = tuple(Step.__annotations__)
+
+
 def sgd_(
     param: Tensor,
     grad: Tensor,
@@ -181,9 +184,9 @@ def update_arguments(
     Args:
         written: the parameters, and the operator's name for one.
     """
-    if not Step.__annotations__.keys() >= step.keys():
-        unknown = ", ".join(sorted(step.keys() - Step.__annotations__.keys()))
-        raise TypeError(f"{op}: got unexpected {unknown}, expected some of {', '.join(Step.__annotations__)}")
+    for name in step:
+        if name not in ARGUMENTS:
+            raise TypeError(f"{op}: got an unexpected argument {name!r}, expected some of {', '.join(ARGUMENTS)}")
     for slot in slots:
         check_slot(op, "sq_norm", slot, device)
     check_scalars_apart(op, step, ("sq_norm", slots), written)
