@@ -18,8 +18,8 @@ from bench.results import ROOT
 from lomo_kernels import ops
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-#: Source: number of kernels in it. update: 2 rules; float32 parameters are not rounded, so 5 ways to round, times 3 dtypes of
-#: gradients; both: one kernel for a single tensor, one for short lists and one for long ones.
+#: Source: number of kernels in it. update: 2 rules, times 5 ways to round, as float32 parameters are not rounded, times
+#: 3 dtypes of gradients; both: one kernel for a single tensor, one for short lists and one for long ones.
 KERNELS = {"update_kernel.cu": 2 * 5 * 3 * 3, "sq_norm_kernel.cu": 3 * 3}
 
 pytestmark = pytest.mark.timeout(1800)

@@ -110,7 +110,7 @@ def test_the_update_is_that_of_the_sum(dtype: torch.dtype, beside: bool, monkeyp
     before = weight.clone()
     slot = torch.zeros(1, dtype=torch.float64)
     numbers = {"lr": 0.1, "weight_decay": 0.2, "inv_scale": 0.5, "clip_value": 3.0, "step": 4}
-    Terms(parts, grad).sgd_(weight, vector("test", weight.device, numbers), slot, 0, True, 7, 3, [])
+    Terms(parts, grad).update_(weight, vector("test", weight.device, numbers), slot, 0, True, 7, 3, [])
     options = {"lr": 0.1, "weight_decay": 0.2, "inv_scale": 0.5, "clip_value": 3.0, "stochastic": True}
     expected = reference.updated(before, total.float(), **options, seed=7, parameter_id=3, step=4)
     if dtype is torch.bfloat16:

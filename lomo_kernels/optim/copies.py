@@ -84,5 +84,6 @@ def _parts(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
         "fused_layers": False if model is None else of(model, "the model"),
         "process_group": optimizer._process_group,
         "seed": optimizer._seed,
+        "rule": optimizer._rule,
     }
     return groups, settings, optimizer._state.export() | optimizer._state.export_norms()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.update import is_stochastic
+from ..rules import RULES, rule_number
 from . import copies, resume
 from .accumulation import Accumulation
 from .attachment import Attachment
@@ -84,6 +85,8 @@ class Lomo(torch.optim.Optimizer):
             ``parallelize_module``, without this argument. If you pass parameters or groups of DeepSpeed's engine, pass
             the engine here. See `docs/distributed.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
+        rule: "sgd", or "sign" (SignSGD): each element of the clipped gradient counts as 1 or -1, or 0 if it is zero. A
+            bound on the norm then only decides, by zero and underflow, which elements are zero.
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
@@ -106,6 +109,7 @@ class Lomo(torch.optim.Optimizer):
         fused_layers: bool | nn.Module = False,
         process_group: Any = False,
         seed: int = 0,
+        rule: str = "sgd",
     ) -> None:
         if clip_passes not in ("one", "two"):
             raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
@@ -127,6 +131,8 @@ class Lomo(torch.optim.Optimizer):
         self._stochastic = is_stochastic("Lomo", rounding)
         self._raise = nonfinite == "raise"
         self._seed = check_seed(seed, "Lomo: seed")
+        rule_number(rule, "Lomo")
+        self._rule = rule
 
         self._process_group = process_group
         self._ranks: Ranks | None = None
@@ -473,7 +479,7 @@ class Lomo(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         kind = self._state.scale.kind
         kinds = (kind, "dynamic") if self._scale_is_open else (kind,)
-        read = resume.read(state_dict, self._records, self.param_groups, self.defaults, kinds)
+        read = resume.read(state_dict, self._records, self.param_groups, self.defaults, kinds, self._rule)
         if read.numbers is None:
             warnings.warn(
                 "Lomo: the state dict is from torch.optim.SGD. Loaded: learning rates, weight decay and what "
@@ -502,7 +508,7 @@ class Lomo(torch.optim.Optimizer):
         If the state were empty, `torch.distributed.checkpoint` would make gradients for all parameters and run a step.
         """
         for record in self._records:
-            self.state[record.param] = self._state.by_parameter() | {"seed": self._seed}
+            self.state[record.param] = self._state.by_parameter() | {"seed": self._seed, "rule": RULES[self._rule]}
 
     # ---- Copies -----------------------------------------------------------------------------------------------------
 
@@ -701,12 +707,15 @@ class Lomo(torch.optim.Optimizer):
         return self._needs_norm_first
 
     def _update_pass(self, step: Step, scaled: bool, ranks: Ranks | None = None) -> UpdatePass:
+        scaled, decided = scaled or self._state.divides, self._needs_norm_first
+        self._state.prepare_update(scaled=scaled, decided=decided)
         step.update = UpdatePass(
             self._state.devices,
             self._params_of_fused(),
-            scaled=scaled or self._state.divides,
+            scaled=scaled,
             ranks=ranks,
-            decided=self._needs_norm_first,
+            decided=decided,
+            rule=RULES[self._rule],
             stochastic=self._stochastic,
             seed=self._seed,
         )
@@ -812,7 +821,14 @@ class Lomo(torch.optim.Optimizer):
                 ],
                 "frozen parameters": [one.param.requires_grad for one in records],
                 "hyperparameters": [(len(group["params"]), *numbers_of(group)) for group in groups],
-                "options": (self._clip_grad_norm, self._one_pass, self._wanted_scale, self._stochastic, self._raise),
+                "options": (
+                    self._clip_grad_norm,
+                    self._one_pass,
+                    self._wanted_scale,
+                    self._stochastic,
+                    self._raise,
+                    self._rule,
+                ),
                 "seeds": self._seed,
             }
         )

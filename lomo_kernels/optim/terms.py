@@ -36,15 +36,15 @@ class Terms(NamedTuple):
             if gram.add_to(slot, found, inv_scale, weight.numel()):
                 return
             for _, tile in self._tiles(weight):
-                torch.ops.lomo_kernels.sq_norm_.default(slot, tile, inv_scale)
+                torch.ops.lomo_kernels.sq_norm_.default([slot], [tile], inv_scale)
 
-    def sgd_(self, weight: Tensor, *arguments: Any) -> None:
-        """Updates `weight`; `arguments` are those of the operator ``linear_sgd_`` from ``lr`` on."""
+    def update_(self, weight: Tensor, *arguments: Any) -> None:
+        """Updates `weight`; `arguments` are those of the operator ``linear_update_`` from ``scalars`` on."""
         linear, embedding = self._by_kind()
         if self.grad is None and not embedding:
-            torch.ops.lomo_kernels.linear_sgd_.default(weight, *_factors(linear), *arguments)
+            torch.ops.lomo_kernels.linear_update_.default(weight, *_factors(linear), *arguments)
         elif self.grad is None and not linear:
-            torch.ops.lomo_kernels.embedding_sgd_.default(
+            torch.ops.lomo_kernels.embedding_update_.default(
                 weight, *_factors(embedding), _paddings(embedding), *arguments
             )
         else:
