@@ -129,9 +129,9 @@ def test_any_update(data):
 @pytest.mark.parametrize("rule", ["nonesuch", None, 1, ["sgd"]])
 def test_another_rule_is_refused(rule):
     param = torch.ones(3)
-    with pytest.raises(ValueError, match="sgd_: rule is .*, expected one of 'sgd', 'sign'"):
+    with pytest.raises(ValueError, match=r"sgd_: rule is .*, expected one of 'sgd', 'sign'"):
         ops.sgd_(param, torch.ones(3), lr=0.1, rule=rule)
-    with pytest.raises(ValueError, match="Lomo: rule is .*, expected one of 'sgd', 'sign'"):
+    with pytest.raises(ValueError, match=r"Lomo: rule is .*, expected one of 'sgd', 'sign'"):
         Lomo([nn.Parameter(param)], rule=rule)
     with pytest.raises(TypeError, match="sgd_: got an unexpected argument 'rules'"):
         ops.sgd_(param, torch.ones(3), lr=0.1, rules="sgd")

@@ -70,9 +70,18 @@ def vector(op: str, device: torch.device, scalars: Mapping[str, Any]) -> Tensor:
             check_number(op, name, value, *FIELDS[name].range)
             numbers[position] = value
     step = scalars.get("step", 0)
-    if is_step_tensor(op, step, device) or tensors:
-        return _on_device(device, numbers, tensors, step)
-    return _on_host(numbers, step)
+    moving = is_step_tensor(op, step, device)
+    if not (tensors or moving):
+        return _on_host(numbers, step)
+    made = _on_host(numbers, 0) if device.type == "cpu" else _on_device(device, numbers)
+    for position, tensor in tensors:
+        made[position].copy_(tensor.detach().reshape(()))
+    bits = made.view(torch.int64)[STEP]
+    if moving:
+        bits.copy_(step.reshape(()))
+    elif step:
+        bits.fill_(step)
+    return made
 
 
 def _on_host(numbers: list[float], step: int) -> Tensor:
@@ -88,17 +97,12 @@ def _on_host(numbers: list[float], step: int) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch.float64)
 
 
-def _on_device(
-    device: torch.device, numbers: list[float], tensors: list[tuple[int, Tensor]], step: int | Tensor
-) -> Tensor:
-    """Made on the device alone: a copy from the host's memory would make the host wait."""
-    made = torch.empty(len(NAMES), dtype=torch.float64, device=device)
-    for i, number in enumerate(numbers):
-        made[i].fill_(number)
-    for i, tensor in tensors:
-        made[i].copy_(tensor.detach().reshape(()))
-    bits = made.view(torch.int64)[STEP]
-    bits.copy_(step.reshape(())) if isinstance(step, Tensor) else bits.fill_(step)
+def _on_device(device: torch.device, numbers: list[float]) -> Tensor:
+    """Filled there: a copy from the host's memory would make the host wait."""
+    made = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
+    for position, number in enumerate(numbers):
+        if number:
+            made[position].fill_(number)
     return made
 
 
