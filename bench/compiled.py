@@ -200,7 +200,7 @@ def _triton_update(arch: int, p: str, g: str, stochastic: bool, norm: bool) -> t
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
     constants = {"P": types[p], "G": types[g], "STOCHASTIC": stochastic, "ROWS": False, "PAIRS": True, "NORM": norm}
-    constants |= {"CLAMP": False, "BLOCK": numerics.BLOCK, "ALIGNED": False, "table": None, "COLUMNS": 0}
+    constants |= {"RULE": 0, "CLAMP": False, "BLOCK": numerics.BLOCK, "ALIGNED": False, "table": None, "COLUMNS": 0}
     if not norm:
         constants |= {"partials": None, "counters": None}
     pointers = {"param": f"*{p}", "grad": f"*{g}", "partials": "*fp64", "counters": "*i64"}
@@ -279,7 +279,7 @@ def triton_products(arch: int) -> Iterator[Product]:
 
     def update(p: str, g: str, stochastic: bool, norm: bool, clamp: bool) -> tuple[Any, dict[str, Any]]:
         tile = linear.tile_of(dtypes[g], arch, True)
-        constants = tiled(g, tile, P=types[p], CLAMP=clamp, STOCHASTIC=stochastic, PAIRS=True, NORM=norm)
+        constants = tiled(g, tile, P=types[p], RULE=0, CLAMP=clamp, STOCHASTIC=stochastic, PAIRS=True, NORM=norm)
         constants |= {"PARTS": tile.parts} | ({} if norm else {"partials": None, "counter": None})
         pointers = {"weight": f"*{p}", "gy": f"*{g}", "x": f"*{g}", "partials": "*fp64", "counter": "*i64"}
         return triton_source(linear.linear_sgd_kernel, pointers, constants), tile.options()
