@@ -89,17 +89,9 @@ def lengths_of(gpu, g):
     return source(linear.lengths_kernel, POINTERS | {"x": f"*{g}"}, constants), launch.options(4), None
 
 
-def embedded(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True, decay=False, rule=0):
-    constants = {
-        "P": TYPES[p],
-        "G": TYPES[g],
-        "RULE": rule,
-        "ROWS": False,
-        "CLAMP": clamp,
-        "STOCHASTIC": stochastic,
-        "PAIRS": pairs,
-        "NORM": norm,
-    }
+def embedded(gpu, p, g, stochastic, *, rule=0, norm=False, clamp=False, pairs=True, aligned=True, decay=False):
+    constants = {"P": TYPES[p], "G": TYPES[g], "RULE": rule, "ROWS": False, "CLAMP": clamp, "STOCHASTIC": stochastic}
+    constants |= {"PAIRS": pairs, "NORM": norm}
     constants |= {
         "ALIGNED": aligned,
         "DECAY": decay,

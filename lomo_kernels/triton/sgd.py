@@ -295,8 +295,8 @@ def update_(
         rounded.append(stochastic and param.dtype != torch.float32)
         where.append(indices if rounded[i] else launch.WHOLE)
         keys.append(launch.parameter_key(seed, parameter_id[i]) if rounded[i] else 0)
-    for one in sq_norm:
-        launch.check_slot(op, "sq_norm", one, device)
+    for slot in sq_norm:
+        launch.check_slot(op, "sq_norm", slot, device)
     check_all_apart(op, params, grads, sq_norm)
     if launch.is_alone(params):
         _alone(params[0], grads[0], step, sq_norm[0] if sq_norm else None, rule, rounded[0], keys[0], where[0])
