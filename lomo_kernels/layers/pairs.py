@@ -19,6 +19,11 @@ class Pair(NamedTuple):
     input: Tensor  # [..., in_features]; or the indices [...] of an embedding
     grad_output: Tensor  # [..., out_features or embedding_dim]
     padding_idx: int | None  # None: of a linear layer. An embedding's, negative for none
+    names: tuple[str, str] = ("input", "grad_output")  # what the two are to the layer
+
+    def exchanged(self) -> Pair:
+        """Of a linear layer whose weight is [in, out]: that gradient is ``input.T @ grad_output``."""
+        return Pair(self.grad_output, self.input, self.padding_idx, self.names[::-1])
 
     @property
     def of_linear(self) -> bool:

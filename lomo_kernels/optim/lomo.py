@@ -75,9 +75,9 @@ class Lomo(torch.optim.Optimizer):
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
             scaling it leaves all weights untouched, otherwise the elements concerned. "raise": it also raises
             FloatingPointError, which takes a host synchronisation per step.
-        fused_layers: True: the weights of the model's `nn.Linear` and `nn.Embedding` get no gradient; their updates are
-            formed from the gradient's factors, tile by tile. If you pass parameters or groups, pass the model here.
-            `summary` says which weights are fused.
+        fused_layers: True: the weights of the model's `nn.Linear`, `nn.Embedding` and (GPT-2) `Conv1D` get no gradient;
+            their updates are formed from the gradient's factors, tile by tile. If you pass parameters or groups, pass
+            the model here. `summary` says which weights are fused.
         process_group: False: none. A `torch.distributed.ProcessGroup`: data parallel without a wrapper. Gradients are
             averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
             DTensor parameters (FSDP2, tensor parallel): make the optimizer after ``fully_shard`` or

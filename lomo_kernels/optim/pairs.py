@@ -44,7 +44,7 @@ class Held(NamedTuple):
 
     def check(self, name: str, state: str) -> None:
         """Raises RuntimeError where the pair's tensors were altered in place since then."""
-        for what, tensor, version in zip(("input", "grad_output"), self.pair[:2], self.versions, strict=True):
+        for what, tensor, version in zip(self.pair.names, self.pair[:2], self.versions, strict=True):
             if tensor._version != version:
                 raise RuntimeError(
                     f"Lomo: the {what} of the layer of {name}, which its weight's update needs, was altered in place "
@@ -88,7 +88,7 @@ class Holdings:
         key = _key(record)
         ours = self._open.setdefault(key, _Open())
         if key not in self._returned:
-            pair = Pair(self._own(pair.input), self._own(pair.grad_output), pair.padding_idx)
+            pair = pair._replace(input=self._own(pair.input), grad_output=self._own(pair.grad_output))
             more = self._more_bytes(pair)
             record.reused |= bool(ours.held)
             # The only pair of a weight, used at once, may be larger than the gradient: it exists anyway.
