@@ -15,17 +15,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import Processes
 from torch import Tensor, nn
 
 import lomo_kernels
 from lomo_kernels import Lomo
 
-from processes import Processes
-
 PACKAGE = os.path.dirname(lomo_kernels.__file__) + os.sep
 FEW, MANY = 4, 20
-#: Above `SMALL_BYTES` in float32: smaller gradients wait for a list call, and cost less.
-WIDTH = 136
+#: Above `SMALL_BYTES` in bfloat16: smaller gradients wait for a list call, and cost less.
+WIDTH = 192
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "hook": {},
@@ -54,11 +53,11 @@ def calls_of(work: Callable[[], Any]) -> Counter[str]:
     return counts
 
 
-def step_calls(layers: int, options: dict[str, Any]) -> Counter[str]:
+def step_calls(layers: int, dtype: torch.dtype, options: dict[str, Any]) -> Counter[str]:
     """The calls of a step's backward, in a step like all but the first."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
-    data = torch.randn(8, WIDTH)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in range(layers)))
+    data = torch.randn(8, WIDTH, dtype=dtype)
 
     def loss() -> Tensor:
         result: Tensor = model(data).square().mean()
@@ -71,24 +70,18 @@ def step_calls(layers: int, options: dict[str, Any]) -> Counter[str]:
         return calls_of(lambda: optimizer.backward(value))
 
 
-def per_parameter(options: dict[str, Any]) -> dict[str, float]:
+def per_parameter(dtype: torch.dtype, options: dict[str, Any]) -> dict[str, float]:
     """Calls of each function for one further parameter."""
-    few, many = step_calls(FEW, options), step_calls(MANY, options)
+    few, many = step_calls(FEW, dtype, options), step_calls(MANY, dtype, options)
     return {name: count / (MANY - FEW) for name in many if (count := many[name] - few[name])}
 
 
-def on_rank(rank: int) -> dict[str, float]:
-    return per_parameter({"process_group": dist.group.WORLD})
+def on_rank(rank: int, dtype: torch.dtype) -> dict[str, float]:
+    return per_parameter(dtype, {"process_group": dist.group.WORLD})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", OPTIONS)
-def test_a_further_parameter_takes_few_calls(way: str) -> None:
-    if way == "data parallel":
-        processes = Processes(2)
-        try:
-            calls = processes.call(on_rank)[0]
-        finally:
-            processes.close()
-    else:
-        calls = per_parameter(OPTIONS[way])
+def test_a_further_parameter_takes_few_calls(way: str, dtype: torch.dtype, ranks: Callable[[int], Processes]) -> None:
+    calls = ranks(2).call(on_rank, dtype)[0] if way == "data parallel" else per_parameter(dtype, OPTIONS[way])
     assert 0 < sum(calls.values()) <= LIMITS[way], "\n".join(f"{count:6.2f} {name}" for name, count in calls.items())
