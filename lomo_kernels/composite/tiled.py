@@ -241,44 +241,55 @@ def update_by_tiles(
 ) -> None:
     """``update_`` on `weight`, tile by tile. Arguments as of ``linear_update_``."""
     weight = weight.detach()
+    columns = weight.shape[1]
     for first, tile in tiles:
-        parts, shards = _parts(weight.shape[1], first, len(tile), shard)
+        rows = weight[first : first + len(tile)]
+        begin, numel = first * columns, tile.numel()
+        if shard:
+            params, grads, shards = _parts(rows, tile, begin, shard)
+        else:
+            params, grads, shards = [rows], [tile], [begin, numel, numel]
         torch.ops.lomo_kernels.update_.default(
-            [weight[first : first + len(tile)][part] for part in parts],
-            [tile[part] for part in parts],
+            params,
+            grads,
             scalars,
-            [] if sq_norm is None else [sq_norm] * len(parts),
+            [] if sq_norm is None else [sq_norm] * len(params),
             rule,
             stochastic,
             seed,
-            [parameter_id] * len(parts),
+            [parameter_id] * len(params),
             shards,
         )
 
 
-def _parts(columns: int, first: int, rows: int, shard: Sequence[int]) -> tuple[list[tuple[slice, slice]], list[int]]:
-    """Parts of the tile of `rows` rows that begins with row `first`, and each part's three numbers of a shard.
+def _parts(
+    weight: Tensor, tile: Tensor, begin: int, shard: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Parts of the tile's weight and gradient, and each part's three numbers of a shard.
 
     Nearly always the tile is one part: the shard's rows end where the weight's do, or beyond the tile. Otherwise a part
     is what a row of the tile has in a row of the shard.
+
+    Args:
+        begin: the tile's first element in the weight.
     """
-    offset, length, stride = shard or (0, 2**62, 2**62)
-    begin, end = first * columns, (first + rows) * columns
-    whole = (slice(None), slice(None))
+    offset, length, stride = shard
+    columns, numel = tile.shape[1], tile.numel()
     if begin % length == 0:
-        return [whole], [offset + begin // length * stride, length, stride]
-    if begin // length == (end - 1) // length:
-        return [whole], [offset + begin // length * stride + begin % length, end - begin, end - begin]
-    parts, shards = [], []
-    for row in range(rows):
-        element, last = begin + row * columns, begin + (row + 1) * columns
-        while element < last:
-            count = min(last - element, length - element % length)
-            column = element - begin - row * columns
-            parts.append((slice(row, row + 1), slice(column, column + count)))
+        return [weight], [tile], [offset + begin // length * stride, length, stride]
+    if begin // length == (begin + numel - 1) // length:
+        return [weight], [tile], [offset + begin // length * stride + begin % length, numel, numel]
+    params, grads, shards = [], [], []
+    for row in range(len(tile)):
+        element = begin + row * columns
+        column = 0
+        while column < columns:
+            count = min(columns - column, length - element % length)
+            params.append(weight[row, column : column + count])
+            grads.append(tile[row, column : column + count])
             shards += [offset + element // length * stride + element % length, count, count]
-            element += count
-    return parts, shards
+            element, column = element + count, column + count
+    return params, grads, shards
 
 
 IMPLEMENTATIONS = {
