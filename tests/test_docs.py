@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and docs/ say: links lead somewhere, programs run, quoted messages are the sources'."""
+"""README, CONTRIBUTING and docs: links lead somewhere, programs run, quoted messages are those of the sources."""
 
 from __future__ import annotations
 
@@ -96,8 +96,11 @@ AFTER_SHARDED = "optimizer.backward(model(loader[0]))\ntorch.distributed.destroy
 AROUND = {
     "README.md": (MODEL + SCHEDULER, ""),
     "docs/choosing.md": (MODEL, "optimizer.backward(model(loader[0]))"),
-    "docs/memory.md": (MODEL.replace("return nn", "return Loss(nn").replace("batch.flatten())", "batch.flatten()))")
-    + "class Loss:\n    def __init__(self, loss): self.loss = loss\n", ""),
+    "docs/memory.md": (
+        MODEL.replace("return nn", "return Loss(nn").replace("batch.flatten())", "batch.flatten()))")
+        + "class Loss:\n    def __init__(self, loss): self.loss = loss\n",
+        "",
+    ),
     "docs/distributed/README.md": (MODEL + SHARDED, AFTER_SHARDED),
     "docs/distributed/dtensor.md": (MODEL + SHARDED, AFTER_SHARDED),
 }
@@ -181,6 +184,7 @@ def test_commands_select_tests_and_questions() -> None:
 def test_the_figure_is_what_its_code_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need matplotlib, of the extra 'bench'")
     code = ROOT / "docs" / "figures" / "gradient_life.py"
-    runpy.run_path(str(code))["draw"](tmp_path / "new.svg")
-    texts = [re.findall(r"<text[^>]*>([^<]+)", file.read_text()) for file in (tmp_path / "new.svg", code.with_suffix(".svg"))]
-    assert texts[0] == texts[1] and "factors x, gy" in texts[0]
+    new, committed = tmp_path / "new.svg", code.with_suffix(".svg")
+    runpy.run_path(str(code))["draw"](new)
+    drawn, shown = (re.findall(r"<text[^>]*>([^<]+)", file.read_text()) for file in (new, committed))
+    assert drawn == shown and "factors x, gy" in drawn

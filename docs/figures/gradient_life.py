@@ -80,7 +80,10 @@ def draw(file: Path) -> None:
         figure, rows = plt.subplots(len(MODES), 1, figsize=(8, 6), layout="constrained")
         for axes, mode in zip(rows, MODES, strict=True):
             draw_mode(axes, mode)
-        figure.supxlabel("time of one training step, not to scale; coloured: the gradient of one weight, or its factors, are in memory", size=8)
+        figure.supxlabel(
+            "time of one training step, not to scale; coloured: one weight's gradient, or its factors, in memory",
+            size=8,
+        )
         figure.savefig(file, metadata={"Date": None})
         plt.close(figure)
 
