@@ -125,9 +125,9 @@ def ordinary_kernel(x, random, result, N: tl.constexpr):
 
 
 def test_ordinary_float16_numbers():
-    """Both ends of every binade from 2**-30 on, of both signs; -1, a NaN, if one number is outside."""
-    n, first, end = 2**15, 97 << 23, 0x477FE000
-    binades = torch.arange(97, 144)[:, None] << 23
+    """Both ends of every binade from 2**-24 on, of both signs; -1, a NaN, if one number is outside."""
+    n, first, end = 2**15, 103 << 23, 0x477FE000
+    binades = torch.arange(103, 144)[:, None] << 23
     ends = torch.cat([binades + torch.arange(64), binades - 1 - torch.arange(64)]).flatten().clamp(first, end - 1)
     x = torch.randint(first, end, (n,), generator=oracle.generator(1))
     x[: ends.numel()] = ends

@@ -104,27 +104,38 @@ def sgd_kernel(
     scaled = widen(g_bits, G) * unscale
     p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
     finite = tl.abs(scaled) < float("inf")
+    # A gradient that is not finite shows in p, but not if it was clamped or its direction is finite: then the sum says
+    # so, or an addition to p.
+    HIDDEN: tl.constexpr = CLAMP or RULE != SGD
+    SUM_FIRST: tl.constexpr = NORM and HIDDEN and STOCHASTIC and not ROWS
+    if SUM_FIRST:
+        total = sum_of_squares(scaled, BLOCK)
     if STOCHASTIC:
         stream = mix64((key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
         offset, row_length, row_stride = offset.to(tl.int64), row_length.to(tl.int64), row_stride.to(tl.int64)
         if ROWS:
             random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK)
             rounded = tl.where(finite, stochastic(p, random, P), p_bits)
-        elif is_ordinary(p, P) & share_a_key(offset + start, offset + start + left - 1, P):
-            # One decision for all of them: tests of each number would be a third of the instructions.
-            random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK, 1)
-            rounded = ordinary(p, random, P)
-            if CLAMP or RULE != SGD:  # else p shows that a gradient is not finite
-                rounded = tl.where(finite, rounded, p_bits)
         else:
-            random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK, 2)
-            rounded = tl.where(finite, stochastic(p, random, P), p_bits)
+            # One decision for all of them: tests of each number would be a third of the instructions.
+            shown = p + scaled * 0.0 if HIDDEN and not NORM else p
+            all_ordinary = is_ordinary(shown, P) & share_a_key(offset + start, offset + start + left - 1, P)
+            if SUM_FIRST:
+                all_ordinary &= total < float("inf")
+            if all_ordinary:
+                random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK, 1)
+                rounded = ordinary(p, random, P)
+            else:
+                random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK, 2)
+                rounded = tl.where(finite, stochastic(p, random, P), p_bits)
     else:
         rounded = tl.where(finite, nearest(p, P), p_bits)
     if float64_of(found_inf, kinds, 5) == 0.0:
         store(param, rounded, left, BLOCK)
     if NORM:
-        add_to_slot(sum_of_squares(scaled, BLOCK), slot_at(slot), partials, counters, block, tl.cdiv(numel, BLOCK))
+        if not SUM_FIRST:
+            total = sum_of_squares(scaled, BLOCK)
+        add_to_slot(total, slot_at(slot), partials, counters, block, tl.cdiv(numel, BLOCK))
 
 
 def options(gpu: int, param: torch.dtype, stochastic: bool, rows: bool, norm: bool, clamp: bool) -> dict[str, Any]:
