@@ -19,7 +19,7 @@ static_assert(sizeof(Arguments<kTableEntries>) <= 32764, "what a launch can take
 
 // What a block's threads share.
 struct Shared {
-  float scalars[kScalars];  // as float32; at kWeightDecay the factor of decay_of(), at kStep nothing
+  float scalars[kStep];  // as float32, without the step; at kWeightDecay the factor of decay_of()
   // Element x of the block has column `column` + x of the row whose first element has index `row`, or of a later row.
   uint64_t row, column, row_length, row_stride;
   uint64_t stream, high, key;  // `key`: of the counters that have these high 32 bits
