@@ -208,16 +208,6 @@ def test_commits_and_checks_of_a_gpu(machine):
     assert "aaaaaaa (update); bbbbbbb+ (norm)" in text and "optimi: not installed" in text
 
 
-def test_every_command_of_the_readme_selects_tests_and_questions():
-    text = (ROOT / "README.md").read_text()
-    selected = [word for words in re.findall(r"""-k '?([\w ]+)""", text) for word in words.split(" or ")]
-    assert len(selected) > 10
-    for word in selected:
-        assert any((ROOT / "tests").glob(f"{word}*.py")), word  # -k takes parts of names
-    asked = re.findall(r"make bench ARGS=(\w+)|python -m bench (\w+)", text)
-    assert asked and {one or other for one, other in asked} <= set(QUESTIONS)
-
-
 def test_every_device_has_all_of_its_files_but_short_ones_only_without_others(tmp_path, monkeypatch):
     full = ("cpu-avx2-2025-12-31", "cpu-avx2-2026-01-02", "nvidia-h200-2026-02-01-0930", "nvidia-h200-2026-02-01-1002")
     short = ("cpu-avx2-2026-03-01-short", "laptop-2026-01-05-short", "laptop-2026-01-06-short")

@@ -50,7 +50,7 @@ class Lomo(torch.optim.Optimizer):
         clip_passes: for clipping by norm and dynamic loss scaling. "two": a backward for the norm, then one for the
             update; least memory. The first step of each new graph runs one more, to check that two backwards give the
             same gradients. "one": one backward, which keeps every gradient until the norm is known; of fused layers it
-            keeps the factors if they are smaller (`docs/one_backward.md`). Fastest.
+            keeps the factors if they are smaller (`docs/choosing.md`). Fastest.
         loss_scale: None, a number, "dynamic", or "auto". "auto" is dynamic if a parameter is float16, or if the first
             backward computes in float16, as under autocast. Over several processes autocast only gives a warning.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
@@ -65,7 +65,7 @@ class Lomo(torch.optim.Optimizer):
             averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
             DTensor parameters (FSDP2, tensor parallel): make the optimizer after ``fully_shard`` or
             ``parallelize_module``, without this argument. If you pass parameters or groups of DeepSpeed's engine, pass
-            the engine here. See `docs/distributed.md`.
+            the engine here. See `docs/distributed/README.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
 
     Raises:
