@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fused import FusedLayer, register, takes_part
-from .pairs import Pair, gradient_of, take
+from .pairs import Pair, gradient_of, offer_factors
 
 
 class _Embedding(torch.autograd.Function):
@@ -28,7 +28,7 @@ class _Embedding(torch.autograd.Function):
         if grad_output is None:  # a weight without a gradient is not decayed either
             return None, None, None
         (indices,) = ctx.saved_tensors
-        pairs = take(ctx, ctx.weight, Pair(indices, grad_output, ctx.padding_idx))
+        pairs = offer_factors(ctx, ctx.weight, Pair(indices, grad_output, ctx.padding_idx))
         return None, gradient_of(pairs, ctx.weight) if pairs else None, None
 
 

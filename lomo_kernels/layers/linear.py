@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fused import FusedLayer, register, takes_part
-from .pairs import Pair, gradient_of, take
+from .pairs import Pair, gradient_of, offer_factors
 
 
 class _Linear(torch.autograd.Function):
@@ -48,7 +48,7 @@ class _Linear(torch.autograd.Function):
                 grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
             if of_weight:
                 pair = Pair(input, grad_output, None)
-                pairs = take(ctx, ctx.weight, pair.exchanged() if ctx.transposed else pair)
+                pairs = offer_factors(ctx, ctx.weight, pair.exchanged() if ctx.transposed else pair)
                 grad_weight = gradient_of(pairs, ctx.weight) if pairs else None
         return grad_input, grad_weight, grad_bias, None, None
 

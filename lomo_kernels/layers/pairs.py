@@ -1,7 +1,7 @@
 """What a fused layer hands over in place of its weight's gradient: the gradient's factors, for each use of the layer.
 
-The layer's backward asks, with `take`, whether the optimizer that manages the weight takes the factors. It does while
-its own `backward` runs; otherwise the layer returns the true gradient.
+The layer's backward asks, with `offer_factors`, whether the optimizer that manages the weight takes the factors. It
+does while its own `backward` runs; otherwise the layer returns the true gradient.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Pair(NamedTuple):
 
 
 #: Takes a pair, or returns the pairs (this one, and any taken before) whose gradient backward has to return.
-Taker = Callable[[Pair], Sequence[Pair]]
+FactorSink = Callable[[Pair], Sequence[Pair]]
 
 #: By id of the weight; set and removed by the optimizer that manages it, which keeps it alive.
-takers: dict[int, Taker] = {}
+factor_sinks: dict[int, FactorSink] = {}
 
 
-def take(node: Any, weight: Tensor, pair: Pair) -> Sequence[Pair]:
+def offer_factors(node: Any, weight: Tensor, pair: Pair) -> Sequence[Pair]:
     """The pairs whose gradient the node's backward has to return; none where the optimizer took this one.
 
     Args:
         node: the autograd node, whose input 1 is the weight.
     """
-    taker = takers.get(id(weight))
-    if taker is None or torch.is_grad_enabled():
+    factor_sink = factor_sinks.get(id(weight))
+    if factor_sink is None or torch.is_grad_enabled():
         return (pair,)
     after = weight._post_accumulate_grad_hooks
     if weight._backward_hooks or (after is not None and len(after) > 1):  # one is the optimizer's own
@@ -50,7 +50,7 @@ def take(node: Any, weight: Tensor, pair: Pair) -> Sequence[Pair]:
         accumulated = torch._C._will_engine_execute_node(node.next_functions[1][0])
     except RuntimeError:  # "A leaf node was passed ...": autograd.grad was asked for this very weight's gradient
         return (pair,)
-    return taker(pair) if accumulated else (pair,)
+    return factor_sink(pair) if accumulated else (pair,)
 
 
 def gradient_of(pairs: Sequence[Pair], weight: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class Pass:
         for one, local in ready:
             self.add(one, local)
 
-    def take_pair(self, record: Record, pair: Pair) -> Sequence[Pair]:
+    def take_factors(self, record: Record, pair: Pair) -> Sequence[Pair]:
         """Takes what a fused layer has in place of a gradient, until the weight's hook is called.
 
         Returns:
