@@ -11,8 +11,8 @@ from collections.abc import Container, Iterable, Iterator
 
 from torch import nn
 
+from .factors import factor_sinks
 from .fused import PLAIN_PARAMETER, FusedLayer, fused_class_of
-from .pairs import factor_sinks
 
 
 def why_not(module: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Pair, factor_sinks, fuse, layers_of, unfuse
+from ..layers import Factors, factor_sinks, fuse, layers_of, unfuse
 from .accumulation import unscale_grads
 from .owners import claim, forget, optimizer_backward, release
 from .records import Record
@@ -152,17 +152,17 @@ def _hook(training: weakref.ref[Any], record: Record) -> Callable[[Tensor], None
     return on_gradient
 
 
-def _factor_sink(training: weakref.ref[Any], record: Record) -> Callable[[Pair], Sequence[Pair]]:
+def _factor_sink(training: weakref.ref[Any], record: Record) -> Callable[[Factors], Sequence[Factors]]:
     """What a fused layer of the parameter calls with its factors. It does not keep the optimizer alive."""
 
-    def on_factors(pair: Pair) -> Sequence[Pair]:
+    def on_factors(factors: Factors) -> Sequence[Factors]:
         owner = training()
         if owner is None:
-            return (pair,)
+            return (factors,)
         backward = optimizer_backward()
         if backward is not None and backward.owner is not owner:
             return ()  # its gradient would be dropped
         step = owner.steps.current
-        return (pair,) if step is None or step.sink is None else step.sink.take_factors(record, pair)
+        return (factors,) if step is None or step.sink is None else step.sink.take_factors(record, factors)
 
     return on_factors

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers import Pair
+from ..layers import Factors
 from .records import Record
 
 # A factor that is a view of memory more than this many times its own size is copied, to let that memory go.
@@ -19,7 +19,7 @@ ROOMY = 1.25
 class Held(NamedTuple):
     """A pair, and what was true when it was taken."""
 
-    pair: Pair
+    pair: Factors
     versions: tuple[int, int]  # of its two tensors
     addresses: tuple[int, int]  # of their memory
     bytes: int  # of this pair and those of the weight before it; memory that others hold already does not count
@@ -66,7 +66,7 @@ class Holdings:
         self._returned: set[tuple[int, int]] = set()  # weights whose gradient exists, so that no more is held
         self._users: Counter[int] = Counter()  # of each piece of memory: inputs are shared, as by query, key and value
 
-    def add(self, record: Record, pair: Pair, outcome: str) -> Sequence[Pair]:
+    def add(self, record: Record, pair: Factors, outcome: str) -> Sequence[Factors]:
         """Holds the pair, or returns the pairs of the weight that are better returned as a gradient.
 
         Raises RuntimeError, which says `outcome`, if one of those was altered since it was taken.
@@ -103,7 +103,7 @@ class Holdings:
         for one in held:
             self._users.subtract(one.addresses)
 
-    def _hold(self, pair: Pair, bytes_before: int) -> Held:
+    def _hold(self, pair: Factors, bytes_before: int) -> Held:
         """The pair, with a copy of each tensor whose memory is a parameter's, or much larger and not to be kept."""
         tensors, addresses = [], []
         for tensor in pair[:2]:

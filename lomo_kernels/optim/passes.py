@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers import Pair
+from ..layers import Factors
 from .hyperparameters import GroupScalars
 from .pairs import Held, Holdings
 from .ranks import Ranks
@@ -105,7 +105,7 @@ class Pass:
         for one, local in ready:
             self.add(one, local)
 
-    def take_factors(self, record: Record, pair: Pair) -> Sequence[Pair]:
+    def take_factors(self, record: Record, pair: Factors) -> Sequence[Factors]:
         """Takes what a fused layer has in place of a gradient, until the weight's hook is called.
 
         Returns:
