@@ -26,7 +26,7 @@ class Factors(NamedTuple):
         return Factors(self.grad_output, self.input, self.padding_idx, self.names[::-1])
 
 
-#: Takes the factors of one use, or returns those (of this use, and of any before) whose gradient backward has to return.
+#: Takes the factors of one use, or returns those (these, and any taken before) whose gradient backward has to return.
 FactorSink = Callable[[Factors], Sequence[Factors]]
 
 #: By id of the weight; set and removed by the optimizer that manages it, which keeps it alive.
