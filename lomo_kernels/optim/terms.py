@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import gram, tiled
-from ..layers import Pair
+from ..layers import Factors
 
-Factors = tuple[list[Tensor], list[Tensor]]
+_Lists = tuple[list[Tensor], list[Tensor]]
 
 
 class Terms:
@@ -24,10 +24,10 @@ class Terms:
 
     __slots__ = ("embedding", "grad", "linear", "paddings")
 
-    def __init__(self, pairs: Iterable[Pair], grad: Tensor | None) -> None:
+    def __init__(self, pairs: Iterable[Factors], grad: Tensor | None) -> None:
         self.grad = grad
-        self.linear: Factors = ([], [])  # inputs, grad_outputs
-        self.embedding: Factors = ([], [])  # indices, grad_outputs
+        self.linear: _Lists = ([], [])  # inputs, grad_outputs
+        self.embedding: _Lists = ([], [])  # indices, grad_outputs
         self.paddings: list[int] = []  # of the embedding's
         for input, grad_output, padding, _ in pairs:
             if padding is not None:
