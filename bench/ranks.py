@@ -17,7 +17,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from lomo_kernels.demo.model import ByteLlama, Config
-from lomo_kernels.optim.ranks import local_of
+from lomo_kernels.optim.placement import local_of
 from lomo_kernels.plan.methods import CLIP, plain
 
 from .measure import interleave, memory_of

@@ -278,7 +278,7 @@ def peak_above_weights(rank: int, count: int, settings: dict[str, Any]) -> int:
 
     for _ in range(3):
         step()
-    with mock.patch("lomo_kernels.integrations.deepspeed.IN_FLIGHT_BYTES", 0):  # one at a time
+    with mock.patch("lomo_kernels.optim.engines.zero3.IN_FLIGHT_BYTES", 0):  # one at a time
         return lowest_peak(step)
 
 
@@ -496,7 +496,7 @@ def other_engines(rank: int) -> None:
 def versions(rank: int) -> None:
     """What pyproject.toml has, and nothing else."""
     initialize(nn.Linear(2, 2))
-    from lomo_kernels.integrations.deepspeed import check_version
+    from lomo_kernels.optim.engines.zero3 import check_version
 
     for version in ("0.19.8", "0.19.8+from.source", "0.19.30"):
         check_version(version)

@@ -42,7 +42,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 from lomo_kernels import Lomo
-from lomo_kernels.optim.ranks import Ranks
+from lomo_kernels.optim.engines.base import ParallelEngine
 
 LR = 0.3
 
@@ -594,7 +594,7 @@ def another_fsdp2(rank: int) -> None:
     model = transformer_of_vectors()
     fsdp(model)
     with Lomo(model, lr=LR) as optimizer:
-        group = optimizer._training.ranks._fsdp[0]
+        group = optimizer._training.engine._fsdp[0]
     del group.fsdp_params[0].unsharded_accumulated_grad
     with pytest.raises(RuntimeError, match=r"FSDP2 of torch .* 2\.11 to 2\.14"):
         Lomo(model, lr=LR)
@@ -652,10 +652,10 @@ def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
 
 def one_rank_that_differs(rank: int) -> None:
     """The groups of a mesh on a part of the world are gone through in turn: the ranks of the others learn of it too."""
-    ranks = Ranks()
-    ranks.groups = square("a", "b").get_all_groups()
+    engine = ParallelEngine()
+    engine.groups = square("a", "b").get_all_groups()
     with pytest.raises(ValueError, match="seeds on rank 3 and on rank 0 differ"):
-        ranks.agree({"options": "these", "seeds": rank == 3})
+        engine.check_consistent({"options": "these", "seeds": rank == 3})
 
 
 def test_one_rank_that_differs(ranks: Any) -> None:
@@ -669,7 +669,7 @@ def groups_in_turn(rank: int) -> None:
     mesh = square("replicas", "shards")
     fsdp(model, mesh)
     optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3)
-    optimizer._training.ranks.groups = mesh.get_all_groups()
+    optimizer._training.engine.groups = mesh.get_all_groups()
     real = dist.all_reduce
 
     def rounded_elsewhere(tensor: Tensor, *args: Any, **kwargs: Any) -> None:

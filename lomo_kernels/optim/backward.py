@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .engines.base import ParallelEngine
 from .graph import Graph, run_backward
 from .owners import OptimizerBackward, unmanaged_leaves
 from .passes import NormPass, Pass
-from .ranks import Ranks
 from .records import Record
 from .step import Step
 from .training import Training
@@ -52,11 +52,11 @@ class Backward:
                 "(FullyShardedDataParallel). Under set_requires_gradient_sync(False) use optimizer.accumulate()"
             )
 
-    def norm_only_pass(self, ranks: Ranks | None) -> None:
+    def norm_only_pass(self, engine: ParallelEngine | None) -> None:
         """A backward that sets the slots to zero, adds up norms in them, and keeps the graph for another backward."""
         state = self._training.state
         state.zero_slots()
-        self.run_pass(NormPass(state.devices, scaled=self.scaled, ranks=ranks), retain_graph=True)
+        self.run_pass(NormPass(state.devices, scaled=self.scaled, engine=engine), retain_graph=True)
 
     def add_to_grads(self, kept: list[tuple[Record, Tensor]]) -> None:
         """One backward that adds to ``.grad``, with the loss scale of the gradients `kept` that are there."""
@@ -72,5 +72,5 @@ class Backward:
 
     def _unmanaged_leaves(self) -> list[Tensor]:
         """Leaves of the graph that may get a gradient and that no `Lomo` manages."""
-        ranks = self._training.ranks
-        return unmanaged_leaves([*self.graph.leaves, *(() if ranks is None else ranks.leaves())])
+        engine = self._training.engine
+        return unmanaged_leaves([*self.graph.leaves, *(() if engine is None else engine.graph_leaves())])

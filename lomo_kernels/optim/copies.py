@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from .engines.choose import is_engine
 from .parameters import check_groups
-from .ranks import is_engine
 
 #: Groups, the constructor's other arguments, and numbers.
 Parts = tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]
@@ -43,7 +43,7 @@ def deep_copy(optimizer: Any, memo: dict[int, Any]) -> Any:
 
 def pickled(optimizer: Any) -> tuple[Any, ...]:
     """What ``__reduce_ex__`` returns: the optimizer with its parameters. A model in the same pickle shares them."""
-    if optimizer._training.ranks is not None:
+    if optimizer._training.engine is not None:
         raise TypeError("Lomo: an optimizer over several ranks cannot be pickled; save its state_dict()")
     return _unpickled, (type(optimizer), *_parts(optimizer, lambda part, _: part))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .ranks import local_of
+from .placement import local_of
 
 
 def check_loss(loss: Tensor) -> None:

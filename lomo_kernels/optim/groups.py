@@ -42,9 +42,9 @@ def add_group(optimizer: Any, param_group: dict[str, Any]) -> None:
         training.records.extend(records)
 
     def add_later() -> None:
-        ranks = training.join_ranks([*training.records, *records], [*optimizer.param_groups, group])
+        engine = training.join_engine([*training.records, *records], [*optimizer.param_groups, group])
         add()
-        training.extend(records, ranks)
+        training.extend(records, engine)
 
     if training.started:
         all_or_nothing(optimizer, add_later)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import copies, resume
+from .engines.choose import is_engine
 from .groups import add_group
 from .parameters import model_to_fuse, named_groups
 from .plain_steps import PlainSteps
-from .ranks import is_engine
 from .settings import Settings
 from .step_hooks import as_step
 from .summary import summary
@@ -41,7 +41,7 @@ class Lomo(torch.optim.Optimizer):
     Args:
         model_or_params: an `nn.Module`, an iterable of parameters or of (name, parameter) pairs, or torch parameter
             groups, in which ``lr``, ``weight_decay`` and ``clip_grad_value`` may differ. float32, bfloat16 or float16;
-            frozen ones of any dtype. Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.integrations.deepspeed`).
+            frozen ones of any dtype. Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.optim.engines.zero3`).
         lr: learning rate, a number or a one-element tensor; read from ``param_groups`` at every step.
         clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. The norm is
             known only after a backward pass: see `clip_passes`.

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .ranks import local_of
+from .placement import local_of
 from .records import Record
 
 

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 from ..backends import check_device
 from ..ops._arguments import DTYPES
 from ..ops._overlap import Access, Region, find_conflict, overlaps_itself, region
-from .ranks import local_of
+from .placement import local_of
 from .records import Record
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..layers import Factors
+from .engines.base import ParallelEngine
 from .factor_store import FactorStore, SavedFactors
 from .hyperparameters import GroupScalars
-from .ranks import Ranks
 from .records import Record
 from .streams import Streams, current
 from .terms import Terms
@@ -48,7 +48,7 @@ class Pass:
         devices: those of the parameters.
         params: in whose memory a fused layer's factors may lie, and change before they are used.
         scaled: whether the gradients carry the loss scale.
-        ranks: the processes whose gradients the hooks' have to be combined with; None: what comes is a local gradient.
+        engine: combines the hooks' gradients with those of other processes; None: what comes is a local gradient.
     """
 
     #: Whether gradients are kept until backward has ended.
@@ -64,12 +64,12 @@ class Pass:
         params: Iterable[Tensor] = (),
         *,
         scaled: bool,
-        ranks: Ranks | None = None,
+        engine: ParallelEngine | None = None,
     ) -> None:
         self.scaled = scaled
-        self._ranks = ranks
-        if ranks is not None:
-            ranks.begin(again=not (self.keeps or self.changes_weights))
+        self._engine = engine
+        if engine is not None:
+            engine.begin_backward(again=not (self.keeps or self.changes_weights))
         self.serial = next(_serials)
         self._streams = Streams(devices)
         self._buffers: dict[tuple[GroupScalars, torch.cuda.Stream | None], _Buffer] = {}
@@ -96,11 +96,11 @@ class Pass:
         if record.fired == self.serial:
             raise self._came_twice(record)
         record.fired = self.serial
-        if self._ranks is None:
+        if self._engine is None:
             self.add(record, grad, saved)
             return
         assert grad is not None  # no layer is fused
-        ready = self._ranks.reduced(record, grad)
+        ready = self._engine.reduce_grad(record, grad)
         del grad
         for one, local in ready:
             self.add(one, local)
@@ -151,8 +151,8 @@ class Pass:
     def flush(self) -> None:
         """Hands on what still waits. Called when backward has ended, on the caller's streams."""
         self._streams.leave()
-        if self._ranks is not None:
-            for record, grad in self._ranks.rest():
+        if self._engine is not None:
+            for record, grad in self._engine.drain():
                 self.add(record, grad)
         while self._buffers:
             (_, stream), buffer = self._buffers.popitem()
@@ -216,9 +216,9 @@ class KeepPass(NormPass):
         params: Iterable[Tensor] = (),
         *,
         scaled: bool,
-        ranks: Ranks | None = None,
+        engine: ParallelEngine | None = None,
     ) -> None:
-        super().__init__(devices, params, scaled=scaled, ranks=ranks)
+        super().__init__(devices, params, scaled=scaled, engine=engine)
         self._kept: list[DeferredGradient] = []
 
     def add(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
@@ -267,9 +267,9 @@ class UpdatePass(Pass):
         rule: int,
         stochastic: bool,
         seed: int,
-        ranks: Ranks | None = None,
+        engine: ParallelEngine | None = None,
     ) -> None:
-        super().__init__(devices, params, scaled=scaled, ranks=ranks)
+        super().__init__(devices, params, scaled=scaled, engine=engine)
         self.decided = decided
         self.rule = rule
         self.stochastic = stochastic

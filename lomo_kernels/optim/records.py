@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops.scalars import NAMES, NEUTRAL, STEP
 from .hyperparameters import GroupScalars
+from .placement import Placement
 
 # A gradient up to this size waits in a buffer for one list call (per call from Python: 1.4 us for a list of many
 # against 2.5 us each, one thread of a CPU).
@@ -74,10 +75,11 @@ class Record:
         self.grad_scale: Tensor | None = None
         self.zeros: tuple[Tensor, int] | None = None  # what zero_grad() left in .grad, and its version
         self.dtype: torch.dtype | None = None
-        # What `Ranks.place` sets anew where several processes take part.
-        self.local: Tensor = param  # what the kernels update
-        self.shard: tuple[int, int, int] | None = None  # where `local` lies in the whole parameter, for its random bits
-        self.weight = 1.0  # of its squared norm in the sum over all ranks: one over the number of copies
+        self.place_at(Placement(param))
+
+    def place_at(self, placement: Placement) -> None:
+        """Called before every step if there are several processes: an engine may have moved the parameter's part."""
+        self.local, self.shard, self.weight = placement
 
     @property
     def scaled(self) -> bool:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .engines.base import ParallelEngine
 from .graph import Graph
 from .owners import optimizer_backward
-from .ranks import Ranks
 from .records import Device, Record
 from .state import State
 
@@ -58,30 +58,30 @@ class Repeats:
         self._kinds: set[str] = set()
         self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
 
-    def check_clipping(self, graph: Graph, state: State, look: Callable[[Ranks | None], None]) -> None:
+    def check_clipping(self, graph: Graph, state: State, look: Callable[[ParallelEngine | None], None]) -> None:
         """Before a second backward, which updates: raises RuntimeError unless it will have the gradients of the first.
 
         Args:
             graph: through which a first `look` has just gone, over all ranks.
             state: whose slots hold its norms.
-            look: a backward that adds up norms, in slots set to zero, and leaves the graph for another one; over these
-                ranks.
+            look: a backward that adds up norms, in slots set to zero, and leaves the graph for another one; over the
+                engine's ranks.
         """
         if self._knows(graph):
             return
         # An engine that reduces inside backward needs all ranks for this check. They all run it in the first step only.
         first = not self._shapes
-        ranks = state.ranks
-        if ranks is not None and ranks.same_graphs and not first:
+        engine = state.engine
+        if engine is not None and engine.same_graphs and not first:
             return
         # A step whose norm is not finite changes nothing, and its norms cannot be compared.
         if not _can_compare(list(state.devices.values())) or state.home.found_inf.item():
             return
-        self._compare(graph, state, look, ranks if first else None, _TWO_PASSES)
+        self._compare(graph, state, look, engine if first else None, _TWO_PASSES)
         self._shapes.add(graph.shape)
         self._kinds |= graph.kinds
 
-    def check_checkpoints(self, graph: Graph, state: State, look: Callable[[Ranks | None], None]) -> None:
+    def check_checkpoints(self, graph: Graph, state: State, look: Callable[[ParallelEngine | None], None]) -> None:
         """With one backward, a gradient that comes twice must be found before a weight has changed.
 
         So if the number of reentrant checkpoints is new, a norm pass runs before the update. It sends nothing between
@@ -89,31 +89,36 @@ class Repeats:
         """
         count = graph.reentrant_checkpoints(thorough=self._checkpoints is None)
         if count and count != self._checkpoints:
-            ranks = state.ranks if state.ranks is not None and state.ranks.same_graphs else None
+            engine = state.engine if state.engine is not None and state.engine.same_graphs else None
             with _statistics_kept(self._training(), self._model()):  # only the first step of a run begins so
-                look(ranks)
+                look(engine)
             if _can_compare(list(state.devices.values())):
-                self._compare(graph, state, look, ranks, _CHECKPOINTS)
+                self._compare(graph, state, look, engine, _CHECKPOINTS)
         self._checkpoints = count or self._checkpoints or 0
 
     def _knows(self, graph: Graph) -> bool:
         return graph.shape in self._shapes or (len(self._shapes) >= _SHAPES and graph.kinds <= self._kinds)
 
     def _compare(
-        self, graph: Graph, state: State, look: Callable[[Ranks | None], None], ranks: Ranks | None, advice: str
+        self,
+        graph: Graph,
+        state: State,
+        look: Callable[[ParallelEngine | None], None],
+        engine: ParallelEngine | None,
+        advice: str,
     ) -> None:
-        """Raises RuntimeError, on every one of `ranks`, unless a second `look` gives the norms in the slots."""
+        """Raises RuntimeError, on every rank of `engine`, unless a second `look` gives the norms in the slots."""
         devices = list(state.devices.values())
         kept = [device.slots.clone() for device in devices]
-        if ranks is None and state.ranks is not None:  # only this rank checks: its slots hold norms of averages
+        if engine is None and state.engine is not None:  # only this rank checks: its slots hold norms of averages
             look(None)
         first = [device.slots.clone() for device in devices]
-        _look_again(lambda: look(ranks), self._training(), self._model(), devices, advice)
+        _look_again(lambda: look(engine), self._training(), self._model(), devices, advice)
         second = [device.slots.clone() for device in devices]
         indices = _differing(self._records, first, second)
         number = torch.tensor(float(len(indices)), dtype=torch.float64, device=state.norm.device)
-        if ranks is not None:
-            ranks.sum_(number)
+        if engine is not None:
+            engine.sum_(number)
         if number.item():
             raise _difference(self._records, indices, first, second, graph, advice)
         for device, slots in zip(devices, kept, strict=True):

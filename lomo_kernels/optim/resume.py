@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..rules import RULES
 from .hyperparameters import check_group, check_seed
-from .ranks import shape_of
+from .placement import shape_of
 from .records import Record
 from .scaling import GROWTH_INTERVAL, KINDS, LARGEST_SCALE, SMALLEST_SCALE
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .graph import nodes_of
 from .hyperparameters import check_positive
-from .ranks import local_of
+from .placement import local_of
 
 # As torch.amp.GradScaler.
 INITIAL_SCALE = 2.0**16

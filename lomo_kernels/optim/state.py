@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..numbers import clip_coefficient
+from .engines.base import ParallelEngine
 from .hyperparameters import GroupScalars, check_group
-from .ranks import Ranks
 from .records import Device, Record
 from .scaling import KINDS, LossScale
 
@@ -27,7 +27,7 @@ class State:
         records: all parameters, in the order of the groups.
         groups: torch parameter groups.
         loss_scale: as `Lomo` takes it.
-        ranks: the processes that take part, which have placed the records; None: this one.
+        engine: of several processes, which has placed the records; None: there is one process.
         before: the state that this one continues, on other devices or for more parameters.
     """
 
@@ -37,10 +37,10 @@ class State:
         groups: Sequence[dict[str, Any]],
         loss_scale: Any,
         *,
-        ranks: Ranks | None = None,
+        engine: ParallelEngine | None = None,
         before: State | None = None,
     ) -> None:
-        self.ranks = ranks
+        self.engine = engine
         places = list(dict.fromkeys(record.local.device for record in records if record.served))
         places = places or [torch.device("cpu")]
         self.devices = {place: Device(place, len(records), len(groups)) for place in places}
@@ -79,13 +79,13 @@ class State:
     @property
     def divides(self) -> bool:
         """Whether gradients have to be divided though they carry no loss scale: they are sums over ranks."""
-        return self.ranks is not None and self.ranks.divisor != 1
+        return self.engine is not None and self.engine.grad_divisor != 1
 
     def unscale_by(self, scale: Tensor | None) -> None:
-        """The gradients to come carry `scale`, and the ranks' divisor: has the inverse, in float64, on every device."""
+        """The gradients to come carry `scale` and the engine's divisor: has the inverse, float64, on every device."""
         if scale is None and not self.divides:
             return
-        divisor = 1 if self.ranks is None else self.ranks.divisor
+        divisor = 1 if self.engine is None else self.engine.grad_divisor
         inverse = (torch.ones_like(self.norm) if scale is None else scale.double()).mul(divisor).reciprocal()
         for device in self.devices.values():
             _send(inverse, device.inv_scale)
@@ -104,8 +104,8 @@ class State:
         """From the slots to norm, overflow flag and clip coefficient, on every device: the same on every rank."""
         totals = [device.sum_of_squares().to(self.norm.device) for device in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
-        if self.ranks is not None:
-            self.ranks.sum_(total)
+        if self.engine is not None:
+            self.engine.sum_(total)
         self.norm.copy_(total.sqrt())
         self.home.found_inf.copy_(total.isfinite().logical_not())
         if clip_grad_norm is not None:
@@ -150,8 +150,8 @@ class State:
         they are of whole parameters, and every rank has to call this."""
         totals = [device.squares().to(self.norm.device) for device in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
-        if self.ranks is not None:
-            self.ranks.sum_(total)
+        if self.engine is not None:
+            self.engine.sum_(total)
         return total.sqrt()
 
     def export(self) -> dict[str, Any]:

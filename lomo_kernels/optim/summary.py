@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..layers import FusedLayer, fused_class_of, layers_of
-from .ranks import shape_of
+from .placement import shape_of
 from .records import Record
 
 _HEADER = ("parameters", "of shape", "dtype", "MiB", "gradient", "why")

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from ..rules import RULES
 from .accumulation import Accumulation
 from .attachment import Attachment
+from .engines.base import ParallelEngine
+from .engines.choose import choose_engine
 from .hyperparameters import numbers_of, unused_momentum
 from .owners import other_owners
 from .parameters import check_groups, check_parameter, check_unchanged, is_served
-from .ranks import Ranks, is_here, ranks_of, shape_of
+from .placement import is_here, shape_of
 from .records import Record
 from .repeat import Repeats
 from .scaling import computes_in_float16
@@ -47,7 +49,7 @@ class Training:
         self.optimizer = weakref.ref(optimizer)
         self.settings = settings
         self.records: list[Record] = []
-        self.ranks: Ranks | None = None
+        self.engine: ParallelEngine | None = None
         self.attachment = Attachment(self, self.records, fused_model)
         self.steps = Steps(self.records)
         self.accumulation = Accumulation(self.records)
@@ -90,8 +92,8 @@ class Training:
 
     def start(self) -> None:
         """Makes the state, and puts hooks on all parameters."""
-        self.ranks = self.join_ranks(self.records, self.groups)
-        self.state = State(self.records, self.groups, self.settings.loss_scale, ranks=self.ranks)
+        self.engine = self.join_engine(self.records, self.groups)
+        self.state = State(self.records, self.groups, self.settings.loss_scale, engine=self.engine)
         self.show_state()
         model = self.attachment.model
         managed = {id(record.param) for record in self.records}
@@ -101,9 +103,9 @@ class Training:
         self.attachment.attach()
         self.started = True
 
-    def extend(self, records: Sequence[Record], ranks: Ranks | None) -> None:
-        """Attaches `records`, which were added to the others, to all of which `ranks` belongs."""
-        self.ranks = ranks
+    def extend(self, records: Sequence[Record], engine: ParallelEngine | None) -> None:
+        """Attaches `records`, which were added to the others, to all of which `engine` belongs."""
+        self.engine = engine
         self.make_state()
         self._replace_owners(records)
         self.attachment.attach()
@@ -114,8 +116,8 @@ class Training:
         groups = self.groups
         check_groups(self.records, groups)
         for record in self.records:
-            if self.ranks is not None:
-                self.ranks.place(record)
+            if self.engine is not None:
+                record.place_at(self.engine.localize(record))
             unfrozen = record.param.requires_grad and not record.served
             stale = self._stale or unfrozen
             if stale or record.local.dtype is not record.dtype or record.local.device != record.device:
@@ -133,7 +135,7 @@ class Training:
     def check_unchanged(self) -> None:
         """In the first step: raises RuntimeError if parameters were exchanged since the optimizer was made."""
         if self._whole is not None:
-            check_unchanged(self.records, self._whole() if self.ranks is None else None)
+            check_unchanged(self.records, self._whole() if self.engine is None else None)
             self._whole = None
 
     def _scale_float16(self, loss: Tensor) -> None:
@@ -143,7 +145,7 @@ class Training:
         self.scale_is_open = False
         if self.state.scale.used or not computes_in_float16(loss):
             return
-        if self.ranks is not None:  # which would have to agree on it
+        if self.engine is not None:  # which would have to agree on it
             warnings.warn(
                 "Lomo: backward computes in float16 (autocast?) without a loss scale, so small gradients become zero. "
                 'Over several processes, pass loss_scale="dynamic" (or None) to Lomo',
@@ -171,7 +173,7 @@ class Training:
         self.drop_norm()
         self._stale = True
         loss_scale = self.settings.loss_scale
-        self.state = State(self.records, self.groups, loss_scale, ranks=self.ranks, before=self.state)
+        self.state = State(self.records, self.groups, loss_scale, engine=self.engine, before=self.state)
         self.show_state()
         self._stale = False
 
@@ -188,11 +190,11 @@ class Training:
                 "rule": RULES[self.settings.rule],
             }
 
-    def join_ranks(self, records: Sequence[Record], groups: Sequence[dict[str, Any]]) -> Ranks | None:
+    def join_engine(self, records: Sequence[Record], groups: Sequence[dict[str, Any]]) -> ParallelEngine | None:
         """Finds the processes that take part in training these parameters, and starts from the same everywhere."""
         settings = self.settings
-        ranks = ranks_of(records, settings.process_group, stochastic=settings.stochastic)
-        if ranks is None:
+        engine = choose_engine(records, settings.process_group, stochastic=settings.stochastic)
+        if engine is None:
             return None
         if self.attachment.model is not None:
             raise ValueError(
@@ -200,8 +202,8 @@ class Training:
                 "several ranks the gradient has to be summed first, and so to exist. Use fused_layers=False"
             )
         for record in records:
-            ranks.place(record)
-        ranks.agree(
+            record.place_at(engine.localize(record))
+        engine.check_consistent(
             {
                 "parameters": [
                     (one.name, tuple(shape_of(one.param)), one.param.dtype, is_here(one.param)) for one in records
@@ -212,8 +214,8 @@ class Training:
                 "seeds": settings.seed,
             }
         )
-        ranks.start(records, None if self._whole is None else self._whole())
-        return ranks
+        engine.begin_training(records, None if self._whole is None else self._whole())
+        return engine
 
     def _replace_owners(self, records: Sequence[Record]) -> None:
         """Ends the use of other optimizers that manage some of `records`. Raises RuntimeError if one is amid a step."""
@@ -242,8 +244,8 @@ class Training:
 
     def count_step(self, *, scaled: bool) -> None:
         """Ends a step: counts it, updates the loss scale, and informs the ranks' engine, schedulers and autocast."""
-        if self.ranks is not None:
-            self.ranks.end()
+        if self.engine is not None:
+            self.engine.end()
         self.state.end_step(scaled)
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
         self.trained = True

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..rules import RULES
 from .backward import Backward
+from .engines.base import ParallelEngine
 from .graph import check_fused_weights, check_loss
 from .hyperparameters import check_group
 from .passes import KeepPass, NormPass, UpdatePass
-from .ranks import Ranks
 from .scaling import check_no_grad_scaler
 from .step import Step
 from .training import Training
@@ -60,7 +60,7 @@ class TrainingStep:
                 check_fused_weights(loss)
             training.repeats.check_checkpoints(backward.graph, training.state, backward.norm_only_pass)
             training.state.zero_slots()
-        backward.run_pass(self._update_pass(backward.scale, training.ranks), retain_graph=False)
+        backward.run_pass(self._update_pass(backward.scale, training.engine), retain_graph=False)
         self._finish(backward.scale)
 
     def find_norm(self, loss: Tensor) -> None:
@@ -101,7 +101,7 @@ class TrainingStep:
         training = self._training
         training.state.zero_slots()
         gradients = KeepPass(
-            training.state.devices, training.fused_params, scaled=backward.scaled, ranks=training.ranks
+            training.state.devices, training.fused_params, scaled=backward.scaled, engine=training.engine
         )
         backward.run_pass(gradients, retain_graph=False)
         gradients.check()
@@ -112,7 +112,7 @@ class TrainingStep:
 
     def _find_norm(self, backward: Backward) -> None:
         training = self._training
-        backward.norm_only_pass(training.ranks)
+        backward.norm_only_pass(training.engine)
         training.state.finish_norm(self._settings.clip_grad_norm)
         training.repeats.check_clipping(backward.graph, training.state, backward.norm_only_pass)
 
@@ -125,8 +125,8 @@ class TrainingStep:
         training.state.unscale_by(scale)
         if not keep:
             self._step.consume()
-        if training.ranks is not None:
-            kept = training.ranks.kept(kept, copy=keep)
+        if training.engine is not None:
+            kept = training.engine.reduce_stored_grads(kept, copy=keep)
         training.state.zero_slots()
         if training.norm_comes_first:
             norm = NormPass(training.state.devices, scaled=scale is not None or training.state.divides)
@@ -145,7 +145,7 @@ class TrainingStep:
         """Whether FSDP2 holds gradients of backwards without synchronisation. Only the first of two passes would see
         them, so they need one backward into ``.grad``. Raises RuntimeError if they may lack the loss scale."""
         training = self._training
-        if training.ranks is None or not training.ranks.unreduced():
+        if training.engine is None or not training.engine.has_unreduced_grads():
             return False
         if training.state.scale.used:
             raise RuntimeError(
@@ -154,7 +154,7 @@ class TrainingStep:
             )
         return training.norm_comes_first
 
-    def _update_pass(self, scale: Tensor | None, ranks: Ranks | None = None) -> UpdatePass:
+    def _update_pass(self, scale: Tensor | None, engine: ParallelEngine | None = None) -> UpdatePass:
         training = self._training
         scaled, decided = scale is not None or training.state.divides, training.norm_comes_first
         training.state.prepare_update(scaled=scaled, decided=decided)
@@ -162,7 +162,7 @@ class TrainingStep:
             training.state.devices,
             training.fused_params,
             scaled=scaled,
-            ranks=ranks,
+            engine=engine,
             decided=decided,
             rule=RULES[self._settings.rule],
             stochastic=self._settings.stochastic,

@@ -1,4 +1,4 @@
-"""Sharded runs: FSDP2's own `fully_shard`, over ranks of which only the first exists. Collectives return at once.
+"""DTensorEngine runs: FSDP2's own `fully_shard`, over ranks of which only the first exists. Collectives return at once.
 
 Rank 0 has the largest shards, so its memory is the largest. Buffers of the collectives that FSDP2 makes are counted,
 those inside NCCL are not.
@@ -20,7 +20,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.profiler import record_function
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..optim.sharding import Sharded
+from ..optim.engines.dtensor import DTensorEngine
 from .recorder import GATHERED, GRADIENTS, Recorder
 from .simulate import blocks_of
 
@@ -112,10 +112,12 @@ def telling(recorder: Recorder) -> Iterator[None]:
         # To find an operator's output, DTensor runs it on simulated tensors of the whole size.
         stack.enter_context(unseen(ShardingPropagator, "_propagate_tensor_meta_non_cached"))
         # Where shards lie is found with tensors that have to have values.
-        stack.enter_context(unseen(Sharded, "__init__"))
-        stack.enter_context(unseen(Sharded, "place"))
+        stack.enter_context(unseen(DTensorEngine, "__init__"))
+        stack.enter_context(unseen(DTensorEngine, "place"))
         # FSDP2 names what it does for the profiler, which costs a tenth of a simulation.
         unnamed = patch.multiple(record_function, __enter__=lambda self: self, __exit__=lambda self, *_: None)
         stack.enter_context(unnamed)
-        stack.enter_context(patch.object(Sharded, "agree", lambda self, facts: None))  # there is no one to agree with
+        stack.enter_context(
+            patch.object(DTensorEngine, "agree", lambda self, facts: None)
+        )  # there is no one to agree with
         yield

@@ -20,13 +20,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from .ranks import Ranks
-from .records import Record
+from ..placement import Placement
+from ..records import Record
+from .base import ParallelEngine
 
 Shard = tuple[int, int, int]
 
 
-class Sharded(Ranks):
+class DTensorEngine(ParallelEngine):
     """Parameters of which some are DTensors. Plain ones beside them are whole, and the same, on every rank.
 
     Raises:
@@ -37,7 +38,7 @@ class Sharded(Ranks):
 
     def __init__(self, records: Sequence[Record], *, stochastic: bool) -> None:
         self._stochastic = stochastic
-        self._places: dict[int, tuple[Any, Shard]] = {}
+        self._placed: dict[int, tuple[Any, Shard, float]] = {}  # by parameter, while its layout stays the same
         meshes = []
         for record in records:
             if isinstance(record.param, DTensor):
@@ -64,7 +65,7 @@ class Sharded(Ranks):
         self.groups = [world] if self._size == dist.get_world_size() else largest.get_all_groups()
         self._device_type = largest.device_type
 
-    def start(self, records: Sequence[Record], model: nn.Module | None) -> None:
+    def begin_training(self, records: Sequence[Record], model: nn.Module | None) -> None:
         ids = {id(record.param) for record in records}
         self._fsdp = [
             group for group in _fsdp_groups() if any(id(param.sharded_param) in ids for param in group.fsdp_params)
@@ -87,28 +88,27 @@ class Sharded(Ranks):
                 "elsewhere than that of 2.11 to 2.14, where they are looked for; use one of these"
             )
 
-    def place(self, record: Record) -> None:
+    def localize(self, record: Record) -> Placement:
         param = record.param
         if not isinstance(param, DTensor):
-            record.local, record.weight, record.shard = param, 1.0 / self._size, _whole(param)
-            return
-        record.local = param._local_tensor
-        key = param.placements, record.local.shape
-        if self._places.get(record.index, (None,))[0] != key:
+            return Placement(param, _whole(param), 1.0 / self._size)
+        local = param._local_tensor
+        key = param.placements, local.shape
+        if self._placed.get(record.index, (None,))[0] != key:
             mesh = param.device_mesh
-            copies = math.prod(n for n, place in zip(mesh.shape, param.placements, strict=True) if place.is_replicate())
-            record.weight = mesh.size() / self._size / copies
+            copies = math.prod(n for n, kind in zip(mesh.shape, param.placements, strict=True) if kind.is_replicate())
+            weight = mesh.size() / self._size / copies
             shard = shard_of(param)
             if shard is None and self._stochastic:
                 raise NotImplementedError(
-                    f"Lomo: {record.name} of shape {list(param.shape)} is cut to {list(record.local.shape)} by "
+                    f"Lomo: {record.name} of shape {list(param.shape)} is cut to {list(local.shape)} by "
                     f"{param.placements}; stochastic rounding needs rows at equal distance. Shard it in at most two "
                     'dimensions, the first one of them, or use rounding="nearest"'
                 )
-            self._places[record.index] = key, shard or _whole(record.local)
-        record.shard = self._places[record.index][1]
+            self._placed[record.index] = key, shard or _whole(local), weight
+        return Placement(local, *self._placed[record.index][1:])
 
-    def reduced(self, record: Record, grad: Tensor) -> Iterable[tuple[Record, Tensor]]:
+    def reduce_grad(self, record: Record, grad: Tensor) -> Iterable[tuple[Record, Tensor]]:
         if not isinstance(grad, DTensor):
             return ((record, grad),)
         placements = record.param.placements  # type: ignore[attr-defined]
@@ -143,11 +143,11 @@ class Sharded(Ranks):
         if there is not total:
             total.copy_(there)
 
-    def leaves(self) -> Iterator[Tensor]:
+    def graph_leaves(self) -> Iterator[Tensor]:
         # The graph has FSDP2's gathered parameters; the gradients go to the shards, also of another optimizer.
         return (param.sharded_param for group in _fsdp_groups() for param in group.fsdp_params)
 
-    def unreduced(self) -> bool:
+    def has_unreduced_grads(self) -> bool:
         return any(
             group._partial_reduce_output is not None
             or any(

@@ -16,59 +16,19 @@ memory of all gradients.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .ranks import Kept, Ranks
-from .records import Record
-from .streams import current, here
-
-# Small gradients that travel together: as much as their list call takes (passes.BUFFER_BYTES).
-BUCKET_BYTES = 1024 * 1024
-# Reductions under way beside the newest and oldest one. They overlap with backward; each is a gradient in memory.
-IN_FLIGHT_BYTES = 32 * 1024 * 1024
+from ..records import Record
+from ..streams import current, here
+from .base import Kept, ParallelEngine
+from .in_flight import BUCKET_BYTES, IN_FLIGHT_BYTES, InFlight
 
 
-class _Sent(NamedTuple):
-    records: Sequence[Record]
-    result: Tensor
-    source: Tensor
-    work: dist.Work
-    stream: torch.cuda.Stream | None  # whose memory both are
-
-
-class InFlight:
-    """Reductions under way."""
-
-    def __init__(self) -> None:
-        self._sent: deque[_Sent] = deque()
-        self._bytes = 0
-
-    def put(self, records: Sequence[Record], result: Tensor, source: Tensor, work: dist.Work) -> None:
-        """One more, which `work` stands for. `source` and `result`, perhaps one tensor, are the current stream's."""
-        self._sent.append(_Sent(records, result, source, work, current(result)))
-        self._bytes += source.nbytes
-
-    def take(self, limit: int) -> Iterator[tuple[Sequence[Record], Tensor]]:
-        """Records and results of the oldest, for use on the current stream, until the sources of those left, but for
-        the newest, take no more than `limit` bytes."""
-        while self._sent and self._bytes - self._sent[-1].source.nbytes > limit:
-            records, result, source, work, stream = self._sent.popleft()
-            self._bytes -= source.nbytes
-            work.wait()  # on a GPU the current stream does
-            here(result, stream)
-            if source is not result:
-                here(source, stream)
-            del source
-            yield records, result
-
-
-class Averaged(Ranks):
+class DataParallel(ParallelEngine):
     """A process group whose ranks have different batches.
 
     Raises:
@@ -86,7 +46,7 @@ class Averaged(Ranks):
                 "thread of its own, among which reductions have no order"
             )
         self.groups = [group]
-        self.divisor = dist.get_world_size(group)
+        self.grad_divisor = dist.get_world_size(group)
         self._group = group
         self._order = list(range(len(records) - 1, -1, -1))
         self._agreed = False
@@ -94,7 +54,7 @@ class Averaged(Ranks):
         self._messages: list[list[Record]] = []
         self._message_of: dict[int, int] = {}
 
-    def start(self, records: Sequence[Record], model: nn.Module | None) -> None:
+    def begin_training(self, records: Sequence[Record], model: nn.Module | None) -> None:
         self._records = list(records)
         tensors: list[Tensor] = [record.param for record in records]
         for tensor in [*tensors, *(() if model is None else model.buffers())]:
@@ -111,7 +71,7 @@ class Averaged(Ranks):
             if sent.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(sent)
 
-    def begin(self, *, again: bool = False) -> None:
+    def begin_backward(self, *, again: bool = False) -> None:
         self._begin(set())
 
     def _begin(self, also: set[int]) -> None:
@@ -123,7 +83,7 @@ class Averaged(Ranks):
         self._next = 0
         self._in_flight = InFlight()
 
-    def reduced(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
+    def reduce_grad(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
         if grad.layout is not torch.strided:
             raise record.not_dense(grad)
         self._came.append(record.index)
@@ -133,16 +93,16 @@ class Averaged(Ranks):
             self._send()
         yield from self._received(IN_FLIGHT_BYTES)
 
-    def rest(self) -> Iterator[tuple[Record, Tensor]]:
+    def drain(self) -> Iterator[tuple[Record, Tensor]]:
         yield from self._left()
         if not self._agreed:
             self._agree_on_order()
 
-    def kept(self, kept: Kept, *, copy: bool) -> Kept:
+    def reduce_stored_grads(self, kept: Kept, *, copy: bool) -> Kept:
         self._begin({record.index for record, _ in kept})
         ready: Kept = []
         for record, grad in kept:
-            ready += self.reduced(record, grad.clone() if copy else grad)
+            ready += self.reduce_grad(record, grad.clone() if copy else grad)
         return [*ready, *self._left()]  # and no agreement: the order of .grad says nothing
 
     def _left(self) -> Iterator[tuple[Record, Tensor]]:

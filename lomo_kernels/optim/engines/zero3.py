@@ -32,10 +32,11 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from packaging.requirements import Requirement
 from torch import Tensor
 
-from ..optim.ranks import Kept, Ranks
-from ..optim.records import Record
-from ..optim.reduce import BUCKET_BYTES, IN_FLIGHT_BYTES, InFlight
-from ..optim.streams import current, here
+from ..placement import Placement
+from ..records import Record
+from ..streams import current, here
+from .base import Kept, ParallelEngine
+from .in_flight import BUCKET_BYTES, IN_FLIGHT_BYTES, InFlight
 
 # Its name since torch 2.13, and before.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -74,7 +75,7 @@ class _Come(NamedTuple):
     stream: torch.cuda.Stream | None  # whose memory it is
 
 
-class ZeRO3(Ranks):
+class ZeRO3(ParallelEngine):
     """The ranks of a DeepSpeed engine, whose batches differ.
 
     Raises:
@@ -91,19 +92,18 @@ class ZeRO3(Ranks):
         first: Any = records[0].param
         self._group = first.ds_process_group
         self.groups = [self._group]
-        self.divisor = dist.get_world_size(self._group)
+        self.grad_divisor = dist.get_world_size(self._group)
         self._rank = dist.get_rank(self._group)
         self._counted: list[tuple[Any, str, int]] = []
         self._forget()
 
-    def place(self, record: Record) -> None:
+    def localize(self, record: Record) -> Placement:
         # Parts are of one size; what pads the last of them has gradients of zero and is read by no one.
         param: Any = record.param
-        record.local = param.ds_tensor
-        elements = record.local.numel()
-        record.shard = self._rank * elements, elements, elements
+        elements = param.ds_tensor.numel()
+        return Placement(param.ds_tensor, (self._rank * elements, elements, elements))
 
-    def begin(self, *, again: bool = False) -> None:
+    def begin_backward(self, *, again: bool = False) -> None:
         self._forget()
         if again:
             self._counted = [
@@ -119,7 +119,7 @@ class ZeRO3(Ranks):
         self._in_flight = InFlight()
         self._counted = []
 
-    def reduced(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
+    def reduce_grad(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
         if grad.layout is not torch.strided:
             raise record.not_dense(grad)
         come = _Come(record, grad, current(grad))
@@ -136,18 +136,18 @@ class ZeRO3(Ranks):
         del come
         yield from self._received(IN_FLIGHT_BYTES)
 
-    def rest(self) -> Iterator[tuple[Record, Tensor]]:
+    def drain(self) -> Iterator[tuple[Record, Tensor]]:
         yield from self._left()
         self._offload.release_backward_leftovers()
         for module, name, count in self._counted:
             setattr(module, name, count)
         self._counted = []
 
-    def kept(self, kept: Kept, *, copy: bool) -> Kept:
+    def reduce_stored_grads(self, kept: Kept, *, copy: bool) -> Kept:
         self._forget()
         ready: Kept = []
         while kept:  # each whole gradient is freed as its part comes
-            ready += self.reduced(*kept.pop())
+            ready += self.reduce_grad(*kept.pop())
         return [*ready, *self._left()]
 
     def end(self) -> None:
@@ -184,9 +184,9 @@ class ZeRO3(Ranks):
 
     def _rows(self, record: Record, grad: Tensor) -> Tensor:
         """A whole gradient as [ranks, elements of a part]; a copy only where the last part is padded."""
-        padding = record.local.numel() * self.divisor - grad.numel()
+        padding = record.local.numel() * self.grad_divisor - grad.numel()
         flat = grad.reshape(-1)
-        return (torch.nn.functional.pad(flat, (0, padding)) if padding else flat).view(self.divisor, -1)
+        return (torch.nn.functional.pad(flat, (0, padding)) if padding else flat).view(self.grad_divisor, -1)
 
     def _received(self, limit: int) -> Iterator[tuple[Record, Tensor]]:
         for records, parts in self._in_flight.take(limit):
