@@ -126,11 +126,11 @@ def ordinary(x, random, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
         bits = ((u + random) >> 16).to(tl.uint16)
     else:
-        # The low bits of the significand are cut, 13 above 2**-14 and up to 23 below, and as many random bits are added:
-        # a carry goes on into the exponent. The conversion, two numbers by one instruction, then cuts.
-        exponent = bits_of(tl.minimum(tl.abs(x), 6.103515625e-05)) >> 23
-        raised = float_of(u + (random >> (exponent - 94)))
-        bits = raised.to(tl.float16, fp_downcast_rounding="rtz").to(tl.uint16, bitcast=True)
+        # Of the significand 13 bits are cut, up to 23 below 2**-14, and as many random bits are added: a carry goes on
+        # into the exponent. What is left is a float16, and two are converted by one instruction.
+        kept = (bits_of(tl.minimum(tl.abs(x), 6.103515625e-05)) >> 23) - 94
+        cut = (u + (random >> kept)) & ~(0xFFFFFFFF >> kept)
+        bits = float_of(cut).to(tl.float16).to(tl.uint16, bitcast=True)
     return bits
 
 
