@@ -80,8 +80,8 @@ sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, u
 	@# before the checked one.
 	@# Without the layers' operators, whose kernels are the CPU's, for the emulated ones.
 	@layers="tests/test_linear.py tests/test_embedding.py"; \
-	for isa in baseline avx2 avx512 avx512bf16 emulated; do \
-	  case $$isa in avx512) flag=avx512bw;; avx512bf16) flag=avx512_bf16;; avx2) flag=avx2;; *) flag=;; esac; \
+	for isa in baseline avx2 avx512 avx512bf16 amx emulated; do \
+	  case $$isa in avx512) flag=avx512bw;; avx512bf16) flag=avx512_bf16;; amx) flag=amx_bf16;; avx2) flag=avx2;; *) flag=;; esac; \
 	  [ -z "$$flag" ] || grep -qw $$flag /proc/cpuinfo || { echo "This processor lacks $$isa: left out"; continue; }; \
 	  [ $$isa != emulated ] || { layers=; cp build/sanitize/_emulated.so $(checked)/lomo_kernels/_cpu.so; }; \
 	  OMP_NUM_THREADS=1 LOMO_KERNELS_ISA=$$isa PYTHONPATH=$(checked) \

@@ -31,7 +31,7 @@ QUESTIONS = (
     *("ceilings", "update", "norm", "lists", "linear", "embedding"),
     *("captured", "hooks", "step", "data_parallel", "sharded", "memory"),
 )
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 OURS = "sgd_ or sq_norm_"
 ALLOCATING = "lomo_optim or (vector_norm and float32)"  # float32 copies of 16-bit gradients and parameters
 TESTING = ROOT / "build" / "testing"  # whence pytest takes lomo_kernels_testing

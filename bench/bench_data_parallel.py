@@ -12,7 +12,7 @@ from lomo_kernels.demo.model import ByteLlama
 
 from . import ranks
 from .ranks import CLIP, LR, OPTIONS, Build, Case, Trained
-from .rivals import clips
+from .results import clips
 
 CASES = {"short": [Case("27M", 32)], "full": [Case("27M", 256), Case("107M", 256)]}
 BASE = "DDP, SGD, clip_grad_norm_"

@@ -22,7 +22,7 @@ from lomo_kernels.plan import SHAPES
 from .buffers import free_memory
 from .measure import interleave, memory_of, synchronize
 from .methods import ADAM, LLAMA_107M, METHODS, SGD, Step, cannot, fused_is_wrong, wrong
-from .rivals import BASE, FORWARD
+from .results import BASE, FORWARD
 
 pytestmark = pytest.mark.timeout(1800)  # the first contestant's test runs the rounds of all
 

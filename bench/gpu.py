@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from . import budget, results, rivals
+from . import budget, results
 from .budget import Outcome, Stage
 from .stages import stages
 
@@ -114,7 +114,7 @@ def figures(measured: results.Results) -> Iterator[str]:
     rows: dict[str, list[str]] = {}
     for measurement in measured.measurements:
         case, who = measurement.case, measurement.contestant
-        if not (measurement.beside_seconds and (rivals.ours(who) or who in ("add_", "addmm_"))):
+        if not (measurement.beside_seconds and (results.ours(who) or who in ("add_", "addmm_"))):
             continue
         if case.get("elements") == 2**28:
             row = rows.setdefault(f"{case['backend']}, {case['dtype']}, 2^28 elements, of a copy", [])

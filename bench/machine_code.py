@@ -203,7 +203,7 @@ def products_section(arch: int, products: Iterable[compiled.Product]) -> str:
 HEAD = """# The GPU kernels' machine code
 
 Written by `make machine-code` from what {cuda} and {triton} compile. **No GPU took part and nothing was timed**; see
-[docs/gpu.md](../../docs/gpu.md).
+[docs/backends.md](../../docs/backends.md).
 
 Per element, on the way of a whole and aligned tile of a 4096 x 4096 parameter, start and end of the block included:
 instructions, and those of them that the ALU executes. Loads together: how many of a thread's loads of a tile are issued

@@ -16,7 +16,7 @@ from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.plan.methods import CLIP, lomo, lomo_optim, plain
 
 from . import peers
-from .rivals import BASE
+from .results import BASE
 
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 

@@ -24,6 +24,18 @@ SHORT = "-short"  # at the end of a file's name: it has less than every case
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DTYPES = ("bfloat16", "float16", "float32")  # of kernels, in the order in which they are measured and shown
+BASE = "SGD, clip_grad_norm_"  # what training steps are compared with
+FORWARD = "forward alone"  # no rival: a part of every step
+OURS = ("Lomo", "sgd_", "sq_norm_", "linear_", "embedding_", "product, s", "dense gradient, s")
+
+
+def ours(contestant: str) -> bool:
+    return contestant.startswith(OURS)
+
+
+def clips(contestant: str) -> bool:
+    """Whether a training step does, by the global norm."""
+    return "clip" in contestant
 
 
 class Spread(NamedTuple):

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .layers.pairs import Pair
 from .ops._arguments import library
 
 # csrc/cpu/gram.cpp. input [T, in], grad_output [T, out], of one dtype; rows contiguous, at any distance -> float64 [2]:
@@ -41,13 +39,10 @@ def compiled() -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key("lomo_kernels::_gram", "CPU"))
 
 
-def flat(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each as a matrix [tokens, features]. reshape(-1, 0) would not know how many tokens there are."""
-    return [tensor.detach()[None].flatten(0, -2) for tensor in tensors]
-
-
-def with_contiguous_rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+def flat(tensor: Tensor, *, contiguous_rows: bool = False) -> Tensor:
+    """The tensor as a matrix [tokens, features]. reshape(-1, 0) would not know how many tokens there are."""
+    matrix = tensor.detach()[None].flatten(0, -2)
+    return matrix.contiguous() if contiguous_rows and matrix.stride(1) != 1 else matrix
 
 
 class Estimate(NamedTuple):
@@ -59,21 +54,19 @@ class Estimate(NamedTuple):
     total: float
     error: float
 
-    def accepted(self, inv_scale: Tensor | None, elements: int) -> float | None:
-        """What `sq_norm_` would add for this gradient times `inv_scale`; None where that is not known well enough."""
+    def add_to(self, slot: Tensor, inv_scale: Tensor | None, elements: int) -> bool:
+        """Adds to `slot` what `sq_norm_` would add for this gradient, of so many elements, times `inv_scale`.
+
+        Returns:
+            Whether it did. The estimate may not be good enough; then tiles have to find the norm.
+        """
         if not (0 < self.total <= LARGEST and self.error <= GRAM_ERROR * self.total):
-            return None
+            return False
         scaled = self.total * (1.0 if inv_scale is None else inv_scale.float().item()) ** 2
-        return scaled if SMALLEST * elements <= scaled <= LARGEST else None
-
-
-def add_to(slot: Tensor, found: Estimate | None, inv_scale: Tensor | None, elements: int) -> bool:
-    """Adds an estimate that is accepted to `slot`. Returns whether: otherwise tiles have to find the norm."""
-    total = None if found is None else found.accepted(inv_scale, elements)
-    if total is None:
-        return False
-    slot += total
-    return True
+        if not SMALLEST * elements <= scaled <= LARGEST:
+            return False
+        slot += scaled
+        return True
 
 
 def estimate(input: Tensor, grad_output: Tensor) -> Estimate | None:
@@ -81,28 +74,35 @@ def estimate(input: Tensor, grad_output: Tensor) -> Estimate | None:
     or nothing in the factors to read (a simulation)."""
     if not (input.is_cpu and compiled()) or isinstance(input, FakeTensor):
         return None
-    (x,), (gy,) = flat([input]), flat([grad_output])
+    x, gy = flat(input, contiguous_rows=True), flat(grad_output, contiguous_rows=True)
     tokens, rows, columns = x.shape[0], gy.shape[1], x.shape[1]
     if tokens * (rows + columns) > GRAM_COST * 2 * rows * columns:
         return None
-    return Estimate(*torch.ops.lomo_kernels._gram.default(with_contiguous_rows(x), with_contiguous_rows(gy)).tolist())
+    return Estimate(*torch.ops.lomo_kernels._gram.default(x, gy).tolist())
 
 
-def tied(head: Pair, embedding: Sequence[Pair]) -> Estimate | None:
-    """Of the gradient of a head tied to an embedding: the squares of both parts, and twice their product, which is
+def tied(
+    inputs: list[Tensor],
+    grad_outputs: list[Tensor],
+    indices: list[Tensor],
+    rows: list[Tensor],
+    paddings: list[int],
+) -> Estimate | None:
+    """Of the gradient of a head (one input and one grad_output) tied to an embedding (indices, grad_outputs and
+    padding_idx of each use): the squares of both parts, and twice their product, which is
     ``sum_ij grad_output[i, index_j] (input_i . row_j)`` over the head's tokens i and the embedding's j. None as
     `estimate`."""
-    own = estimate(head.input, head.grad_output)
+    (input,), (grad_output,) = inputs, grad_outputs
+    own = estimate(input, grad_output)
     if own is None:
         return None
     squares = torch.zeros(1, dtype=torch.float64, device="cpu")
     product, variance = 0.0, 0.0
-    (x,), (gy,) = flat([head.input]), flat([head.grad_output])
-    paddings = [-1 if pair.padding_idx is None else pair.padding_idx for pair in embedding]
-    for pair, padding in zip(embedding, paddings, strict=True):
-        index, (rows,) = pair.input.reshape(-1), flat([pair.grad_output])
+    x, gy = flat(input), flat(grad_output)
+    for indices_of_use, rows_of_use, padding in zip(indices, rows, paddings, strict=True):
+        index, all_rows = indices_of_use.reshape(-1), flat(rows_of_use)
         for some in range(0, len(index), _TOKENS):
-            here, row = index[some : some + _TOKENS], rows[some : some + _TOKENS].float()
+            here, row = index[some : some + _TOKENS], all_rows[some : some + _TOKENS].float()
             row = row * here.ne(padding)[:, None]
             for few in range(0, len(x), _TOKENS):
                 token, weight = x[few : few + _TOKENS].float(), gy[few : few + _TOKENS].index_select(1, here).double()
@@ -110,7 +110,6 @@ def tied(head: Pair, embedding: Sequence[Pair]) -> Estimate | None:
                     product += ((token @ row.T).double() * weight).sum().item()
                 lengths = torch.outer(token.double().square().sum(1), row.double().square().sum(1))
                 variance += (lengths * weight.square()).sum().item()
-    factors = [pair.input for pair in embedding], [pair.grad_output for pair in embedding]
-    torch.ops.lomo_kernels.embedding_sq_norm_.default(squares, *factors, paddings, None)
+    torch.ops.lomo_kernels.embedding_sq_norm_.default(squares, indices, rows, paddings, None)
     error = own.error + _ERROR * (squares.item() + 2 * variance**0.5)
     return Estimate(own.total + squares.item() + 2 * product, error)

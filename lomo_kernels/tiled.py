@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import gram
-from .gram import flat, with_contiguous_rows
+from .gram import flat
 from .ops._arguments import library
 
 # The kernel under the layers' operators for CPU tensors (csrc/cpu/product.cpp). Matrices; rows contiguous, at any
@@ -25,10 +25,11 @@ from .ops._arguments import library
 # _product_: out float32 [rows, in], contiguous, = or (accumulate) += grad_output.T @ input, from grad_output [T, rows]
 # and input [T, in], both bfloat16 or float16: torch has no such product with a float32 result on CPUs. Sums are
 # float32, in an order that does not depend on the number of threads. Where the processor has bfloat16 instructions
-# (AVX512_BF16) they are used for bfloat16, and they flush: operands, products and sums below 2^-126 count as zero, so
-# an element of the gradient may be off by T * 2^-126 in all. A weight notices only where it is itself that small, or
-# where inv_scale is large; a norm does not. On one thread of Zen 4 the product runs at oneDNN's bfloat16 speed, which
-# is why there is no other way by `weight.addmm_`; on processors with AMX that would be the faster one.
+# (AVX512_BF16, AMX) they are used for bfloat16, and they flush: operands, products and sums below 2^-126 count as zero,
+# so an element of the gradient may be off by T * 2^-126 in all. A weight notices only where it is itself that small, or
+# where inv_scale is large; a norm does not. On one thread of Zen 4 the product runs at oneDNN's bfloat16 speed. On one
+# with AMX, whose oneDNN uses it, an update for 1024 tokens takes 1.31 (1024 x 1024) and 1.17 (4096 x 4096) times
+# `weight.addmm_`, and 7.4 times with LOMO_KERNELS_ISA=avx512bf16.
 library.define("_product_(Tensor(a!) out, Tensor grad_output, Tensor input, bool accumulate) -> ()")
 
 
@@ -83,34 +84,30 @@ def workspace_bytes(rows: int, columns: int, pairs: int, device: str = "cpu") ->
     return tile * (2 if pairs > 1 else 1)
 
 
-def _tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """(first row, buffer for the tile's rows) of each tile; none where the gradient has no element."""
+def _tiles(rows: int, columns: int, device: torch.device) -> list[tuple[int, Tensor]]:
+    """(first row, buffer for the tile's rows) of each tile; none if the gradient has no element. They share memory."""
     if not rows * columns:
-        return
+        return []
     height = tile_rows(rows, columns, device.type)
-    memory = buffer.get(height * columns, device)
-    for first in range(0, rows, height):
-        here = min(height, rows - first)
-        yield first, memory[: here * columns].view(here, columns)
-
-
-def _product_serves(tensor: Tensor) -> bool:
-    """float32 is torch's."""
-    return tensor.is_cpu and tensor.dtype is not torch.float32 and gram.compiled()
+    memory = buffer.get(height * columns, device).view(height, columns)
+    tiles = [(first, memory) for first in range(0, rows, height)]
+    last = tiles[-1][0]
+    tiles[-1] = last, memory[: rows - last]
+    return tiles
 
 
 def _add_product(tile: Tensor, grad_output: Tensor, input: Tensor, *, fresh: bool) -> None:
-    """``tile (fresh: =, else +=) grad_output.T @ input``, float32."""
-    if _product_serves(input):
-        torch.ops.lomo_kernels._product_.default(tile, grad_output, input, not fresh)
-        return
-    if has_mixed_products(input):
-        if fresh:
-            torch.ops.aten.mm.dtype_out(grad_output.T, input, torch.float32, out=tile)
-        else:  # addmm.dtype would add, but torch 2.8 to 2.11 refuse it a first summand of float32
-            tile += torch.ops.aten.mm.dtype(grad_output.T, input, torch.float32)
-        return
+    """``tile (fresh: =, else +=) grad_output.T @ input``, float32. Of 16-bit factors on a CPU, rows are contiguous."""
     if input.dtype is not torch.float32:
+        if input.is_cpu and gram.compiled():
+            torch.ops.lomo_kernels._product_.default(tile, grad_output, input, not fresh)
+            return
+        if has_mixed_products(input):
+            if fresh:
+                torch.ops.aten.mm.dtype_out(grad_output.T, input, torch.float32, out=tile)
+            else:  # addmm.dtype would add, but torch 2.8 to 2.11 refuse it a first summand of float32
+                tile += torch.ops.aten.mm.dtype(grad_output.T, input, torch.float32)
+            return
         grad_output, input = grad_output.float(), input.float()
     if fresh:
         torch.mm(grad_output.T, input, out=tile)
@@ -128,12 +125,17 @@ def has_mixed_products(input: Tensor) -> bool:
 
 def linear_tiles(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """(first row, gradient of the tile's rows) of each tile. A tile is valid until the next is asked for."""
-    xs, gys = flat(inputs), flat(grad_outputs)
-    if any(map(_product_serves, xs)):
-        xs, gys = [with_contiguous_rows(x) for x in xs], [with_contiguous_rows(gy) for gy in gys]
-    for first, tile in _tiles(gys[0].shape[1], xs[0].shape[1], xs[0].device):
-        for use, (x, gy) in enumerate(zip(xs, gys, strict=True)):
-            _add_product(tile, gy[:, first : first + len(tile)], x, fresh=use == 0)
+    uses = []
+    for input, grad_output in zip(inputs, grad_outputs, strict=True):
+        contiguous_rows = input.is_cpu and input.dtype is not torch.float32
+        x = flat(input, contiguous_rows=contiguous_rows)
+        uses.append((x, flat(grad_output, contiguous_rows=contiguous_rows)))
+    x, gy = uses[0]
+    for first, tile in _tiles(gy.shape[1], x.shape[1], x.device):
+        fresh = True
+        for x, gy in uses:
+            _add_product(tile, gy[:, first : first + len(tile)], x, fresh=fresh)
+            fresh = False
         yield first, tile
 
 
@@ -145,7 +147,7 @@ def zero_tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[
 
 def add_rows(tile: Tensor, first: int, index: Tensor, grad_output: Tensor, padding_idx: int) -> None:
     """Adds an embedding's rows to the tile that begins with row `first`, in a fixed order."""
-    (row,), (gy,) = _rows_of([index], [padding_idx]), flat([grad_output])
+    (row,), gy = _rows_of([index], [padding_idx]), flat(grad_output)
     here = (row >= first) & (row < first + len(tile))
     if _may_be_read(tile.device):
         tile.index_add_(0, row[here] - first, gy[here].float())  # on a CPU one after the other; index_put_ is not
@@ -170,7 +172,7 @@ def _embedding_column_tiles(
     indices: Sequence[Tensor], grad_outputs: Sequence[Tensor], padding_idx: Sequence[int]
 ) -> Iterator[Tensor]:
     """Some columns of the gradient's rows that tokens looked up, and of zeros: as many rows as there are tokens."""
-    rows_of, gys = _rows_of(indices, padding_idx), flat(grad_outputs)
+    rows_of, gys = _rows_of(indices, padding_idx), [flat(grad_output) for grad_output in grad_outputs]
     lengths = [len(row) for row in rows_of]
     tokens, columns = sum(lengths), gys[0].shape[1]
     row, order = torch.cat(rows_of).sort(stable=True)
@@ -198,7 +200,8 @@ def _embedding_tiles(
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
     if len(inputs) == 1:
         elements = inputs[0].shape[-1] * grad_outputs[0].shape[-1]
-        if gram.add_to(slot, gram.estimate(inputs[0], grad_outputs[0]), inv_scale, elements):
+        found = gram.estimate(inputs[0], grad_outputs[0])
+        if found is not None and found.add_to(slot, inv_scale, elements):
             return
     for _, tile in linear_tiles(inputs, grad_outputs):
         torch.ops.lomo_kernels.sq_norm_.default(slot, tile, inv_scale)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bench import bench_hooks, bench_step, methods, peers
 from bench.bench_step import Case, Contest
 from bench.methods import METHODS, Method
-from bench.rivals import BASE, FORWARD
+from bench.results import BASE, FORWARD
 
 FEW = (BASE, "Lomo", "lomo_optim", "hook, add_", FORWARD)
 

@@ -532,7 +532,7 @@ def test_gradients_do_not_pile_up(ranks: Any) -> None:
         return (many - few) / 8
 
     assert grown(2, replicas=False) < 16 * 1024
-    # FSDP2 keeps them under HSDP. Where a version no longer does, docs/distributed.md is to be changed.
+    # FSDP2 keeps them under HSDP. Where a version no longer does, docs/distributed/dtensor.md is to be changed.
     shard = (256 * 256 + 256) * 4 // 2
     assert shard <= grown(4, replicas=True) < shard + 16 * 1024
 

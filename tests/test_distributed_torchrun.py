@@ -1,4 +1,4 @@
-"""The document's programs, started by its `torchrun` lines: on one node, and on two whose ranks repeat each other's
+"""The documents' programs, started by their `torchrun` lines: on one node, and on two whose ranks repeat each other's
 LOCAL_RANK. Both nodes are this machine, and gloo takes NCCL's place."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from models import assert_close, loss_of, transformer_of_vectors
 from textbook import Textbook
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "distributed.md"
+DOCUMENTS = Path(__file__).parent.parent / "docs" / "distributed"
 RANKS, STEPS, LR = 4, 3, 3e-2
 
 BEFORE = """
@@ -40,19 +40,19 @@ torch.distributed.destroy_process_group()
 """
 
 
-def document(pattern: str) -> str:
-    found = re.search(pattern, DOCUMENT.read_text(), re.S | re.M)
+def document(page: str, pattern: str) -> str:
+    found = re.search(pattern, (DOCUMENTS / page).read_text(), re.S | re.M)
     assert found, pattern
     return found[1]
 
 
-def program(section: str, sharding: str = "") -> str:
-    """The first Python block of a section, on the CPU; with another section's calls of `fully_shard`."""
-    block = r"\n.*?```python\n(.*?)```"
-    code = document(rf"^## {section}{block}")
+def program(page: str, sharding: str = "") -> str:
+    """The first Python block of a page, on the CPU; with the calls of `fully_shard` of one of its sections."""
+    block = r".*?```python\n(.*?)```"
+    code = document(page, rf"^# {block}")
     if sharding:
         code, changed = re.subn(
-            r"for block .*?fully_shard\(model\)[^\n]*\n", document(rf"^### {sharding}{block}"), code, flags=re.S
+            r"for block .*?fully_shard\(model\)[^\n]*\n", document(page, rf"^### {sharding}{block}"), code, flags=re.S
         )
         assert changed == 1
     code, changed = re.subn(r"\.cuda\(\)|torch\.cuda\.set_device\([^\n]*\n", "", code)
@@ -63,7 +63,7 @@ def program(section: str, sharding: str = "") -> str:
 
 def torchrun(nodes: int, script: Path, folder: Path) -> None:
     """The document's line for so many nodes, on each of them."""
-    line = document(rf"^torchrun ({'--nnodes 2' if nodes == 2 else '--nproc'}[^\n]*) train.py$")
+    line = document("README.md", rf"^torchrun ({'--nnodes 2' if nodes == 2 else '--nproc'}[^\n]*) train.py$")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -91,9 +91,9 @@ def torchrun(nodes: int, script: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     "code, nodes",
     [
-        (("Data parallel",), 1),
-        (("Shards: FSDP2",), 2),
-        (("Shards: FSDP2", "What to gather together"), 1),
+        (("data_parallel.md",), 1),
+        (("dtensor.md",), 2),
+        (("dtensor.md", "What to gather together"), 1),
     ],
 )
 def test_documents_program(code: tuple[str, ...], nodes: int, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from test_embedding import gradient as embedding_gradient
 
 from lomo_kernels import ops, reference
 
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 SIZES = (0, 1, 7, 17, 33, 513, 4097, 10007, 70001)
 MESSAGE = "this processor and build offer"
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import io
+import itertools
 import pickle
 from typing import Any
 
@@ -241,9 +242,13 @@ def test_gradcheck() -> None:
 
     torch.manual_seed(0)
     x, w, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,)))
-    for bias in (b, None):
-        assert torch.autograd.gradcheck(lambda x, w, bias=bias: _Linear.apply(x, w, bias, False), (x, w))
-        assert torch.autograd.gradgradcheck(lambda x, w, bias=bias: _Linear.apply(x, w, bias, False), (x, w))
+    for bias, transposed in itertools.product((b, None), (False, True)):
+
+        def linear(x: Tensor, w: Tensor, bias: Tensor | None = bias, transposed: bool = transposed) -> Any:
+            return _Linear.apply(x, w.T if transposed else w, bias, False, transposed)
+
+        assert torch.autograd.gradcheck(linear, (x, w))
+        assert torch.autograd.gradgradcheck(linear, (x, w))
     indices = torch.tensor([[1, 2, 2], [0, 3, 1]])
     assert torch.autograd.gradcheck(lambda w: _Embedding.apply(indices, w, None), (w,))
     assert torch.autograd.gradgradcheck(lambda w: _Embedding.apply(indices, w, 3), (w,))

@@ -464,7 +464,7 @@ def test_the_kernels_in_force():
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 def test_the_kernels_of_every_instruction_set(run_python, isa):
     process = run_python("import test_linear; test_linear.check_kernels()", LOMO_KERNELS_ISA=isa)
     if process.returncode and "this processor and build offer" in process.stderr:

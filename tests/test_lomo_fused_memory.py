@@ -69,6 +69,15 @@ def allocated(step: Callable[[], None]) -> Allocated:
     return Allocated(max(changes), peak_of(changes), sum(changes))
 
 
+def scratch_of_products(dtype: torch.dtype, tokens: int) -> int:
+    """Most bytes that torch takes for a layer's product in addition to the result. oneDNN packs bfloat16 factors for
+    AMX: 1.3 MiB here. Without AMX, and for float32, none."""
+    weight = torch.ones(ROWS, WIDTH, dtype=dtype)
+    x, gy = weight.new_ones(tokens, WIDTH), weight.new_ones(tokens, ROWS)
+    forward, backward = allocations(lambda: F.linear(x, weight)), allocations(lambda: gy @ weight)
+    return max(peak_of(forward) - gy.nbytes, peak_of(backward) - x.nbytes)
+
+
 def step_of(model: Stack, optimizer: Lomo, tokens: int) -> Callable[[], None]:
     indices = torch.arange(tokens) % ROWS
     return lambda: optimizer.backward(model(indices))
@@ -98,7 +107,8 @@ def test_no_tensor_of_a_weights_size_is_ever_made(dtype: torch.dtype, rule: Any,
     optimizer = Lomo(model, lr=1e-3, fused_layers=True, weight_decay=0.1, **rule)
     record = allocated(step_of(model, optimizer, 16))
     assert record.largest == TILE < WEIGHT * dtype.itemsize
-    assert record.peak < TILE + WEIGHT * dtype.itemsize / 2, "a tile, and the activations of 16 tokens"
+    scratch = scratch_of_products(dtype, 16)
+    assert record.peak < TILE + scratch + WEIGHT * dtype.itemsize / 2, "a tile, and the activations of 16 tokens"
     assert record.left < TILE + 4096
 
 

@@ -8,6 +8,10 @@
 #if LOMO_HAVE_X86_ISAS
 #include <cpuid.h>
 #endif
+#if LOMO_HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace lomo {
 
@@ -29,6 +33,9 @@ LOMO_DECLARE(avx512, avx512)
 #endif
 #if LOMO_HAVE_AVX512BF16
 LOMO_DECLARE(avx512, avx512bf16)
+#endif
+#if LOMO_HAVE_AMX
+LOMO_DECLARE(avx512, amx)
 #endif
 #undef LOMO_DECLARE
 
@@ -57,6 +64,17 @@ bool has_f16c() {
 }
 #endif
 
+#if LOMO_HAVE_AMX
+// Linux keeps tile registers only for a process that asked for them. Threads made later have them too.
+bool has_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kTilesAndBFloat16 = 1u << 24 | 1u << 22;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTilesAndBFloat16) != kTilesAndBFloat16) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of asm/prctl.h in newer kernels
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 struct Isa {
   std::string name;
   bool supported;
@@ -71,6 +89,9 @@ Kernels choose() {
 #endif
   const Isa isas[] = {
   // best first
+#if LOMO_HAVE_AMX
+      {"amx", avx512 && has_avx512bf16() && has_amx(), LOMO_INSTALL(avx512, amx)},
+#endif
 #if LOMO_HAVE_AVX512BF16
       {"avx512bf16", avx512 && has_avx512bf16(), LOMO_INSTALL(avx512, avx512bf16)},
 #endif

@@ -32,7 +32,14 @@ LOMO_FN Vector multiply_add(Vector sum, Words a, Words b, T) {
 
 template <int kN, class T>
 LOMO_FN void pack_row(uint32_t* to, const typename T::Storage* from, const typename T::Storage* next, T) {
-  if constexpr (kTokens<T> == 2) {
+  if constexpr (kTokens<T> == 2 && kN % kLanes == 0) {
+    typedef uint16_t Half __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+    for (int i = 0; i < kN; i += kLanes) {
+      const auto low = __builtin_convertvector(*reinterpret_cast<const Half*>(from + i), Words);
+      const auto high = __builtin_convertvector(*reinterpret_cast<const Half*>(next + i), Words);
+      *reinterpret_cast<LooseWords*>(to + i) = low | high << 16;
+    }
+  } else if constexpr (kTokens<T> == 2) {
     for (int i = 0; i < kN; ++i) to[i] = from[i] | static_cast<uint32_t>(next[i]) << 16;
   } else if constexpr (kN % kLanes == 0) {
     float wide[kN];
@@ -132,11 +139,21 @@ void product(float* out, int64_t stride, const Rows& a, const Rows& b, int64_t r
 }
 
 }  // namespace
+}  // namespace lomo
 
+#if defined(__AMX_BF16__)
+#include "amx_product.h"
+#endif
+
+namespace lomo {
 namespace LOMO_ISA {
 void install_product(Kernels& k) {
   k.product[kFloat32] = nullptr;  // torch has that one
+#if defined(__AMX_BF16__)
+  k.product[kBFloat16] = product_by_tiles;
+#else
   k.product[kBFloat16] = product<BFloat16>;
+#endif
   k.product[kFloat16] = product<Float16>;
 }
 }  // namespace LOMO_ISA

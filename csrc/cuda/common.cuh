@@ -193,7 +193,7 @@ LOMO_DEVICE void load_straight(Share<T, kCount>& share, const typename T::Storag
   for (int i = 0; i < kShare; i += kCount) {
     const auto* from = own + distance<kCount>(i);
     uint32_t* words = share.words + i / share.kPerWord;
-    if constexpr (share.kPerAccess == 4) {
+    if constexpr (Share<T, kCount>::kPerAccess == 4) {
       const auto* at = wide<const uint4>(from);
       const uint4 four = use == Use::once ? __ldcs(at) : *at;
       words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
@@ -212,7 +212,7 @@ LOMO_DEVICE void store_straight(const Share<T, kCount>& share, typename T::Stora
     auto* to = own + distance<kCount>(i);
     const uint32_t* words = share.words + i / share.kPerWord;
     // The default policy; a plain assignment was compiled to four 32-bit stores.
-    if constexpr (share.kPerAccess == 4) {
+    if constexpr (Share<T, kCount>::kPerAccess == 4) {
       __stwb(wide<uint4>(to), make_uint4(words[0], words[1], words[2], words[3]));
     } else {
       __stwb(wide<uint2>(to), make_uint2(words[0], words[1]));

@@ -141,7 +141,7 @@ LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCoun
     } else {
 #pragma unroll
       for (int i = 0; i < 8; i += p.kPerWord) {
-        if constexpr (p.kWide) {
+        if constexpr (Share<P, kCount>::kWide) {
           words[i] = P::nearest(results[i]);
         } else {
           words[i / 2] = P::nearest_pair(results[i], results[i + 1]);

@@ -1,7 +1,9 @@
-"""Layers whose weight gradient never exists: linear layers and embeddings that hand over its factors instead."""
+"""Layers whose weight gradient never exists: they hand over its factors instead. A file for each kind of layer, which
+registers itself; see `fused.register`."""
 
-from .fused import FusedLayer
+from . import conv1d, embedding, linear  # noqa: F401
+from .fused import FusedLayer, fused_class_of
 from .pairs import Pair, gradient_of, takers
 from .swap import fuse, layers_of, unfuse
 
-__all__ = ["FusedLayer", "Pair", "fuse", "gradient_of", "layers_of", "takers", "unfuse"]
+__all__ = ["FusedLayer", "Pair", "fuse", "fused_class_of", "gradient_of", "layers_of", "takers", "unfuse"]

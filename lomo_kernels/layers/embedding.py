@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import FusedLayer, takes_part
+from .fused import FusedLayer, register, takes_part
 from .pairs import Pair, gradient_of, take
 
 
@@ -35,6 +35,7 @@ class _Embedding(torch.autograd.Function):
 _PLAIN = nn.Embedding.forward, F.embedding  # see linear.py
 
 
+@register
 class Embedding(FusedLayer, nn.Embedding):
     """Stands in for `nn.Embedding` while a `Lomo` with ``fused_layers=True`` manages its weight."""
 
@@ -42,14 +43,11 @@ class Embedding(FusedLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self._parameters.get("weight")
-        if not takes_part(weight, input) or is_special(self) or (nn.Embedding.forward, F.embedding) != _PLAIN:
+        if not takes_part(weight, input) or self.reason_to_keep(self) or (nn.Embedding.forward, F.embedding) != _PLAIN:
             return super().forward(input)
         return _Embedding.apply(input, weight, self.padding_idx)
 
-
-# What shows the class to people and tools (repr, summaries, graph tracers) shows the plain one.
-Embedding.__module__ = nn.Embedding.__module__
-
-
-def is_special(module: nn.Embedding) -> bool:
-    return module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    @staticmethod
+    def reason_to_keep(module: nn.Module) -> str | None:
+        special = module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+        return "max_norm, scale_grad_by_freq or sparse" if special else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copyreg
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,55 @@ PLAIN_PARAMETER = (nn.Parameter, FakeTensor)
 class FusedLayer(nn.Module):
     """A layer that hands its weight's gradient over in factors. Copied and pickled, it is the plain one."""
 
+    #: The class that it stands in for.
     plain: ClassVar[type[nn.Module]]
+
+    @staticmethod
+    def reason_to_keep(module: nn.Module) -> str | None:
+        """Why a module of the plain class keeps its weight's gradient, in words for `Lomo.summary`; None if it need
+        not."""
+        return None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = super().__reduce_ex__(2)[2]
         # Nothing of this library is in a pickle; pickle refuses the usual copyreg.__newobj__ for another class.
         return copyreg._reconstructor, (self.plain, object, None), state  # type: ignore[attr-defined]
+
+
+_Fused = TypeVar("_Fused", bound=type[FusedLayer])
+_Maker = Callable[[type[nn.Module]], type[FusedLayer]]
+
+_by_class: dict[type[nn.Module], type[FusedLayer]] = {}
+_by_name: dict[str, _Maker] = {}
+
+
+def register(fused_class: _Fused) -> _Fused:
+    """Lets `fused_class` stand in for modules whose type is exactly its `plain`. A class decorator."""
+    # What shows the class to people and tools (repr, summaries, graph tracers) shows the plain one.
+    fused_class.__module__, fused_class.__qualname__ = fused_class.plain.__module__, fused_class.plain.__qualname__
+    _by_class[fused_class.plain] = fused_class
+    return fused_class
+
+
+def register_by_name(plain_name: str) -> Callable[[_Maker], _Maker]:
+    """`register` for a class of a package that may not be installed: what is decorated makes the fused class from the
+    plain one, "module.Class", when a model first has such a layer."""
+
+    def decorate(make: _Maker) -> _Maker:
+        _by_name[plain_name] = make
+        return make
+
+    return decorate
+
+
+def fused_class_of(module: nn.Module) -> type[FusedLayer] | None:
+    """The class that stands in for the module's; None if there is none, as for a subclass."""
+    kind = type(module)
+    if "plain" in vars(kind) and issubclass(kind, FusedLayer):
+        return kind
+    if kind not in _by_class and (make := _by_name.get(f"{kind.__module__}.{kind.__qualname__}")):
+        register(make(kind))
+    return _by_class.get(kind)
 
 
 def takes_part(weight: Any, input: Tensor) -> bool:

@@ -19,10 +19,11 @@ class Pair(NamedTuple):
     input: Tensor  # [..., in_features]; or the indices [...] of an embedding
     grad_output: Tensor  # [..., out_features or embedding_dim]
     padding_idx: int | None  # None: of a linear layer. An embedding's, negative for none
+    names: tuple[str, str] = ("input", "grad_output")  # what the two are to the layer
 
-    @property
-    def of_linear(self) -> bool:
-        return self.padding_idx is None
+    def exchanged(self) -> Pair:
+        """Of a linear layer whose weight is [in, out]: that gradient is ``input.T @ grad_output``."""
+        return Pair(self.grad_output, self.input, self.padding_idx, self.names[::-1])
 
 
 #: Takes a pair, or returns the pairs (this one, and any taken before) whose gradient backward has to return.
@@ -39,24 +40,17 @@ def take(node: Any, weight: Tensor, pair: Pair) -> Sequence[Pair]:
         node: the autograd node, whose input 1 is the weight.
     """
     taker = takers.get(id(weight))
-    if taker is None or torch.is_grad_enabled() or _is_watched(weight) or not _is_accumulated(node):
+    if taker is None or torch.is_grad_enabled():
         return (pair,)
-    return taker(pair)
-
-
-def _is_watched(weight: Tensor) -> bool:
-    """Whether somebody else's hook is to see the gradient. One hook is the optimizer's own."""
     after = weight._post_accumulate_grad_hooks
-    return bool(weight._backward_hooks) or (after is not None and len(after) > 1)
-
-
-def _is_accumulated(node: Any) -> bool:
-    """Whether this backward ends in the weight's ``.grad``, so that its hook will be called. autograd.grad does not."""
-    accumulate = node.next_functions[1][0]
+    if weight._backward_hooks or (after is not None and len(after) > 1):  # one is the optimizer's own
+        return (pair,)  # somebody else's hook is to see the gradient
     try:
-        return bool(torch._C._will_engine_execute_node(accumulate))
+        # Whether this backward ends in the weight's .grad, so that its hook will be called. autograd.grad does not.
+        accumulated = torch._C._will_engine_execute_node(node.next_functions[1][0])
     except RuntimeError:  # "A leaf node was passed ...": autograd.grad was asked for this very weight's gradient
-        return False
+        return (pair,)
+    return taker(pair) if accumulated else (pair,)
 
 
 def gradient_of(pairs: Sequence[Pair], weight: Tensor) -> Tensor:

@@ -11,20 +11,17 @@ from collections.abc import Container, Iterable, Iterator
 
 from torch import nn
 
-from .embedding import Embedding, is_special
-from .fused import PLAIN_PARAMETER, FusedLayer
-from .linear import Linear
+from .fused import PLAIN_PARAMETER, FusedLayer, fused_class_of
 from .pairs import takers
 
 
 def why_not(module: nn.Module) -> str | None:
     """Why a module with a weight keeps its gradient; None where it need not."""
-    if type(module) in (nn.Embedding, Embedding):
-        assert isinstance(module, nn.Embedding)
-        if is_special(module):
-            return "max_norm, scale_grad_by_freq or sparse"
-    elif type(module) not in (nn.Linear, Linear):
+    fused_class = fused_class_of(module)
+    if fused_class is None:
         return f"in a {type(module).__name__}"
+    if reason := fused_class.reason_to_keep(module):
+        return reason
     if "forward" in vars(module):
         return "its module has a forward of its own"
     weight = module._parameters.get("weight")
@@ -44,7 +41,9 @@ def layers_of(model: nn.Module, weights: Container[int]) -> Iterator[tuple[nn.Mo
 
 def fuse(module: nn.Module) -> None:
     """Makes the module a fused one."""
-    module.__class__ = Linear if isinstance(module, nn.Linear) else Embedding
+    fused_class = fused_class_of(module)
+    assert fused_class is not None
+    module.__class__ = fused_class
 
 
 def unfuse(modules: Iterable[weakref.ref[nn.Module]]) -> None:

@@ -6,8 +6,6 @@ import atexit
 import ctypes
 import sys
 import threading
-from collections import deque
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -113,12 +111,10 @@ class Graph:
         Each hides the graph of its block, so a graph that has any has one near the loss, and the walk is short. Unless
         `thorough`, a graph without one in its first 64 nodes (some 40 us) counts as having none.
         """
-        count = 0
-        for position, node in enumerate(nodes_of(self.loss)):
-            count += node.name() == "CheckpointFunctionBackward"
-            if position == 64 and not count and not thorough:
-                break
-        return count
+        near = [node.name() for node in nodes_of(self.loss, at_most=None if thorough else 64)]
+        if thorough or _REENTRANT not in near:
+            return near.count(_REENTRANT)
+        return [node.name() for node in nodes_of(self.loss)].count(_REENTRANT)
 
 
 class _Walk(NamedTuple):
@@ -128,28 +124,30 @@ class _Walk(NamedTuple):
     custom: frozenset[str]
 
 
+_REENTRANT = "CheckpointFunctionBackward"
 _OWN_BACKWARDS = ("torch.", "lomo_kernels.")
 
 
-def nodes_of(loss: Tensor) -> Iterator[Any]:
-    """The nodes of the graph of `loss`, nearest first; about 1 us each."""
+def nodes_of(loss: Tensor, *, at_most: int | None = None) -> list[Any]:
+    """The nodes of the graph of `loss`, nearest first, or the first `at_most` of them; about 1 us each."""
     release_deep_graphs()
     first = get_gradient_edge(loss).node  # also of a leaf, which has no grad_fn
     nodes: dict[int, Any] = {id(first): first}  # by id, which only living objects have for themselves
-    waiting = deque(nodes)
+    found = [first]  # in the order in which they were seen: it grows while the loop goes through it
     try:
-        while waiting:
-            node = nodes[waiting.popleft()]
-            yield node
+        for node in found:
+            if at_most is not None and len(found) >= at_most:
+                break
             for after, _ in node.next_functions:
                 if after is not None and id(after) not in nodes:
                     nodes[id(after)] = after
-                    waiting.append(id(after))
+                    found.append(after)
     finally:
         if len(nodes) > DEEP:
             # Without the nodes of leaves. They end every chain, and every graph of a parameter shares them.
             _deep_graphs.append({key: node for key, node in nodes.items() if node.next_functions})
             release_deep_graphs()  # joins it with an earlier walk of the same graph
+    return found[:at_most]
 
 
 # Since torch 2.13, a node that Python has seen is freed through its Python object. A chain of nodes is then freed by

@@ -67,7 +67,7 @@ class Lomo(torch.optim.Optimizer):
         clip_passes: for clipping by norm and dynamic loss scaling. "two": a backward for the norm, then one for the
             update; least memory. The first step of each new graph runs one more, to check that two backwards give the
             same gradients. "one": one backward, which keeps every gradient until the norm is known; of fused layers it
-            keeps the factors if they are smaller (`docs/one_backward.md`). Fastest.
+            keeps the factors if they are smaller (`docs/choosing.md`). Fastest.
         loss_scale: None, a number, "dynamic", or "auto". "auto" is dynamic if a parameter is float16, or if the first
             backward computes in float16, as under autocast. Over several processes autocast only gives a warning.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
@@ -75,14 +75,14 @@ class Lomo(torch.optim.Optimizer):
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
             scaling it leaves all weights untouched, otherwise the elements concerned. "raise": it also raises
             FloatingPointError, which takes a host synchronisation per step.
-        fused_layers: True: the weights of the model's `nn.Linear` and `nn.Embedding` get no gradient; their updates are
-            formed from the gradient's factors, tile by tile. If you pass parameters or groups, pass the model here.
-            `summary` says which weights are fused.
+        fused_layers: True: the weights of the model's `nn.Linear`, `nn.Embedding` and (GPT-2) `Conv1D` get no gradient;
+            their updates are formed from the gradient's factors, tile by tile. If you pass parameters or groups, pass
+            the model here. `summary` says which weights are fused.
         process_group: False: none. A `torch.distributed.ProcessGroup`: data parallel without a wrapper. Gradients are
             averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
             DTensor parameters (FSDP2, tensor parallel): make the optimizer after ``fully_shard`` or
             ``parallelize_module``, without this argument. If you pass parameters or groups of DeepSpeed's engine, pass
-            the engine here. See `docs/distributed.md`.
+            the engine here. See `docs/distributed/README.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
 
     Raises:

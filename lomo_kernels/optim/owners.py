@@ -149,4 +149,4 @@ def set_optimizer_backward(backward: OptimizerBackward | None) -> None:
 
 def unmanaged(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Those of `leaves` that no live optimizer manages. They get the ``.grad`` of a plain backward."""
-    return [leaf for leaf in leaves if owner_of(leaf) is None]
+    return [leaf for leaf in leaves if (owner := _owners.get(id(leaf))) is None or owner() is None]

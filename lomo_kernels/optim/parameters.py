@@ -142,7 +142,7 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
 
 _NOT_ADDED = (
     ", by hand or by an engine that was given this optimizer (DeepSpeed's ZeRO: give it none, see "
-    "docs/distributed.md). No weight was changed. Use add_param_group(), or make a new optimizer"
+    "docs/distributed/README.md). No weight was changed. Use add_param_group(), or make a new optimizer"
 )
 
 

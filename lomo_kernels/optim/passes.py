@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from .terms import Terms
 BUFFER_BYTES = 1024 * 1024
 
 _serials = itertools.count()
+_pair = attrgetter("pair")
 
 
 class _Buffer:
@@ -53,6 +55,8 @@ class Pass:
     keeps = False
     #: Whether a gradient that comes a second time can still be refused before a weight has changed.
     changes_weights = False
+    #: What an error in this pass leaves behind, for its message.
+    outcome = "No weight was changed"
 
     def __init__(
         self,
@@ -89,7 +93,8 @@ class Pass:
         if grad is None and not pairs:
             return
         param.grad = None
-        self._check_first_time(record)
+        if record.fired == self.serial:
+            raise self._came_twice(record)
         record.fired = self.serial
         if self._ranks is None:
             self.add(record, grad, pairs)
@@ -109,9 +114,10 @@ class Pass:
         """
         if not record.param.requires_grad:  # frozen since its forward: autograd drops its gradient
             return ()
-        self._check_first_time(record)
+        if record.fired == self.serial:
+            raise self._came_twice(record)
         with self._lock:
-            return self._holdings.add(record, pair, self._outcome)
+            return self._holdings.add(record, pair, self.outcome)
 
     def add(self, record: Record, grad: Tensor | None, pairs: Sequence[Held] = ()) -> None:
         """Hands one gradient to the kernels, now or with others. Raises RuntimeError unless it is dense."""
@@ -120,8 +126,9 @@ class Pass:
         stream = self._streams.join(record.device) if record.on_gpu else None
         if pairs:
             for held in pairs:
-                held.check(record.name, self._outcome)
-                held.join()
+                held.check(record.name, self.outcome)
+                if held.made is not None:
+                    held.join()
             self._terms(record, grad, pairs)
             return
         assert grad is not None
@@ -161,18 +168,12 @@ class Pass:
     def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
         raise NotImplementedError
 
-    @property
-    def _outcome(self) -> str:
-        """What an error in this pass leaves behind, for its message."""
-        return "Some weights of this step may have changed already" if self.changes_weights else "No weight was changed"
-
-    def _check_first_time(self, record: Record) -> None:
-        if record.fired == self.serial:
-            raise RuntimeError(
-                f"Lomo: the gradient of {record.name} came twice in one backward, as when two reentrant checkpoints "
-                f"share a parameter; each part alone is not its gradient. {self._outcome}. Use torch.utils.checkpoint "
-                "with use_reentrant=False"
-            )
+    def _came_twice(self, record: Record) -> RuntimeError:
+        return RuntimeError(
+            f"Lomo: the gradient of {record.name} came twice in one backward, as when two reentrant checkpoints "
+            f"share a parameter; each part alone is not its gradient. {self.outcome}. Use torch.utils.checkpoint "
+            "with use_reentrant=False"
+        )
 
 
 class NormPass(Pass):
@@ -188,7 +189,7 @@ class NormPass(Pass):
 
     def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
         inv_scale = record.home.inv_scale if self.scaled else None
-        Terms([held.pair for held in pairs], grad).sq_norm_(record.slot, record.param, inv_scale)
+        Terms(map(_pair, pairs), grad).sq_norm_(record.slot, record.param, inv_scale)
 
 
 class _Kept(NamedTuple):
@@ -222,7 +223,8 @@ class KeepPass(NormPass):
 
     def add(self, record: Record, grad: Tensor | None, pairs: Sequence[Held] = ()) -> None:
         super().add(record, grad, pairs)
-        self._kept.append(_Kept(record, grad, pairs, current(record.local)))
+        stream = current(record.local) if record.on_gpu else None
+        self._kept.append(_Kept(record, grad, pairs, stream))
 
     def check(self) -> None:
         """Raises RuntimeError where a factor was altered since it was kept."""
@@ -234,7 +236,8 @@ class KeepPass(NormPass):
         """Hands every gradient to `update`, on the caller's streams, and frees it."""
         while self._kept:
             kept = self._kept.pop()
-            Streams.lend(kept.tensors(), kept.record.device, kept.stream)
+            if kept.stream is not None:
+                Streams.lend(kept.tensors(), kept.record.device, kept.stream)
             update.add(kept.record, kept.grad, kept.pairs)
         update.flush()
 
@@ -249,6 +252,7 @@ class UpdatePass(Pass):
     """
 
     changes_weights = True
+    outcome = "Some weights of this step may have changed already"
     #: Whether a kernel was called that may have changed one.
     changed = False
 
@@ -267,17 +271,21 @@ class UpdatePass(Pass):
         self.decided = decided
         self.stochastic = stochastic
         self.seed = seed
+        self._scalars_of: dict[GroupScalars, tuple[Tensor | None, ...]] = {}
 
     def _scalars(self, record: Record) -> tuple[Tensor | None, ...]:
         """From ``lr`` to ``found_inf``, as every update operator takes them."""
         home, scalars = record.home, record.scalars
-        return (
-            scalars.lr.tensor,
-            scalars.weight_decay.tensor,
-            home.inv_scale if self.scaled else None,
-            scalars.clip_value.tensor,
-            home.clip_coef if self.decided else None,
-            home.found_inf if self.decided else None,
+        return self._scalars_of.setdefault(
+            scalars,
+            (
+                scalars.lr.tensor,
+                scalars.weight_decay.tensor,
+                home.inv_scale if self.scaled else None,
+                scalars.clip_value.tensor,
+                home.clip_coef if self.decided else None,
+                home.found_inf if self.decided else None,
+            ),
         )
 
     def _one(self, record: Record, grad: Tensor) -> None:
@@ -286,7 +294,7 @@ class UpdatePass(Pass):
         torch.ops.lomo_kernels.sgd_.default(
             local,
             grad,
-            *self._scalars(record),
+            *(self._scalars_of.get(record.scalars) or self._scalars(record)),
             None if self.decided else record.slot,
             self.stochastic,
             self.seed,
@@ -301,9 +309,9 @@ class UpdatePass(Pass):
     def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
         param, home = record.param, record.home
         self.changed = True
-        Terms([held.pair for held in pairs], grad).sgd_(
+        Terms(map(_pair, pairs), grad).sgd_(
             param,
-            *self._scalars(record),
+            *(self._scalars_of.get(record.scalars) or self._scalars(record)),
             None if self.decided else record.slot,
             self.stochastic,
             self.seed,

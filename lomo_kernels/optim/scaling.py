@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from itertools import islice
 from typing import Any
 
 import torch
@@ -154,5 +153,5 @@ def computes_in_float16(loss: Tensor) -> bool:
     one. A compiled graph hides it."""
     if loss.dtype is torch.float16:
         return True
-    nodes = islice(nodes_of(loss), FLOAT16_NODES)
+    nodes = nodes_of(loss, at_most=FLOAT16_NODES)
     return any(data.dtype is torch.float16 for node in nodes for data in node._input_metadata)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..layers import FusedLayer, layers_of
+from ..layers import FusedLayer, fused_class_of, layers_of
 from .ranks import shape_of
 from .records import Record
 
@@ -63,7 +63,7 @@ def _reasons(records: Sequence[Record], model: nn.Module | None) -> dict[int, st
         record = records[by_id[id(module._parameters["weight"])]]
         if reason is not None and record.fused:
             reasons[record.index] += f", also {reason}"
-        elif reason is not None and isinstance(module, (nn.Linear, nn.Embedding)):
+        elif reason is not None and fused_class_of(module) is not None:
             reasons[record.index] += f": {reason}"
     for record in records:
         if not record.param.requires_grad:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,64 +11,64 @@ from torch import Tensor
 from .. import gram, tiled
 from ..layers import Pair
 
+Factors = tuple[list[Tensor], list[Tensor]]
 
-class Terms(NamedTuple):
-    """One weight's gradient. At least one pair, and a tensor where the weight was also used in another way."""
 
-    pairs: Sequence[Pair]
-    grad: Tensor | None
+class Terms:
+    """One weight's gradient.
+
+    Args:
+        pairs: at least one.
+        grad: the gradient of what else the weight was used in.
+    """
+
+    __slots__ = ("embedding", "grad", "linear", "paddings")
+
+    def __init__(self, pairs: Iterable[Pair], grad: Tensor | None) -> None:
+        self.grad = grad
+        self.linear: Factors = ([], [])  # inputs, grad_outputs
+        self.embedding: Factors = ([], [])  # indices, grad_outputs
+        self.paddings: list[int] = []  # of the embedding's
+        for input, grad_output, padding, _ in pairs:
+            if padding is not None:
+                self.paddings.append(padding)
+            inputs, grad_outputs = self.linear if padding is None else self.embedding
+            inputs.append(input)
+            grad_outputs.append(grad_output)
 
     def sq_norm_(self, slot: Tensor, weight: Tensor, inv_scale: Tensor | None) -> None:
         """Adds the sum of squares of the gradient times `inv_scale` to `slot`."""
-        linear, embedding = self._by_kind()
-        if self.grad is None and not embedding:
-            torch.ops.lomo_kernels.linear_sq_norm_.default(slot, *_factors(linear), inv_scale)
-        elif self.grad is None and not linear:
-            torch.ops.lomo_kernels.embedding_sq_norm_.default(
-                slot, *_factors(embedding), _paddings(embedding), inv_scale
-            )
+        if self.grad is None and not self.paddings:
+            torch.ops.lomo_kernels.linear_sq_norm_.default(slot, *self.linear, inv_scale)
+        elif self.grad is None and not self.linear[0]:
+            torch.ops.lomo_kernels.embedding_sq_norm_.default(slot, *self.embedding, self.paddings, inv_scale)
         else:
-            found = gram.tied(linear[0], embedding) if self.grad is None and len(linear) == 1 else None
-            if gram.add_to(slot, found, inv_scale, weight.numel()):
-                return
+            if self.grad is None and len(self.linear[0]) == 1:
+                found = gram.tied(*self.linear, *self.embedding, self.paddings)
+                if found is not None and found.add_to(slot, inv_scale, weight.numel()):
+                    return
             for _, tile in self._tiles(weight):
                 torch.ops.lomo_kernels.sq_norm_.default(slot, tile, inv_scale)
 
     def sgd_(self, weight: Tensor, *arguments: Any) -> None:
         """Updates `weight`; `arguments` are those of the operator ``linear_sgd_`` from ``lr`` on."""
-        linear, embedding = self._by_kind()
-        if self.grad is None and not embedding:
-            torch.ops.lomo_kernels.linear_sgd_.default(weight, *_factors(linear), *arguments)
-        elif self.grad is None and not linear:
-            torch.ops.lomo_kernels.embedding_sgd_.default(
-                weight, *_factors(embedding), _paddings(embedding), *arguments
-            )
+        if self.grad is None and not self.paddings:
+            torch.ops.lomo_kernels.linear_sgd_.default(weight, *self.linear, *arguments)
+        elif self.grad is None and not self.linear[0]:
+            torch.ops.lomo_kernels.embedding_sgd_.default(weight, *self.embedding, self.paddings, *arguments)
         else:
             tiled.update(weight, self._tiles(weight), *arguments)
 
-    def _by_kind(self) -> tuple[list[Pair], list[Pair]]:
-        linear = [pair for pair in self.pairs if pair.of_linear]
-        return linear, [pair for pair in self.pairs if not pair.of_linear]
-
     def _tiles(self, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first row, its gradient) of each tile; a tile is valid until the next is asked for."""
-        linear, embedding = self._by_kind()
         tiles = (
-            tiled.linear_tiles(*_factors(linear))
-            if linear
+            tiled.linear_tiles(*self.linear)
+            if self.linear[0]
             else tiled.zero_tiles(weight.shape[0], weight.shape[1], weight.device)
         )
         for first, tile in tiles:
-            for pair, padding in zip(embedding, _paddings(embedding), strict=True):
-                tiled.add_rows(tile, first, pair.input, pair.grad_output, padding)
+            for index, grad_output, padding in zip(*self.embedding, self.paddings, strict=True):
+                tiled.add_rows(tile, first, index, grad_output, padding)
             if self.grad is not None:
                 tile.add_(self.grad[first : first + len(tile)])
             yield first, tile
-
-
-def _factors(pairs: Sequence[Pair]) -> tuple[list[Tensor], list[Tensor]]:
-    return [pair.input for pair in pairs], [pair.grad_output for pair in pairs]
-
-
-def _paddings(pairs: Sequence[Pair]) -> list[int]:
-    return [pair.padding_idx for pair in pairs if pair.padding_idx is not None]

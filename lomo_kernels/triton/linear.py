@@ -149,7 +149,7 @@ def product(
     x += column + k[:, None] * x_stride + c[None, :]
     in_row, in_column = (r < rows - row)[:, None], (c < columns - column)[None, :]
     tile = tl.zeros((BM, BN), tl.float32)
-    # Tensor descriptors and warp specialization were tried: see "Tried and not used" in docs/gpu.md.
+    # Tensor descriptors and warp specialization were tried: see "Tried and not used" in docs/backends.md.
     # Known to run once at least: a way round the loop would set the accumulator beside the asynchronous products, and
     # the assembler would then wait for each of them. Without tokens, that one step adds zeros.
     for first in range(0, tl.maximum(tokens, 1) if TOKENS is None else TOKENS, BK):
