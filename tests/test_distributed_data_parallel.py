@@ -378,7 +378,7 @@ def sparse(rank: int) -> None:
     model(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"), pytest.warns(UserWarning, match=r"optimizer\.backward"):
         optimizer.step()
-    assert not optimizer._ranks._agreed  # no order came of it: the other ranks, where it went well, still ask for one
+    assert not optimizer._training.ranks._agreed  # no order came of it: other ranks, if it went well, still ask for one
 
 
 def differing(rank: int) -> None:

@@ -594,7 +594,7 @@ def another_fsdp2(rank: int) -> None:
     model = transformer_of_vectors()
     fsdp(model)
     with Lomo(model, lr=LR) as optimizer:
-        group = optimizer._ranks._fsdp[0]
+        group = optimizer._training.ranks._fsdp[0]
     del group.fsdp_params[0].unsharded_accumulated_grad
     with pytest.raises(RuntimeError, match=r"FSDP2 of torch .* 2\.11 to 2\.14"):
         Lomo(model, lr=LR)
@@ -669,7 +669,7 @@ def groups_in_turn(rank: int) -> None:
     mesh = square("replicas", "shards")
     fsdp(model, mesh)
     optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3)
-    optimizer._ranks.groups = mesh.get_all_groups()
+    optimizer._training.ranks.groups = mesh.get_all_groups()
     real = dist.all_reduce
 
     def rounded_elsewhere(tensor: Tensor, *args: Any, **kwargs: Any) -> None:

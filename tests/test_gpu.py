@@ -7,6 +7,7 @@ tests/test_sgd.py and tests/test_sq_norm.py run on the GPU as well, with all the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import math
 import os
@@ -247,7 +248,9 @@ def test_a_step_never_synchronises(dtype: torch.dtype, rule: str) -> None:
 
 def test_the_detector_sees_a_synchronisation() -> None:
     model, optimizer = training("plain", torch.float32, 0.1)
-    optimizer._raise = True  # which reads a flag
+    owner = optimizer._training
+    owner.settings = dataclasses.replace(owner.settings, raise_nonfinite=True)  # which reads a flag
+
     loss = loss_of(model, 0)
     with no_synchronisation(), pytest.raises(RuntimeError, match="synchroniz"):
         optimizer.backward(loss)

@@ -20,6 +20,7 @@ from lomo_kernels.optim.hyperparameters import GroupScalars
 from lomo_kernels.optim.passes import BUFFER_BYTES, Pass
 from lomo_kernels.optim.records import SMALL_BYTES, Device
 from lomo_kernels.optim.step import Step
+from lomo_kernels.optim.training_step import TrainingStep
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -76,7 +77,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 def records_of(count: int, size: int = 8) -> list[Any]:
     """Records of CPU parameters that pass for a GPU's."""
-    records = Lomo([nn.Parameter(torch.ones(size)) for _ in range(count)], lr=0.5)._records
+    records = Lomo([nn.Parameter(torch.ones(size)) for _ in range(count)], lr=0.5)._training.records
     for record in records:
         record.on_gpu, record.device = True, GPU
     return records
@@ -152,13 +153,13 @@ def test_hooks_of_many_threads_lose_nothing() -> None:
     """Backward runs the hooks of each device in a thread of its own; here eight hand over 200 gradients each."""
     params = [nn.Parameter(torch.zeros(1000)) for _ in range(1600)]
     optimizer = Lomo(params, lr=1.0)
-    optimizer._refresh()
-    sweep = optimizer._update_pass(Step(optimizer._records), False)
+    optimizer._training.refresh()
+    sweep = TrainingStep(optimizer._training, Step(optimizer._training.records))._update_pass(None)
     start = threading.Barrier(8)
 
     def hand_over(first: int) -> None:
         start.wait()
-        for record in optimizer._records[first::8]:
+        for record in optimizer._training.records[first::8]:
             sweep.add(record, torch.full((1000,), -float(record.index)))
 
     threads = [threading.Thread(target=hand_over, args=(first,)) for first in range(8)]
@@ -170,7 +171,7 @@ def test_hooks_of_many_threads_lose_nothing() -> None:
     for index, param in enumerate(params):
         assert torch.equal(param, torch.full((1000,), float(index))), index
     expected = torch.arange(1600.0).double().square() * 1000
-    torch.testing.assert_close(optimizer._state.home.slots, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(optimizer._training.state.home.slots, expected, rtol=1e-6, atol=0)
 
 
 # ---- Devices --------------------------------------------------------------------------------------------------------
@@ -178,13 +179,13 @@ def test_hooks_of_many_threads_lose_nothing() -> None:
 
 def spread(optimizer: Lomo, second: Callable[[int], bool]) -> None:
     """Gives some parameters scalars and slots of their own, as those on a second device have."""
-    state = optimizer._state
+    state = optimizer._training.state
     there = torch.device("meta")  # only a name
-    device = state.devices[there] = Device(CPU, len(optimizer._records))
+    device = state.devices[there] = Device(CPU, len(optimizer._training.records))
     for scalars in state.scalars:
         scalars[there] = GroupScalars(CPU)
     groups = [index for index, group in enumerate(optimizer.param_groups) for _ in group["params"]]
-    for record, group in zip(optimizer._records, groups, strict=True):
+    for record, group in zip(optimizer._training.records, groups, strict=True):
         if second(record.index):
             record.place(device, state.scalars[group][there])
 
@@ -211,7 +212,7 @@ def test_two_devices_equal_one(rule: str, second: str) -> None:
         assert two.last_grad_norm.item() == pytest.approx(one.last_grad_norm.item(), rel=1e-12)
         for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
             assert_same_bits(ours, theirs)
-    assert [device.step.item() for device in two._state.devices.values()] == [4, 4]
+    assert [device.step.item() for device in two._training.state.devices.values()] == [4, 4]
 
 
 @pytest.mark.parametrize("overflows", [0, 1])

@@ -168,13 +168,13 @@ def kept_by(optimizer: Lomo, step: Callable[[], None]) -> int:
     """Bytes alive when backward has ended and the coefficient is formed."""
     step()
     at_the_end: list[int] = []
-    decide = optimizer._state.decide
+    decide = optimizer._training.state.decide
 
     def watched(clip: float | None) -> None:
         at_the_end.append(live.current)
         decide(clip)
 
-    optimizer._state.decide = watched  # type: ignore[method-assign]
+    optimizer._training.state.decide = watched  # type: ignore[method-assign]
     with LiveBytes() as live:
         step()
     return at_the_end[0]

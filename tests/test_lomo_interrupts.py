@@ -143,7 +143,7 @@ class Tracer:
 def check_after(optimizer: Lomo, model: nn.Module, options: dict[str, Any], seed: int, where: str) -> None:
     """The next step: no gradient is left, it does not wait, and it equals that of SGD from the weights as they are."""
     assert all(param.grad is None for param in model.parameters()), f"a gradient is left, {where}"
-    assert not optimizer._steps._busy._is_owned(), where
+    assert not optimizer._training.steps._busy._is_owned(), where
     scale = optimizer.loss_scale.item()
     clip = options.get("clip_grad_norm")
     textbook = Textbook(model, lr=LR, clip_grad_norm=clip, loss_scale=None if scale == 1.0 else scale)
@@ -176,7 +176,7 @@ def interrupted_at(line: int, mode: str, model: Net, optimizer: Lomo) -> bool:
     assert same or outcome in ("partial", "complete"), f"weights were changed, {tracer.where}"
     if outcome == "partial":
         assert optimizer.step_count.item() == steps, tracer.where
-    assert not optimizer._accumulating, tracer.where
+    assert not optimizer._training.accumulating, tracer.where
     if way in (accumulated, plain) and any(param.grad is not None for param in model.parameters()):
         # What stood there before the step: the plain backward's, which the step has not altered.
         assert outcome != "partial", tracer.where

@@ -153,12 +153,13 @@ def test_what_is_loaded_is_not_shared() -> None:
 
 def whole_state(optimizer: Lomo) -> dict[str, Any]:
     """All that loading, or a group that is added, may change; compared by `==`."""
-    records, attachment = optimizer._records, optimizer._attachment
+    training = optimizer._training
+    records, attachment = training.records, training.attachment
     return {
         "groups": [{**group, "params": [id(p) for p in group["params"]]} for group in optimizer.param_groups],
         "lists": [id(optimizer.param_groups), id(optimizer.state)],
         "numbers": {k: v.item() if isinstance(v, Tensor) else v for k, v in optimizer.state_dict()["lomo"].items()},
-        "live": [optimizer._state.home.step.data_ptr(), optimizer._norm_is_known, optimizer._seed],
+        "live": [training.state.home.step.data_ptr(), training.norm_is_known, training.settings.seed],
         "state": {
             id(p): {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in numbers.items()}
             for p, numbers in optimizer.state.items()
@@ -265,7 +266,7 @@ def test_the_ends_of_every_range_are_loaded() -> None:
         }
         optimizer.load_state_dict(through_a_file(state))
         assert optimizer.skipped_steps.item() == optimizer.step_count.item() == 2**62
-        assert (optimizer.loss_scale.item(), optimizer._state.scale.growth_tracker.item()) == (scale, tracker)
+        assert (optimizer.loss_scale.item(), optimizer._training.state.scale.growth_tracker.item()) == (scale, tracker)
         assert optimizer.state_dict()["lomo"]["seed"] == seed
 
 

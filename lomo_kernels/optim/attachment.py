@@ -22,21 +22,21 @@ class Attachment:
     behind.
 
     Args:
-        optimizer: a `Lomo`.
+        training: the `Training` of an optimizer.
         records: its parameters: its own list, which grows with it.
         model: in which layers are fused; None: nowhere.
     """
 
-    def __init__(self, optimizer: Any, records: list[Record], model: nn.Module | None) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._optimizer_id = id(optimizer)
+    def __init__(self, training: Any, records: list[Record], model: nn.Module | None) -> None:
+        self._training = weakref.ref(training)
+        self._training_id = id(training)
         self._records = records
         self._model = None if model is None else weakref.ref(model)
         self._claimed: list[int] = []  # ids of the parameters noted as the optimizer's
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._fused: list[weakref.ref[nn.Module]] = []
         self._takers: list[int] = []  # ids of their weights
-        weakref.finalize(optimizer, self.remove).atexit = False
+        weakref.finalize(training, self.remove).atexit = False
 
     @property
     def model(self) -> nn.Module | None:
@@ -51,7 +51,7 @@ class Attachment:
     def attach(self) -> None:
         """Registers the optimizer as the owner of all its parameters, and puts hooks on those that are trained."""
         self._claimed[:] = [id(record.param) for record in self._records]  # first: see `_fuse`
-        claim(self._claimed, self._optimizer)
+        claim(self._claimed, self._training)
         self.hook_all()
         model = self.model
         if model is not None:
@@ -72,7 +72,7 @@ class Attachment:
                     param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # makes torch call them
                 record.attributes = param.__dict__
             if not record.hooked and param.requires_grad:
-                hook = _hook(self._optimizer, record)
+                hook = _hook(self._training, record)
                 self._handles.append(param.register_post_accumulate_grad_hook(hook))
                 record.hooked = True  # last: an interrupt before it leaves a second hook, which finds no gradient
 
@@ -92,12 +92,12 @@ class Attachment:
             if not record.fused:
                 record.fused = True
                 self._takers.append(id(record.param))
-                takers[id(record.param)] = _taker(self._optimizer, record)
+                takers[id(record.param)] = _taker(self._training, record)
 
     def remove(self) -> None:
         """Removes everything, also the loss scale that gradients in ``.grad`` carry."""
         release(self._claimed)
-        forget(self._optimizer_id)
+        forget(self._training_id)
         _detach(self._handles, self._takers, self._fused)
         unscale_grads(self._records)
 
@@ -131,38 +131,38 @@ def _detach(
     fused.clear()
 
 
-def _hook(optimizer: weakref.ref[Any], record: Record) -> Callable[[Tensor], None]:
+def _hook(training: weakref.ref[Any], record: Record) -> Callable[[Tensor], None]:
     """The hook of one parameter. It does not keep the optimizer alive."""
 
     def on_gradient(_: Tensor) -> None:
-        owner = optimizer()
+        owner = training()
         if owner is None:
             return
         backward = optimizer_backward()
-        if backward is not None and backward.optimizer is not owner:
+        if backward is not None and backward.owner is not owner:
             backward.drop(record.param)
-            owner._passed_over = True
+            owner.passed_over = True
             return
-        step = owner._steps.current
+        step = owner.steps.current
         if step is not None and step.sink is not None:
             step.sink.take(record)
         else:
-            owner._accumulation.note(record, scaled=step is not None and step.adds_scaled)
+            owner.accumulation.note(record, scaled=step is not None and step.adds_scaled)
 
     return on_gradient
 
 
-def _taker(optimizer: weakref.ref[Any], record: Record) -> Callable[[Pair], Sequence[Pair]]:
+def _taker(training: weakref.ref[Any], record: Record) -> Callable[[Pair], Sequence[Pair]]:
     """What a fused layer of the parameter calls with its factors. It does not keep the optimizer alive."""
 
     def on_pair(pair: Pair) -> Sequence[Pair]:
-        owner = optimizer()
+        owner = training()
         if owner is None:
             return (pair,)
         backward = optimizer_backward()
-        if backward is not None and backward.optimizer is not owner:
+        if backward is not None and backward.owner is not owner:
             return ()  # its gradient would be dropped
-        step = owner._steps.current
+        step = owner.steps.current
         return (pair,) if step is None or step.sink is None else step.sink.take_pair(record, pair)
 
     return on_pair

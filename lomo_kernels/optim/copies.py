@@ -43,7 +43,7 @@ def deep_copy(optimizer: Any, memo: dict[int, Any]) -> Any:
 
 def pickled(optimizer: Any) -> tuple[Any, ...]:
     """What ``__reduce_ex__`` returns: the optimizer with its parameters. A model in the same pickle shares them."""
-    if optimizer._ranks is not None:
+    if optimizer._training.ranks is not None:
         raise TypeError("Lomo: an optimizer over several ranks cannot be pickled; save its state_dict()")
     return _unpickled, (type(optimizer), *_parts(optimizer, lambda part, _: part))
 
@@ -51,7 +51,7 @@ def pickled(optimizer: Any) -> tuple[Any, ...]:
 def _unpickled(kind: Any, *parts: Any) -> Any:
     optimizer = kind.__new__(kind)
     optimizer._become(*parts)
-    optimizer._unpickled = True
+    optimizer._training.unpickled = True
     return optimizer
 
 
@@ -61,28 +61,23 @@ def _parts(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
     Args:
         of: called with a parameter (or the model in which layers are fused) and its name; returns the other one.
     """
-    optimizer._check_not_ended()
-    check_groups(optimizer._records, optimizer.param_groups)
-    if is_engine(optimizer._process_group):
+    training = optimizer._training
+    training.check_not_ended()
+    check_groups(training.records, optimizer.param_groups)
+    if is_engine(training.settings.process_group):
         raise TypeError("Lomo: an optimizer of a DeepSpeed engine cannot be copied; save its state_dict()")
     groups = []
-    records = iter(optimizer._records)
+    records = iter(training.records)
     for group in optimizer.param_groups:
         params = [of(record.param, record.name) for record in itertools.islice(records, len(group["params"]))]
         entries = list(zip(group["param_names"], params, strict=True)) if "param_names" in group else params
         groups.append({key: value for key, value in group.items() if key != "param_names"} | {"params": entries})
-    model = optimizer._attachment.model
+    model = training.attachment.model
     settings = {
         "lr": optimizer.defaults["lr"],
         "weight_decay": optimizer.defaults["weight_decay"],
         "clip_grad_value": optimizer.defaults["clip_grad_value"],
-        "clip_grad_norm": optimizer._clip_grad_norm,
-        "clip_passes": "one" if optimizer._one_pass else "two",
-        "loss_scale": optimizer._wanted_scale,
-        "rounding": "stochastic" if optimizer._stochastic else "nearest",
-        "nonfinite": "raise" if optimizer._raise else "skip",
         "fused_layers": False if model is None else of(model, "the model"),
-        "process_group": optimizer._process_group,
-        "seed": optimizer._seed,
+        **training.settings.arguments(),
     }
-    return groups, settings, optimizer._state.export() | optimizer._state.export_norms()
+    return groups, settings, training.state.export() | training.state.export_norms()

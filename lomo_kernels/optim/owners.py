@@ -17,11 +17,11 @@ from .records import Record
 
 
 class Owner(Protocol):
-    """What this module knows of a `Lomo`."""
+    """What this module knows of the `Training` of an optimizer."""
 
-    _records: list[Record]
-    _steps: Any  # a `Steps`, whose `current` one may run in whatever thread
-    _attachment: Any  # an `Attachment`
+    records: list[Record]
+    steps: Any  # a `Steps`, whose `current` one may run in whatever thread
+    attachment: Any  # an `Attachment`
 
 
 #: By id of the parameter, which its optimizer keeps alive.
@@ -30,10 +30,10 @@ _owners: dict[int, weakref.ref[Any]] = {}
 _live: dict[int, weakref.ref[Any]] = {}
 
 
-def claim(ids: Iterable[int], optimizer: weakref.ref[Any]) -> None:
-    """Notes that `optimizer` manages the parameters of these ids."""
-    _owners.update(dict.fromkeys(ids, optimizer))
-    _live[id(optimizer())] = optimizer
+def claim(ids: Iterable[int], owner: weakref.ref[Any]) -> None:
+    """Notes that `owner` manages the parameters of these ids."""
+    _owners.update(dict.fromkeys(ids, owner))
+    _live[id(owner())] = owner
 
 
 def release(ids: list[int]) -> None:
@@ -42,9 +42,9 @@ def release(ids: list[int]) -> None:
         _owners.pop(ids.pop(), None)
 
 
-def forget(optimizer_id: int) -> None:
+def forget(owner_id: int) -> None:
     """Forgets an optimizer, whose parameters were released."""
-    _live.pop(optimizer_id, None)
+    _live.pop(owner_id, None)
 
 
 def owner_of(param: Tensor) -> Any | None:
@@ -53,14 +53,14 @@ def owner_of(param: Tensor) -> Any | None:
     return None if reference is None else reference()
 
 
-def other_owners(records: Iterable[Record], optimizer: Owner) -> list[Any]:
-    """Optimizers besides `optimizer` that manage some of `records`. Raises RuntimeError if one is amid a step."""
+def other_owners(records: Iterable[Record], new: Owner) -> list[Any]:
+    """Optimizers besides `new` that manage some of `records`. Raises RuntimeError if one is amid a step."""
     others: dict[int, Any] = {}
     for record in records:
         owner = owner_of(record.param)
-        if owner is None or owner is optimizer:
+        if owner is None or owner is new:
             continue
-        if owner._steps.current is not None:
+        if owner.steps.current is not None:
             raise RuntimeError(
                 f"Lomo: {record.name} is managed by another Lomo, which is amid a step. Nothing was changed. Make the "
                 "new optimizer after this step"
@@ -81,11 +81,11 @@ class OptimizerBackward:
     Autograd would add it in place to a gradient that is in ``.grad`` already. So the older one is set aside meanwhile.
 
     Args:
-        optimizer: the optimizer that runs the backward.
+        owner: of the optimizer that runs the backward.
     """
 
-    def __init__(self, optimizer: Owner) -> None:
-        self.optimizer = optimizer
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
         self._watched: set[int] = set()  # ids of parameters that had a gradient
         self._aside: dict[int, tuple[Tensor, Tensor | None]] = {}  # parameter and gradient, by id of the parameter
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -93,10 +93,10 @@ class OptimizerBackward:
     def begin(self) -> None:
         for reference in list(_live.values()):
             other = reference()
-            if other is None or other is self.optimizer:
+            if other is None or other is self.owner:
                 continue
-            other._attachment.hook_all()
-            for record in other._records:
+            other.attachment.hook_all()
+            for record in other.records:
                 if record.param.grad is None or not record.param.requires_grad:
                     continue
                 if local_of(record.param) is not record.param:  # FSDP2 and ZeRO-3 call no tensor hooks
@@ -135,7 +135,7 @@ def optimizer_backward() -> OptimizerBackward | None:
     """The innermost backward of a `Lomo` in which the caller runs. The caller may be a hook in a thread of autograd."""
     backward = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
     # An interrupt may have kept `Step.leave` from removing the entry.
-    return backward if backward is not None and backward.optimizer._steps.current is not None else None
+    return backward if backward is not None and backward.owner.steps.current is not None else None
 
 
 def set_optimizer_backward(backward: OptimizerBackward | None) -> None:

@@ -45,13 +45,13 @@ class Repeats:
     """What an optimizer has seen of graphs whose backward repeats itself, and the checks of new ones.
 
     Args:
-        optimizer: a `Lomo`, which this does not keep alive.
+        training: the `Training` of an optimizer, which this does not keep alive.
         records: its parameters: its own list, which grows with it.
         model: gives the model that it trains, if that is known.
     """
 
-    def __init__(self, optimizer: Any, records: Sequence[Record], model: Callable[[], nn.Module | None]) -> None:
-        self._optimizer = weakref.ref(optimizer)
+    def __init__(self, training: Any, records: Sequence[Record], model: Callable[[], nn.Module | None]) -> None:
+        self._training = weakref.ref(training)
         self._records = records
         self._model = model
         self._shapes: set[int] = set()
@@ -90,7 +90,7 @@ class Repeats:
         count = graph.reentrant_checkpoints(thorough=self._checkpoints is None)
         if count and count != self._checkpoints:
             ranks = state.ranks if state.ranks is not None and state.ranks.same_graphs else None
-            with _statistics_kept(self._optimizer(), self._model()):  # only the first step of a run begins so
+            with _statistics_kept(self._training(), self._model()):  # only the first step of a run begins so
                 look(ranks)
             if _can_compare(list(state.devices.values())):
                 self._compare(graph, state, look, ranks, _CHECKPOINTS)
@@ -108,7 +108,7 @@ class Repeats:
         if ranks is None and state.ranks is not None:  # only this rank checks: its slots hold norms of averages
             look(None)
         first = [device.slots.clone() for device in devices]
-        _look_again(lambda: look(ranks), self._optimizer(), self._model(), devices, advice)
+        _look_again(lambda: look(ranks), self._training(), self._model(), devices, advice)
         second = [device.slots.clone() for device in devices]
         indices = _differing(self._records, first, second)
         number = torch.tensor(float(len(indices)), dtype=torch.float64, device=state.norm.device)
@@ -135,7 +135,7 @@ def _can_compare(devices: Sequence[Device]) -> bool:
 
 
 def _look_again(
-    look: Callable[[], None], optimizer: Any, model: nn.Module | None, devices: Sequence[Device], advice: str
+    look: Callable[[], None], training: Any, model: nn.Module | None, devices: Sequence[Device], advice: str
 ) -> None:
     """Runs the norm pass `look` once more, and restores random number generators and batch norm statistics after it.
 
@@ -148,7 +148,7 @@ def _look_again(
     try:
         with (
             torch.random.fork_rng(sorted(index for index in indices if index is not None)),
-            _statistics_kept(optimizer, model),
+            _statistics_kept(training, model),
         ):
             look()
     except torch.OutOfMemoryError:
@@ -164,10 +164,10 @@ def _look_again(
 
 
 @contextmanager
-def _statistics_kept(optimizer: Any, model: nn.Module | None) -> Iterator[None]:
+def _statistics_kept(training: Any, model: nn.Module | None) -> Iterator[None]:
     """Restores the statistics of batch norms. A checkpoint runs them again in every backward.
 
-    Restored are the batch norms of `model`, and all that are called inside a backward of `optimizer`. The optimizer may
+    Restored are the batch norms of `model`, and all that are called inside a backward of `training`. The optimizer may
     have been given parameters in place of a model, and its loss may come from several models.
     """
     copies: dict[int, tuple[Tensor, Tensor]] = {}
@@ -183,7 +183,7 @@ def _statistics_kept(optimizer: Any, model: nn.Module | None) -> Iterator[None]:
         if torch.compiler.is_compiling():
             return
         backward = optimizer_backward()
-        if backward is not None and backward.optimizer is optimizer:
+        if backward is not None and backward.owner is training:
             keep(module.modules() if "_orig_mod" in module._modules else [module])  # compiled: calls no hooks inside
 
     if model is not None:

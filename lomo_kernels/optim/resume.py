@@ -1,9 +1,11 @@
-"""What a state dict holds, and its checks. They come before anything is loaded."""
+"""What a state dict holds, its checks, and loading it. The checks come before anything is loaded."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -47,9 +49,9 @@ def add_entry(optimizer: Any, state: dict[str, Any]) -> None:
     }
     state[KEY] = {
         "version": VERSION,
-        **optimizer._state.export(),
-        "seed": optimizer._seed,
-        "parameters": layout(optimizer._records),
+        **optimizer._training.state.export(),
+        "seed": optimizer._training.settings.seed,
+        "parameters": layout(optimizer._training.records),
     }
 
 
@@ -267,3 +269,36 @@ def _options(
 
 def _read(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
+
+
+def load(optimizer: Any, state_dict: Any) -> None:
+    """`Lomo.load_state_dict`, but for undoing it if it fails."""
+    training = optimizer._training
+    if isinstance(state_dict, dict):
+        state_dict = state_dict.copy()  # as torch hands it to hooks
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = pre_hook(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    kind = training.state.scale.kind
+    kinds = (kind, "dynamic") if training.scale_is_open else (kind,)
+    loaded = read(state_dict, training.records, optimizer.param_groups, optimizer.defaults, kinds)
+    if loaded.numbers is None:
+        warnings.warn(
+            "Lomo: the state dict is from torch.optim.SGD. Loaded: learning rates, weight decay and what "
+            f"schedulers keep in the groups. Dropped: {', '.join(loaded.dropped) or 'nothing that was in use'}",
+            stacklevel=4,  # load_state_dict's caller
+        )
+        training.drop_norm()
+    else:
+        training.norm_is_known = False
+        if loaded.numbers["scaling"] != kind:  # what the first backward of the run that is resumed has settled
+            training.set_loss_scale(loaded.numbers["scaling"])
+        training.state.load(loaded.numbers)
+        training.settings = replace(training.settings, seed=loaded.numbers["seed"])
+    optimizer.param_groups = [
+        new | {key: group[key] for key in ("params", "param_names") if key in group}
+        for group, new in zip(optimizer.param_groups, loaded.groups, strict=True)
+    ]
+    training.show_state()
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)

@@ -131,23 +131,22 @@ class Steps:
         self.current: Step | None = None  # the one that runs now
         self.outcome: str | None = None  # of the last one
 
-    def run(self, optimizer: Any, run: Callable[[Step], _T]) -> _T:
+    def run(self, training: Any, run: Callable[[Step], _T]) -> _T:
         """Runs one step. Another thread waits. A hook that starts a step inside another one gets an error.
 
         A step that fails leaves nothing behind. An interrupt (Ctrl-C) may come between any two lines, also while a
         broken step is removed and before the lock is released. So both are done again if needed.
         """
-        optimizer._check_not_wrapped()
         self.check_not_inside()
         try:
             with self._busy:
-                return self._run(optimizer, Step(self._records), run)
+                return self._run(training, Step(self._records), run)
         except BaseException:
             if self._busy._is_owned():
                 self._busy.release()
             raise
 
-    def _run(self, optimizer: Any, step: Step, run: Callable[[Step], _T]) -> _T:
+    def _run(self, training: Any, step: Step, run: Callable[[Step], _T]) -> _T:
         try:
             try:
                 self.outcome = step.outcome
@@ -157,22 +156,22 @@ class Steps:
                 self.current = None
                 return result
             except BaseException:
-                self._take_back(optimizer, step)
+                self._take_back(training, step)
                 raise
         except BaseException:
-            self._take_back(optimizer, step)
+            self._take_back(training, step)
             raise
 
-    def _take_back(self, optimizer: Any, step: Step) -> None:
+    def _take_back(self, training: Any, step: Step) -> None:
         """Removes everything that a failed step has left."""
         if step.taken_back:
             return
         self.current = None
-        optimizer._norm_is_known = False
+        training.norm_is_known = False
         self.outcome = step.outcome
         step.take_back()
-        optimizer._state.forget_norms()
-        optimizer._state.level_steps()
+        training.state.forget_norms()
+        training.state.level_steps()
         step.taken_back = True
         if step.dropped:
             warnings.warn(

@@ -39,7 +39,7 @@ def as_step(makes_step: Callable[..., bool]) -> Callable[[Method[_P, _R]], Metho
                 return method(self, *args, **kwargs)
             try:
                 try:
-                    self._steps.outcome = "unchanged"  # until the step begins: a hook before it may fail
+                    self._training.steps.outcome = "unchanged"  # until the step begins: a hook before it may fail
                     self._stepping.add(thread)
                     return with_hooks(self, *args, **kwargs)
                 finally:

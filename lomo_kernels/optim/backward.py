@@ -1,0 +1,76 @@
+"""One backward of an optimizer from one loss, whose gradients go to a pass or stay in ``.grad``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .graph import Graph, run_backward
+from .owners import OptimizerBackward, unmanaged
+from .passes import NormPass, Pass
+from .ranks import Ranks
+from .records import Record
+from .step import Step
+from .training import Training
+
+
+class Backward:
+    """The backwards of one step through the graph of `loss`."""
+
+    def __init__(self, training: Training, step: Step, loss: Tensor) -> None:
+        self._training = training
+        self._step = step
+        self.graph = Graph(loss)
+        self.scale: Tensor | None = None  # that backward starts with
+
+    def start_scale(self) -> None:
+        """Finds the loss scale, and tells the kernels to divide by it."""
+        state = self._training.state
+        self.scale = state.scale.of(self.graph.loss) if state.scale.used else None
+        state.unscale_by(self.scale)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the gradients have to be divided."""
+        return self.scale is not None or self._training.state.divides
+
+    def run_pass(self, sink: Pass, *, retain_graph: bool) -> None:
+        """One backward in which hooks hand their gradients to `sink`."""
+        step = self._step
+        step.isolate([] if self.scale is None and not retain_graph else self._foreign_leaves())
+        step.sink = sink
+        step.enter(OptimizerBackward(self._training))
+        run_backward(self.graph.loss, self.scale, retain_graph)
+        step.rejoin(self.scale, wanted=not retain_graph)
+        step.leave()
+        sink.flush()
+        step.sink = None
+        if not any(record.fired == sink.serial for record in self._training.records):
+            raise RuntimeError(
+                "Lomo: no gradient came. The loss depends on none of the optimizer's parameters, or only on copies of "
+                "them (model and optimizer were pickled apart?). Make the optimizer after fully_shard, "
+                "parallelize_module, deepcopy and all else that replaces parameters. Use fully_shard, not FSDP1 "
+                "(FullyShardedDataParallel). Under set_requires_gradient_sync(False) use optimizer.accumulate()"
+            )
+
+    def norm_only_pass(self, ranks: Ranks | None) -> None:
+        """A backward that sets the slots to zero, adds up norms in them, and keeps the graph for another backward."""
+        state = self._training.state
+        state.zero_slots()
+        self.run_pass(NormPass(state.devices, scaled=self.scaled, ranks=ranks), retain_graph=True)
+
+    def add_to_grads(self, kept: list[tuple[Record, Tensor]]) -> None:
+        """One backward that adds to ``.grad``, with the loss scale of the gradients `kept` that are there."""
+        training, step, loss = self._training, self._step, self.graph.loss
+        scale = training.accumulation.scale_for(loss, kept, training.state.scale)
+        step.isolate([] if scale is None else self._foreign_leaves())
+        step.adds_scaled = scale is not None
+        step.enter(OptimizerBackward(training))
+        run_backward(loss, scale, retain_graph=False)
+        step.adds_scaled = False
+        step.rejoin(scale, wanted=True)
+        step.leave()
+
+    def _foreign_leaves(self) -> list[Tensor]:
+        """Leaves of the graph that may get a gradient and that no `Lomo` manages."""
+        ranks = self._training.ranks
+        return unmanaged([*self.graph.leaves, *(() if ranks is None else ranks.leaves())])

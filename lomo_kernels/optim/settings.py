@@ -1,0 +1,55 @@
+"""The constructor's options, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..ops.sgd import is_stochastic
+from .hyperparameters import check_positive, check_seed
+from .scaling import LossScale
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `Lomo` was told, as far as it is the same for all groups. A resumed run may replace seed and loss scale."""
+
+    clip_grad_norm: float | None
+    one_pass: bool
+    loss_scale: float | str | None
+    stochastic: bool
+    raise_nonfinite: bool
+    seed: int
+    process_group: Any
+
+    @staticmethod
+    def checked(
+        clip_grad_norm: Any, clip_passes: Any, loss_scale: Any, rounding: Any, nonfinite: Any, seed: Any, group: Any
+    ) -> Settings:
+        """Raises TypeError or ValueError unless the options are as `Lomo` describes them."""
+        if clip_passes not in ("one", "two"):
+            raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
+        if clip_grad_norm is not None:
+            check_positive("clip_grad_norm", clip_grad_norm)
+        if nonfinite not in ("skip", "raise"):
+            raise ValueError(f'Lomo: nonfinite is {nonfinite!r}, expected "skip" or "raise"')
+        LossScale.check(loss_scale)
+        stochastic = is_stochastic("Lomo", rounding)
+        seed = check_seed(seed, "Lomo: seed")
+        return Settings(clip_grad_norm, clip_passes == "one", loss_scale, stochastic, nonfinite == "raise", seed, group)
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments that give these settings."""
+        return {
+            "clip_grad_norm": self.clip_grad_norm,
+            "clip_passes": "one" if self.one_pass else "two",
+            "loss_scale": self.loss_scale,
+            "rounding": "stochastic" if self.stochastic else "nearest",
+            "nonfinite": "raise" if self.raise_nonfinite else "skip",
+            "process_group": self.process_group,
+            "seed": self.seed,
+        }
+
+    def same_everywhere(self) -> tuple[Any, ...]:
+        """What has to be equal on every rank, besides the seed."""
+        return self.clip_grad_norm, self.one_pass, self.loss_scale, self.stochastic, self.raise_nonfinite

@@ -1,0 +1,191 @@
+"""One step of an optimizer: norm, clip coefficient, update, end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backward import Backward
+from .graph import check_fused_weights, check_loss
+from .hyperparameters import check_group
+from .passes import KeepPass, NormPass, UpdatePass
+from .ranks import Ranks
+from .scaling import check_no_grad_scaler
+from .step import Step
+from .training import Training
+
+_NOTHING_CHANGED = "no weight was changed"
+
+
+class TrainingStep:
+    """What one call of `Lomo.backward`, `fused_backward`, `grad_norm` or `step` does.
+
+    Args:
+        step: what is removed if this breaks off.
+    """
+
+    def __init__(self, training: Training, step: Step) -> None:
+        self._training = training
+        self._step = step
+        self._settings = training.settings
+
+    def backward(self, loss: Tensor, lr: float | Tensor | None = None, *, after_grad_norm: bool = False) -> None:
+        """A step from `loss` and from gradients in ``.grad``. `lr`, if given, is the learning rate of all groups."""
+        training = self._training
+        self._check_loss(loss)
+        if not after_grad_norm:
+            training.drop_norm()
+        training.refresh(loss, lr)
+        training.check_unchanged()
+        known, training.norm_is_known = training.norm_is_known, False
+        kept = training.accumulation.gradients()
+        if training.accumulating or kept or self._unreduced():
+            Backward(training, self._step, loss).add_to_grads(kept)
+            del kept
+            if not training.accumulating:
+                self._apply_grads(keep=False)
+            return
+        backward = Backward(training, self._step, loss)
+        backward.start_scale()
+        if training.keeps_gradients and not known:
+            self._backward_once(backward)
+            return
+        if training.norm_comes_first:
+            if not known:
+                self._find_norm(backward)
+            self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
+        else:
+            if training.attachment.fuses:
+                check_fused_weights(loss)
+            training.repeats.check_checkpoints(backward.graph, training.state, backward.norm_only_pass)
+            training.state.zero_slots()
+        backward.run_pass(self._update_pass(backward.scale, training.ranks), retain_graph=False)
+        self._finish(backward.scale)
+
+    def find_norm(self, loss: Tensor) -> None:
+        """A backward for the norm, which the next `Lomo.fused_backward` uses."""
+        training = self._training
+        training.drop_norm()
+        self._check_loss(loss)
+        training.refresh(loss)
+        if training.accumulation.gradients():
+            raise RuntimeError(
+                "Lomo: grad_norm() found gradients in .grad, expected none; use backward(), which includes them, "
+                "or zero_grad(), which drops them"
+            )
+        backward = Backward(training, self._step, loss)
+        backward.start_scale()
+        self._find_norm(backward)
+        training.norm_is_known = True
+
+    def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
+        check_group({"lr": lr, "weight_decay": 0.0, "clip_grad_value": None}, "Lomo.fused_backward")
+        self.backward(loss, lr, after_grad_norm=True)
+
+    def apply_plain(self) -> None:
+        """A step from the gradients in ``.grad``, which stay there."""
+        with torch.no_grad():
+            self._training.refresh()
+            self._apply_grads(keep=True)
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """Raises TypeError, ValueError or RuntimeError unless `loss` is one number, and no GradScaler has scaled it."""
+        check_loss(loss)
+        training = self._training
+        if not training.looked_for_scaler:  # once: some loops multiply by another tensor each time
+            training.looked_for_scaler = check_no_grad_scaler(loss)
+
+    def _backward_once(self, backward: Backward) -> None:
+        """One backward, which keeps every gradient until the norm is known."""
+        training = self._training
+        training.state.zero_slots()
+        gradients = KeepPass(
+            training.state.devices, training.fused_params, scaled=backward.scaled, ranks=training.ranks
+        )
+        backward.run_pass(gradients, retain_graph=False)
+        gradients.check()
+        training.state.decide(self._settings.clip_grad_norm)
+        self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
+        gradients.apply(self._update_pass(backward.scale))
+        self._finish(backward.scale)
+
+    def _find_norm(self, backward: Backward) -> None:
+        training = self._training
+        backward.norm_only_pass(training.ranks)
+        training.state.decide(self._settings.clip_grad_norm)
+        training.repeats.check_clipping(backward.graph, training.state, backward.norm_only_pass)
+
+    def _apply_grads(self, *, keep: bool) -> None:
+        """Norm, update and end of a step from the gradients in ``.grad``. They stay there if `keep`."""
+        training = self._training
+        training.drop_norm()
+        kept = training.accumulation.gradients()
+        scale = training.accumulation.scale_of(kept)
+        training.state.unscale_by(scale)
+        if not keep:
+            self._step.consume()
+        if training.ranks is not None:
+            kept = training.ranks.kept(kept, copy=keep)
+        training.state.zero_slots()
+        if training.norm_comes_first:
+            norm = NormPass(training.state.devices, scaled=scale is not None or training.state.divides)
+            for record, grad in kept:
+                norm.add(record, grad)
+            norm.flush()
+            training.state.decide(self._settings.clip_grad_norm)
+            self._raise_if_not_finite(scale, _NOTHING_CHANGED)
+        update = self._update_pass(scale)
+        while kept:
+            update.add(*kept.pop())
+        update.flush()
+        self._finish(scale)
+
+    def _unreduced(self) -> bool:
+        """Whether FSDP2 holds gradients of backwards without synchronisation. Only the first of two passes would see
+        them, so they need one backward into ``.grad``. Raises RuntimeError if they may lack the loss scale."""
+        training = self._training
+        if training.ranks is None or not training.ranks.unreduced():
+            return False
+        if training.state.scale.used:
+            raise RuntimeError(
+                "Lomo: gradients of backwards under set_requires_gradient_sync(False) wait in FSDP2. They may lack the "
+                "loss scale. Leave synchronisation on and use optimizer.accumulate(). No weight was changed"
+            )
+        return training.norm_comes_first
+
+    def _update_pass(self, scale: Tensor | None, ranks: Ranks | None = None) -> UpdatePass:
+        training = self._training
+        self._step.update = UpdatePass(
+            training.state.devices,
+            training.fused_params,
+            scaled=scale is not None or training.state.divides,
+            ranks=ranks,
+            decided=training.norm_comes_first,
+            stochastic=self._settings.stochastic,
+            seed=self._settings.seed,
+        )
+        return self._step.update
+
+    def _finish(self, scale: Tensor | None) -> None:
+        self._step.applied = True
+        if not self._training.norm_comes_first:
+            self._training.state.decide(None)
+            outcome = (
+                "elements whose gradient is not finite were kept, the others were updated (with clip_grad_norm or "
+                "dynamic loss scaling, all would have been kept)"
+            )
+            self._raise_if_not_finite(scale, outcome)
+        self._end(scale)
+
+    def _raise_if_not_finite(self, scale: Tensor | None, outcome: str) -> None:
+        """Ends the step with an error if ``nonfinite="raise"`` and the norm is not finite."""
+        if self._settings.raise_nonfinite and self._training.state.home.found_inf.item():
+            names = [record.name for record in self._training.records if not record.slot.isfinite().item()]
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            self._end(scale)
+            where = f"in {', '.join(names[:5])}{more}" if names else "on another rank"
+            raise FloatingPointError(f"Lomo: the gradient is not finite {where}; {outcome}")
+
+    def _end(self, scale: Tensor | None) -> None:
+        self._training.count_step(scaled=scale is not None)
+        self._step.ended = True
