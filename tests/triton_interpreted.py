@@ -142,6 +142,21 @@ def test_ordinary_float16_numbers():
             assert (result == -1).all(), (size, sign)
 
 
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
+def test_a_clamp_does_not_hide_what_is_not_finite(dtype, bad, norm):
+    """From a decision for a whole block, all of whose other numbers are ordinary."""
+    param = torch.full((BLOCK,), 0.3, dtype=dtype)
+    grad = torch.full((BLOCK,), 2.0, dtype=dtype)
+    grad[BLOCK // 3] = bad
+    more = {"sq_norm": slots_of(1)} if norm else {}
+    updated = param.clone()
+    ops.sgd_(updated, grad, lr=0.03, clip_value=1.0, rounding="stochastic", **more)
+    assert_same_bits(updated, reference.updated(param, grad, lr=0.03, clip_value=1.0, stochastic=True))
+    assert updated[BLOCK // 3] == param[0]
+
+
 # ---- Elements far from the first -------------------------------------------------------------------------------------
 
 
