@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import itertools
 import os
 import re
@@ -152,9 +154,9 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
     """Those of one tensor, from `build_cuda`'s objects."""
     threads, elements = _constant("kThreads"), _constant("kShare")
     tiles = LAYER // (threads * elements)
-    for source, operator in (("sgd_kernel.cu", "sgd_"), ("sq_norm_kernel.cu", "sq_norm_")):
+    for source, operator in (("update_kernel.cu", "sgd_"), ("sq_norm_kernel.cu", "sq_norm_")):
         for name, code, usage in _dumped(OBJECTS / f"{source}.o", arch):
-            if "Li1E" not in name:  # a launch of a list
+            if "Li1E" not in name or "4Sign" in name:  # a launch of a list, or another rule
                 continue
             dtypes = [MANGLED[dtype] for dtype in re.findall("|".join(MANGLED), name)]
             # The mangled name of a gradient of the parameter's dtype refers back to it.
@@ -192,20 +194,26 @@ def triton_source(
     return ASTSource(kernel, signature, values, hints)
 
 
-def _triton_update(arch: int, p: str, g: str, stochastic: bool, norm: bool) -> tuple[Any, dict[str, Any]]:
+def _triton_update(
+    arch: int, p: str, g: str, stochastic: bool, norm: bool, clamp: bool = False, listed: bool = False
+) -> tuple[Any, dict[str, Any]]:
     import torch
     import triton.language as tl
 
-    from lomo_kernels.triton import numerics, sgd
+    from lomo_kernels.triton import launch, numerics, sgd
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
     constants = {"P": types[p], "G": types[g], "STOCHASTIC": stochastic, "ROWS": False, "PAIRS": True, "NORM": norm}
-    constants |= {"CLAMP": False, "BLOCK": numerics.BLOCK, "ALIGNED": False, "table": None, "COLUMNS": 0}
+    constants |= {"RULE": 0, "CLAMP": clamp, "BLOCK": numerics.BLOCK, "ALIGNED": listed}
+    if listed:
+        constants |= {"param": None, "grad": None, "COLUMNS": launch.COLUMNS.value}
+    else:
+        constants |= {"table": None, "COLUMNS": 0}
     if not norm:
         constants |= {"partials": None, "counters": None}
-    pointers = {"param": f"*{p}", "grad": f"*{g}", "partials": "*fp64", "counters": "*i64"}
+    pointers = {"param": f"*{p}", "grad": f"*{g}", "table": "*i64", "partials": "*fp64", "counters": "*i64"}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[p]
-    options = sgd.options(arch, dtype, stochastic, False, norm, False)
+    options = sgd.options(arch, dtype, stochastic, False, norm, clamp)
     return triton_source(sgd.sgd_kernel, pointers, constants), options
 
 
@@ -231,16 +239,17 @@ def triton_compile(source: Any, options: dict[str, Any], arch: int, folder: Path
     return compiled, [code, usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared]
 
 
-def triton_kernels(arch: int) -> Iterator[Kernel]:
-    """Those of one tensor, of whole parameters and without a clamp."""
+def triton_kernels(arch: int, clamp: bool = False, listed: bool = False) -> Iterator[Kernel]:
+    """Those of whole parameters: of one tensor, or of the plain tensors of a list."""
     from lomo_kernels.triton import numerics, sq_norm
 
     cases = [
-        ("sgd_", p, g, stochastic, norm, _triton_update(arch, p, g, stochastic, norm))
+        ("sgd_", p, g, stochastic, norm, _triton_update(arch, p, g, stochastic, norm, clamp, listed))
         for p, g, stochastic, norm in itertools.product(SIZES, SIZES, (False, True), (False, True))
         if not (stochastic and p == "fp32")
     ]
-    cases += [("sq_norm_", g, g, False, True, _triton_norm(arch, g)) for g in SIZES]
+    if not clamp and not listed:
+        cases += [("sq_norm_", g, g, False, True, _triton_norm(arch, g)) for g in SIZES]
     with tempfile.TemporaryDirectory() as folder:
         for *what, (source, options) in cases:
             _, resources = triton_compile(source, options, arch, Path(folder))
@@ -279,7 +288,7 @@ def triton_products(arch: int) -> Iterator[Product]:
 
     def update(p: str, g: str, stochastic: bool, norm: bool, clamp: bool) -> tuple[Any, dict[str, Any]]:
         tile = linear.tile_of(dtypes[g], arch, True)
-        constants = tiled(g, tile, P=types[p], CLAMP=clamp, STOCHASTIC=stochastic, PAIRS=True, NORM=norm)
+        constants = tiled(g, tile, P=types[p], RULE=0, CLAMP=clamp, STOCHASTIC=stochastic, PAIRS=True, NORM=norm)
         constants |= {"PARTS": tile.parts} | ({} if norm else {"partials": None, "counter": None})
         pointers = {"weight": f"*{p}", "gy": f"*{g}", "x": f"*{g}", "partials": "*fp64", "counter": "*i64"}
         return triton_source(linear.linear_sgd_kernel, pointers, constants), tile.options()
@@ -308,19 +317,23 @@ def triton_products(arch: int) -> Iterator[Product]:
     with tempfile.TemporaryDirectory() as folder:
         for name, (source, options) in cases.items():
             compiled, (_, *resources) = triton_compile(source, options, arch, Path(folder))
-            said = _ptxas(compiled.asm["ptx"], arch, Path(folder))
+            said = assembler_remarks(compiled.asm["ptx"], arch, compiled.metadata)
             yield Product(name, *resources, 32 * options["num_warps"], options.get("maxnreg"), "serialized" in said)
 
 
-def _ptxas(ptx: str, arch: int, folder: Path) -> str:
-    """What Triton's assembler says of a kernel, which Triton keeps to itself."""
-    from triton.backends.nvidia import compiler
+def assembler_remarks(ptx: str, arch: int, options: Any) -> str:
+    """What the assembler says of a kernel when Triton calls it, which Triton keeps to itself.
 
-    (folder / "kernel.ptx").write_text(ptx)
-    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert target is not None
-    options = ["--fmad=false", f"--gpu-name={target[1]}", folder / "kernel.ptx", "-o", folder / "again.cubin"]
-    failed, output = output_of(compiler.get_ptxas(arch).path, "-v", *options)
-    if failed:
-        raise RuntimeError(output)
-    return output
+    Args:
+        options: those of the kernel's compilation, as its metadata has them.
+    """
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as said:
+        knobs.nvidia.dump_ptxas_log = True
+        make_backend(GPUTarget("cuda", arch, 32)).make_cubin(ptx, {}, options, arch)
+    if "Used" not in said.getvalue():
+        raise RuntimeError(f"Triton does not print what the assembler says: {said.getvalue()!r}")
+    return said.getvalue()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.measure import allocations, peak_of
-from lomo_kernels import Lomo, tiled
+from lomo_kernels import Lomo
+from lomo_kernels.composite import tiled
 from lomo_kernels.memory import Event, LiveBytes
 
 WIDTH = 1024

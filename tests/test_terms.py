@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lomo_kernels import gram, reference, tiled
+from lomo_kernels import reference
+from lomo_kernels.composite import gram, tiled
 from lomo_kernels.layers import Factors
+from lomo_kernels.ops.scalars import vector
 from lomo_kernels.optim.terms import Terms
 
 VOCAB, WIDTH = 700, 130
@@ -107,9 +109,8 @@ def test_the_update_is_that_of_the_sum(dtype: torch.dtype, beside: bool, monkeyp
     weight = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
     before = weight.clone()
     slot = torch.zeros(1, dtype=torch.float64)
-    number = [torch.tensor(value, dtype=torch.float64) for value in (0.1, 0.2, 0.5, 3.0)]
-    step = torch.tensor(4)
-    Terms(parts, grad).sgd_(weight, *number, None, None, slot, True, 7, 3, step)
+    numbers = {"lr": 0.1, "weight_decay": 0.2, "inv_scale": 0.5, "clip_value": 3.0, "step": 4}
+    Terms(parts, grad).update_(weight, vector("test", weight.device, numbers), slot, 0, True, 7, 3, [])
     options = {"lr": 0.1, "weight_decay": 0.2, "inv_scale": 0.5, "clip_value": 3.0, "stochastic": True}
     expected = reference.updated(before, total.float(), **options, seed=7, parameter_id=3, step=4)
     if dtype is torch.bfloat16:

@@ -2,7 +2,6 @@
 
 import functools
 import re
-import subprocess
 from collections import Counter
 
 import pytest
@@ -26,10 +25,9 @@ from test_triton import (  # noqa: E402
     resources,
 )
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from bench.compiled import triton_source  # noqa: E402
+from bench.compiled import assembler_remarks, triton_source  # noqa: E402
 from lomo_kernels.triton import embedding, launch, linear  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,9 +57,9 @@ def product_constants(g, tile, gpu, aligned):
     return constants | {"WIDEN": linear.widened(DTYPES[g], gpu), "TOKENS": None}
 
 
-def update(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True):
+def update(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True, rule=0):
     tile = linear.tile_of(DTYPES[g], gpu, aligned)
-    constants = {"P": TYPES[p], "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": pairs, "NORM": norm}
+    constants = {"P": TYPES[p], "RULE": rule, "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": pairs, "NORM": norm}
     constants |= {"PARTS": tile.parts} | product_constants(g, tile, gpu, aligned)
     if not norm:
         constants |= {"partials": None, "counter": None}
@@ -89,8 +87,9 @@ def lengths_of(gpu, g):
     return source(linear.lengths_kernel, POINTERS | {"x": f"*{g}"}, constants), launch.options(4), None
 
 
-def embedded(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True, decay=False):
-    constants = {"P": TYPES[p], "G": TYPES[g], "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": pairs, "NORM": norm}
+def embedded(gpu, p, g, stochastic, *, rule=0, norm=False, clamp=False, pairs=True, aligned=True, decay=False):
+    constants = {"P": TYPES[p], "G": TYPES[g], "RULE": rule, "ROWS": False, "CLAMP": clamp, "STOCHASTIC": stochastic}
+    constants |= {"PAIRS": pairs, "NORM": norm}
     constants |= {
         "ALIGNED": aligned,
         "DECAY": decay,
@@ -144,17 +143,6 @@ TOGETHER = [
 SHARED = {75: 64, 80: 163, 90: 227, 100: 227, 120: 99, AMD: 64}
 
 
-def assembler_remarks(kernel, tmp_path):
-    """What the assembler says of a kernel for sm_90. It says so where it makes asynchronous products wait, and then the
-    product takes a third longer, with the same result."""
-    code = tmp_path / "kernel.ptx"
-    code.write_text(kernel.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", code, "-o", tmp_path / "remarks.cubin"]
-    process = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "registers" in process.stderr, process.stderr
-    return process.stderr
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("target", NVIDIA)
 def test_compiled_for_nvidia(target, name, tmp_path, record_property):
@@ -166,7 +154,8 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     record_property("registers", (f"Triton, layers, sm_{target}", registers))
     assert kernel.metadata.shared <= SHARED[target] * 1024
     if tile is not None and target == 90:
-        assert "serialized" not in assembler_remarks(kernel, tmp_path), "products wait for each other"
+        remarks = assembler_remarks(ptx, target, kernel.metadata)
+        assert "serialized" not in remarks, "products wait for each other, which takes a third longer"
     if name in TOGETHER and target in (90, 100):
         assert options["maxnreg"] == 128
         together = programs_together(kernel, registers), SHARED[target] * 1024 // (kernel.metadata.shared + 1024)

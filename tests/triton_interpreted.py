@@ -11,6 +11,8 @@ import triton.language as tl
 from oracle import DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 
 from lomo_kernels import backends, ops, reference
+from lomo_kernels.ops.scalars import vector
+from lomo_kernels.rules import RULES
 from lomo_kernels.triton import launch, numerics, sgd, sq_norm
 from lomo_kernels.triton.numerics import BLOCK, add_to_slot, float_of, fold, is_ordinary, nearest, ordinary, stochastic
 
@@ -123,9 +125,9 @@ def ordinary_kernel(x, random, result, N: tl.constexpr):
 
 
 def test_ordinary_float16_numbers():
-    """Both ends of every binade from 2**-30 on, of both signs; -1, a NaN, if one number is outside."""
-    n, first, end = 2**15, 97 << 23, 0x477FE000
-    binades = torch.arange(97, 144)[:, None] << 23
+    """Both ends of every binade from 2**-24 on, of both signs; -1, a NaN, if one number is outside."""
+    n, first, end = 2**15, 103 << 23, 0x477FE000
+    binades = torch.arange(103, 144)[:, None] << 23
     ends = torch.cat([binades + torch.arange(64), binades - 1 - torch.arange(64)]).flatten().clamp(first, end - 1)
     x = torch.randint(first, end, (n,), generator=oracle.generator(1))
     x[: ends.numel()] = ends
@@ -156,18 +158,11 @@ def test_elements_beyond_32_bits(dtype, far):
     addresses = [t.data_ptr() - far * t.element_size() for t in (param, grad)]
     key = launch.parameter_key(3, 0)
     row = [*addresses, 0, far + n, -(far // BLOCK), key, 0, 2**62, 2**62]
-    numbers, kinds = launch.scalars("sgd_", param.device, [("", torch.tensor(0.03).double(), 0.0)])
-    zero, one, infinity = launch.scalars("", param.device, [("", None, x) for x in (0.0, 1.0, math.inf)])[0]
+    step = launch.step_scalars("", vector("", param.device, {"lr": 0.03}), param.device)
     sgd.sgd_kernel[(2,)](
         *(None, None, 0),
-        numbers[0],
-        zero,
-        one,
-        infinity,
-        one,
-        zero,
-        0,
-        kinds,
+        *step.arguments,
+        step.kinds,
         *(0, 0, 0, 0, 0),
         torch.tensor([*row, 0, 0]),
         launch.COLUMNS.value,
@@ -176,6 +171,7 @@ def test_elements_beyond_32_bits(dtype, far):
         None,
         P=launch.TYPES[dtype],
         G=launch.TYPES[dtype],
+        RULE=0,
         ALIGNED=True,
         CLAMP=False,
         STOCHASTIC=stochastic,
@@ -461,11 +457,42 @@ def test_workspaces_made_in_inference_mode_serve_outside_of_it():
 # ---- Scalars ---------------------------------------------------------------------------------------------------------
 
 
-def test_scalars_that_are_not_read_by_the_host():
-    """Under the interpreter every tensor with a dimension, or of float32, is used by its address, as on a GPU."""
-    given = [("a", torch.tensor(0.1).double(), 0.0), ("b", torch.ones(1), 0.0), ("c", None, math.inf)]
-    given += [("d", torch.ones(1).double(), 0.0), ("step", torch.ones(1).long(), 0)]
-    numbers, kinds = launch.scalars("", torch.device("cpu"), given)
-    assert kinds == 0b01_01_00_10_00
-    assert numbers[0] == torch.tensor(0.1).double().view(torch.int64).item()
-    assert numbers[1:2] + numbers[3:4] == [given[1][1].data_ptr(), given[3][1].data_ptr()]
+def test_a_vector_is_read_by_the_host_or_by_its_address(monkeypatch):
+    cpu = torch.device("cpu")
+    given = vector("", cpu, {"lr": 0.1, "step": 2**40})
+    bits = given.view(torch.int64).tolist()
+    assert launch.step_scalars("", given, cpu) == (bits, 0, False, False)
+    assert launch.step_scalars("", vector("", cpu, {"lr": 0.1, "clip_value": 1.0}), cpu).clamps
+    assert launch.step_scalars("", vector("", cpu, {"lr": 0.1, "weight_decay": 1.0}), cpu).decays
+    monkeypatch.setattr(launch, "by_address", True)
+    addresses = [given.data_ptr() + 8 * i for i in range(7)]
+    assert launch.step_scalars("", given, cpu) == (addresses, 0b01_01_01_01_01_01_01, True, True)
+    number = torch.tensor(0.5)
+    assert launch.inv_scale("", number, cpu) == (number.data_ptr(), 2)
+    assert launch.inv_scale("", number.double(), cpu)[1] == 1
+
+
+@pytest.fixture(params=[False, True], ids=["numbers", "addresses"])
+def by_address(request, monkeypatch):
+    monkeypatch.setattr(launch, "by_address", request.param)
+
+
+@pytest.mark.usefixtures("by_address")
+@pytest.mark.parametrize("alone", [False, True], ids=["table", "alone"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_every_rule_with_and_without_a_table(dtype, rule, alone, monkeypatch):
+    if alone:
+        monkeypatch.setattr(launch, "LIST_BYTES", 0)
+    n = BLOCK + 77
+    shards = ((0, n, n), (2**33 - 70, n, n), (5, 7, 9))
+    for rounding, norm, name in itertools.product(ROUNDINGS, (False, True), ("lr", "clip_value", "all")):
+        for i, shard in enumerate(shards):
+            given = oracle.ARGUMENTS[name] | {"rounding": rounding, "shard": shard, "step": 2**40, "seed": i}
+            param, grad = oracle.param_of(n + i, dtype)[i:], oracle.grad_of(n + i, torch.float16)[i:]
+            expected = reference.updated(param, grad, **oracle.reference_arguments(given), rule=rule)
+            slots = slots_of(2)
+            ops.sgd_(param, grad, **given, rule=rule, sq_norm=slots[0] if norm else None)
+            assert_same_bits(param, expected, given)
+            ops.sq_norm_(slots[1], grad, inv_scale=given.get("inv_scale"))
+            assert not norm or torch.equal(slots[0].nan_to_num(1.0), slots[1].nan_to_num(1.0))

@@ -181,11 +181,11 @@ class NormPass(Pass):
 
     def _one(self, record: Record, grad: Tensor) -> None:
         inv_scale = record.home.inv_scale if self.scaled else None
-        torch.ops.lomo_kernels.sq_norm_.default(record.slot, grad, inv_scale)
+        torch.ops.lomo_kernels.sq_norm_.default([record.slot], [grad], inv_scale)
 
     def _list(self, records: Sequence[Record], grads: list[Tensor]) -> None:
         inv_scale = records[0].home.inv_scale if self.scaled else None
-        torch.ops.lomo_kernels.sq_norm_list_.default([record.slot for record in records], grads, inv_scale)
+        torch.ops.lomo_kernels.sq_norm_.default([record.slot for record in records], grads, inv_scale)
 
     def _terms(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
         inv_scale = record.home.inv_scale if self.scaled else None
@@ -248,6 +248,7 @@ class UpdatePass(Pass):
     Args:
         decided: clip coefficient and overflow flag are known (a norm pass came before); otherwise the norms are added
             up on the way.
+        rule: its number in `lomo_kernels.rules.RULES`.
         stochastic, seed: of the rounding.
     """
 
@@ -263,60 +264,46 @@ class UpdatePass(Pass):
         *,
         scaled: bool,
         decided: bool,
+        rule: int,
         stochastic: bool,
         seed: int,
         ranks: Ranks | None = None,
     ) -> None:
         super().__init__(devices, params, scaled=scaled, ranks=ranks)
         self.decided = decided
+        self.rule = rule
         self.stochastic = stochastic
         self.seed = seed
-        self._scalars_of: dict[GroupScalars, tuple[Tensor | None, ...]] = {}
-
-    def _scalars(self, record: Record) -> tuple[Tensor | None, ...]:
-        """From ``lr`` to ``found_inf``, as every update operator takes them."""
-        home, scalars = record.home, record.scalars
-        return self._scalars_of.setdefault(
-            scalars,
-            (
-                scalars.lr.tensor,
-                scalars.weight_decay.tensor,
-                home.inv_scale if self.scaled else None,
-                scalars.clip_value.tensor,
-                home.clip_coef if self.decided else None,
-                home.found_inf if self.decided else None,
-            ),
-        )
 
     def _one(self, record: Record, grad: Tensor) -> None:
-        local, home = record.local, record.home
         self.changed = True
-        torch.ops.lomo_kernels.sgd_.default(
-            local,
-            grad,
-            *(self._scalars_of.get(record.scalars) or self._scalars(record)),
-            None if self.decided else record.slot,
+        torch.ops.lomo_kernels.update_.default(
+            [record.local],
+            [grad],
+            record.scalars.vector,
+            [] if self.decided else [record.slot],
+            self.rule,
             self.stochastic,
             self.seed,
-            record.index,
-            home.step,
-            record.shard,
+            [record.index],
+            [] if record.shard is None else list(record.shard),
         )
-        torch.autograd.graph.increment_version(local)
+        torch.autograd.graph.increment_version(record.local)
         if record.shard is not None:
             torch.autograd.graph.increment_version(record.param)
 
     def _terms(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
-        param, home = record.param, record.home
+        param = record.param
         self.changed = True
-        Terms(map(_factors, saved), grad).sgd_(
+        Terms(map(_factors, saved), grad).update_(
             param,
-            *(self._scalars_of.get(record.scalars) or self._scalars(record)),
+            record.scalars.vector,
             None if self.decided else record.slot,
+            self.rule,
             self.stochastic,
             self.seed,
             record.index,
-            home.step,
+            [],
         )
         torch.autograd.graph.increment_version(param)
 
@@ -324,15 +311,15 @@ class UpdatePass(Pass):
         params = [record.local for record in records]
         sharded = records[0].shard is not None
         self.changed = True
-        torch.ops.lomo_kernels.sgd_list_.default(
+        torch.ops.lomo_kernels.update_.default(
             params,
             grads,
-            *self._scalars(records[0]),
+            records[0].scalars.vector,
             [] if self.decided else [record.slot for record in records],
+            self.rule,
             self.stochastic,
             self.seed,
             [record.index for record in records],
-            records[0].home.step,
             [number for record in records for number in record.shard or ()] if sharded else [],
         )
         torch.autograd.graph.increment_version(params)

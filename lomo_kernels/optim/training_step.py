@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rules import RULES
 from .backward import Backward
 from .graph import check_fused_weights, check_loss
 from .hyperparameters import check_group
@@ -155,12 +156,15 @@ class TrainingStep:
 
     def _update_pass(self, scale: Tensor | None, ranks: Ranks | None = None) -> UpdatePass:
         training = self._training
+        scaled, decided = scale is not None or training.state.divides, training.norm_comes_first
+        training.state.prepare_update(scaled=scaled, decided=decided)
         self._step.update = UpdatePass(
             training.state.devices,
             training.fused_params,
-            scaled=scale is not None or training.state.divides,
+            scaled=scaled,
             ranks=ranks,
-            decided=training.norm_comes_first,
+            decided=decided,
+            rule=RULES[self._settings.rule],
             stochastic=self._settings.stochastic,
             seed=self._settings.seed,
         )

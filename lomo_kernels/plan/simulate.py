@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .. import tiled
+from ..composite import tiled
 from ..optim.passes import KeepPass
 from .kernels import KERNELS
 from .lines import Parts, beyond, peak_of

@@ -110,27 +110,28 @@ def stochastic(x, random, dtype: tl.constexpr):
 @triton.jit
 def is_ordinary(x, dtype: tl.constexpr):
     """Whether `ordinary` rounds all of these numbers, [N]. bfloat16: none is NaN, or in the last binade's last step, or
-    infinite. float16: the same, and none is zero or below 2**-30."""
+    infinite. float16: the same, and none is zero or below 2**-24: so are all 4096 of a block in 99 of 100 blocks of
+    weights with standard deviation 0.02, in 90 with 0.002."""
     if dtype == tl.bfloat16:
         fits = tl.max(bits_of(x) & 0x7FFFFFFF, axis=0) < 0x7F7F0000
     else:  # twice the magnitude: the sign is shifted out
-        fits = tl.max((bits_of(x) << 1) - 0x61000000, axis=0) < 0x8EFFC000 - 0x61000000
+        fits = tl.max((bits_of(x) << 1) - 0x67000000, axis=0) < 0x8EFFC000 - 0x67000000
     return fits
 
 
 @triton.jit
 def ordinary(x, random, dtype: tl.constexpr):
-    """`stochastic` of numbers that are as `is_ordinary` says: nothing is cut but bits, at most 29."""
+    """`stochastic` of numbers that are as `is_ordinary` says."""
     u = bits_of(x)
     if dtype == tl.bfloat16:
-        bits = (u + random) >> 16
+        bits = ((u + random) >> 16).to(tl.uint16)
     else:
-        # 34 - kept bits of the significand are cut, 13 above 2**-14, and as many random bits are added. All four times
-        # as large, so that the sign is shifted out and kept is at least 1.
-        kept = (bits_of(tl.minimum(tl.abs(x), 6.103515625e-05)) >> 23) - 96
-        m = (u << 2) - (kept << 25) - (95 << 25)
-        bits = ((u >> 16) & 0x8000) | (((m + (random >> kept)).to(tl.uint64) << kept) >> 32).to(tl.uint32)
-    return bits.to(tl.uint16)
+        # The low bits of the significand are cut, 13 above 2**-14 and up to 23 below, and as many random bits are
+        # added: a carry goes on into the exponent. The conversion, two numbers by one instruction, then cuts.
+        exponent = bits_of(tl.minimum(tl.abs(x), 6.103515625e-05)) >> 23
+        raised = float_of(u + (random >> (exponent - 94)))
+        bits = raised.to(tl.float16, fp_downcast_rounding="rtz").to(tl.uint16, bitcast=True)
+    return bits
 
 
 # ---- Scalars: one-element tensors on the device, or numbers, in arguments of one type, so one kernel serves all. -----
@@ -173,8 +174,20 @@ def step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAM
     return rate.to(tl.float32), decay, unscale, limit, coef
 
 
+# The rules, by number: see lomo_kernels/rules.py.
+SGD, SIGN = tl.constexpr(0), tl.constexpr(1)
+
+
 @triton.jit
-def stepped(p, scaled, rate, decay, limit, coef, CLAMP: tl.constexpr):
+def direction(g, RULE: tl.constexpr):
+    """What becomes of a clipped gradient. Zeros become +0."""
+    if RULE == SIGN:
+        g = tl.where(g > 0.0, 1.0, 0.0) - tl.where(g < 0.0, 1.0, 0.0)
+    return g
+
+
+@triton.jit
+def stepped(p, scaled, rate, decay, limit, coef, RULE: tl.constexpr, CLAMP: tl.constexpr):
     """Parameters after the step, in float32. Where `scaled`, the unscaled gradient, is not finite they mean nothing:
     the clamp drops NaN."""
     g = scaled
@@ -182,7 +195,7 @@ def stepped(p, scaled, rate, decay, limit, coef, CLAMP: tl.constexpr):
         g = tl.minimum(tl.maximum(g, -limit), limit)
     g = g * coef
     p = p * decay
-    return p - rate * g
+    return p - rate * direction(g, RULE)
 
 
 # ---- Random bits: a counter through a hash. --------------------------------------------------------------------------
