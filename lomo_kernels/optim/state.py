@@ -100,7 +100,7 @@ class State:
         for device in self.devices.values():
             device.slots.zero_()
 
-    def decide(self, clip_grad_norm: float | None) -> None:
+    def finish_norm(self, clip_grad_norm: float | None) -> None:
         """From the slots to norm, overflow flag and clip coefficient, on every device: the same on every rank."""
         totals = [device.sum_of_squares().to(self.norm.device) for device in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()

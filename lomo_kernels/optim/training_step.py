@@ -105,7 +105,7 @@ class TrainingStep:
         )
         backward.run_pass(gradients, retain_graph=False)
         gradients.check()
-        training.state.decide(self._settings.clip_grad_norm)
+        training.state.finish_norm(self._settings.clip_grad_norm)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
         gradients.apply(self._update_pass(backward.scale))
         self._finish(backward.scale)
@@ -113,7 +113,7 @@ class TrainingStep:
     def _find_norm(self, backward: Backward) -> None:
         training = self._training
         backward.norm_only_pass(training.ranks)
-        training.state.decide(self._settings.clip_grad_norm)
+        training.state.finish_norm(self._settings.clip_grad_norm)
         training.repeats.check_clipping(backward.graph, training.state, backward.norm_only_pass)
 
     def _apply_grads(self, *, keep: bool) -> None:
@@ -133,7 +133,7 @@ class TrainingStep:
             for record, grad in kept:
                 norm.add(record, grad)
             norm.flush()
-            training.state.decide(self._settings.clip_grad_norm)
+            training.state.finish_norm(self._settings.clip_grad_norm)
             self._raise_if_not_finite(scale, _NOTHING_CHANGED)
         update = self._update_pass(scale)
         while kept:
@@ -173,7 +173,7 @@ class TrainingStep:
     def _finish(self, scale: Tensor | None) -> None:
         self._step.applied = True
         if not self._training.norm_comes_first:
-            self._training.state.decide(None)
+            self._training.state.finish_norm(None)
             outcome = (
                 "elements whose gradient is not finite were kept, the others were updated (with clip_grad_norm or "
                 "dynamic loss scaling, all would have been kept)"
