@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lomo_kernels import tiled
+from lomo_kernels.composite import tiled
 from lomo_kernels.demo.model import Config
 from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, simulate
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from lomo_kernels import tiled
+from lomo_kernels.composite import tiled
 from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.plan import SHAPES
 

@@ -154,9 +154,9 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
     """Those of one tensor, from `build_cuda`'s objects."""
     threads, elements = _constant("kThreads"), _constant("kShare")
     tiles = LAYER // (threads * elements)
-    for source, operator in (("sgd_kernel.cu", "sgd_"), ("sq_norm_kernel.cu", "sq_norm_")):
+    for source, operator in (("update_kernel.cu", "sgd_"), ("sq_norm_kernel.cu", "sq_norm_")):
         for name, code, usage in _dumped(OBJECTS / f"{source}.o", arch):
-            if "Li1E" not in name:  # a launch of a list
+            if "Li1E" not in name or "4Sign" in name:  # a launch of a list, or another rule
                 continue
             dtypes = [MANGLED[dtype] for dtype in re.findall("|".join(MANGLED), name)]
             # The mangled name of a gradient of the parameter's dtype refers back to it.
@@ -204,7 +204,7 @@ def _triton_update(
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
     constants = {"P": types[p], "G": types[g], "STOCHASTIC": stochastic, "ROWS": False, "PAIRS": True, "NORM": norm}
-    constants |= {"CLAMP": clamp, "BLOCK": numerics.BLOCK, "ALIGNED": listed}
+    constants |= {"RULE": 0, "CLAMP": clamp, "BLOCK": numerics.BLOCK, "ALIGNED": listed}
     if listed:
         constants |= {"param": None, "grad": None, "COLUMNS": launch.COLUMNS.value}
     else:
@@ -288,7 +288,7 @@ def triton_products(arch: int) -> Iterator[Product]:
 
     def update(p: str, g: str, stochastic: bool, norm: bool, clamp: bool) -> tuple[Any, dict[str, Any]]:
         tile = linear.tile_of(dtypes[g], arch, True)
-        constants = tiled(g, tile, P=types[p], CLAMP=clamp, STOCHASTIC=stochastic, PAIRS=True, NORM=norm)
+        constants = tiled(g, tile, P=types[p], RULE=0, CLAMP=clamp, STOCHASTIC=stochastic, PAIRS=True, NORM=norm)
         constants |= {"PARTS": tile.parts} | ({} if norm else {"partials": None, "counter": None})
         pointers = {"weight": f"*{p}", "gy": f"*{g}", "x": f"*{g}", "partials": "*fp64", "counter": "*i64"}
         return triton_source(linear.linear_sgd_kernel, pointers, constants), tile.options()

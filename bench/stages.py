@@ -14,7 +14,15 @@ COUNTERS = (
     "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
 )
-NCU = ["ncu", "--clock-control", "none", "-k", "regex:sgd_kernel|sq_norm_kernel", "--metrics", ",".join(COUNTERS)]
+NCU = [
+    "ncu",
+    "--clock-control",
+    "none",
+    "-k",
+    "regex:update_kernel|sgd_kernel|sq_norm_kernel",
+    "--metrics",
+    ",".join(COUNTERS),
+]
 
 # Every variant of a Triton kernel, which takes seconds to compile: data types, roundings, aligned and not, with and
 # without clamp, norm, list and shard.

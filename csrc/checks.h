@@ -75,9 +75,26 @@ inline void check_number(const Tensor& tensor, const char* op, const char* name)
              " has dtype ", toString(tensor.scalar_type()), ", expected Double or Float");
 }
 
-inline void check_step(const Tensor& step, const char* op) {
-  LOMO_CHECK(step.numel() == 1 && step.scalar_type() == ScalarType::Long, op, ": step has shape ", shape_of(step),
-             " and dtype ", toString(step.scalar_type()), ", expected one element of dtype Long (int64)");
+inline void check_scalars(const Tensor& scalars, const char* op) {
+  LOMO_CHECK(scalars.scalar_type() == ScalarType::Double && scalars.dim() == 1 && scalars.numel() == kScalars &&
+                 scalars.is_contiguous(),
+             op, ": scalars has shape ", shape_of(scalars), " and dtype ", toString(scalars.scalar_type()),
+             ", expected ", int{kScalars},
+             " contiguous elements of dtype Double (float64): lr, weight_decay, inv_scale, clip_value, clip_coef, "
+             "found_inf, step");
+}
+
+// The vector of scalars of a tensor on the CPU.
+inline const double* scalars_of(const Tensor& scalars, const char* op) {
+  check_device(scalars, kCPU, op, "scalars");
+  check_scalars(scalars, op);
+  return static_cast<const double*>(scalars.const_data_ptr());
+}
+
+inline int checked_rule(int64_t rule, const char* op) {
+  LOMO_CHECK(rule >= 0 && rule < Rules::kCount, op, ": rule is ", rule, ", expected a number below ",
+             int{Rules::kCount});
+  return static_cast<int>(rule);
 }
 
 // A number in a one-element float64 or float32 tensor on the CPU; `missing` where none was given.
@@ -88,13 +105,6 @@ inline double number_of(const std::optional<Tensor>& tensor, const char* op, con
   const void* data = tensor->const_data_ptr();
   return tensor->scalar_type() == ScalarType::Double ? *static_cast<const double*>(data)
                                                      : *static_cast<const float*>(data);
-}
-
-inline int64_t step_of(const std::optional<Tensor>& step, const char* op) {
-  if (!step) return 0;
-  check_device(*step, kCPU, op, "step");
-  check_step(*step, op);
-  return *static_cast<const int64_t*>(step->const_data_ptr());
 }
 
 inline double* slot_of(const Tensor& slot, const Device& device, const char* op, const char* name) {

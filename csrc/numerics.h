@@ -267,6 +267,10 @@ struct Shard {
 
 // ---- The update ----
 
+// The order of the vector of scalars, see lomo_kernels/ops/scalars.py. kFoundInf: if it is not zero, parameters are not
+// changed. kStep: the bits of an int64.
+enum Scalar : int { kLr, kWeightDecay, kInvScale, kClipValue, kClipCoef, kFoundInf, kStep, kScalars };
+
 // What does not change from element to element. A factor that was not given is 1 and a clip value that was not given is
 // infinite: both are exact, so the formula has no branches.
 struct Scalars {
@@ -278,6 +282,12 @@ struct Scalars {
 };
 
 namespace {
+
+LOMO_FN int64_t step_of(double bits) {
+  int64_t step;
+  memcpy(&step, &bits, sizeof step);
+  return step;
+}
 
 LOMO_FN float decay_of(double lr, double weight_decay) { return static_cast<float>(1.0 - lr * weight_decay); }
 
@@ -306,18 +316,67 @@ LOMO_FN Floats clamped(Floats x, float limit) {
 #endif
 }
 
-template <class Floats>
+// ---- Rules ----
+//
+// What is done with an element's gradient after it was clipped. Each has
+//   direction(g): Floats is float, or a vector of floats
+//   kUnbounded: whether the direction of a gradient that is not finite is not finite
+
+struct Sgd {
+  static constexpr bool kUnbounded = true;
+  template <class Floats>
+  LOMO_FN Floats direction(Floats g) {
+    return g;
+  }
+};
+
+// 1, -1, or +0 for zero.
+struct Sign {
+  static constexpr bool kUnbounded = false;
+  template <class Floats>
+  LOMO_FN Floats direction(Floats g) {
+    const Floats zero = splat<Floats>(0.0f), one = splat<Floats>(1.0f);
+    return (g > zero ? one : zero) - (g < zero ? one : zero);
+  }
+};
+
+template <class... Each>
+struct RuleList {
+  static constexpr int kCount = sizeof...(Each);
+
+  // Calls run(rule, its number) for each rule.
+  template <class Run>
+  static void for_each(const Run& run) {
+    int number = 0;
+    (run(Each{}, number++), ...);
+  }
+
+  // Calls run(rule) with the rule of this number.
+  template <class Run>
+  static void with(int number, const Run& run) {
+    for_each([&](auto rule, int i) {
+      if (i == number) run(rule);
+    });
+  }
+};
+
+// By number, see lomo_kernels/rules.py.
+using Rules = RuleList<Sgd, Sign>;
+
+// ---- The formula ----
+
+template <class R, class Floats>
 LOMO_FN Floats updated(Floats param, Floats scaled_grad, const Scalars& s) {
   const Floats g = clamped(scaled_grad, s.clip_value) * s.clip_coef;
   const Floats p = param * s.decay;
-  return p - s.lr * g;
+  return p - s.lr * R::direction(g);
 }
 
 // An element whose scaled gradient is not finite keeps its parameter.
-template <class P, bool kStochastic>
+template <class P, class R, bool kStochastic>
 LOMO_FN uint32_t update_element(uint32_t param, float grad, const Scalars& s, uint32_t random) {
   const float g = grad * s.inv_scale;
-  const float p = updated(P::widen(param), g, s);
+  const float p = updated<R>(P::widen(param), g, s);
   const uint32_t rounded = kStochastic ? P::stochastic(p, random) : P::nearest(p);
   return is_finite(g) ? rounded : param;
 }

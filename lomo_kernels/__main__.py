@@ -21,7 +21,7 @@ def info() -> int:
     print()
     rows = [("operator", "tensors", "backend", "detail", "why")]
     for choice in backends.choices():
-        serving = {name: choice.of(name) for name in ops.__all__}
+        serving = {name: choice.of(name) for name in ops.OPERATORS}
         rows += [(name, one.key, one.backend, one.detail, one.reason) for name, one in serving.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from . import reference, tiled
-from .ops._arguments import library
+from .composite import tiled
+from .ops._arguments import choose_kernels, library
 
 VARIABLE = "LOMO_KERNELS_BACKEND"
 NAMES = ("cpu", "cuda", "triton", "reference")
@@ -64,7 +64,7 @@ def _load_cpu() -> str:
 
 def _load_tiled(key: str, reason: str) -> dict[str, Choice]:
     """Those of the layers' operators that nothing serves yet: made of torch's operators and of our others."""
-    choice = Choice(key, "tiled", "torch's operators, and sgd_ or sq_norm_ tile by tile", reason)
+    choice = Choice(key, "tiled", "torch's operators, and update_ or sq_norm_ tile by tile", reason)
     served = torch._C._dispatch_has_kernel_for_dispatch_key
     names = [name for name in tiled.IMPLEMENTATIONS if not served(f"lomo_kernels::{name}", key)]
     for name in names:
@@ -105,6 +105,8 @@ def _interpreted() -> bool:
 
 
 def _load_reference(key: str) -> str:
+    from . import reference  # only here: it is the oracle of the tests, and serves only if it is forced
+
     for name, function in reference.IMPLEMENTATIONS.items():
         library.impl(name, function, key)
     return "plain torch"
@@ -220,4 +222,5 @@ def _start() -> None:
             raise ImportError(f"{VARIABLE}={_forced}: {error}") from error
 
 
+choose_kernels.append(check_device)
 _start()

@@ -11,11 +11,12 @@ contracted into a fused multiply-add::
     g = min(max(g, -clip_value), clip_value)
     g = g * clip_coef
     p = float32(param) * decay             decay = float32(1 - lr * weight_decay), computed in float64
-    p = p - float32(lr) * g                two roundings
+    p = p - float32(lr) * direction(g)     two roundings; direction: the rule's
     param = round(p)                       to the parameter's dtype
 
 A factor that is not given is 1 and a clip value that is not given is infinite; both change no bit.
-The update is LOMO's, arXiv 2306.09782, Algorithm 1: SGD without momentum, applied inside backward.
+The update is LOMO's, arXiv 2306.09782, Algorithm 1: a rule without momentum, applied inside backward. A rule is one
+function of an element, `DIRECTIONS`: of SGD ``direction(g) = g``.
 """
 
 from __future__ import annotations
@@ -26,38 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .numbers import mix64, stream_key
+from .ops import scalars as vectors
 from .ops._overlap import Access, check_no_overlap, regions
+from .rules import RULES
 
 MASK32 = 0xFFFFFFFF
-MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 # ---- Random bits: a counter through a hash --------------------------------------------------------------------------
-
-
-def mix64(z: int) -> int:
-    """A bijection of 64-bit integers: increment and finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    z = (z + 0x9E3779B97F4A7C15) & MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
-    return z ^ (z >> 31)
-
-
-def parameter_key(seed: int, parameter_id: int) -> int:
-    """The part of `stream_key` that is the same in every step."""
-    return mix64(mix64(seed & MASK64) ^ (parameter_id & MASK64))
-
-
-def stream_key(seed: int, parameter_id: int, step: int) -> int:
-    """The 64-bit key of one parameter's random bits in one step."""
-    return mix64(parameter_key(seed, parameter_id) ^ (step & MASK64))
 
 
 def random_bits(stream: int, counter: Tensor) -> Tensor:
     """32 random bits for each 64-bit counter.
 
     Args:
-        stream: from `stream_key`.
+        stream: from `numbers.stream_key`.
         counter: int64, any shape.
 
     Returns:
@@ -224,9 +209,11 @@ def embedding_gradient(
     return total.float()
 
 
-def clip_coefficient(total_sq_norm: Tensor, clip_grad_norm: float | Tensor) -> Tensor:
-    """``min(1, clip_grad_norm / (norm + 1e-6))`` in float64, as `torch.nn.utils.clip_grad_norm_` has it."""
-    return (clip_grad_norm / (total_sq_norm.double().sqrt() + 1e-6)).clamp(max=1.0)
+#: By rule: what an element's scaled and clipped gradient becomes. The sign of zero is +0.
+DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sgd": lambda g: g,
+    "sign": lambda g: (g > 0).float() - (g < 0).float(),
+}
 
 
 def updated(
@@ -238,6 +225,7 @@ def updated(
     inv_scale: float = 1.0,
     clip_value: float = float("inf"),
     clip_coef: float = 1.0,
+    rule: str = "sgd",
     stochastic: bool = False,
     seed: int = 0,
     parameter_id: int = 0,
@@ -252,7 +240,7 @@ def updated(
     g = torch.where(g > limit, limit, g)
     g = g * _float32(clip_coef)
     p = param.to(torch.float32) * _float32(1.0 - lr * weight_decay)
-    p = p - _float32(lr) * g
+    p = p - _float32(lr) * DIRECTIONS[rule](g)
     stream = stream_key(seed, parameter_id, step) if stochastic else None
     index = element_index(param.numel(), shard).view(param.shape).to(param.device)
     return torch.where(finite, round_to(p, param.dtype, stream, index), param)
@@ -266,94 +254,54 @@ def _float32(value: float) -> Tensor:
 # ---- As a backend ---------------------------------------------------------------------------------------------------
 
 
-def _number(value: Tensor | None, missing: float) -> float:
-    return missing if value is None else float(value.item())
-
-
 def _check_no_overlap(op: str, params: list[Tensor], grads: list[Tensor], slots: list[Tensor], slot: str) -> None:
     written, added = regions(Access.WRITTEN, "param", params), regions(Access.ADDED, slot, slots)
     check_no_overlap(op, written, added, regions(Access.READ, "grad", grads))
 
 
-def _sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
-    _check_no_overlap("sq_norm_", [], [grad], [slot], "slot")
-    slot.add_(sum_of_squares(grad, _number(inv_scale, 1.0)))
-
-
-def _sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> None:
-    _check_no_overlap("sq_norm_list_", [], grads, slots, "slot")
+def _sq_norm_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> None:
+    _check_no_overlap("sq_norm_", [], grads, slots, "slot")
+    number = 1.0 if inv_scale is None else float(inv_scale.item())
     for slot, grad in zip(slots, grads, strict=True):
-        _sq_norm_(slot, grad, inv_scale)
+        slot.add_(sum_of_squares(grad, number))
 
 
-def _sgd_(
-    param: Tensor,
-    grad: Tensor,
-    lr: Tensor,
-    weight_decay: Tensor | None,
-    inv_scale: Tensor | None,
-    clip_value: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
-    sq_norm: Tensor | None,
-    stochastic: bool,
-    seed: int,
-    parameter_id: int,
-    step: Tensor | None,
-    shard: Sequence[int] | None = None,
-) -> None:
-    _check_no_overlap("sgd_", [param], [grad], [] if sq_norm is None else [sq_norm], "sq_norm")
-    if sq_norm is not None:
-        _sq_norm_(sq_norm, grad, inv_scale)
-    if _number(found_inf, 0.0) != 0.0:
-        return
-    new = updated(
-        param,
-        grad,
-        lr=_number(lr, 0.0),
-        weight_decay=_number(weight_decay, 0.0),
-        inv_scale=_number(inv_scale, 1.0),
-        clip_value=_number(clip_value, float("inf")),
-        clip_coef=_number(clip_coef, 1.0),
-        stochastic=stochastic,
-        seed=seed,
-        parameter_id=parameter_id,
-        step=0 if step is None else int(step.item()),
-        shard=shard,
-    )
-    param.detach().copy_(new)
-
-
-def _sgd_list_(
+def _update_(
     params: list[Tensor],
     grads: list[Tensor],
-    lr: Tensor,
-    weight_decay: Tensor | None,
-    inv_scale: Tensor | None,
-    clip_value: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
+    scalars: Tensor,
     sq_norm: list[Tensor],
+    rule: int,
     stochastic: bool,
     seed: int,
     parameter_id: list[int],
-    step: Tensor | None,
     shard: list[int],
 ) -> None:
-    _check_no_overlap("sgd_list_", params, grads, sq_norm, "sq_norm")
+    op = "update_"
+    _check_no_overlap(op, params, grads, sq_norm, "sq_norm")
+    for param in params:
+        vectors.check_vector(op, scalars, param.device)
+    numbers = vectors.numbers_of(scalars)
+    found_inf = numbers.pop("found_inf")
+    name = {number: name for name, number in RULES.items()}[rule]
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        slot = sq_norm[i] if sq_norm else None
+        if sq_norm:
+            sq_norm[i].add_(sum_of_squares(grad, numbers["inv_scale"]))
+        if found_inf != 0.0:
+            continue
         local = shard[3 * i : 3 * i + 3] or None
-        rest = (weight_decay, inv_scale, clip_value, clip_coef, found_inf, slot, stochastic, seed)
-        _sgd_(param, grad, lr, *rest, parameter_id[i], step, local)
+        keys: dict[str, Any] = {"seed": seed, "parameter_id": parameter_id[i], "shard": local}
+        param.detach().copy_(updated(param, grad, **numbers, rule=name, stochastic=stochastic, **keys))
 
 
 def _linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
-    _sq_norm_(slot, linear_gradient(inputs, grad_outputs), inv_scale)
+    _sq_norm_([slot], [linear_gradient(inputs, grad_outputs)], inv_scale)
 
 
-def _linear_sgd_(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest: Any) -> None:
-    _sgd_(weight, linear_gradient(inputs, grad_outputs), *rest)
+def _linear_update_(
+    weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], scalars: Tensor, *rest: Any
+) -> None:
+    _update_layer(weight, linear_gradient(inputs, grad_outputs), scalars, *rest)
 
 
 def _embedding_sq_norm_(
@@ -364,22 +312,40 @@ def _embedding_sq_norm_(
     inv_scale: Tensor | None,
 ) -> None:
     rows = max((int(index.max().item()) + 1 for index in indices if index.numel()), default=0)
-    _sq_norm_(slot, embedding_gradient(rows, indices, grad_outputs, padding_idx), inv_scale)
+    _sq_norm_([slot], [embedding_gradient(rows, indices, grad_outputs, padding_idx)], inv_scale)
 
 
-def _embedding_sgd_(
-    weight: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], *rest: Any
+def _embedding_update_(
+    weight: Tensor,
+    indices: list[Tensor],
+    grad_outputs: list[Tensor],
+    padding_idx: list[int],
+    scalars: Tensor,
+    *rest: Any,
 ) -> None:
-    _sgd_(weight, embedding_gradient(weight.shape[0], indices, grad_outputs, padding_idx), *rest)
+    _update_layer(weight, embedding_gradient(weight.shape[0], indices, grad_outputs, padding_idx), scalars, *rest)
+
+
+def _update_layer(
+    weight: Tensor,
+    grad: Tensor,
+    scalars: Tensor,
+    sq_norm: Tensor | None,
+    rule: int,
+    stochastic: bool,
+    seed: int,
+    parameter_id: int,
+    shard: list[int],
+) -> None:
+    slots = [] if sq_norm is None else [sq_norm]
+    _update_([weight], [grad], scalars, slots, rule, stochastic, seed, [parameter_id], shard)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
     "sq_norm_": _sq_norm_,
-    "sq_norm_list_": _sq_norm_list_,
-    "sgd_": _sgd_,
-    "sgd_list_": _sgd_list_,
+    "update_": _update_,
     "linear_sq_norm_": _linear_sq_norm_,
-    "linear_sgd_": _linear_sgd_,
+    "linear_update_": _linear_update_,
     "embedding_sq_norm_": _embedding_sq_norm_,
-    "embedding_sgd_": _embedding_sgd_,
+    "embedding_update_": _embedding_update_,
 }

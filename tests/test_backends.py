@@ -11,7 +11,8 @@ import torch
 
 import lomo_kernels
 import lomo_kernels.__main__
-from lomo_kernels import backends, ops, tiled
+from lomo_kernels import backends, ops
+from lomo_kernels.composite import tiled
 
 SHOW = "from lomo_kernels import backends; print([(c.key, c.backend, c.reason) for c in backends.choices()])"
 
@@ -36,7 +37,7 @@ def test_every_key_has_one_choice_and_one_kernel_per_operator():
     assert sorted(keys) == sorted(set(keys)) == ["CPU", "CUDA"]
     for choice in backends.choices():
         assert choice.backend and choice.detail and choice.reason
-        for name in ops.__all__:
+        for name in ops.OPERATORS:
             there = torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", choice.key)
             assert there == (choice.of(name).backend != "none"), (name, choice)
 
@@ -47,7 +48,7 @@ def test_info_says_what_serves_each_operator(monkeypatch, capsys):
     assert lomo_kernels.__main__.info() == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     shown = {row[0]: row[2] for row in rows if row[1:2] == ["CUDA"]}
-    assert shown == {name: "triton" if name in tiled.IMPLEMENTATIONS else "cuda" for name in ops.__all__}
+    assert shown == {name: "triton" if name in tiled.IMPLEMENTATIONS else "cuda" for name in ops.OPERATORS}
 
 
 def test_an_unknown_backend_is_refused(run_python):
@@ -99,7 +100,7 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
     def load_cuda():
         if torch.version.cuda is None:
             raise ImportError("torch is built without CUDA")
-        plain = set(ops.__all__) - set(tiled.IMPLEMENTATIONS)
+        plain = set(ops.OPERATORS) - set(tiled.IMPLEMENTATIONS)
         return load(LIBRARY, "no code for this GPU" if BROKEN in there else "no library", plain)()
 
     class Library:
@@ -110,7 +111,7 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
     monkeypatch.setattr(torch.version, "hip", "7.0" if ROCM in there else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: GPU in there)
     monkeypatch.setattr(backends, "_load_cuda", load_cuda)
-    monkeypatch.setattr(backends, "_load_triton", load(TRITON, "no Triton", ops.__all__))
+    monkeypatch.setattr(backends, "_load_triton", load(TRITON, "no Triton", ops.OPERATORS))
     monkeypatch.setattr(backends, "library", Library())
     file = tmp_path / "_cuda.so"
     monkeypatch.setattr(backends, "CUDA_LIBRARY", file)
@@ -131,9 +132,9 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
         layers = {choice.of(name).backend for name in tiled.IMPLEMENTATIONS} - {choice.backend}
         serving = " + ".join([choice.backend, *layers])
         assert f"{serving}{', with a warning' if caught else ''}" == outcome, choice
-        expected = [] if choice.backend == "none" else [(name, "CUDA") for name in ops.__all__]
+        expected = [] if choice.backend == "none" else [(name, "CUDA") for name in ops.OPERATORS]
         assert sorted(registered) == sorted(expected), "not one implementation for each operator"
-        for name in ops.__all__:
+        for name in ops.OPERATORS:
             assert choice.of(name).key == "CUDA" and choice.of(name).detail and choice.of(name).reason
         if caught:
             assert len(caught) == 1 and "no code for this GPU" in str(caught[0].message)
@@ -176,7 +177,8 @@ def test_a_missing_library_says_how_to_get_it(run_python, tmp_path):
 REFERENCE = """
 import json, torch
 import test_instruction_sets
-from lomo_kernels import backends, ops, tiled
+from lomo_kernels import backends, ops
+from lomo_kernels.composite import tiled
 assert {c.backend for c in backends.choices()} == {"reference"}
 param = torch.ones(5, requires_grad=True)
 loss = (param * param).sum()
@@ -191,7 +193,7 @@ try:
     ops.sgd_(param, torch.ones(4), lr=0.5)
 except ValueError as error:
     assert "grad has shape [4], param has shape [5]" in str(error)
-torch.library.opcheck(torch.ops.lomo_kernels.sq_norm_.default, (torch.zeros(1).double(), torch.ones(3), None))
+torch.library.opcheck(torch.ops.lomo_kernels.sq_norm_.default, ([torch.zeros(1).double()], [torch.ones(3)], None))
 print(json.dumps(test_instruction_sets.digests()))
 """
 

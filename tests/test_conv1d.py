@@ -11,7 +11,8 @@ from textbook import Textbook
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lomo_kernels import Lomo, layers, tiled
+from lomo_kernels import Lomo, layers
+from lomo_kernels.composite import tiled
 
 transformers = pytest.importorskip("transformers", reason="Conv1D is a layer of Transformers")
 from transformers.pytorch_utils import Conv1D  # noqa: E402

@@ -18,9 +18,9 @@ from bench.results import ROOT
 from lomo_kernels import ops
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-#: Source: number of kernels in it. sgd: float32 parameters are not rounded, so 5 ways to round, times 3 dtypes of
-#: gradients; both: one kernel for a single tensor, one for short lists and one for long ones.
-KERNELS = {"sgd_kernel.cu": 5 * 3 * 3, "sq_norm_kernel.cu": 3 * 3}
+#: Source: number of kernels in it. update: 2 rules, times 5 ways to round, as float32 parameters are not rounded, times
+#: 3 dtypes of gradients; both: one kernel for a single tensor, one for short lists and one for long ones.
+KERNELS = {"update_kernel.cu": 2 * 5 * 3 * 3, "sq_norm_kernel.cu": 3 * 3}
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -118,7 +118,7 @@ def test_accesses_are_as_wide_as_can_be(ptx):
     for kernel, code in kernels.items():
         names = re.findall(r"7Float32|8BFloat16|7Float16", kernel)
         # The mangled name of a gradient of the parameter's dtype refers back to it.
-        param, grad = (names[0], names[-1]) if source == "sgd_kernel.cu" else (None, names[0])
+        param, grad = (names[0], names[-1]) if source == "update_kernel.cu" else (None, names[0])
         accesses = 4 if "7Float32" in (param, grad) else 2
 
         def width(name, accesses=accesses):
@@ -147,7 +147,7 @@ library.lomo_kernels_cuda_targets.restype = ctypes.c_char_p
 print(library.lomo_kernels_cuda_targets().decode())
 library.lomo_kernels_cuda_refusal.restype = ctypes.c_char_p
 print(library.lomo_kernels_cuda_refusal().decode())
-for name in ops.__all__:
+for name in ops.OPERATORS:
     print(torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", "CUDA"))
 """
 
@@ -165,7 +165,7 @@ def test_the_library_links_and_registers_nothing_without_a_gpu(nvcc, run_python,
     expected = [target for target in TARGETS if target in known.split()]
     assert targets.split() == [*expected, expected[-1].replace("sm_", "compute_")]
     assert refusal.startswith("CUDA says: ") and len(refusal) > 30
-    assert registered == ["False"] * len(ops.__all__)
+    assert registered == ["False"] * len(ops.OPERATORS)
 
 
 def test_what_is_wrong_is_refused(tmp_path):

@@ -17,6 +17,8 @@ from oracle import DTYPES, ROUNDINGS, assert_close_sum, assert_same_bits, name_o
 
 import lomo_kernels
 from lomo_kernels import reference
+from lomo_kernels.ops.scalars import vector
+from lomo_kernels.rules import RULES
 
 host = lomo_kernels_testing.cuda
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -50,28 +52,27 @@ def sgd_list(
     params,
     grads,
     *,
-    lr,
-    weight_decay=0.0,
-    inv_scale=1.0,
-    clip_value=math.inf,
-    clip_coef=1.0,
-    found_inf=0.0,
     slots=None,
     rounding="nearest",
     seed=0,
     ids=None,
-    step=0,
     shards=None,
+    rule="sgd",
+    on_device=False,
+    **numbers,
 ):
-    """`ops.sgd_list_` by the emulated kernels, without the operator around them."""
+    """`ops.sgd_list_` by the emulated kernels, without the operator around them. `on_device`: the kernels read the
+    vector of scalars."""
     n = len(params)
     parts = zip(params, grads, slots or [None] * n, ids or [0] * n, shards or [WHOLE] * n, strict=True)
-    host.sgd(
+    scalars = vector("test", torch.device("cpu"), numbers)
+    host.update(
         [(p.data_ptr(), CODES[p.dtype], gradient(g, slot), i, *shard) for p, g, slot, i, shard in parts],
-        [number(value) for value in (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)],
+        [math.nan] * 7 if on_device else scalars.tolist(),
+        scalars.data_ptr() if on_device else 0,
+        RULES[rule],
         rounding == "stochastic",
         seed,
-        *((0, step.data_ptr()) if isinstance(step, torch.Tensor) else (step, 0)),
     )
 
 
@@ -335,19 +336,17 @@ def test_nothing_is_launched_for_nothing():
 # ---- Scalars that the device reads ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", oracle.ARGUMENTS)
-def test_scalars_in_memory(name, dtype):
+def test_scalars_in_memory(name, rule):
     param, grad = oracle.param_of(TILE + 100, torch.bfloat16), oracle.grad_of(TILE + 100, torch.float16)
-    tensors = {key: torch.tensor(value, dtype=dtype) for key, value in oracle.ARGUMENTS[name].items()}
-    numbers = {key: value.item() for key, value in tensors.items()}
-    p, step = param.clone(), torch.tensor(2**40 + 1)
-    sgd_list([p], [grad], **tensors, rounding="stochastic", step=step)
-    expected = reference.updated(param, grad, **reference_arguments(numbers), stochastic=True, step=2**40 + 1)
-    assert_same_bits(p, expected)
-    if "found_inf" in tensors:
-        sgd_list([p], [grad], **tensors | {"found_inf": torch.tensor(1.0, dtype=dtype)})
-        assert_same_bits(p, expected)
+    numbers = oracle.ARGUMENTS[name] | {"step": 2**40 + 1}
+    p = param.clone()
+    sgd_list([p], [grad], **numbers, rule=rule, rounding="stochastic", on_device=True)
+    assert_same_bits(p, reference.updated(param, grad, **reference_arguments(numbers), rule=rule, stochastic=True))
+    before = p.clone()
+    sgd_list([p], [grad], **numbers | {"found_inf": 1.0}, rule=rule, on_device=True)
+    assert_same_bits(p, before)
 
 
 def test_found_inf_leaves_the_parameter_and_adds_the_norm():

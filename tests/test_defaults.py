@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import lomo_kernels
-from lomo_kernels import Lomo, ops, tiled
+from lomo_kernels import Lomo, ops
+from lomo_kernels.composite import tiled
 
 FACTORIES = {
     *("arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn"),

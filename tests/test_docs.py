@@ -159,7 +159,7 @@ FIGURES = {
     "AdamW, clip_grad_norm_": ["0.601"],
     "lomo_optim, clipping": ["1.69", "1.81"],
     "Lomo, clipping, two passes, fused": ["0.027"],
-    "Lomo, clipping, one pass, fused": ["1.03", "1.07"],
+    "Lomo, clipping, one pass, fused": ["1.03", "1.07", "1.10"],
     "sgd_ nearest": ["0.94", "0.57", "0.09"],
     "add_": ["0.76", "0.70", "0.38"],
     "Lomo, clipping, two passes, fused, simulated": ["15.08"],

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from oracle import ARGUMENTS, DTYPES, KEYS, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 from test_sgd import refused
 
-from lomo_kernels import backends, ops, reference, tiled
-from lomo_kernels.ops._arguments import step_tensor
-from lomo_kernels.ops.sgd import sgd_scalars
+from lomo_kernels import backends, ops, reference
+from lomo_kernels.composite import tiled
+from lomo_kernels.ops.scalars import vector
+from lomo_kernels.rules import RULES
 
 OPS = torch.ops.lomo_kernels
 #: Else the tiled form serves, or the reference.
@@ -40,24 +41,18 @@ def sgd(
     grads,
     padding,
     *,
-    lr,
-    weight_decay=0.0,
-    inv_scale=None,
-    clip_value=None,
-    clip_coef=None,
-    found_inf=None,
     sq_norm=None,
+    rule="sgd",
     rounding="nearest",
     seed=0,
     parameter_id=0,
-    step=0,
+    **numbers,
 ):
     """The operator or its tiled form, which take one padding_idx per pair."""
-    run = OPS.embedding_sgd_.default if form == "compiled" else tiled.embedding_sgd_
-    numbers = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
-    scalars = sgd_scalars("embedding_sgd_", weight.device, *numbers)
-    step = step_tensor("embedding_sgd_", step, weight.device)
-    run(weight, indices, grads, padding, *scalars, sq_norm, rounding == "stochastic", seed, parameter_id, step)
+    run = OPS.embedding_update_.default if form == "compiled" else tiled.embedding_update_
+    scalars = vector("embedding_update_", weight.device, numbers)
+    keys = (RULES[rule], rounding == "stochastic", seed, parameter_id, [])
+    run(weight, indices, grads, padding, scalars, sq_norm, *keys)
 
 
 def sq_norm(form, slot, indices, grads, padding, inv_scale=None):
@@ -621,10 +616,10 @@ def test_a_weight_that_shares_memory_with_a_gradient_is_refused():
     for grads in ([whole[2:5]], [torch.ones(3, 5), whole[5:8]], [whole[5, :1].expand(3, 5)]):
         call = functools.partial(ops.embedding_sgd_, whole[:6], [index] * len(grads), grads, lr=0.1)
         refused(call, [whole], RuntimeError, words, "embedding_sgd_")
-        lr, paddings = torch.tensor(0.1, dtype=torch.float64), [-1] * len(grads)
-        raw = (whole[:6], [index] * len(grads), grads, paddings, lr, *[None] * 6, False, 0, 0, None)
-        call = functools.partial(OPS.embedding_sgd_.default, *raw)
-        refused(call, [whole], RuntimeError, "weight and grad_output share memory", "embedding_sgd_")
+        scalars, paddings = vector("test", whole.device, {"lr": 0.1}), [-1] * len(grads)
+        raw = (whole[:6], [index] * len(grads), grads, paddings, scalars, None, 0, False, 0, 0, [])
+        call = functools.partial(OPS.embedding_update_.default, *raw)
+        refused(call, [whole], RuntimeError, "weight and grad_output share memory", "embedding_update_")
     ops.embedding_sgd_(whole[:6], index, whole[6:9], lr=0.1)
     assert (whole[3] != 1).all()
 
@@ -656,7 +651,9 @@ RAW = {
         "embedding_dim … 5 and 4 … one embedding",
     ),
     "slot of float32": ({"sq_norm": torch.zeros(1)}, "sq_norm … Float … Double"),
-    "lr of int64": ({"lr": torch.ones(1).long()}, "lr … Long … Double or Float"),
+    "scalars of int64": ({"scalars": torch.ones(7).long()}, "scalars … Long … 7 … Double"),
+    "no such rule": ({"rule": 99}, "rule is 99"),
+    "shard of two numbers": ({"shard": [0, 1]}, "shard has 2 numbers"),
 }
 
 
@@ -665,12 +662,13 @@ RAW = {
 def test_bad_input_to_the_operator_itself(name):
     change, words = RAW[name]
     good = {"weight": torch.ones(6, 5), "indices": [torch.tensor([0, 3, 3])], "grads": [torch.ones(3, 5)]}
-    a = good | {"padding": [-1], "lr": empty_slot(0.1), "sq_norm": empty_slot()} | change
+    good |= {"scalars": vector("test", torch.device("cpu"), {"lr": 0.1}), "rule": 0, "shard": []}
+    a = good | {"padding": [-1], "sq_norm": empty_slot()} | change
     pairs = (a["indices"], a["grads"], a["padding"])
-    tail = (a["lr"], *[None] * 5, a["sq_norm"], False, 0, 0, None)
-    call = functools.partial(OPS.embedding_sgd_.default, a["weight"], *pairs, *tail)
-    refused(call, [a["weight"], a["sq_norm"]], RuntimeError, words, "embedding_sgd_")
-    if not {"weight", "lr"} & set(change):
+    tail = (a["scalars"], a["sq_norm"], a["rule"], False, 0, 0, a["shard"])
+    call = functools.partial(OPS.embedding_update_.default, a["weight"], *pairs, *tail)
+    refused(call, [a["weight"], a["sq_norm"]], RuntimeError, words, "embedding_update_")
+    if not {"weight", "scalars", "rule", "shard"} & set(change):
         words = words.replace("sq_norm", "slot")
         call = functools.partial(OPS.embedding_sq_norm_.default, a["sq_norm"], *pairs, None)
         refused(call, [a["sq_norm"]], RuntimeError, words, "embedding_sq_norm_")

@@ -23,7 +23,8 @@ from textbook import Textbook
 from torch import Tensor, nn
 
 from bench.measure import SCRATCH, memory_of
-from lomo_kernels import Lomo, backends, ops, reference, tiled
+from lomo_kernels import Lomo, backends, ops, reference
+from lomo_kernels.composite import tiled
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from lomo_kernels import Lomo
-from lomo_kernels.layers import FusedLayer, takers
+from lomo_kernels.layers import FusedLayer, factor_sinks
 
 
 def kinds(model: nn.Module) -> list[type[nn.Module]]:
@@ -44,7 +44,7 @@ def test_nothing_shows_while_it_is_on_and_nothing_stays_when_it_is_off() -> None
     optimizer.remove()
     assert kinds(model) == before
     assert_same_bits(weights_of(model), state)
-    assert not takers
+    assert not factor_sinks
 
 
 @pytest.mark.parametrize("way", ["copy", "deepcopy", "pickle", "torch.save"])
@@ -94,7 +94,7 @@ def test_an_optimizer_that_is_dropped_leaves_plain_layers() -> None:
     optimizer = Lomo(model, lr=0.1, fused_layers=True)
     del optimizer
     gc.collect()
-    assert kinds(model) == plain and not takers
+    assert kinds(model) == plain and not factor_sinks
     with Lomo(model, lr=0.1, fused_layers=True):
         assert fused(model)
     assert kinds(model) == plain
@@ -109,7 +109,7 @@ def test_a_model_that_is_dropped_with_its_optimizer_is_freed() -> None:
     alive = weakref.ref(model.head.weight)
     del model, optimizer
     gc.collect()
-    assert alive() is None and not takers
+    assert alive() is None and not factor_sinks
 
 
 class Special(nn.Linear):

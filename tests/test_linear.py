@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from oracle import ARGUMENTS, DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 from torch.library import opcheck
 
-from lomo_kernels import backends, ops, reference, tiled
+from lomo_kernels import backends, ops, reference
+from lomo_kernels.composite import tiled
+from lomo_kernels.ops.scalars import vector
 
 CPU_KERNELS = backends.choice("CPU").backend == "cpu"
 needs_cpu_kernels = pytest.mark.skipif(not CPU_KERNELS, reason="the kernels of the cpu backend are not in force")
@@ -605,11 +607,13 @@ def test_bad_input_of_the_norm_is_refused_and_changes_nothing(name):
 def test_opcheck(tokens):
     x, gy = pair(tokens, 33, 65, torch.bfloat16)
     opcheck(OPS.linear_sq_norm_.default, (slot_on(), [x], [gy], torch.tensor([0.5], dtype=torch.float64)))
-    lr = torch.tensor([0.1], dtype=torch.float64)
     weight = torch.zeros(33, 65)
-    opcheck(OPS.linear_sgd_.default, (weight, [x, x], [gy, gy], lr, *[None] * 6, False, 0, 0, None))
-    everything = [lr, lr, lr, lr, lr, lr * 0, slot_on(), True, 1, 2, torch.tensor([3])]
-    opcheck(OPS.linear_sgd_.default, (weight.bfloat16(), [x], [gy], *everything))
+    scalars = vector("test", weight.device, {"lr": 0.1})
+    opcheck(OPS.linear_update_.default, (weight, [x, x], [gy, gy], scalars, None, 0, False, 0, 0, []))
+    names = ("lr", "weight_decay", "inv_scale", "clip_value", "clip_coef")
+    scalars = vector("test", weight.device, dict.fromkeys(names, 0.1) | {"step": 3})
+    everything = [scalars, slot_on(), 1, True, 1, 2, [3, 65, 70]]
+    opcheck(OPS.linear_update_.default, (weight.bfloat16(), [x], [gy], *everything))
 
 
 dimensions = st.integers(0, 70) | st.integers(0, 700)

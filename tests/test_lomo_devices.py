@@ -181,9 +181,9 @@ def spread(optimizer: Lomo, second: Callable[[int], bool]) -> None:
     """Gives some parameters scalars and slots of their own, as those on a second device have."""
     state = optimizer._training.state
     there = torch.device("meta")  # only a name
-    device = state.devices[there] = Device(CPU, len(optimizer._training.records))
-    for scalars in state.scalars:
-        scalars[there] = GroupScalars(CPU)
+    device = state.devices[there] = Device(CPU, len(optimizer._training.records), len(optimizer.param_groups))
+    for scalars, vector in zip(state.scalars, device.vectors, strict=True):
+        scalars[there] = GroupScalars(vector)
     groups = [index for index, group in enumerate(optimizer.param_groups) for _ in group["params"]]
     for record, group in zip(optimizer._training.records, groups, strict=True):
         if second(record.index):

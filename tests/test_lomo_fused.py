@@ -15,7 +15,7 @@ from textbook import Textbook, Textbook64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lomo_kernels import Lomo, reference
+from lomo_kernels import Lomo, numbers, reference
 from lomo_kernels.layers import FusedLayer
 
 RULES: dict[str, dict[str, Any]] = {
@@ -273,7 +273,7 @@ def test_16_bit_weights_are_rounded_once(dtype: torch.dtype, rule: str, rounding
                 weight_decay=RULES[rule].get("weight_decay", 0.0),
                 inv_scale=1 / 256.0,
                 clip_value=RULES[rule].get("clip_grad_value", float("inf")),
-                clip_coef=1.0 if clip is None else reference.clip_coefficient(norm.square(), clip).item(),
+                clip_coef=1.0 if clip is None else numbers.clip_coefficient(norm.square(), clip).item(),
                 stochastic=rounding == "stochastic",
                 seed=9,
                 parameter_id={0: 0, 1: 1, 3: 3}[index],

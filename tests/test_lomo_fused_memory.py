@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.measure import allocations, peak_of
-from lomo_kernels import Lomo, tiled
+from lomo_kernels import Lomo
+from lomo_kernels.composite import tiled
 from lomo_kernels.memory import Event, LiveBytes
 
 WIDTH = 1024
@@ -168,13 +169,13 @@ def kept_by(optimizer: Lomo, step: Callable[[], None]) -> int:
     """Bytes alive when backward has ended and the coefficient is formed."""
     step()
     at_the_end: list[int] = []
-    decide = optimizer._training.state.decide
+    finish_norm = optimizer._training.state.finish_norm
 
     def watched(clip: float | None) -> None:
         at_the_end.append(live.current)
-        decide(clip)
+        finish_norm(clip)
 
-    optimizer._training.state.decide = watched  # type: ignore[method-assign]
+    optimizer._training.state.finish_norm = watched  # type: ignore[method-assign]
     with LiveBytes() as live:
         step()
     return at_the_end[0]

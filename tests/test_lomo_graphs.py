@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lomo_kernels import Lomo
-from lomo_kernels.layers import takers
+from lomo_kernels.layers import factor_sinks
 
 WIDTH = 24  # weights larger than what is kept of one or two of their uses, and smaller than that of more
 VOCAB = 25
@@ -664,7 +664,7 @@ def test_an_optimizer_that_is_dropped_gives_the_layers_back(way: str) -> None:
     del optimizer
     gc.collect()
     assert [type(module) for module in model.modules()] == classes
-    assert not takers
+    assert not factor_sinks
     loss.backward()  # of a forward that was fused
     for param, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(param.grad, gradient)

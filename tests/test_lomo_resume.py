@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 import lomo_kernels
 from lomo_kernels import Lomo
-from lomo_kernels.layers import takers
+from lomo_kernels.layers import factor_sinks
 from lomo_kernels.optim import resume
 from lomo_kernels.optim.scaling import GROWTH_INTERVAL
 
@@ -168,7 +168,7 @@ def whole_state(optimizer: Lomo) -> dict[str, Any]:
         "hooks": [len(record.param._post_accumulate_grad_hooks or ()) for record in records],
         "handles": [handle.id for handle in attachment._handles],
         "fused": [id(reference()) for reference in attachment._fused],
-        "sinks": [*attachment._takers, sorted(takers)],
+        "sinks": [*attachment._factor_sinks, sorted(factor_sinks)],
     }
 
 

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from lomo_kernels import ops, reference
+from lomo_kernels.ops.scalars import vector
 
 OPS = torch.ops.lomo_kernels
 
@@ -24,93 +25,94 @@ def tensor(n, dtype=torch.float32, seed=0):
     return oracle.ordinary(n, dtype, seed)
 
 
+def scalars(**numbers):
+    return vector("test", torch.device("cpu"), {"lr": 0.1} | numbers)
+
+
+EVERY_SCALAR = {"weight_decay": 0.1, "inv_scale": 0.5, "clip_value": 1.0, "clip_coef": 0.7, "found_inf": 0.0, "step": 3}
+INDEX, GRAD = torch.tensor([[1, 3, 1], [0, 3, 2]]), torch.ones(2, 3, 5, dtype=torch.bfloat16)
+
 #: Name: (operator, arguments). Made anew for each test, since operators write to them.
 CASES = {
-    "sq_norm_": lambda: (OPS.sq_norm_, (slot(), tensor(40), None)),
-    "sq_norm_ scaled": lambda: (OPS.sq_norm_, (slot(), tensor(40, torch.bfloat16).view(5, 8).t(), number(0.5))),
-    "sq_norm_ empty": lambda: (OPS.sq_norm_, (slot(), tensor(0, torch.float16), None)),
-    "sq_norm_list_": lambda: (
-        OPS.sq_norm_list_,
+    "sq_norm_": lambda: (OPS.sq_norm_, ([slot()], [tensor(40)], None)),
+    "sq_norm_ scaled": lambda: (OPS.sq_norm_, ([slot()], [tensor(40, torch.bfloat16).view(5, 8).t()], number(0.5))),
+    "sq_norm_ empty": lambda: (OPS.sq_norm_, ([slot()], [tensor(0, torch.float16)], None)),
+    "sq_norm_ of two": lambda: (
+        OPS.sq_norm_,
         ([slot(), slot()], [tensor(40), tensor(3, torch.float16)], number(0.5, torch.float32)),
     ),
-    "sq_norm_list_ one": lambda: (OPS.sq_norm_list_, ([slot()], [tensor(40)], None)),
-    "sgd_": lambda: (OPS.sgd_, (tensor(40), tensor(40, seed=1), number(0.1), *[None] * 6, False, 0, 0, None, None)),
-    "sgd_ with a graph": lambda: (
-        OPS.sgd_,
-        (tensor(40).requires_grad_(), tensor(40, seed=1), number(0.1), *[None] * 6, False, 0, 0, None, None),
+    "update_": lambda: (OPS.update_, ([tensor(40)], [tensor(40, seed=1)], scalars(), [], 0, False, 0, [0], [])),
+    "update_ with a graph": lambda: (
+        OPS.update_,
+        ([tensor(40).requires_grad_()], [tensor(40, seed=1)], scalars(), [], 0, False, 0, [0], []),
     ),
-    "sgd_ with everything": lambda: (
-        OPS.sgd_,
+    "update_ with everything": lambda: (
+        OPS.update_,
         (
-            tensor(40, torch.bfloat16).view(5, 8),
-            tensor(40, seed=1).view(8, 5).t(),
-            number(0.1),
-            number(0.1),
-            number(0.5, torch.float32),
-            number(1.0),
-            number(0.7),
-            number(0.0),
-            slot(),
+            [tensor(40, torch.bfloat16).view(5, 8)],
+            [tensor(40, seed=1).view(8, 5).t()],
+            scalars(**EVERY_SCALAR),
+            [slot()],
+            1,
             True,
             1,
-            2,
-            torch.tensor(3),
+            [2],
             [4, 5, 6],
         ),
     ),
-    "sgd_ empty": lambda: (
-        OPS.sgd_,
-        (tensor(0, torch.float16), tensor(0), number(0.1), *[None] * 6, True, 0, 0, torch.tensor([3]), None),
+    "update_ empty": lambda: (
+        OPS.update_,
+        ([tensor(0, torch.float16)], [tensor(0)], scalars(step=3), [], 1, True, 0, [0], []),
     ),
-    "sgd_list_": lambda: (
-        OPS.sgd_list_,
+    "update_ of two": lambda: (
+        OPS.update_,
         (
             [tensor(40, torch.float16), tensor(6)],
             [tensor(40, seed=1), tensor(6, torch.bfloat16)],
-            number(0.1),
-            *[None] * 4,
-            number(0.0),
+            scalars(step=3),
             [slot(), slot()],
+            0,
             True,
             1,
             [0, 1],
-            torch.tensor(3),
             [0, 5, 8, 0, 6, 6],
         ),
     ),
-    "sgd_list_ bare": lambda: (
-        OPS.sgd_list_,
-        ([tensor(40)], [tensor(40, seed=1)], number(0.1), *[None] * 5, [], False, 0, [0], None, []),
+    "linear_sq_norm_": lambda: (OPS.linear_sq_norm_, (slot(), [GRAD], [GRAD[..., :2]], number(0.5))),
+    "linear_update_": lambda: (
+        OPS.linear_update_,
+        (tensor(10).view(2, 5), [GRAD, GRAD], [GRAD[..., :2]] * 2, scalars(), slot(), 1, False, 0, 0, [3, 5, 7]),
     ),
-}
-
-INDEX, GRAD = torch.tensor([[1, 3, 1], [0, 3, 2]]), torch.ones(2, 3, 5, dtype=torch.bfloat16)
-CASES |= {
     "embedding_sq_norm_": lambda: (OPS.embedding_sq_norm_, (slot(), [INDEX], [GRAD], [-1], None)),
     "embedding_sq_norm_ of two": lambda: (
         OPS.embedding_sq_norm_,
         (slot(), [INDEX.t().int(), INDEX[0]], [GRAD.transpose(0, 1), GRAD[0].float()], [3, -1], number(0.5)),
     ),
-    "embedding_sgd_": lambda: (
-        OPS.embedding_sgd_,
-        (tensor(20).view(4, 5), [INDEX], [GRAD], [-1], number(0.1), *[None] * 6, False, 0, 0, None),
+    "embedding_update_": lambda: (
+        OPS.embedding_update_,
+        (tensor(20).view(4, 5), [INDEX], [GRAD], [-1], scalars(), None, 0, False, 0, 0, []),
     ),
-    "embedding_sgd_ with everything": lambda: (
-        OPS.embedding_sgd_,
+    "embedding_update_ with everything": lambda: (
+        OPS.embedding_update_,
         (
             tensor(20, torch.bfloat16).view(5, 4).t().requires_grad_(),
             [INDEX.t().int(), INDEX[0]],
             [GRAD.transpose(0, 1), GRAD[0].float()],
             [3, -1],
-            *[number(0.1), number(0.1), number(0.5, torch.float32), number(1.0), number(0.7), number(0.0)],
+            scalars(**EVERY_SCALAR),
             slot(),
+            1,
             True,
             1,
             2,
-            torch.tensor(3),
+            [3, 5, 7],
         ),
     ),
 }
+
+
+def test_every_operator_is_checked():
+    assert {name.split()[0] for name in CASES} == set(ops.OPERATORS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -120,11 +122,11 @@ def test_opcheck(name):
     opcheck(op.default, arguments)
 
 
-@pytest.mark.parametrize("name", ["sq_norm_", "sq_norm_list_", "sgd_", "sgd_list_"])
+@pytest.mark.parametrize("name", ops.OPERATORS)
 def test_the_schema_tells_what_is_mutated(name):
     mutated = [a.name for a in getattr(OPS, name).default._schema.arguments if a.alias_info and a.alias_info.is_write]
-    written = {"sq_norm_": ["slot"], "sq_norm_list_": ["slots"], "sgd_": ["param", "sq_norm"]}
-    assert mutated == written.get(name, ["params", "sq_norm"])
+    written = {"sq_norm_": ["slots"], "update_": ["params", "sq_norm"]}
+    assert mutated == written.get(name, ["slot"] if "norm" in name else ["weight", "sq_norm"])
 
 
 # ---- Without data ---------------------------------------------------------------------------------------------------
@@ -143,6 +145,7 @@ def refuse_all(empty):
     """Bad calls on tensors that `empty(*shape, dtype)` makes: the checks need no data."""
     param, grad, short = empty(4, 5), empty(4, 5, dtype=torch.bfloat16), empty(2, 5)
     slot, slots = empty(1, dtype=torch.float64), empty(2, dtype=torch.float64)
+    vector = empty(7, dtype=torch.float64)
     for call in (
         lambda: ops.sgd_(param, short, lr=0.1),
         lambda: ops.sgd_(param, slots, lr=0.1),
@@ -150,12 +153,13 @@ def refuse_all(empty):
         lambda: ops.sgd_list_([param], [], lr=0.1),
         lambda: ops.sq_norm_(slots, grad),
         lambda: ops.sq_norm_list_([slot], [grad, grad]),
-        lambda: OPS.sgd_(param, short, slot, *[None] * 6, False, 0, 0, None, None),
-        lambda: OPS.sgd_list_([param], [grad, grad], slot, *[None] * 5, [], False, 0, [0], None, []),
-        lambda: OPS.sq_norm_(slots, grad, None),
-        lambda: OPS.sq_norm_list_([slot], [grad, grad], None),
+        lambda: OPS.update_([param], [short], vector, [], 0, False, 0, [0], []),
+        lambda: OPS.update_([param], [grad], slot, [], 0, False, 0, [0], []),
+        lambda: OPS.update_([param], [grad, grad], vector, [], 0, False, 0, [0], []),
+        lambda: OPS.sq_norm_([slots], [grad], None),
+        lambda: OPS.sq_norm_([slot], [grad, grad], None),
     ):
-        with pytest.raises((TypeError, ValueError), match=r"(sgd|sq_norm)_"):
+        with pytest.raises((TypeError, ValueError), match=r"(sgd|sq_norm|update)_"):
             call()
 
 

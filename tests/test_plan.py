@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.measure import SCRATCH, allocations, peak_of, peak_on_gpu
-from lomo_kernels import Lomo, tiled
+from lomo_kernels import Lomo
+from lomo_kernels.composite import tiled
 from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.optim import repeat
 from lomo_kernels.optim.records import SMALL_BYTES

@@ -12,7 +12,8 @@ import test_sgd
 import test_sq_norm
 import torch
 
-from lomo_kernels import ops, reference
+from lomo_kernels import numbers, ops, reference
+from lomo_kernels.ops.scalars import vector
 
 SQ_NORM = ops.sq_norm_
 TINY = torch.finfo(torch.float32).smallest_normal
@@ -73,7 +74,7 @@ def updated(
             keys[name] = 0
         if defect == f"{name} has 32 bits":
             keys[name] &= 0xFFFFFFFF
-    stream = reference.stream_key(**keys) if rounding == "stochastic" else None
+    stream = numbers.stream_key(**keys) if rounding == "stochastic" else None
     new = reference.round_to(p, param.dtype, stream, index.view(param.shape))
     if defect == "nearest cuts bits off" and rounding == "nearest" and param.dtype == torch.bfloat16:
         new = reference.round_bfloat16(p, torch.zeros_like(index).view(param.shape))
@@ -295,6 +296,6 @@ def test_a_defect_of_sq_norm_is_noticed(monkeypatch, defect, test, arguments):
 
 def test_without_the_wrapper_nothing_bumps_the_version_counter():
     """torch's operator alone does not, which is why the tests of the counter are worth having."""
-    param, lr = torch.ones(5), torch.tensor(0.1)
-    torch.ops.lomo_kernels.sgd_.default(param, torch.ones(5), lr, *[None] * 6, False, 0, 0, None, None)
+    param, scalars = torch.ones(5), vector("test", torch.device("cpu"), {"lr": 0.1})
+    torch.ops.lomo_kernels.update_.default([param], [torch.ones(5)], scalars, [], 0, False, 0, [0], [])
     assert param._version == 0 and (param != 1).all()

@@ -314,7 +314,7 @@ def test_bad_lists_are_refused_and_change_nothing(name):
     assert (vector == 1).all()
 
 
-#: Name: (slot, grad, inv_scale) of `torch.ops.lomo_kernels.sq_norm_.default`.
+#: Name: (slot, grad, inv_scale), two of them in lists, of `torch.ops.lomo_kernels.sq_norm_.default`.
 RAW = {
     "slot of float32": (torch.zeros(1), torch.ones(3), None),
     "slot of no element": (torch.zeros(0).double(), torch.ones(3), None),
@@ -345,20 +345,18 @@ def test_what_is_no_list_is_refused(slots, grads, words):
 
 @pytest.mark.skipif(PLAIN_TORCH, reason="plain torch has only the wrappers' checks")
 @pytest.mark.parametrize("name", RAW)
-def test_the_raw_operators_refuse_bad_input(name):
+def test_the_raw_operator_refuses_bad_input(name):
     """Whoever calls torch.ops directly gets an exception, not a crash."""
     slot, grad, inv_scale = RAW[name]
     with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.ops.lomo_kernels.sq_norm_.default(slot, grad, inv_scale)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.ops.lomo_kernels.sq_norm_list_.default([slot], [grad], inv_scale)
+        torch.ops.lomo_kernels.sq_norm_.default([slot], [grad], inv_scale)
     assert (slot == 0).all()
 
 
 @pytest.mark.skipif(PLAIN_TORCH, reason="plain torch has only the wrappers' checks")
-def test_the_raw_list_operator_refuses_lists_of_different_lengths():
-    with pytest.raises(RuntimeError, match="sq_norm_list_"):
-        torch.ops.lomo_kernels.sq_norm_list_.default([torch.zeros(1).double()], [torch.ones(3)] * 2, None)
+def test_the_raw_operator_refuses_lists_of_different_lengths():
+    with pytest.raises(RuntimeError, match="sq_norm_"):
+        torch.ops.lomo_kernels.sq_norm_.default([torch.zeros(1).double()], [torch.ones(3)] * 2, None)
 
 
 # ---- Anything -------------------------------------------------------------------------------------------------------

@@ -6,35 +6,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from lomo_kernels import gram, reference, tiled
-from lomo_kernels.layers import Pair
+from lomo_kernels import reference
+from lomo_kernels.composite import gram, tiled
+from lomo_kernels.layers import Factors
+from lomo_kernels.ops.scalars import vector
 from lomo_kernels.optim.terms import Terms
 
 VOCAB, WIDTH = 700, 130
 
 
-def pairs(dtype: torch.dtype, tokens: int, seed: int = 0, embeddings: int = 2) -> list[Pair]:
+def pairs(dtype: torch.dtype, tokens: int, seed: int = 0, embeddings: int = 2) -> list[Factors]:
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    head = Pair(randn(tokens, WIDTH), randn(tokens, VOCAB), None)
+    head = Factors(randn(tokens, WIDTH), randn(tokens, VOCAB), None)
     tables = []
     for padding in (-1, 3)[:embeddings]:
         index = torch.randint(12, (2, tokens), generator=generator)  # many of them more than once
-        tables.append(Pair(index, randn(2, tokens, WIDTH), padding))
+        tables.append(Factors(index, randn(2, tokens, WIDTH), padding))
     return [head, *tables]
 
 
-def gradient(parts: list[Pair]) -> Tensor:
+def gradient(parts: list[Factors]) -> Tensor:
     (head, *tables) = parts
     return reference.linear_gradient([head.input], [head.grad_output]).double() + reference.embedding_gradient(
         VOCAB, [t.input for t in tables], [t.grad_output for t in tables], [t.padding_idx for t in tables]
     )
 
 
-def norm_of(parts: list[Pair], inv_scale: float | None = None) -> float:
+def norm_of(parts: list[Factors], inv_scale: float | None = None) -> float:
     slot = torch.zeros(1, dtype=torch.float64)
     scale = None if inv_scale is None else torch.tensor(inv_scale, dtype=torch.float64)
     Terms(parts, None).sq_norm_(slot, torch.empty(VOCAB, WIDTH), scale)
@@ -72,7 +74,7 @@ def test_where_the_parts_cancel_tiles_take_over(monkeypatch: pytest.MonkeyPatch)
     few[:, :12] = head.grad_output[:, :12]
     head = head._replace(grad_output=few)
     full = reference.linear_gradient([head.input], [few])
-    table = Pair(torch.arange(VOCAB), -full * (1 - 1e-2), -1)
+    table = Factors(torch.arange(VOCAB), -full * (1 - 1e-2), -1)
     exact = gradient([head, table]).square().sum().item()
     assert norm_of([head, table]) == pytest.approx(exact, rel=1e-4)  # float32 leaves five digits of the difference
     assert used
@@ -107,9 +109,8 @@ def test_the_update_is_that_of_the_sum(dtype: torch.dtype, beside: bool, monkeyp
     weight = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
     before = weight.clone()
     slot = torch.zeros(1, dtype=torch.float64)
-    number = [torch.tensor(value, dtype=torch.float64) for value in (0.1, 0.2, 0.5, 3.0)]
-    step = torch.tensor(4)
-    Terms(parts, grad).sgd_(weight, *number, None, None, slot, True, 7, 3, step)
+    numbers = {"lr": 0.1, "weight_decay": 0.2, "inv_scale": 0.5, "clip_value": 3.0, "step": 4}
+    Terms(parts, grad).update_(weight, vector("test", weight.device, numbers), slot, 0, True, 7, 3, [])
     options = {"lr": 0.1, "weight_decay": 0.2, "inv_scale": 0.5, "clip_value": 3.0, "stochastic": True}
     expected = reference.updated(before, total.float(), **options, seed=7, parameter_id=3, step=4)
     if dtype is torch.bfloat16:

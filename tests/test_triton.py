@@ -141,15 +141,19 @@ def source(kernel, pointers, constants, aligned=True):
     return triton_source(kernel, pointers, constants, unaligned=() if aligned else ("param", "grad"))
 
 
-def update(p, g, stochastic, *, gpu=90, rows=False, pairs=True, norm=False, clamp=False, aligned=True, listed=False):
-    constants = {"P": TYPES[p], "G": TYPES[g], "STOCHASTIC": stochastic, "ROWS": rows, "PAIRS": pairs}
+def update(
+    p, g, stochastic, *, gpu=90, rows=False, pairs=True, norm=False, clamp=False, aligned=True, listed=False, rule=0
+):
+    constants = {"P": TYPES[p], "G": TYPES[g], "RULE": rule, "STOCHASTIC": stochastic, "ROWS": rows, "PAIRS": pairs}
     constants |= {"NORM": norm, "CLAMP": clamp, "BLOCK": BLOCK, "ALIGNED": aligned and listed}
     constants |= FORMS["list" if listed else "single"]
     pointers = POINTERS | {"param": f"*{p}", "grad": f"*{g}"}
     if not norm:
         constants |= {"partials": None, "counters": None}
     if listed:
-        options = sgd.list_constants(ELEMENTS[p], ELEMENTS[g], stochastic, aligned, gpu=gpu, clamp=clamp, norm=norm)
+        options = sgd.list_constants(
+            ELEMENTS[p], ELEMENTS[g], stochastic, aligned, gpu=gpu, rule=rule, clamp=clamp, norm=norm
+        )
         assert {key: options.pop(key) for key in constants if key in options} == {
             key: value for key, value in constants.items() if value is not None
         }

@@ -57,9 +57,9 @@ def product_constants(g, tile, gpu, aligned):
     return constants | {"WIDEN": linear.widened(DTYPES[g], gpu), "TOKENS": None}
 
 
-def update(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True):
+def update(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True, rule=0):
     tile = linear.tile_of(DTYPES[g], gpu, aligned)
-    constants = {"P": TYPES[p], "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": pairs, "NORM": norm}
+    constants = {"P": TYPES[p], "RULE": rule, "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": pairs, "NORM": norm}
     constants |= {"PARTS": tile.parts} | product_constants(g, tile, gpu, aligned)
     if not norm:
         constants |= {"partials": None, "counter": None}
@@ -87,8 +87,9 @@ def lengths_of(gpu, g):
     return source(linear.lengths_kernel, POINTERS | {"x": f"*{g}"}, constants), launch.options(4), None
 
 
-def embedded(gpu, p, g, stochastic, *, norm=False, clamp=False, pairs=True, aligned=True, decay=False):
-    constants = {"P": TYPES[p], "G": TYPES[g], "CLAMP": clamp, "STOCHASTIC": stochastic, "PAIRS": pairs, "NORM": norm}
+def embedded(gpu, p, g, stochastic, *, rule=0, norm=False, clamp=False, pairs=True, aligned=True, decay=False):
+    constants = {"P": TYPES[p], "G": TYPES[g], "RULE": rule, "ROWS": False, "CLAMP": clamp, "STOCHASTIC": stochastic}
+    constants |= {"PAIRS": pairs, "NORM": norm}
     constants |= {
         "ALIGNED": aligned,
         "DECAY": decay,

@@ -42,8 +42,10 @@ class Textbook:
         loss_scale: float | str | None = None,
         clip_passes: str = "two",
         groups: Sequence[tuple[list[str], dict[str, Any]]] | None = None,
+        rule: str = "sgd",
     ) -> None:
         self.model = copy.deepcopy(model)
+        self.rule = rule
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value}
         named = dict(self.model.named_parameters())
         self.groups = [
@@ -103,6 +105,7 @@ class Textbook:
                         inv_scale=1.0 / self.loss_scale,
                         clip_value=math.inf if group["clip_grad_value"] is None else group["clip_grad_value"],
                         clip_coef=coefficient,
+                        rule=self.rule,
                         stochastic=self.stochastic,
                         seed=self.seed,
                         parameter_id=index,

@@ -11,6 +11,8 @@ import triton.language as tl
 from oracle import DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 
 from lomo_kernels import backends, ops, reference
+from lomo_kernels.ops.scalars import vector
+from lomo_kernels.rules import RULES
 from lomo_kernels.triton import launch, numerics, sgd, sq_norm
 from lomo_kernels.triton.numerics import BLOCK, add_to_slot, float_of, fold, is_ordinary, nearest, ordinary, stochastic
 
@@ -144,17 +146,16 @@ def test_ordinary_float16_numbers():
 
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("hiding", [{"clip_value": 1.0}, {"rule": "sign"}], ids=["clamp", "sign"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
-def test_a_clamp_does_not_hide_what_is_not_finite(dtype, bad, norm):
+def test_nothing_hides_what_is_not_finite(dtype, hiding, bad, norm):
     """From a decision for a whole block, all of whose other numbers are ordinary."""
     param = torch.full((BLOCK,), 0.3, dtype=dtype)
     grad = torch.full((BLOCK,), 2.0, dtype=dtype)
     grad[BLOCK // 3] = bad
-    more = {"sq_norm": slots_of(1)} if norm else {}
-    updated = param.clone()
-    ops.sgd_(updated, grad, lr=0.03, clip_value=1.0, rounding="stochastic", **more)
-    assert_same_bits(updated, reference.updated(param, grad, lr=0.03, clip_value=1.0, stochastic=True))
-    assert updated[BLOCK // 3] == param[0]
+    arguments = {"lr": 0.03, "rounding": "stochastic", **hiding}
+    updated = made(param, grad, **arguments, **({"sq_norm": slots_of(1)} if norm else {}))
+    assert updated[BLOCK // 3] == param[0] and (updated != param[0]).sum() == BLOCK - 1
 
 
 # ---- Elements far from the first -------------------------------------------------------------------------------------
@@ -171,18 +172,11 @@ def test_elements_beyond_32_bits(dtype, far):
     addresses = [t.data_ptr() - far * t.element_size() for t in (param, grad)]
     key = launch.parameter_key(3, 0)
     row = [*addresses, 0, far + n, -(far // BLOCK), key, 0, 2**62, 2**62]
-    numbers, kinds = launch.scalars("sgd_", param.device, [("", torch.tensor(0.03).double(), 0.0)])
-    zero, one, infinity = launch.scalars("", param.device, [("", None, x) for x in (0.0, 1.0, math.inf)])[0]
+    step = launch.step_scalars("", vector("", param.device, {"lr": 0.03}), param.device)
     sgd.sgd_kernel[(2,)](
         *(None, None, 0),
-        numbers[0],
-        zero,
-        one,
-        infinity,
-        one,
-        zero,
-        0,
-        kinds,
+        *step.arguments,
+        step.kinds,
         *(0, 0, 0, 0, 0),
         torch.tensor([*row, 0, 0]),
         launch.COLUMNS.value,
@@ -191,6 +185,7 @@ def test_elements_beyond_32_bits(dtype, far):
         None,
         P=launch.TYPES[dtype],
         G=launch.TYPES[dtype],
+        RULE=0,
         ALIGNED=True,
         CLAMP=False,
         STOCHASTIC=stochastic,
@@ -476,11 +471,42 @@ def test_workspaces_made_in_inference_mode_serve_outside_of_it():
 # ---- Scalars ---------------------------------------------------------------------------------------------------------
 
 
-def test_scalars_that_are_not_read_by_the_host():
-    """Under the interpreter every tensor with a dimension, or of float32, is used by its address, as on a GPU."""
-    given = [("a", torch.tensor(0.1).double(), 0.0), ("b", torch.ones(1), 0.0), ("c", None, math.inf)]
-    given += [("d", torch.ones(1).double(), 0.0), ("step", torch.ones(1).long(), 0)]
-    numbers, kinds = launch.scalars("", torch.device("cpu"), given)
-    assert kinds == 0b01_01_00_10_00
-    assert numbers[0] == torch.tensor(0.1).double().view(torch.int64).item()
-    assert numbers[1:2] + numbers[3:4] == [given[1][1].data_ptr(), given[3][1].data_ptr()]
+def test_a_vector_is_read_by_the_host_or_by_its_address(monkeypatch):
+    cpu = torch.device("cpu")
+    given = vector("", cpu, {"lr": 0.1, "step": 2**40})
+    bits = given.view(torch.int64).tolist()
+    assert launch.step_scalars("", given, cpu) == (bits, 0, False, False)
+    assert launch.step_scalars("", vector("", cpu, {"lr": 0.1, "clip_value": 1.0}), cpu).clamps
+    assert launch.step_scalars("", vector("", cpu, {"lr": 0.1, "weight_decay": 1.0}), cpu).decays
+    monkeypatch.setattr(launch, "by_address", True)
+    addresses = [given.data_ptr() + 8 * i for i in range(7)]
+    assert launch.step_scalars("", given, cpu) == (addresses, 0b01_01_01_01_01_01_01, True, True)
+    number = torch.tensor(0.5)
+    assert launch.inv_scale("", number, cpu) == (number.data_ptr(), 2)
+    assert launch.inv_scale("", number.double(), cpu)[1] == 1
+
+
+@pytest.fixture(params=[False, True], ids=["numbers", "addresses"])
+def by_address(request, monkeypatch):
+    monkeypatch.setattr(launch, "by_address", request.param)
+
+
+@pytest.mark.usefixtures("by_address")
+@pytest.mark.parametrize("alone", [False, True], ids=["table", "alone"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_every_rule_with_and_without_a_table(dtype, rule, alone, monkeypatch):
+    if alone:
+        monkeypatch.setattr(launch, "LIST_BYTES", 0)
+    n = BLOCK + 77
+    shards = ((0, n, n), (2**33 - 70, n, n), (5, 7, 9))
+    for rounding, norm, name in itertools.product(ROUNDINGS, (False, True), ("lr", "clip_value", "all")):
+        for i, shard in enumerate(shards):
+            given = oracle.ARGUMENTS[name] | {"rounding": rounding, "shard": shard, "step": 2**40, "seed": i}
+            param, grad = oracle.param_of(n + i, dtype)[i:], oracle.grad_of(n + i, torch.float16)[i:]
+            expected = reference.updated(param, grad, **oracle.reference_arguments(given), rule=rule)
+            slots = slots_of(2)
+            ops.sgd_(param, grad, **given, rule=rule, sq_norm=slots[0] if norm else None)
+            assert_same_bits(param, expected, given)
+            ops.sq_norm_(slots[1], grad, inv_scale=given.get("inv_scale"))
+            assert not norm or torch.equal(slots[0].nan_to_num(1.0), slots[1].nan_to_num(1.0))

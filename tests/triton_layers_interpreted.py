@@ -13,6 +13,8 @@ import torch
 from oracle import ARGUMENTS, DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 
 from lomo_kernels import backends, ops, reference
+from lomo_kernels.ops.scalars import vector
+from lomo_kernels.rules import RULES
 from lomo_kernels.triton import embedding, launch, linear
 
 assert backends.choice("CPU").backend == "triton" and launch.INTERPRETED
@@ -90,18 +92,19 @@ def test_every_tile_is_done_once(shape):
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
-@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
-def test_linear_sgd_with_every_argument(arguments, tensors):
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("by_address", [False, True], ids=["numbers", "addresses"])
+def test_linear_sgd_with_every_argument(arguments, by_address, rule, monkeypatch):
+    monkeypatch.setattr(launch, "by_address", by_address)
     factors = factors_of((40, 130, 20), torch.bfloat16)
     gradient = linear_gradient(*factors)
     arguments = ARGUMENTS[arguments]
-    given = {k: torch.tensor([v], dtype=torch.float64) for k, v in arguments.items()} if tensors else arguments
     for weight_dtype in DTYPES:
         for rounding in ROUNDINGS:
             before = matrix(130, 20, weight_dtype, 2)
             weight = before.clone()
-            ops.linear_sgd_(weight, *factors, **given, rounding=rounding, step=torch.tensor([5]) if tensors else 5)
-            stochastic = {"stochastic": rounding == "stochastic", "step": 5}
+            ops.linear_sgd_(weight, *factors, **arguments, rounding=rounding, step=5, rule=rule)
+            stochastic = {"stochastic": rounding == "stochastic", "step": 5, "rule": rule}
             assert_same_bits(
                 weight, reference.updated(before, gradient, **reference_arguments(arguments), **stochastic)
             )
@@ -205,7 +208,8 @@ def test_linear_sgd_refuses_a_weight_that_is_read_or_written_twice():
         ops.linear_sgd_(memory[:30].view(5, 6), memory[20:44].view(4, 6), gy, lr=1.0)
     assert (memory == 1).all()
     with pytest.raises((TypeError, ValueError, RuntimeError), match="expected"):
-        torch.ops.lomo_kernels.linear_sgd_(memory[:25].view(5, 5), [x], [gy], *[None] * 7, False, 0, 0, None)
+        scalars = vector("", memory.device, {"lr": 1.0})
+        torch.ops.lomo_kernels.linear_update_(memory[:25].view(5, 5), [x], [gy], scalars, None, 0, False, 0, 0, [])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -305,12 +309,12 @@ def test_norms_that_triton_cannot_compile_go_by_tiles(monkeypatch):
     x, gy = factors_of((20, 40, 30), torch.float32)
     done = []
     monkeypatch.setattr(linear, "sums_products", lambda *_: False)
-    for name in ("linear_sgd_", "linear_sq_norm_"):
+    for name in ("linear_update_", "linear_sq_norm_"):
         monkeypatch.setattr(linear.tiled, name, lambda *_, name=name: done.append(name))
     ops.linear_sq_norm_(slot_of(), x, gy)
     ops.linear_sgd_(torch.zeros(40, 30), x, gy, lr=0.1, sq_norm=slot_of())
     ops.linear_sgd_(torch.zeros(40, 30), x, gy, lr=0.1)
-    assert done == ["linear_sq_norm_", "linear_sgd_"]
+    assert done == ["linear_sq_norm_", "linear_update_"]
 
 
 @pytest.mark.parametrize("gpu", [0, 75, 80, 90, 100, 103, 120])

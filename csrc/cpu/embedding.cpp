@@ -1,4 +1,4 @@
-// embedding_sgd_ and embedding_sq_norm_ on CPU tensors. What they do is documented in lomo_kernels/ops/embedding.py.
+// embedding_update_ and embedding_sq_norm_ on CPU tensors. What they do is documented in lomo_kernels/ops/embedding.py.
 //
 // Tokens are sorted by the row they looked up. Then one row's gradient after the other is summed, a tile at a time, and
 // is used up: nothing is as large as the weight, or as all tokens' gradients.
@@ -6,7 +6,7 @@
 
 #include <numeric>
 
-#include "../overlap.h"
+#include "../update.h"
 #include "step.h"
 #include "traverse.h"
 
@@ -189,6 +189,7 @@ Weight weight_of(const Tensor& weight, const Gradient& g, const char* op) {
 struct Updater {
   const Weight& weight;
   const Step& step;
+  const Shard& shard;
   uint64_t key;
 
   void operator()(int64_t row, int64_t column, int64_t n, DType grad_dtype, const void* grad) const {
@@ -197,8 +198,13 @@ struct Updater {
     char* place = weight.view.at(row * weight.row_stride + column * stride);
     alignas(64) char buffer[kTile * 4];
     void* elements = const_cast<void*>(gathered(place, stride, n, size, buffer));
-    kernels().update[dtype][grad_dtype][step.stochastic](elements, grad, n, step.scalars,
-                                                         {key, static_cast<uint64_t>(row * weight.columns + column)});
+    const int64_t begin = row * weight.columns + column;
+    for_each_run(shard, begin, n, [&](int64_t first, int64_t length, uint64_t index) {
+      const int64_t i = first - begin;
+      kernels().update[step.rule][dtype][grad_dtype][step.stochastic](
+          static_cast<char*>(elements) + i * size,
+          static_cast<const char*>(grad) + i * (grad_dtype == kFloat32 ? 4 : 2), length, step.scalars, {key, index});
+    });
     if (elements != buffer) return;
     for (int64_t i = 0; i < n; ++i) std::copy_n(buffer + i * size, size, place + i * stride * size);
   }
@@ -207,8 +213,10 @@ struct Updater {
 // Whether an update with a zero gradient may change an element. p * 1 - (+0) is p, -0 and NaN included (but for a
 // signalling NaN, which arithmetic would make quiet), and rounding changes nothing as no bits are cut. What could come
 // instead of +0 shows on -0: -0 (of lr = -0, say) makes it +0, and a NaN or another number is none.
-bool reaches_every_row(const Scalars& s) {
-  return s.decay != 1.0f || bits_of(updated(-0.0f, 0.0f * s.inv_scale, s)) != bits_of(-0.0f);
+bool reaches_every_row(const Scalars& s, int rule) {
+  uint32_t bits = 0;
+  Rules::with(rule, [&](auto r) { bits = bits_of(updated<decltype(r)>(-0.0f, 0.0f * s.inv_scale, s)); });
+  return s.decay != 1.0f || bits != bits_of(-0.0f);
 }
 
 // The rows that no token looked up: a zero gradient.
@@ -244,22 +252,20 @@ void embedding_sq_norm_(const Tensor& slot, const std::vector<Tensor>& indices, 
   *sum += sum_over_rows(g, [&](int64_t, int64_t, int64_t n, const float* grad) { return sum_squares(grad, n, scale); });
 }
 
-void embedding_sgd_(const Tensor& weight_tensor, const std::vector<Tensor>& indices,
-                    const std::vector<Tensor>& grad_outputs, const std::vector<int64_t>& padding_idx, const Tensor& lr,
-                    const std::optional<Tensor>& weight_decay, const std::optional<Tensor>& inv_scale,
-                    const std::optional<Tensor>& clip_value, const std::optional<Tensor>& clip_coef,
-                    const std::optional<Tensor>& found_inf, const std::optional<Tensor>& sq_norm, bool stochastic,
-                    int64_t seed, int64_t parameter_id, const std::optional<Tensor>& step_tensor) {
-  const char* op = "embedding_sgd_";
-  const Step step =
-      step_from(lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, stochastic, seed, step_tensor, op);
+void embedding_update_(const Tensor& weight_tensor, const std::vector<Tensor>& indices,
+                       const std::vector<Tensor>& grad_outputs, const std::vector<int64_t>& padding_idx,
+                       const Tensor& scalars, const std::optional<Tensor>& sq_norm, int64_t rule, bool stochastic,
+                       int64_t seed, int64_t parameter_id, const std::vector<int64_t>& shard_numbers) {
+  const char* op = "embedding_update_";
+  const Step step = step_from(scalars, rule, stochastic, seed, op);
+  const Shard shard = shard_of(shard_numbers.data(), shard_numbers.size(), op);
   LOMO_CHECK(weight_tensor.dim() == 2, op, ": weight has shape ", shape_of(weight_tensor),
              ", expected [num_embeddings, embedding_dim]");
   const Gradient g = gradient_of(indices, grad_outputs, padding_idx, weight_tensor.size(0), op);
   const Weight weight = weight_of(weight_tensor, g, op);
   double* slot = sq_norm ? slot_of(*sq_norm, kCPU, op, "sq_norm") : nullptr;
   if (step.found_inf && !slot) return;
-  const Updater update{weight, step, stochastic ? stream_key(seed, parameter_id, step.step) : 0};
+  const Updater update{weight, step, shard, stochastic ? stream_key(seed, parameter_id, step.step) : 0};
   const auto sum_squares = kernels().sum_squares[kFloat32];
   const double sum = sum_over_rows(g, [&](int64_t row, int64_t column, int64_t n, const float* grad) {
     const double squares = slot ? sum_squares(grad, n, step.scalars.inv_scale) : 0.0;
@@ -267,13 +273,13 @@ void embedding_sgd_(const Tensor& weight_tensor, const std::vector<Tensor>& indi
     return squares;
   });
   if (slot) *slot += sum;
-  if (!step.found_inf && reaches_every_row(step.scalars)) update_others(weight, g.tokens, update);
+  if (!step.found_inf && reaches_every_row(step.scalars, step.rule)) update_others(weight, g.tokens, update);
 }
 
 }  // namespace
 }  // namespace lomo
 
 STABLE_TORCH_LIBRARY_IMPL(lomo_kernels, CPU, m) {
-  m.impl("embedding_sgd_", TORCH_BOX(&lomo::embedding_sgd_));
+  m.impl("embedding_update_", TORCH_BOX(&lomo::embedding_update_));
   m.impl("embedding_sq_norm_", TORCH_BOX(&lomo::embedding_sq_norm_));
 }

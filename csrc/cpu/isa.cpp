@@ -19,7 +19,7 @@ namespace lomo {
 #define LOMO_DECLARE(ELEMENTS, PRODUCTS) \
   namespace ELEMENTS {                   \
   void install_embedding(Kernels&);      \
-  void install_sgd(Kernels&);            \
+  void install_update(Kernels&);         \
   void install_sq_norm(Kernels&);        \
   }                                      \
   namespace PRODUCTS {                   \
@@ -45,7 +45,7 @@ namespace {
   [](Kernels& k) {                       \
     k.isa = #PRODUCTS;                   \
     ELEMENTS::install_embedding(k);      \
-    ELEMENTS::install_sgd(k);            \
+    ELEMENTS::install_update(k);         \
     ELEMENTS::install_sq_norm(k);        \
     PRODUCTS::install_gram(k);           \
     PRODUCTS::install_product(k);        \

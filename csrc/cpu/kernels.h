@@ -49,8 +49,9 @@ struct Kernels {
   // Adds a row of n <= kTile elements to kTile float32 sums: sums[i] += row[i].
   void (*add_row[kDTypes])(float* sums, const void* row, int64_t n);
 
-  // The update of numerics.h on n elements: [parameter dtype][gradient dtype][0 nearest, 1 stochastic].
-  void (*update[kDTypes][kDTypes][2])(void* param, const void* grad, int64_t n, const Scalars& scalars, Stream stream);
+  // The update of numerics.h on n elements: [rule][parameter dtype][gradient dtype][0 nearest, 1 stochastic].
+  void (*update[Rules::kCount][kDTypes][kDTypes][2])(void* param, const void* grad, int64_t n, const Scalars& scalars,
+                                                     Stream stream);
 
   // With A = a a^T and B = b b^T: sums over the entries of the block that begins at row i and column j >= i, and of its
   // mirror image. a_lengths, b_lengths: the norms of all rows.

@@ -1,4 +1,4 @@
-// sq_norm_ and sq_norm_list_ on CPU tensors. What they do is documented in lomo_kernels/ops/sq_norm.py.
+// sq_norm_ on CPU tensors. What it does is documented in lomo_kernels/ops/sq_norm.py.
 #include <torch/csrc/stable/library.h>
 
 #include "../overlap.h"
@@ -16,12 +16,12 @@ Norm checked(const Tensor& slot, const Tensor& grad, const char* op) {
   return {slot_of(slot, kCPU, op, "slot"), view_of(grad, const_cast<void*>(grad.const_data_ptr()), kCPU, op, "grad")};
 }
 
-void check_no_overlap(const Norm* norms, size_t n, const char* op) {
+void check_no_overlap(const std::vector<Norm>& norms, const char* op) {
   std::vector<Region> regions;
-  regions.reserve(2 * n);
-  for (const Norm* norm = norms; norm != norms + n; ++norm) {
-    regions.push_back(region_of(norm->slot, "slot"));
-    if (norm->grad.numel) regions.push_back(region_of(norm->grad, Access::kRead, "grad"));
+  regions.reserve(2 * norms.size());
+  for (const Norm& norm : norms) {
+    regions.push_back(region_of(norm.slot, "slot"));
+    if (norm.grad.numel) regions.push_back(region_of(norm.grad, Access::kRead, "grad"));
   }
   lomo::check_no_overlap(std::move(regions), op);
 }
@@ -34,28 +34,19 @@ void add(const Norm& norm, float inv_scale) {
   });
 }
 
-void sq_norm_(const Tensor& slot, const Tensor& grad, const std::optional<Tensor>& inv_scale) {
-  const float scale = static_cast<float>(number_of(inv_scale, "sq_norm_", "inv_scale", 1.0));
-  const Norm norm = checked(slot, grad, "sq_norm_");
-  check_no_overlap(&norm, 1, "sq_norm_");
-  add(norm, scale);
-}
-
-void sq_norm_list_(const std::vector<Tensor>& slots, const std::vector<Tensor>& grads,
-                   const std::optional<Tensor>& inv_scale) {
-  LOMO_CHECK(slots.size() == grads.size(), "sq_norm_list_: ", slots.size(), " slots for ", grads.size(), " grads");
-  const float scale = static_cast<float>(number_of(inv_scale, "sq_norm_list_", "inv_scale", 1.0));
+void sq_norm_(const std::vector<Tensor>& slots, const std::vector<Tensor>& grads,
+              const std::optional<Tensor>& inv_scale) {
+  const char* op = "sq_norm_";
+  LOMO_CHECK(slots.size() == grads.size(), op, ": ", slots.size(), " slots for ", grads.size(), " grads");
+  const float scale = static_cast<float>(number_of(inv_scale, op, "inv_scale", 1.0));
   std::vector<Norm> norms;
   norms.reserve(grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) norms.push_back(checked(slots[i], grads[i], "sq_norm_list_"));
-  check_no_overlap(norms.data(), norms.size(), "sq_norm_list_");
+  for (size_t i = 0; i < grads.size(); ++i) norms.push_back(checked(slots[i], grads[i], op));
+  check_no_overlap(norms, op);
   for (const Norm& norm : norms) add(norm, scale);
 }
 
 }  // namespace
 }  // namespace lomo
 
-STABLE_TORCH_LIBRARY_IMPL(lomo_kernels, CPU, m) {
-  m.impl("sq_norm_", TORCH_BOX(&lomo::sq_norm_));
-  m.impl("sq_norm_list_", TORCH_BOX(&lomo::sq_norm_list_));
-}
+STABLE_TORCH_LIBRARY_IMPL(lomo_kernels, CPU, m) { m.impl("sq_norm_", TORCH_BOX(&lomo::sq_norm_)); }

@@ -1,4 +1,4 @@
-// The arguments of an update that are the same for all its elements, read from CPU tensors.
+// The arguments of an update that are the same for all its elements.
 #pragma once
 
 #include "../checks.h"
@@ -9,23 +9,21 @@ namespace lomo {
 struct Step {
   Scalars scalars;
   bool found_inf;
+  int64_t step;
+  int rule;
   bool stochastic;
-  int64_t seed, step;
+  int64_t seed;
 };
 
-inline Step step_from(const Tensor& lr, const std::optional<Tensor>& weight_decay,
-                      const std::optional<Tensor>& inv_scale, const std::optional<Tensor>& clip_value,
-                      const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& found_inf, bool stochastic,
-                      int64_t seed, const std::optional<Tensor>& step, const char* op) {
-  const double rate = number_of(lr, op, "lr", 0.0);
+inline Step step_from(const Tensor& scalars, int64_t rule, bool stochastic, int64_t seed, const char* op) {
+  const double* given = scalars_of(scalars, op);
   Scalars s;
-  s.lr = static_cast<float>(rate);
-  s.decay = decay_of(rate, number_of(weight_decay, op, "weight_decay", 0.0));
-  s.inv_scale = static_cast<float>(number_of(inv_scale, op, "inv_scale", s.inv_scale));
-  s.clip_value = static_cast<float>(number_of(clip_value, op, "clip_value", s.clip_value));
-  s.clip_coef = static_cast<float>(number_of(clip_coef, op, "clip_coef", s.clip_coef));
-  const bool skip = number_of(found_inf, op, "found_inf", 0.0) != 0.0;
-  return {s, skip, stochastic, seed, step_of(step, op)};
+  s.lr = static_cast<float>(given[kLr]);
+  s.decay = decay_of(given[kLr], given[kWeightDecay]);
+  s.inv_scale = static_cast<float>(given[kInvScale]);
+  s.clip_value = static_cast<float>(given[kClipValue]);
+  s.clip_coef = static_cast<float>(given[kClipCoef]);
+  return {s, given[kFoundInf] != 0.0, step_of(given[kStep]), checked_rule(rule, op), stochastic, seed};
 }
 
 }  // namespace lomo

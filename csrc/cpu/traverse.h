@@ -11,6 +11,17 @@
 
 namespace lomo {
 
+// Calls run(begin, n, index) for the longest runs of consecutive indices in elements [begin, begin + n) of a shard.
+template <class Run>
+void for_each_run(const Shard& shard, int64_t begin, int64_t n, const Run& run) {
+  for (const int64_t end = begin + n; begin < end;) {
+    const int64_t row = begin / shard.row_length, column = begin % shard.row_length;
+    const int64_t length = std::min(end - begin, shard.row_length - column);
+    run(begin, length, static_cast<uint64_t>(shard.offset + row * shard.row_stride + column));
+    begin += length;
+  }
+}
+
 // Calls visit(element's address) for elements [begin, begin + n), in row-major order.
 template <class Visit>
 void visit_strided(const View& view, int64_t begin, int64_t n, const Visit& visit) {

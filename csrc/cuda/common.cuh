@@ -248,7 +248,9 @@ LOMO_DEVICE double read(const Number& number) {
   return number.is_float32 ? *static_cast<const float*>(number.device) : *static_cast<const double*>(number.device);
 }
 
-LOMO_DEVICE int64_t read(const Integer& integer) { return integer.device ? *integer.device : integer.value; }
+LOMO_DEVICE double read(const ScalarVector& scalars, uint32_t i) {
+  return scalars.device ? scalars.device[i] : scalars.values[i];
+}
 
 // ---- Sums of squares ------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "../view.h"
@@ -31,11 +32,16 @@ inline Number number_on(const std::optional<Tensor>& tensor, const Device& devic
   return {missing, tensor->const_data_ptr(), tensor->scalar_type() == ScalarType::Float};
 }
 
-inline Integer step_on(const std::optional<Tensor>& step, const Device& device, const char* op) {
-  if (!step || step->is_cpu()) return {step_of(step, op)};
-  check_device(*step, device, op, "step");
-  check_step(*step, op);
-  return {0, static_cast<const int64_t*>(step->const_data_ptr())};
+inline ScalarVector scalars_on(const Tensor& scalars, const Device& device, const char* op) {
+  ScalarVector vector;
+  if (scalars.is_cpu()) {
+    std::copy_n(scalars_of(scalars, op), int{kScalars}, vector.values);
+  } else {
+    check_device(scalars, device, op, "scalars");
+    check_scalars(scalars, op);
+    vector.device = static_cast<const double*>(scalars.const_data_ptr());
+  }
+  return vector;
 }
 
 // A tensor that shares the memory of a view and knows nothing of autograd.

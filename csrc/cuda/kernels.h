@@ -18,19 +18,18 @@ struct Number {
   bool is_float32 = false;
 };
 
-struct Integer {
-  int64_t value = 0;
-  const int64_t* device = nullptr;
+// The vector of scalars: the numbers, or where the device finds them.
+struct ScalarVector {
+  double values[kScalars];
+  const double* device = nullptr;  // null: `values`
 };
 
-// Numbers of a call, the same for all its parameters. kFoundInf: if it is not zero, parameters are not changed.
-enum Scalar : int { kLr, kWeightDecay, kInvScale, kClipValue, kClipCoef, kFoundInf, kScalars };
-
+// What all parameters of a call have in common.
 struct Step {
-  Number scalars[kScalars];
+  ScalarVector scalars;
+  int rule = 0;
   bool stochastic = false;
   int64_t seed = 0;
-  Integer step;
 };
 
 // One contiguous gradient; its sum of squares is added to `slot`, where there is one.
@@ -83,7 +82,7 @@ using WorkspaceSource = std::function<Workspace()>;
 
 // Both queue their work on `stream` (a cudaStream_t) of the current device and return at once, and throw
 // std::runtime_error where CUDA refuses. Work of a list is done in few launches.
-void sgd(const std::vector<Parameter>& parameters, const Step& step, const WorkspaceSource& workspace, void* stream);
+void update(const std::vector<Parameter>& parameters, const Step& step, const WorkspaceSource& workspace, void* stream);
 void sq_norm(const std::vector<Gradient>& gradients, const Number& inv_scale, const WorkspaceSource& workspace,
              void* stream);
 

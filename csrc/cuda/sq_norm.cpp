@@ -1,4 +1,4 @@
-// sq_norm_ and sq_norm_list_ on CUDA tensors. What they do is documented in lomo_kernels/ops/sq_norm.py.
+// sq_norm_ on CUDA tensors. What it does is documented in lomo_kernels/ops/sq_norm.py.
 #include <torch/csrc/stable/library.h>
 
 #include "../overlap.h"
@@ -8,8 +8,11 @@ namespace lomo {
 namespace cuda {
 namespace {
 
-void run(const std::vector<Tensor>& slots, const std::vector<Tensor>& grads, const std::optional<Tensor>& inv_scale,
-         const char* op) {
+void sq_norm_(const std::vector<Tensor>& slots, const std::vector<Tensor>& grads,
+              const std::optional<Tensor>& inv_scale) {
+  const char* op = "sq_norm_";
+  LOMO_CHECK(slots.size() == grads.size(), op, ": ", slots.size(), " slots for ", grads.size(), " grads");
+  if (grads.empty()) return;
   const Device device = device_of(slots[0], op, "slot");
   const Number scale = number_on(inv_scale, device, op, "inv_scale", 1.0);
   std::vector<View> views;
@@ -35,16 +38,6 @@ void run(const std::vector<Tensor>& slots, const std::vector<Tensor>& grads, con
   sq_norm(gradients, scale, [&] { return stream.workspace(); }, stream.get());
 }
 
-void sq_norm_(const Tensor& slot, const Tensor& grad, const std::optional<Tensor>& inv_scale) {
-  run({slot}, {grad}, inv_scale, "sq_norm_");
-}
-
-void sq_norm_list_(const std::vector<Tensor>& slots, const std::vector<Tensor>& grads,
-                   const std::optional<Tensor>& inv_scale) {
-  LOMO_CHECK(slots.size() == grads.size(), "sq_norm_list_: ", slots.size(), " slots for ", grads.size(), " grads");
-  if (!grads.empty()) run(slots, grads, inv_scale, "sq_norm_list_");
-}
-
 }  // namespace
 }  // namespace cuda
 }  // namespace lomo
@@ -52,5 +45,4 @@ void sq_norm_list_(const std::vector<Tensor>& slots, const std::vector<Tensor>& 
 STABLE_TORCH_LIBRARY_IMPL(lomo_kernels, LOMO_DISPATCH_KEY, m) {
   if (!lomo::cuda::serves_every_gpu()) return;
   m.impl("sq_norm_", TORCH_BOX(&lomo::cuda::sq_norm_));
-  m.impl("sq_norm_list_", TORCH_BOX(&lomo::cuda::sq_norm_list_));
 }

@@ -32,16 +32,17 @@ Gradient gradient(const GradientTuple& t) {
           reinterpret_cast<double*>(std::get<3>(t))};
 }
 
-void emulated_sgd(const std::vector<ParameterTuple>& parameters, const std::vector<NumberTuple>& numbers,
-                  bool stochastic, int64_t seed, int64_t step, uintptr_t step_address) {
+// scalars: the numbers, with the step's bits, or scalars_address: of the vector on the "device".
+void emulated_update(const std::vector<ParameterTuple>& parameters, const std::vector<double>& scalars,
+                     uintptr_t scalars_address, int rule, bool stochastic, int64_t seed) {
   std::vector<Parameter> list;
   for (const auto& [data, dtype, grad, id, offset, row_length, row_stride] : parameters) {
     list.push_back({reinterpret_cast<void*>(data), static_cast<DType>(dtype), gradient(grad), id,
                     Shard{offset, row_length, row_stride}});
   }
-  Step s{{}, stochastic, seed, {step, reinterpret_cast<const int64_t*>(step_address)}};
-  for (int i = 0; i < kScalars; ++i) s.scalars[i] = number(numbers.at(i));
-  sgd(list, s, emulated_workspace, nullptr);
+  Step step{{{}, reinterpret_cast<const double*>(scalars_address)}, rule, stochastic, seed};
+  for (int i = 0; i < kScalars; ++i) step.scalars.values[i] = scalars.at(i);
+  update(list, step, emulated_workspace, nullptr);
 }
 
 void emulated_sq_norm(const std::vector<GradientTuple>& gradients, const NumberTuple& inv_scale) {
@@ -55,8 +56,8 @@ void emulated_sq_norm(const std::vector<GradientTuple>& gradients, const NumberT
 
 void define_cuda(py::module_& m) {
   py::module_ sub = m.def_submodule("cuda", "csrc/cuda on the host. Arrays are addresses.");
-  sub.def("sgd", &cuda::emulated_sgd, py::arg("parameters"), py::arg("numbers"), py::arg("stochastic"), py::arg("seed"),
-          py::arg("step"), py::arg("step_address"));
+  sub.def("update", &cuda::emulated_update, py::arg("parameters"), py::arg("scalars"), py::arg("scalars_address"),
+          py::arg("rule"), py::arg("stochastic"), py::arg("seed"));
   sub.def("sq_norm", &cuda::emulated_sq_norm, py::arg("gradients"), py::arg("inv_scale"));
   sub.def("set_block_order", [](uint64_t order) { emulation::block_order = order; });
   sub.def("launches", [] { return emulation::launches; }, "How many there were so far.");

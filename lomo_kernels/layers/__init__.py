@@ -2,8 +2,8 @@
 registers itself; see `fused.register`."""
 
 from . import conv1d, embedding, linear  # noqa: F401
+from .factors import Factors, factor_sinks, gradient_of
 from .fused import FusedLayer, fused_class_of
-from .pairs import Pair, gradient_of, takers
 from .swap import fuse, layers_of, unfuse
 
-__all__ = ["FusedLayer", "Pair", "fuse", "fused_class_of", "gradient_of", "layers_of", "takers", "unfuse"]
+__all__ = ["Factors", "FusedLayer", "factor_sinks", "fuse", "fused_class_of", "gradient_of", "layers_of", "unfuse"]

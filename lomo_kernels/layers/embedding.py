@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .factors import Factors, gradient_of, offer_factors
 from .fused import FusedLayer, register, takes_part
-from .pairs import Pair, gradient_of, take
 
 
 class _Embedding(torch.autograd.Function):
@@ -28,8 +28,8 @@ class _Embedding(torch.autograd.Function):
         if grad_output is None:  # a weight without a gradient is not decayed either
             return None, None, None
         (indices,) = ctx.saved_tensors
-        pairs = take(ctx, ctx.weight, Pair(indices, grad_output, ctx.padding_idx))
-        return None, gradient_of(pairs, ctx.weight) if pairs else None, None
+        uses = offer_factors(ctx, ctx.weight, Factors(indices, grad_output, ctx.padding_idx))
+        return None, gradient_of(uses, ctx.weight) if uses else None, None
 
 
 _PLAIN = nn.Embedding.forward, F.embedding  # see linear.py

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .factors import Factors, gradient_of, offer_factors
 from .fused import FusedLayer, register, takes_part
-from .pairs import Pair, gradient_of, take
 
 
 class _Linear(torch.autograd.Function):
@@ -47,9 +47,9 @@ class _Linear(torch.autograd.Function):
             if of_bias:
                 grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
             if of_weight:
-                pair = Pair(input, grad_output, None)
-                pairs = take(ctx, ctx.weight, pair.exchanged() if ctx.transposed else pair)
-                grad_weight = gradient_of(pairs, ctx.weight) if pairs else None
+                factors = Factors(input, grad_output, None)
+                uses = offer_factors(ctx, ctx.weight, factors.exchanged() if ctx.transposed else factors)
+                grad_weight = gradient_of(uses, ctx.weight) if uses else None
         return grad_input, grad_weight, grad_bias, None, None
 
 

@@ -11,8 +11,8 @@ from collections.abc import Container, Iterable, Iterator
 
 from torch import nn
 
+from .factors import factor_sinks
 from .fused import PLAIN_PARAMETER, FusedLayer, fused_class_of
-from .pairs import takers
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -53,7 +53,7 @@ def unfuse(modules: Iterable[weakref.ref[nn.Module]]) -> None:
     """
     for reference in modules:
         module = reference()
-        if module is None or not isinstance(module, FusedLayer) or id(module._parameters.get("weight")) in takers:
+        if module is None or not isinstance(module, FusedLayer) or id(module._parameters.get("weight")) in factor_sinks:
             continue
         if "plain" in vars(type(module)):
             module.__class__ = module.plain  # type: ignore[assignment]

@@ -2,8 +2,8 @@
 
 from .embedding import embedding_sgd_, embedding_sq_norm_
 from .linear import linear_sgd_, linear_sq_norm_
-from .sgd import sgd_, sgd_list_
 from .sq_norm import sq_norm_, sq_norm_list_
+from .update import sgd_, sgd_list_
 
 __all__ = [
     "embedding_sgd_",
@@ -15,3 +15,13 @@ __all__ = [
     "sq_norm_",
     "sq_norm_list_",
 ]
+
+#: Those of ``torch.ops.lomo_kernels`` that backends implement. The functions above call them.
+OPERATORS = (
+    "update_",
+    "sq_norm_",
+    "linear_update_",
+    "linear_sq_norm_",
+    "embedding_update_",
+    "embedding_sq_norm_",
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,55 +19,51 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 library = torch.library.Library("lomo_kernels", "FRAGMENT")
 
 
-def scalar(
-    op: str,
-    name: str,
-    value: Scalar | None,
-    device: torch.device,
-    *,
-    low: float = 0.0,
-    open_: bool = False,
-    high: float,
-) -> Tensor | None:
-    """`value` as the one-element tensor that an operator takes: a float64 CPU tensor for a number.
+FINITE = torch.finfo(torch.float64).max
 
-    Args:
-        low, open_, high: numbers must be >= low (> low where `open_`) and <= high. Tensors are not read.
 
-    Raises:
-        TypeError: neither a number nor a tensor, or a tensor of another dtype.
-        ValueError: a number outside the range (NaN always is), a tensor of another size or on another device.
-    """
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected one element")
-        if value.dtype not in (torch.float64, torch.float32):
-            raise TypeError(f"{op}: {name} has dtype {value.dtype}, expected float64 or float32")
-        if value.device != device:
-            raise ValueError(f"{op}: {name} is on {value.device}, expected {device}, where the parameter or slot is")
-        return value
+def is_number_tensor(op: str, name: str, value: Scalar, device: torch.device) -> bool:
+    """Whether a scalar is a tensor. Raises TypeError or ValueError if it is one that no operator takes."""
+    if not isinstance(value, Tensor):
+        return False
+    if value.numel() != 1:
+        raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected one element")
+    if value.dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"{op}: {name} has dtype {value.dtype}, expected float64 or float32")
+    if value.device != device:
+        raise ValueError(f"{op}: {name} is on {value.device}, expected {device}, where the parameter or slot is")
+    return True
+
+
+def check_number(op: str, name: str, value: float, low: float, open_: bool, high: float) -> None:
+    """Raises TypeError unless `value` is a number, ValueError unless it is >= low (> low if `open_`) and <= high."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a number or a one-element tensor")
     if not (low < value if open_ else low <= value) or value > high or math.isnan(value):
         bounds = f"{'>' if open_ else '>='} {low:g} and {'finite' if high < math.inf else 'not NaN'}"
         raise ValueError(f"{op}: {name} is {value}, expected a number {bounds}")
-    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
+
+
+def inv_scale_tensor(op: str, value: Scalar | None, device: torch.device) -> Tensor | None:
+    """`inv_scale` as the one-element tensor that the norms take: a float64 CPU tensor for a number."""
+    if value is None or is_number_tensor(op, "inv_scale", value, device):
+        return value  # type: ignore[return-value]
+    check_number(op, "inv_scale", value, 0.0, True, FINITE)  # type: ignore[arg-type]
+    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")  # type: ignore[arg-type]
+
+
+#: Set by `lomo_kernels.backends`: chooses the kernels for a device if that was not done yet.
+choose_kernels: list[Callable[[torch.device], None]] = []
 
 
 def check_served(tensor: Tensor) -> None:
-    """Chooses the kernels for the tensor's device where that was not done yet. Raises NotImplementedError without any.
+    """Chooses the kernels for the tensor's device if that was not done yet. Raises NotImplementedError without any.
 
     Those for CPU tensors were chosen when the library was imported; a fake tensor needs none.
     """
     if tensor.device.type != "cpu" and not isinstance(tensor, FakeTensor):
-        from ..backends import check_device  # which imports this file
-
-        check_device(tensor.device)
-
-
-FINITE = torch.finfo(torch.float64).max
+        for choose in choose_kernels:
+            choose(tensor.device)
 
 
 def integer(op: str, name: str, value: int) -> int:
@@ -79,15 +75,16 @@ def integer(op: str, name: str, value: int) -> int:
     return value
 
 
-def step_tensor(op: str, step: int | Tensor, device: torch.device) -> Tensor | None:
-    """`step` as the one-element int64 tensor that an operator takes; None for 0, which saves the making of one."""
+def is_step_tensor(op: str, step: int | Tensor, device: torch.device) -> bool:
+    """Whether the step is a tensor. Raises TypeError or ValueError unless it is an integer or a good tensor."""
     if not isinstance(step, Tensor):
-        return torch.scalar_tensor(step, dtype=torch.int64, device="cpu") if integer(op, "step", step) else None
+        integer(op, "step", step)
+        return False
     if step.numel() != 1 or step.dtype != torch.int64:
         raise ValueError(f"{op}: step has shape {list(step.shape)} and dtype {step.dtype}, expected one int64 element")
     if step.device != device:
         raise ValueError(f"{op}: step is on {step.device}, expected {device}, where the parameter is")
-    return step
+    return True
 
 
 def check_element_type(op: str, name: str, tensor: Tensor) -> None:

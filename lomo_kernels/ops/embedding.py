@@ -1,4 +1,4 @@
-"""``embedding_sgd_`` and ``embedding_sq_norm_``: `sgd_` and `sq_norm_` for an embedding whose gradient never exists.
+"""``embedding_update_`` and ``embedding_sq_norm_``: `sgd_` and `sq_norm_` for an embedding whose gradient never exists.
 
 The gradient of ``weight`` in ``y = weight[indices]`` has in row r the sum of the rows of ``grad_output`` whose index is
 r: these operators take the two in its place.
@@ -7,47 +7,60 @@ r: these operators take the two in its place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ._arguments import (
-    FINITE,
     Scalar,
     check_served,
+    check_shard,
     check_slot,
     integer,
+    inv_scale_tensor,
     library,
-    scalar,
 )
 from ._overlap import check_scalars_apart
 from ._pairs import check_embedding, check_factors_apart, check_weight, pair_lists
-from .sgd import SCALARS, increment_version, sgd_arguments
+from .scalars import check_vector
+from .update import Step, increment_version, update_arguments
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # padding_idx: one per pair, negative for none.
 library.define(
-    "embedding_sq_norm_(Tensor(a!) slot, Tensor[] indices, Tensor[] grad_output, int[] padding_idx, "
+    "embedding_sq_norm_(Tensor(a!) slot, Tensor[] indices, Tensor[] grad_outputs, int[] padding_idx, "
     "Tensor? inv_scale) -> ()"
 )
 library.define(
-    f"embedding_sgd_(Tensor(a!) weight, Tensor[] indices, Tensor[] grad_output, int[] padding_idx, {SCALARS}, "
-    "Tensor(b!)? sq_norm, bool stochastic, int seed, int parameter_id, Tensor? step) -> ()"
+    "embedding_update_(Tensor(a!) weight, Tensor[] indices, Tensor[] grad_outputs, int[] padding_idx, Tensor scalars, "
+    "Tensor(b!)? sq_norm, int rule, bool stochastic, int seed, int parameter_id, int[] shard) -> ()"
 )
 
 
 @torch.library.register_fake("lomo_kernels::embedding_sq_norm_")
-def _(slot: Tensor, indices: list[Tensor], grad_output: list[Tensor], padding_idx: list[int], inv_scale: Any) -> None:
-    check_embedding("embedding_sq_norm_", indices, grad_output, padding_idx, slot)
+def _(slot: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], inv_scale: Any) -> None:
+    check_embedding("embedding_sq_norm_", indices, grad_outputs, padding_idx, slot)
 
 
-@torch.library.register_fake("lomo_kernels::embedding_sgd_")
-def _(weight: Tensor, indices: list[Tensor], grad_output: list[Tensor], padding_idx: list[int], *rest: Any) -> None:
-    _check_sgd(weight, indices, grad_output, padding_idx)
+@torch.library.register_fake("lomo_kernels::embedding_update_")
+def _(
+    weight: Tensor,
+    indices: list[Tensor],
+    grad_outputs: list[Tensor],
+    padding_idx: list[int],
+    scalars: Tensor,
+    *rest: Any,
+) -> None:
+    _check_update("embedding_update_", weight, indices, grad_outputs, padding_idx)
+    check_vector("embedding_update_", scalars, weight.device)
 
 
-def _check_sgd(weight: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int]) -> None:
-    op = "embedding_sgd_"
+def _check_update(
+    op: str, weight: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int]
+) -> None:
     check_embedding(op, indices, grad_outputs, padding_idx, weight)
     check_weight(op, weight, None, grad_outputs[0].shape[-1], "[num_embeddings, embedding_dim]")
 
@@ -89,7 +102,7 @@ def embedding_sq_norm_(
     check_served(slot)
     check_factors_apart(op, [*index_list, *grad_outputs], None, slot)
     check_scalars_apart(op, {"inv_scale": inv_scale}, ("slot", [slot]), ("weight", []))
-    number = scalar(op, "inv_scale", inv_scale, slot.device, open_=True, high=FINITE)
+    number = inv_scale_tensor(op, inv_scale, slot.device)
     torch.ops.lomo_kernels.embedding_sq_norm_.default(slot, index_list, grad_outputs, paddings, number)
 
 
@@ -99,17 +112,10 @@ def embedding_sgd_(
     grad_output: Tensor | Sequence[Tensor],
     *,
     padding_idx: int | None = None,
-    lr: Scalar,
-    weight_decay: Scalar = 0.0,
-    inv_scale: Scalar | None = None,
-    clip_value: Scalar | None = None,
-    clip_coef: Scalar | None = None,
-    found_inf: Scalar | None = None,
     sq_norm: Tensor | None = None,
-    rounding: str = "nearest",
-    seed: int = 0,
     parameter_id: int = 0,
-    step: int | Tensor = 0,
+    shard: Sequence[int] | None = None,
+    **step: Unpack[Step],
 ) -> None:
     """`sgd_` on an embedding's weight, its gradient being the sum, per row, of the tokens that looked the row up.
 
@@ -121,8 +127,10 @@ def embedding_sgd_(
         indices: int64 or int32, any shape, in ``[0, num_embeddings)``; or a list, one tensor per use of the embedding.
         grad_output: [*indices.shape, embedding_dim], float32, bfloat16 or float16; a list where `indices` is one.
         padding_idx: tokens with this index count nothing, as in `torch.nn.functional.embedding`; its row still decays.
-        lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, rounding, seed, parameter_id, step: as in `sgd_`.
         sq_norm: float64, one element: what `embedding_sq_norm_` adds is added to it.
+        shard: ``(offset, row_length, row_stride)`` if `weight` is a part of a larger parameter, as in `sgd_`.
+        lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step, rule, rounding, seed, parameter_id: as in
+            `sgd_`.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
@@ -135,17 +143,22 @@ def embedding_sgd_(
     if not isinstance(weight, Tensor):
         raise TypeError(f"{op}: weight is a {type(weight).__name__}, expected a tensor")
     paddings = _padding(op, padding_idx, len(index_list))
-    _check_sgd(weight, index_list, grad_outputs, paddings)
+    _check_update(op, weight, index_list, grad_outputs, paddings)
     if padding_idx is not None and padding_idx >= weight.shape[0]:
         raise ValueError(f"{op}: padding_idx is {padding_idx}, expected a row of weight, < {weight.shape[0]}")
     check_served(weight)
     check_factors_apart(op, [*index_list, *grad_outputs], weight, sq_norm)
-    scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
-    torch.ops.lomo_kernels.embedding_sgd_.default(
+    slots = [] if sq_norm is None else [sq_norm]
+    scalars, *settings = update_arguments(op, weight.device, slots, ("weight", [weight]), step)
+    torch.ops.lomo_kernels.embedding_update_.default(
         weight,
         index_list,
         grad_outputs,
         paddings,
-        *sgd_arguments(op, "weight", weight, scalars, sq_norm, rounding, seed, parameter_id, step),
+        scalars,
+        sq_norm,
+        *settings,
+        integer(op, "parameter_id", parameter_id),
+        [] if shard is None else check_shard(op, shard, weight.numel()),
     )
     increment_version([weight])

@@ -1,4 +1,4 @@
-"""``linear_sgd_`` and ``linear_sq_norm_``: `sgd_` and `sq_norm_` for a linear layer whose weight gradient never exists.
+"""``linear_update_`` and ``linear_sq_norm_``: `sgd_` and `sq_norm_` for a linear layer whose gradient never exists.
 
 The gradient of ``weight`` in ``y = x @ weight.T`` is ``grad_output.T @ x`` over all tokens: these operators take the
 two factors in its place.
@@ -7,42 +7,47 @@ two factors in its place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ._arguments import (
-    FINITE,
     Scalar,
     check_served,
+    check_shard,
     check_slot,
+    integer,
+    inv_scale_tensor,
     library,
-    scalar,
 )
 from ._overlap import check_scalars_apart
 from ._pairs import check_factors_apart, check_linear, check_weight, pair_lists
-from .sgd import SCALARS, increment_version, sgd_arguments
+from .scalars import check_vector
+from .update import Step, increment_version, update_arguments
 
-library.define("linear_sq_norm_(Tensor(a!) slot, Tensor[] input, Tensor[] grad_output, Tensor? inv_scale) -> ()")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+library.define("linear_sq_norm_(Tensor(a!) slot, Tensor[] inputs, Tensor[] grad_outputs, Tensor? inv_scale) -> ()")
 library.define(
-    f"linear_sgd_(Tensor(a!) weight, Tensor[] input, Tensor[] grad_output, {SCALARS}, Tensor(b!)? sq_norm, "
-    "bool stochastic, int seed, int parameter_id, Tensor? step) -> ()"
+    "linear_update_(Tensor(a!) weight, Tensor[] inputs, Tensor[] grad_outputs, Tensor scalars, Tensor(b!)? sq_norm, "
+    "int rule, bool stochastic, int seed, int parameter_id, int[] shard) -> ()"
 )
 
 
 @torch.library.register_fake("lomo_kernels::linear_sq_norm_")
-def _(slot: Tensor, input: list[Tensor], grad_output: list[Tensor], inv_scale: Tensor | None) -> None:
-    check_linear("linear_sq_norm_", input, grad_output, slot)
+def _(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
+    check_linear("linear_sq_norm_", inputs, grad_outputs, slot)
 
 
-@torch.library.register_fake("lomo_kernels::linear_sgd_")
-def _(weight: Tensor, input: list[Tensor], grad_output: list[Tensor], *rest: Any) -> None:
-    _check_sgd(weight, input, grad_output)
+@torch.library.register_fake("lomo_kernels::linear_update_")
+def _(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], scalars: Tensor, *rest: Any) -> None:
+    _check_update("linear_update_", weight, inputs, grad_outputs)
+    check_vector("linear_update_", scalars, weight.device)
 
 
-def _check_sgd(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor]) -> None:
-    op = "linear_sgd_"
+def _check_update(op: str, weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor]) -> None:
     check_linear(op, inputs, grad_outputs, weight)
     columns, rows = inputs[0].shape[-1], grad_outputs[0].shape[-1]
     check_weight(op, weight, rows, columns, "[out_features, in_features] of grad_output and input")
@@ -78,7 +83,7 @@ def linear_sq_norm_(
     check_served(slot)
     check_factors_apart(op, [*inputs, *grad_outputs], None, slot)
     check_scalars_apart(op, {"inv_scale": inv_scale}, ("slot", [slot]), ("weight", []))
-    number = scalar(op, "inv_scale", inv_scale, slot.device, open_=True, high=FINITE)
+    number = inv_scale_tensor(op, inv_scale, slot.device)
     torch.ops.lomo_kernels.linear_sq_norm_.default(slot, inputs, grad_outputs, number)
 
 
@@ -87,17 +92,10 @@ def linear_sgd_(
     input: Tensor | Sequence[Tensor],
     grad_output: Tensor | Sequence[Tensor],
     *,
-    lr: Scalar,
-    weight_decay: Scalar = 0.0,
-    inv_scale: Scalar | None = None,
-    clip_value: Scalar | None = None,
-    clip_coef: Scalar | None = None,
-    found_inf: Scalar | None = None,
     sq_norm: Tensor | None = None,
-    rounding: str = "nearest",
-    seed: int = 0,
     parameter_id: int = 0,
-    step: int | Tensor = 0,
+    shard: Sequence[int] | None = None,
+    **step: Unpack[Step],
 ) -> None:
     """`sgd_` on a linear layer's weight, its gradient being ``grad_output.T @ input``, of which only a tile exists.
 
@@ -109,8 +107,10 @@ def linear_sgd_(
         input: [..., in_features], float32, bfloat16 or float16, not necessarily the weight's dtype; or a list, one
             tensor per use of the layer: the gradient is the sum.
         grad_output: [..., out_features], the same leading dimensions and dtype; a list where `input` is one.
-        lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, rounding, seed, parameter_id, step: as in `sgd_`.
         sq_norm: float64, one element: what `linear_sq_norm_` adds is added to it.
+        shard: ``(offset, row_length, row_stride)`` if `weight` is a part of a larger parameter, as in `sgd_`.
+        lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step, rule, rounding, seed, parameter_id: as in
+            `sgd_`.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
@@ -121,14 +121,19 @@ def linear_sgd_(
     inputs, grad_outputs = pair_lists(op, "input", input, grad_output)
     if not isinstance(weight, Tensor):
         raise TypeError(f"{op}: weight is a {type(weight).__name__}, expected a tensor")
-    _check_sgd(weight, inputs, grad_outputs)
+    _check_update(op, weight, inputs, grad_outputs)
     check_served(weight)
     check_factors_apart(op, [*inputs, *grad_outputs], weight, sq_norm)
-    scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
-    torch.ops.lomo_kernels.linear_sgd_.default(
+    slots = [] if sq_norm is None else [sq_norm]
+    scalars, *settings = update_arguments(op, weight.device, slots, ("weight", [weight]), step)
+    torch.ops.lomo_kernels.linear_update_.default(
         weight,
         inputs,
         grad_outputs,
-        *sgd_arguments(op, "weight", weight, scalars, sq_norm, rounding, seed, parameter_id, step),
+        scalars,
+        sq_norm,
+        *settings,
+        integer(op, "parameter_id", parameter_id),
+        [] if shard is None else check_shard(op, shard, weight.numel()),
     )
     increment_version([weight])

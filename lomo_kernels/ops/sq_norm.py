@@ -1,4 +1,5 @@
-"""``sq_norm_``: the sum of squares of a gradient, added to a float64 slot."""
+"""``sq_norm_``: the sums of squares of gradients, each added to a float64 slot. Public as
+`sq_norm_` and `sq_norm_list_`."""
 
 from __future__ import annotations
 
@@ -8,20 +9,18 @@ import torch
 from torch import Tensor
 
 from ._arguments import (
-    FINITE,
     Scalar,
     as_list,
     check_element_type,
     check_lengths,
     check_served,
     check_slot,
+    inv_scale_tensor,
     library,
-    scalar,
 )
 from ._overlap import check_scalars_apart
 
-library.define("sq_norm_(Tensor(a!) slot, Tensor grad, Tensor? inv_scale) -> ()")
-library.define("sq_norm_list_(Tensor(a!)[] slots, Tensor[] grads, Tensor? inv_scale) -> ()")
+library.define("sq_norm_(Tensor(a!)[] slots, Tensor[] grads, Tensor? inv_scale) -> ()")
 
 
 def _check(op: str, slot: Tensor, grad: Tensor) -> None:
@@ -30,15 +29,10 @@ def _check(op: str, slot: Tensor, grad: Tensor) -> None:
 
 
 @torch.library.register_fake("lomo_kernels::sq_norm_")
-def _(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
-    _check("sq_norm_", slot, grad)
-
-
-@torch.library.register_fake("lomo_kernels::sq_norm_list_")
 def _(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> None:
-    check_lengths("sq_norm_list_", "grads", len(grads), slots=len(slots))
+    check_lengths("sq_norm_", "grads", len(grads), slots=len(slots))
     for slot, grad in zip(slots, grads, strict=True):
-        _check("sq_norm_list_", slot, grad)
+        _check("sq_norm_", slot, grad)
 
 
 def sq_norm_(slot: Tensor, grad: Tensor, *, inv_scale: Scalar | None = None) -> None:
@@ -59,7 +53,7 @@ def sq_norm_(slot: Tensor, grad: Tensor, *, inv_scale: Scalar | None = None) -> 
     """
     _check("sq_norm_", slot, grad)
     check_served(slot)
-    torch.ops.lomo_kernels.sq_norm_.default(slot, grad, _inv_scale("sq_norm_", inv_scale, [slot]))
+    torch.ops.lomo_kernels.sq_norm_.default([slot], [grad], _inv_scale("sq_norm_", inv_scale, [slot]))
 
 
 def sq_norm_list_(
@@ -82,9 +76,9 @@ def sq_norm_list_(
         _check("sq_norm_list_", slot, grad)
     if grads:
         check_served(grads[0])
-        torch.ops.lomo_kernels.sq_norm_list_.default(slots, grads, _inv_scale("sq_norm_list_", inv_scale, slots))
+        torch.ops.lomo_kernels.sq_norm_.default(slots, grads, _inv_scale("sq_norm_list_", inv_scale, slots))
 
 
 def _inv_scale(op: str, value: Scalar | None, slots: Sequence[Tensor]) -> Tensor | None:
     check_scalars_apart(op, {"inv_scale": value}, ("slot", slots), ("param", []))
-    return scalar(op, "inv_scale", value, slots[0].device, open_=True, high=FINITE)
+    return inv_scale_tensor(op, value, slots[0].device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Pair, fuse, layers_of, takers, unfuse
+from ..layers import Factors, factor_sinks, fuse, layers_of, unfuse
 from .accumulation import unscale_grads
 from .owners import claim, forget, optimizer_backward, release
 from .records import Record
@@ -35,7 +35,7 @@ class Attachment:
         self._claimed: list[int] = []  # ids of the parameters noted as the optimizer's
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._fused: list[weakref.ref[nn.Module]] = []
-        self._takers: list[int] = []  # ids of their weights
+        self._factor_sinks: list[int] = []  # ids of their weights
         weakref.finalize(training, self.remove).atexit = False
 
     @property
@@ -46,7 +46,7 @@ class Attachment:
     @property
     def fuses(self) -> bool:
         """Whether the weight of some fused layer is among the parameters."""
-        return bool(self._takers)
+        return bool(self._factor_sinks)
 
     def attach(self) -> None:
         """Registers the optimizer as the owner of all its parameters, and puts hooks on those that are trained."""
@@ -91,25 +91,25 @@ class Attachment:
             record.reused |= record.fused and new
             if not record.fused:
                 record.fused = True
-                self._takers.append(id(record.param))
-                takers[id(record.param)] = _taker(self._training, record)
+                self._factor_sinks.append(id(record.param))
+                factor_sinks[id(record.param)] = _factor_sink(self._training, record)
 
     def remove(self) -> None:
         """Removes everything, also the loss scale that gradients in ``.grad`` carry."""
         release(self._claimed)
         forget(self._training_id)
-        _detach(self._handles, self._takers, self._fused)
+        _detach(self._handles, self._factor_sinks, self._fused)
         unscale_grads(self._records)
 
     def extent(self) -> tuple[int, int, int, int]:
         """How much is attached now, for `cut_back`."""
-        return len(self._claimed), len(self._handles), len(self._takers), len(self._fused)
+        return len(self._claimed), len(self._handles), len(self._factor_sinks), len(self._fused)
 
     def cut_back(self, extent: tuple[int, int, int, int]) -> None:
         """Takes off what was attached since `extent` was asked for."""
         claimed, handles, sinks, layers = extent
         release(cut(self._claimed, claimed))
-        _detach(cut(self._handles, handles), cut(self._takers, sinks), cut(self._fused, layers))
+        _detach(cut(self._handles, handles), cut(self._factor_sinks, sinks), cut(self._fused, layers))
 
 
 def cut(some: list[Any], length: int) -> list[Any]:
@@ -126,7 +126,7 @@ def _detach(
     while handles:
         handles.pop().remove()
     while ids:
-        takers.pop(ids.pop(), None)
+        factor_sinks.pop(ids.pop(), None)
     unfuse(fused)
     fused.clear()
 
@@ -152,17 +152,17 @@ def _hook(training: weakref.ref[Any], record: Record) -> Callable[[Tensor], None
     return on_gradient
 
 
-def _taker(training: weakref.ref[Any], record: Record) -> Callable[[Pair], Sequence[Pair]]:
+def _factor_sink(training: weakref.ref[Any], record: Record) -> Callable[[Factors], Sequence[Factors]]:
     """What a fused layer of the parameter calls with its factors. It does not keep the optimizer alive."""
 
-    def on_pair(pair: Pair) -> Sequence[Pair]:
+    def on_factors(factors: Factors) -> Sequence[Factors]:
         owner = training()
         if owner is None:
-            return (pair,)
+            return (factors,)
         backward = optimizer_backward()
         if backward is not None and backward.owner is not owner:
             return ()  # its gradient would be dropped
         step = owner.steps.current
-        return (pair,) if step is None or step.sink is None else step.sink.take_pair(record, pair)
+        return (factors,) if step is None or step.sink is None else step.sink.take_factors(record, factors)
 
-    return on_pair
+    return on_factors

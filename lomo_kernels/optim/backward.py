@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .graph import Graph, run_backward
-from .owners import OptimizerBackward, unmanaged
+from .owners import OptimizerBackward, unmanaged_leaves
 from .passes import NormPass, Pass
 from .ranks import Ranks
 from .records import Record
@@ -36,7 +36,7 @@ class Backward:
     def run_pass(self, sink: Pass, *, retain_graph: bool) -> None:
         """One backward in which hooks hand their gradients to `sink`."""
         step = self._step
-        step.isolate([] if self.scale is None and not retain_graph else self._foreign_leaves())
+        step.isolate([] if self.scale is None and not retain_graph else self._unmanaged_leaves())
         step.sink = sink
         step.enter(OptimizerBackward(self._training))
         run_backward(self.graph.loss, self.scale, retain_graph)
@@ -62,7 +62,7 @@ class Backward:
         """One backward that adds to ``.grad``, with the loss scale of the gradients `kept` that are there."""
         training, step, loss = self._training, self._step, self.graph.loss
         scale = training.accumulation.scale_for(loss, kept, training.state.scale)
-        step.isolate([] if scale is None else self._foreign_leaves())
+        step.isolate([] if scale is None else self._unmanaged_leaves())
         step.adds_scaled = scale is not None
         step.enter(OptimizerBackward(training))
         run_backward(loss, scale, retain_graph=False)
@@ -70,7 +70,7 @@ class Backward:
         step.rejoin(scale, wanted=True)
         step.leave()
 
-    def _foreign_leaves(self) -> list[Tensor]:
+    def _unmanaged_leaves(self) -> list[Tensor]:
         """Leaves of the graph that may get a gradient and that no `Lomo` manages."""
         ranks = self._training.ranks
-        return unmanaged([*self.graph.leaves, *(() if ranks is None else ranks.leaves())])
+        return unmanaged_leaves([*self.graph.leaves, *(() if ranks is None else ranks.leaves())])

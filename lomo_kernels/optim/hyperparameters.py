@@ -1,4 +1,4 @@
-"""Hyperparameters: checked on the host, handed to the kernels as one-element tensors on the parameters' device."""
+"""Hyperparameters: checked on the host, handed to the kernels in vectors on the parameters' device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..ops.scalars import NAMES
 
 _NUMBER = "expected a finite number >= 0, or a one-element float64 or float32 tensor"
 
@@ -67,39 +69,40 @@ def _check(value: Any, where: str, expected: str, allowed: Any) -> None:
 
 
 class LiveScalar:
-    """One hyperparameter on one device. A number is copied there when it changes; a tensor there is used as it is."""
+    """One hyperparameter of one group, in the vector of scalars on one device. It is written when it changes, or, if it
+    is a tensor, at every step."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._own = torch.zeros((), dtype=torch.float64, device=device)
+    def __init__(self, cell: Tensor) -> None:
+        self._cell = cell
         self._number: float | None = None
-        self.tensor = self._own
 
     def set(self, value: float | Tensor) -> None:
         if isinstance(value, Tensor):
             self._number = None
-            if value.device == self._own.device:
-                self.tensor = value
-                return
-            self._own.copy_(value.reshape(()), non_blocking=self._own.is_cuda)
+            self._cell.copy_(value.detach().reshape(()), non_blocking=self._cell.is_cuda)
         elif value != self._number:
             self._number = None  # an interrupt may come before the number is set below
-            self._own.fill_(value)
+            self._cell.fill_(value)
             # A capture fills nothing: the graph fills the number at replay, and the next eager step fills it again.
-            captured = self._own.is_cuda and torch.cuda.is_current_stream_capturing()
+            captured = self._cell.is_cuda and torch.cuda.is_current_stream_capturing()
             self._number = None if captured else value
-        self.tensor = self._own
 
 
 class GroupScalars:
-    """The hyperparameters of one parameter group on one device."""
+    """The scalars of one parameter group on one device.
 
-    def __init__(self, device: torch.device) -> None:
-        self.lr = LiveScalar(device)
-        self.weight_decay = LiveScalar(device)
-        self.clip_value = LiveScalar(device)
+    Args:
+        vector: as the operators take it (`lomo_kernels.ops.scalars`).
+    """
+
+    def __init__(self, vector: Tensor) -> None:
+        self.vector = vector
+        self.lr, self.weight_decay, self.clip_value = (
+            LiveScalar(vector[NAMES.index(name)]) for name in ("lr", "weight_decay", "clip_value")
+        )
 
     def set(self, group: dict[str, Any], lr: float | Tensor | None) -> None:
-        """Takes over a group's present values; `lr`, where given, stands in for the group's."""
+        """Takes over a group's present values; `lr`, if given, stands in for the group's."""
         self.lr.set(group["lr"] if lr is None else lr)
         self.weight_decay.set(group["weight_decay"])
         clip_value = group["clip_grad_value"]

@@ -67,6 +67,8 @@ class Lomo(torch.optim.Optimizer):
             ``parallelize_module``, without this argument. If you pass parameters or groups of DeepSpeed's engine, pass
             the engine here. See `docs/distributed/README.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
+        rule: "sgd", or "sign" (SignSGD): each element of the clipped gradient counts as 1 or -1, or 0 if it is zero. A
+            bound on the norm then only decides, by zero and underflow, which elements are zero.
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
@@ -89,6 +91,7 @@ class Lomo(torch.optim.Optimizer):
         fused_layers: bool | nn.Module = False,
         process_group: Any = False,
         seed: int = 0,
+        rule: str = "sgd",
     ) -> None:
         if is_engine(model_or_params):
             if process_group is not False:
@@ -96,7 +99,9 @@ class Lomo(torch.optim.Optimizer):
             engine: Any = model_or_params
             model_or_params, process_group = engine.module, engine
         model = model_to_fuse(model_or_params, fused_layers)
-        settings = Settings.checked(clip_grad_norm, clip_passes, loss_scale, rounding, nonfinite, seed, process_group)
+        settings = Settings.checked(
+            clip_grad_norm, clip_passes, loss_scale, rounding, nonfinite, seed, process_group, rule
+        )
         is_model = isinstance(model_or_params, nn.Module)
         whole: Callable[[], Any] = weakref.ref(model_or_params) if is_model else lambda: None
         self._itself = weakref.ref(self)  # not so through a wrapper made of this class, as Lightning makes

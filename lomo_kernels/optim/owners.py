@@ -147,6 +147,6 @@ def set_optimizer_backward(backward: OptimizerBackward | None) -> None:
         torch._C._remove_obj_from_tls(_KEY)
 
 
-def unmanaged(leaves: Sequence[Tensor]) -> list[Tensor]:
+def unmanaged_leaves(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Those of `leaves` that no live optimizer manages. They get the ``.grad`` of a plain backward."""
     return [leaf for leaf in leaves if (owner := _owners.get(id(leaf))) is None or owner() is None]

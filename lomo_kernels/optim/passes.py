@@ -1,6 +1,6 @@
 """One sweep over gradients: adding up norms, keeping or consuming them. A pass is what a hook hands its gradient to.
 
-A fused layer hands over pairs, one for each of its uses, while backward runs; its weight's hook, which autograd calls
+A fused layer hands over factors, for each of its uses, while backward runs; its weight's hook, which autograd calls
 once after the last use, closes the sum.
 """
 
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers import Pair
+from ..layers import Factors
+from .factor_store import FactorStore, SavedFactors
 from .hyperparameters import GroupScalars
-from .pairs import Held, Holdings
 from .ranks import Ranks
 from .records import Record
 from .streams import Streams, current
@@ -27,7 +27,7 @@ from .terms import Terms
 BUFFER_BYTES = 1024 * 1024
 
 _serials = itertools.count()
-_pair = attrgetter("pair")
+_factors = attrgetter("factors")
 
 
 class _Buffer:
@@ -74,7 +74,7 @@ class Pass:
         self._streams = Streams(devices)
         self._buffers: dict[tuple[GroupScalars, torch.cuda.Stream | None], _Buffer] = {}
         self._lock = threading.Lock()  # backward runs the hooks of each device in a thread of its own
-        self._holdings = Holdings(params, until_the_end=self.keeps)
+        self._store = FactorStore(params, until_the_end=self.keeps)
 
     def take(self, record: Record) -> None:
         """Consumes the gradient: what stands in ``record.param.grad`` and what the weight's layers handed over.
@@ -86,18 +86,18 @@ class Pass:
         """
         param = record.param
         grad = param.grad
-        pairs: Sequence[Held] = ()
+        saved: Sequence[SavedFactors] = ()
         if record.fused:
             with self._lock:
-                pairs = self._holdings.close(record)
-        if grad is None and not pairs:
+                saved = self._store.close(record)
+        if grad is None and not saved:
             return
         param.grad = None
         if record.fired == self.serial:
             raise self._came_twice(record)
         record.fired = self.serial
         if self._ranks is None:
-            self.add(record, grad, pairs)
+            self.add(record, grad, saved)
             return
         assert grad is not None  # no layer is fused
         ready = self._ranks.reduced(record, grad)
@@ -105,11 +105,11 @@ class Pass:
         for one, local in ready:
             self.add(one, local)
 
-    def take_pair(self, record: Record, pair: Pair) -> Sequence[Pair]:
+    def take_factors(self, record: Record, factors: Factors) -> Sequence[Factors]:
         """Takes what a fused layer has in place of a gradient, until the weight's hook is called.
 
         Returns:
-            The pairs, this one and any taken before, whose gradient the layer has to return: holding them would take
+            The factors, these and any taken before, whose gradient the layer has to return: holding them would take
             more memory than the gradient does. Usually none.
         """
         if not record.param.requires_grad:  # frozen since its forward: autograd drops its gradient
@@ -117,19 +117,19 @@ class Pass:
         if record.fired == self.serial:
             raise self._came_twice(record)
         with self._lock:
-            return self._holdings.add(record, pair, self.outcome)
+            return self._store.add(record, factors, self.outcome)
 
-    def add(self, record: Record, grad: Tensor | None, pairs: Sequence[Held] = ()) -> None:
+    def add(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
         """Hands one gradient to the kernels, now or with others. Raises RuntimeError unless it is dense."""
         if grad is not None and grad.layout is not torch.strided:
             raise record.not_dense(grad)
         stream = self._streams.join(record.device) if record.on_gpu else None
-        if pairs:
-            for held in pairs:
+        if saved:
+            for held in saved:
                 held.check(record.name, self.outcome)
                 if held.made is not None:
                     held.join()
-            self._terms(record, grad, pairs)
+            self._terms(record, grad, saved)
             return
         assert grad is not None
         if not record.small:
@@ -165,7 +165,7 @@ class Pass:
     def _list(self, records: Sequence[Record], grads: list[Tensor]) -> None:
         raise NotImplementedError
 
-    def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
+    def _terms(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
         raise NotImplementedError
 
     def _came_twice(self, record: Record) -> RuntimeError:
@@ -181,27 +181,27 @@ class NormPass(Pass):
 
     def _one(self, record: Record, grad: Tensor) -> None:
         inv_scale = record.home.inv_scale if self.scaled else None
-        torch.ops.lomo_kernels.sq_norm_.default(record.slot, grad, inv_scale)
+        torch.ops.lomo_kernels.sq_norm_.default([record.slot], [grad], inv_scale)
 
     def _list(self, records: Sequence[Record], grads: list[Tensor]) -> None:
         inv_scale = records[0].home.inv_scale if self.scaled else None
-        torch.ops.lomo_kernels.sq_norm_list_.default([record.slot for record in records], grads, inv_scale)
+        torch.ops.lomo_kernels.sq_norm_.default([record.slot for record in records], grads, inv_scale)
 
-    def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
+    def _terms(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
         inv_scale = record.home.inv_scale if self.scaled else None
-        Terms(map(_pair, pairs), grad).sq_norm_(record.slot, record.param, inv_scale)
+        Terms(map(_factors, saved), grad).sq_norm_(record.slot, record.param, inv_scale)
 
 
-class _Kept(NamedTuple):
+class DeferredGradient(NamedTuple):
     """One gradient until the end of backward."""
 
     record: Record
     grad: Tensor | None
-    pairs: Sequence[Held]
+    saved: Sequence[SavedFactors]
     stream: torch.cuda.Stream | None  # whose memory it is
 
     def tensors(self) -> list[Tensor]:
-        tensors = [tensor for held in self.pairs for tensor in (held.pair.input, held.pair.grad_output)]
+        tensors = [tensor for held in self.saved for tensor in (held.factors.input, held.factors.grad_output)]
         return tensors if self.grad is None else [*tensors, self.grad]
 
 
@@ -219,17 +219,17 @@ class KeepPass(NormPass):
         ranks: Ranks | None = None,
     ) -> None:
         super().__init__(devices, params, scaled=scaled, ranks=ranks)
-        self._kept: list[_Kept] = []
+        self._kept: list[DeferredGradient] = []
 
-    def add(self, record: Record, grad: Tensor | None, pairs: Sequence[Held] = ()) -> None:
-        super().add(record, grad, pairs)
+    def add(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
+        super().add(record, grad, saved)
         stream = current(record.local) if record.on_gpu else None
-        self._kept.append(_Kept(record, grad, pairs, stream))
+        self._kept.append(DeferredGradient(record, grad, saved, stream))
 
     def check(self) -> None:
         """Raises RuntimeError where a factor was altered since it was kept."""
         for kept in self._kept:
-            for held in kept.pairs:
+            for held in kept.saved:
                 held.check(kept.record.name, "No weight was changed")
 
     def apply(self, update: UpdatePass) -> None:
@@ -238,7 +238,7 @@ class KeepPass(NormPass):
             kept = self._kept.pop()
             if kept.stream is not None:
                 Streams.lend(kept.tensors(), kept.record.device, kept.stream)
-            update.add(kept.record, kept.grad, kept.pairs)
+            update.add(kept.record, kept.grad, kept.saved)
         update.flush()
 
 
@@ -248,6 +248,7 @@ class UpdatePass(Pass):
     Args:
         decided: clip coefficient and overflow flag are known (a norm pass came before); otherwise the norms are added
             up on the way.
+        rule: its number in `lomo_kernels.rules.RULES`.
         stochastic, seed: of the rounding.
     """
 
@@ -263,60 +264,46 @@ class UpdatePass(Pass):
         *,
         scaled: bool,
         decided: bool,
+        rule: int,
         stochastic: bool,
         seed: int,
         ranks: Ranks | None = None,
     ) -> None:
         super().__init__(devices, params, scaled=scaled, ranks=ranks)
         self.decided = decided
+        self.rule = rule
         self.stochastic = stochastic
         self.seed = seed
-        self._scalars_of: dict[GroupScalars, tuple[Tensor | None, ...]] = {}
-
-    def _scalars(self, record: Record) -> tuple[Tensor | None, ...]:
-        """From ``lr`` to ``found_inf``, as every update operator takes them."""
-        home, scalars = record.home, record.scalars
-        return self._scalars_of.setdefault(
-            scalars,
-            (
-                scalars.lr.tensor,
-                scalars.weight_decay.tensor,
-                home.inv_scale if self.scaled else None,
-                scalars.clip_value.tensor,
-                home.clip_coef if self.decided else None,
-                home.found_inf if self.decided else None,
-            ),
-        )
 
     def _one(self, record: Record, grad: Tensor) -> None:
-        local, home = record.local, record.home
         self.changed = True
-        torch.ops.lomo_kernels.sgd_.default(
-            local,
-            grad,
-            *(self._scalars_of.get(record.scalars) or self._scalars(record)),
-            None if self.decided else record.slot,
+        torch.ops.lomo_kernels.update_.default(
+            [record.local],
+            [grad],
+            record.scalars.vector,
+            [] if self.decided else [record.slot],
+            self.rule,
             self.stochastic,
             self.seed,
-            record.index,
-            home.step,
-            record.shard,
+            [record.index],
+            [] if record.shard is None else list(record.shard),
         )
-        torch.autograd.graph.increment_version(local)
+        torch.autograd.graph.increment_version(record.local)
         if record.shard is not None:
             torch.autograd.graph.increment_version(record.param)
 
-    def _terms(self, record: Record, grad: Tensor | None, pairs: Sequence[Held]) -> None:
-        param, home = record.param, record.home
+    def _terms(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
+        param = record.param
         self.changed = True
-        Terms(map(_pair, pairs), grad).sgd_(
+        Terms(map(_factors, saved), grad).update_(
             param,
-            *(self._scalars_of.get(record.scalars) or self._scalars(record)),
+            record.scalars.vector,
             None if self.decided else record.slot,
+            self.rule,
             self.stochastic,
             self.seed,
             record.index,
-            home.step,
+            [],
         )
         torch.autograd.graph.increment_version(param)
 
@@ -324,15 +311,15 @@ class UpdatePass(Pass):
         params = [record.local for record in records]
         sharded = records[0].shard is not None
         self.changed = True
-        torch.ops.lomo_kernels.sgd_list_.default(
+        torch.ops.lomo_kernels.update_.default(
             params,
             grads,
-            *self._scalars(records[0]),
+            records[0].scalars.vector,
             [] if self.decided else [record.slot for record in records],
+            self.rule,
             self.stochastic,
             self.seed,
             [record.index for record in records],
-            records[0].home.step,
             [number for record in records for number in record.shard or ()] if sharded else [],
         )
         torch.autograd.graph.increment_version(params)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.scalars import NAMES, NEUTRAL, STEP
 from .hyperparameters import GroupScalars
 
 # A gradient up to this size waits in a buffer for one list call (per call from Python: 1.4 us for a list of many
@@ -15,9 +16,12 @@ SMALL_BYTES = 64 * 1024
 
 
 class Device:
-    """The scalars of one device, which the kernels read and the host does not, and one norm slot per parameter."""
+    """The scalars of one device, which the kernels read and the host does not, and one norm slot per parameter.
 
-    def __init__(self, device: torch.device, parameters: int) -> None:
+    `vectors`: what updates read, a row for each group (`lomo_kernels.ops.scalars`).
+    """
+
+    def __init__(self, device: torch.device, parameters: int, groups: int) -> None:
         def scalar(dtype: torch.dtype) -> Tensor:
             return torch.zeros((), dtype=dtype, device=device)
 
@@ -27,6 +31,23 @@ class Device:
         self.clip_coef = scalar(torch.float64).fill_(1.0)
         self.found_inf = scalar(torch.float64)
         self.step = scalar(torch.int64)
+        self.vectors = torch.empty(groups, len(NAMES), dtype=torch.float64, device=device)
+        for column, value in zip(self.vectors.unbind(1), NEUTRAL, strict=True):
+            column.fill_(value)
+
+    def prepare_update(self, *, scaled: bool, decided: bool) -> None:
+        """Writes what all groups have in common into their vectors.
+
+        Args:
+            scaled: gradients are multiplied by `inv_scale`.
+            decided: `clip_coef` and `found_inf` are those of this step.
+        """
+        given = {"inv_scale": scaled, "clip_coef": decided, "found_inf": decided}
+        for name, is_given in given.items():
+            position = NAMES.index(name)
+            column = self.vectors[:, position]
+            column.copy_(getattr(self, name)) if is_given else column.fill_(NEUTRAL[position])
+        self.vectors.view(torch.int64)[:, STEP].copy_(self.step)
 
     def squares(self) -> Tensor:
         """Each parameter's share of the sum of squares: a copy of the slots, weighted."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..rules import RULES
 from .hyperparameters import check_group, check_seed
 from .ranks import shape_of
 from .records import Record
@@ -51,6 +52,7 @@ def add_entry(optimizer: Any, state: dict[str, Any]) -> None:
         "version": VERSION,
         **optimizer._training.state.export(),
         "seed": optimizer._training.settings.seed,
+        "rule": optimizer._training.settings.rule,
         "parameters": layout(optimizer._training.records),
     }
 
@@ -61,6 +63,7 @@ def read(
     groups: Sequence[dict[str, Any]],
     defaults: dict[str, Any],
     kinds: Sequence[str],
+    rule: str,
 ) -> Resumed:
     """Checks a state dict completely, and changes nothing.
 
@@ -68,6 +71,7 @@ def read(
         state_dict: from `Lomo.state_dict`, from `torch.distributed.checkpoint`'s helpers, or from `torch.optim.SGD`.
         records, groups, defaults: of the optimizer that loads it.
         kinds: the kinds of loss scaling that the optimizer can continue; the first is its present one.
+        rule: of the optimizer.
 
     Raises:
         TypeError, ValueError: a key is missing or unknown, a value has another type or is out of range, or a parameter
@@ -85,6 +89,11 @@ def read(
         raise ValueError(f"Lomo: the state dict has no {KEY!r} entry; {_FROM} or torch.optim.SGD")
     if numbers is not None:
         _check_numbers(numbers, kinds)
+        if numbers["rule"] != rule:
+            raise ValueError(
+                f"Lomo: the state dict was saved with rule {numbers['rule']!r}, this optimizer has {rule!r}; construct "
+                "it with the same rule"
+            )
     return Resumed(_options(theirs, groups, defaults, dropped is not None), numbers, dropped or [])
 
 
@@ -117,9 +126,9 @@ def _of_entry(entry: Any, records: Sequence[Record]) -> dict[str, Any]:
             f"Lomo: the state dict has version {version}; this lomo_kernels reads versions up to {VERSION}. Update "
             "lomo_kernels to the release that saved it, or a later one"
         )
-    _check_keys(entry, (*_NUMBERS, "parameters"), optional=("version",))
+    _check_keys(entry, (*_NUMBERS, "parameters"), optional=("version", "rule"))
     _check_layout(entry["parameters"], records)
-    return {name: entry[name] for name in _NUMBERS}
+    return {name: entry[name] for name in _NUMBERS} | {"rule": entry.get("rule", "sgd")}  # older ones have no rule
 
 
 def _of_parameters(state: dict[Any, Any]) -> dict[str, Any]:
@@ -128,10 +137,10 @@ def _of_parameters(state: dict[Any, Any]) -> dict[str, Any]:
     for name, numbers in state.items():
         if not isinstance(numbers, dict):
             raise TypeError(f"Lomo: the state of {name} is a {type(numbers).__name__}, expected a dict")
-        _check_keys(numbers, _NUMBERS)
+        _check_keys(numbers, (*_NUMBERS, "rule"))
         if first is None:
             first = numbers
-        different = [key for key in _NUMBERS if not _same(numbers[key], first[key])]
+        different = [key for key in (*_NUMBERS, "rule") if not _same(numbers[key], first[key])]
         if different:
             raise ValueError(
                 f"Lomo: the state dict's {different[0]} differs between {next(iter(state))} and {name}; expected the "
@@ -141,7 +150,8 @@ def _of_parameters(state: dict[Any, Any]) -> dict[str, Any]:
     scaling = first["scaling"]
     if type(scaling) is not int or not 0 <= scaling < len(KINDS):
         raise ValueError(f"Lomo: the state dict's scaling is {scaling!r}, expected 0 to {len(KINDS) - 1}")
-    return first | {"scaling": KINDS[scaling]}
+    names = {number: name for name, number in RULES.items()}
+    return first | {"scaling": KINDS[scaling], "rule": names.get(first["rule"], first["rule"])}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -281,7 +291,9 @@ def load(optimizer: Any, state_dict: Any) -> None:
         state_dict = state_dict if changed is None else changed
     kind = training.state.scale.kind
     kinds = (kind, "dynamic") if training.scale_is_open else (kind,)
-    loaded = read(state_dict, training.records, optimizer.param_groups, optimizer.defaults, kinds)
+    loaded = read(
+        state_dict, training.records, optimizer.param_groups, optimizer.defaults, kinds, training.settings.rule
+    )
     if loaded.numbers is None:
         warnings.warn(
             "Lomo: the state dict is from torch.optim.SGD. Loaded: learning rates, weight decay and what "

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..ops.sgd import is_stochastic
+from ..ops.update import is_stochastic
+from ..rules import rule_number
 from .hyperparameters import check_positive, check_seed
 from .scaling import LossScale
 
@@ -21,10 +22,18 @@ class Settings:
     raise_nonfinite: bool
     seed: int
     process_group: Any
+    rule: str
 
     @staticmethod
     def checked(
-        clip_grad_norm: Any, clip_passes: Any, loss_scale: Any, rounding: Any, nonfinite: Any, seed: Any, group: Any
+        clip_grad_norm: Any,
+        clip_passes: Any,
+        loss_scale: Any,
+        rounding: Any,
+        nonfinite: Any,
+        seed: Any,
+        group: Any,
+        rule: Any,
     ) -> Settings:
         """Raises TypeError or ValueError unless the options are as `Lomo` describes them."""
         if clip_passes not in ("one", "two"):
@@ -36,7 +45,9 @@ class Settings:
         LossScale.check(loss_scale)
         stochastic = is_stochastic("Lomo", rounding)
         seed = check_seed(seed, "Lomo: seed")
-        return Settings(clip_grad_norm, clip_passes == "one", loss_scale, stochastic, nonfinite == "raise", seed, group)
+        rule_number(rule, "Lomo")
+        one_pass, raises = clip_passes == "one", nonfinite == "raise"
+        return Settings(clip_grad_norm, one_pass, loss_scale, stochastic, raises, seed, group, rule)
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments that give these settings."""
@@ -48,8 +59,9 @@ class Settings:
             "nonfinite": "raise" if self.raise_nonfinite else "skip",
             "process_group": self.process_group,
             "seed": self.seed,
+            "rule": self.rule,
         }
 
     def same_everywhere(self) -> tuple[Any, ...]:
         """What has to be equal on every rank, besides the seed."""
-        return self.clip_grad_norm, self.one_pass, self.loss_scale, self.stochastic, self.raise_nonfinite
+        return self.clip_grad_norm, self.one_pass, self.loss_scale, self.stochastic, self.raise_nonfinite, self.rule

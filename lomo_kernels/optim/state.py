@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import clip_coefficient
+from ..numbers import clip_coefficient
 from .hyperparameters import GroupScalars, check_group
 from .ranks import Ranks
 from .records import Device, Record
@@ -43,16 +43,16 @@ class State:
         self.ranks = ranks
         places = list(dict.fromkeys(record.local.device for record in records if record.served))
         places = places or [torch.device("cpu")]
-        self.devices = {place: Device(place, len(records)) for place in places}
+        self.devices = {place: Device(place, len(records), len(groups)) for place in places}
         self.home = self.devices[places[0]]
         self.scalars: list[dict[torch.device, GroupScalars]] = []
         remaining = iter(records)
-        for group in groups:
+        for row, group in enumerate(groups):
             by_device: dict[torch.device, GroupScalars] = {}
             for _, record in zip(group["params"], remaining, strict=False):
                 place = record.local.device if record.served else places[0]
                 if place not in by_device:
-                    by_device[place] = GroupScalars(place)
+                    by_device[place] = GroupScalars(self.devices[place].vectors[row])
                 record.place(self.devices[place], by_device[place])
             self.scalars.append(by_device)
         if any(record.weight != 1.0 for record in records):
@@ -90,12 +90,17 @@ class State:
         for device in self.devices.values():
             _send(inverse, device.inv_scale)
 
+    def prepare_update(self, *, scaled: bool, decided: bool) -> None:
+        """Makes every device's vectors of scalars those of the update that comes: see `Device.prepare_update`."""
+        for device in self.devices.values():
+            device.prepare_update(scaled=scaled, decided=decided)
+
     def zero_slots(self) -> None:
         self._measuring = True
         for device in self.devices.values():
             device.slots.zero_()
 
-    def decide(self, clip_grad_norm: float | None) -> None:
+    def finish_norm(self, clip_grad_norm: float | None) -> None:
         """From the slots to norm, overflow flag and clip coefficient, on every device: the same on every rank."""
         totals = [device.sum_of_squares().to(self.norm.device) for device in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()

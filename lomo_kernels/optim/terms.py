@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import gram, tiled
-from ..layers import Pair
+from ..composite import gram, tiled
+from ..layers import Factors
 
-Factors = tuple[list[Tensor], list[Tensor]]
+_Lists = tuple[list[Tensor], list[Tensor]]
 
 
 class Terms:
@@ -24,10 +24,10 @@ class Terms:
 
     __slots__ = ("embedding", "grad", "linear", "paddings")
 
-    def __init__(self, pairs: Iterable[Pair], grad: Tensor | None) -> None:
+    def __init__(self, pairs: Iterable[Factors], grad: Tensor | None) -> None:
         self.grad = grad
-        self.linear: Factors = ([], [])  # inputs, grad_outputs
-        self.embedding: Factors = ([], [])  # indices, grad_outputs
+        self.linear: _Lists = ([], [])  # inputs, grad_outputs
+        self.embedding: _Lists = ([], [])  # indices, grad_outputs
         self.paddings: list[int] = []  # of the embedding's
         for input, grad_output, padding, _ in pairs:
             if padding is not None:
@@ -48,16 +48,16 @@ class Terms:
                 if found is not None and found.add_to(slot, inv_scale, weight.numel()):
                     return
             for _, tile in self._tiles(weight):
-                torch.ops.lomo_kernels.sq_norm_.default(slot, tile, inv_scale)
+                torch.ops.lomo_kernels.sq_norm_.default([slot], [tile], inv_scale)
 
-    def sgd_(self, weight: Tensor, *arguments: Any) -> None:
-        """Updates `weight`; `arguments` are those of the operator ``linear_sgd_`` from ``lr`` on."""
+    def update_(self, weight: Tensor, *arguments: Any) -> None:
+        """Updates `weight`; `arguments` are those of the operator ``linear_update_`` from ``scalars`` on."""
         if self.grad is None and not self.paddings:
-            torch.ops.lomo_kernels.linear_sgd_.default(weight, *self.linear, *arguments)
+            torch.ops.lomo_kernels.linear_update_.default(weight, *self.linear, *arguments)
         elif self.grad is None and not self.linear[0]:
-            torch.ops.lomo_kernels.embedding_sgd_.default(weight, *self.embedding, self.paddings, *arguments)
+            torch.ops.lomo_kernels.embedding_update_.default(weight, *self.embedding, self.paddings, *arguments)
         else:
-            tiled.update(weight, self._tiles(weight), *arguments)
+            tiled.update_by_tiles(weight, self._tiles(weight), *arguments)
 
     def _tiles(self, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first row, its gradient) of each tile; a tile is valid until the next is asked for."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..rules import RULES
 from .accumulation import Accumulation
 from .attachment import Attachment
 from .hyperparameters import numbers_of, unused_momentum
@@ -182,7 +183,10 @@ class Training:
         optimizer = self.optimizer()
         assert optimizer is not None
         for record in self.records:
-            optimizer.state[record.param] = self.state.by_parameter() | {"seed": self.settings.seed}
+            optimizer.state[record.param] = self.state.by_parameter() | {
+                "seed": self.settings.seed,
+                "rule": RULES[self.settings.rule],
+            }
 
     def join_ranks(self, records: Sequence[Record], groups: Sequence[dict[str, Any]]) -> Ranks | None:
         """Finds the processes that take part in training these parameters, and starts from the same everywhere."""

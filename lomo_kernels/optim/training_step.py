@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rules import RULES
 from .backward import Backward
 from .graph import check_fused_weights, check_loss
 from .hyperparameters import check_group
@@ -104,7 +105,7 @@ class TrainingStep:
         )
         backward.run_pass(gradients, retain_graph=False)
         gradients.check()
-        training.state.decide(self._settings.clip_grad_norm)
+        training.state.finish_norm(self._settings.clip_grad_norm)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
         gradients.apply(self._update_pass(backward.scale))
         self._finish(backward.scale)
@@ -112,7 +113,7 @@ class TrainingStep:
     def _find_norm(self, backward: Backward) -> None:
         training = self._training
         backward.norm_only_pass(training.ranks)
-        training.state.decide(self._settings.clip_grad_norm)
+        training.state.finish_norm(self._settings.clip_grad_norm)
         training.repeats.check_clipping(backward.graph, training.state, backward.norm_only_pass)
 
     def _apply_grads(self, *, keep: bool) -> None:
@@ -132,7 +133,7 @@ class TrainingStep:
             for record, grad in kept:
                 norm.add(record, grad)
             norm.flush()
-            training.state.decide(self._settings.clip_grad_norm)
+            training.state.finish_norm(self._settings.clip_grad_norm)
             self._raise_if_not_finite(scale, _NOTHING_CHANGED)
         update = self._update_pass(scale)
         while kept:
@@ -155,12 +156,15 @@ class TrainingStep:
 
     def _update_pass(self, scale: Tensor | None, ranks: Ranks | None = None) -> UpdatePass:
         training = self._training
+        scaled, decided = scale is not None or training.state.divides, training.norm_comes_first
+        training.state.prepare_update(scaled=scaled, decided=decided)
         self._step.update = UpdatePass(
             training.state.devices,
             training.fused_params,
-            scaled=scale is not None or training.state.divides,
+            scaled=scaled,
             ranks=ranks,
-            decided=training.norm_comes_first,
+            decided=decided,
+            rule=RULES[self._settings.rule],
             stochastic=self._settings.stochastic,
             seed=self._settings.seed,
         )
@@ -169,7 +173,7 @@ class TrainingStep:
     def _finish(self, scale: Tensor | None) -> None:
         self._step.applied = True
         if not self._training.norm_comes_first:
-            self._training.state.decide(None)
+            self._training.state.finish_norm(None)
             outcome = (
                 "elements whose gradient is not finite were kept, the others were updated (with clip_grad_norm or "
                 "dynamic loss scaling, all would have been kept)"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import tiled
+from ..composite import tiled
 from .recorder import Workspaces
 
 _torch_attention = F.scaled_dot_product_attention
@@ -128,9 +128,9 @@ def _workspaces(device: str) -> dict[Any, Callable[..., int]]:
 
     ours = torch.ops.lomo_kernels
     return {
-        ours.linear_sgd_.default: linear,
+        ours.linear_update_.default: linear,
         ours.linear_sq_norm_.default: linear,
-        ours.embedding_sgd_.default: embedding,
+        ours.embedding_update_.default: embedding,
         ours.embedding_sq_norm_.default: embedding,
         torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     }

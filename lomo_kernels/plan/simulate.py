@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .. import tiled
+from ..composite import tiled
 from ..optim.passes import KeepPass
 from .kernels import KERNELS
 from .lines import Parts, beyond, peak_of
@@ -188,9 +188,9 @@ def _kept_factors(recorder: Recorder) -> Iterator[None]:
     """Tells the recorder which tensors wait, as a gradient's factors, for the end of backward, and when it has come."""
     add, apply = KeepPass.add, KeepPass.apply
 
-    def noted(self: KeepPass, record: Any, grad: Any, pairs: Any = ()) -> None:
-        add(self, record, grad, pairs)
-        recorder.becomes((tensor for held in pairs for tensor in held.pair[:2]), FACTORS)
+    def noted(self: KeepPass, record: Any, grad: Any, saved: Any = ()) -> None:
+        add(self, record, grad, saved)
+        recorder.becomes((tensor for held in saved for tensor in held.factors[:2]), FACTORS)
 
     def applied(self: KeepPass, update: Any) -> None:
         recorder.mark("apply")

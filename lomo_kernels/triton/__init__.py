@@ -36,13 +36,13 @@ def register(key: str, names: Collection[str] | None = None) -> str:
         raise ImportError(f"Triton kernels cannot serve {key} tensors as things are: {advice}")
 
     from ..ops._arguments import library
-    from .embedding import embedding_sgd_, embedding_sq_norm_
-    from .linear import linear_sgd_, linear_sq_norm_
-    from .sgd import sgd_, sgd_list_
-    from .sq_norm import sq_norm_, sq_norm_list_
+    from .embedding import embedding_sq_norm_, embedding_update_
+    from .linear import linear_sq_norm_, linear_update_
+    from .sgd import update_
+    from .sq_norm import sq_norm_
 
-    layers = (linear_sgd_, linear_sq_norm_, embedding_sgd_, embedding_sq_norm_)
-    for function in (sgd_, sgd_list_, sq_norm_, sq_norm_list_, *layers):
+    layers = (linear_update_, linear_sq_norm_, embedding_update_, embedding_sq_norm_)
+    for function in (update_, sq_norm_, *layers):
         if names is None or function.__name__ in names:
             library.impl(function.__name__, function, key)
     return f"Triton {triton.__version__}" + (", interpreted" if interpreted else "")

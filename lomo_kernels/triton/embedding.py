@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""`embedding_sgd_` and `embedding_sq_norm_` in Triton. What they do is documented in `lomo_kernels/ops/embedding.py`.
+"""`embedding_update_` and `embedding_sq_norm_` in Triton. `lomo_kernels/ops/embedding.py` documents what they do.
 
 Tokens are sorted by their index, and the tokens of one index, a run, are added up in registers and used up there.
 """
@@ -32,7 +32,7 @@ from .numerics import (
     sum_of_squares,
     widen,
 )
-from .sgd import MISSING, SCALARS
+from .sgd import INDICES, SCALARS
 
 #: The index of tokens that count nothing, where the number of rows is not known.
 NOWHERE = 2**63 - 1
@@ -67,7 +67,9 @@ def is_first(keys, position, key):
     return tl.load(keys + position - 1, mask=position > 0, other=-1) != key
 
 
-@triton.jit(do_not_specialize=["tokens", "columns", "stride", "nowhere", *SCALARS, "kinds", "seed_key", "slot"])
+@triton.jit(
+    do_not_specialize=["tokens", "columns", "stride", "nowhere", *SCALARS, "kinds", "seed_key", *INDICES, "slot"]
+)
 def embedding_sgd_kernel(
     weight,
     gy,
@@ -86,15 +88,20 @@ def embedding_sgd_kernel(
     step: tl.int64,
     kinds: tl.int32,
     seed_key: tl.int64,
+    offset: tl.int64,
+    row_length: tl.int64,
+    row_stride: tl.int64,
     slot: tl.int64,
     touched,
     partials,
     counter,
     P: tl.constexpr,
     G: tl.constexpr,
+    RULE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CLAMP: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     NORM: tl.constexpr,
     DECAY: tl.constexpr,
@@ -128,10 +135,21 @@ def embedding_sgd_kernel(
         start = row * columns + first
         there = elements(weight, P) + start
         p_bits = load(there, left, BLOCK)
-        p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
+        p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
         if STOCHASTIC:
             stream = mix64((seed_key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
-            random = draw(stream, start, left, 0, 2**62, 2**62, P, False, PAIRS, BLOCK)
+            random = draw(
+                stream,
+                start,
+                left,
+                offset.to(tl.int64),
+                row_length.to(tl.int64),
+                row_stride.to(tl.int64),
+                P,
+                ROWS,
+                PAIRS,
+                BLOCK,
+            )
             rounded = stochastic(p, random, P)
         else:
             rounded = nearest(p, P)
@@ -211,7 +229,7 @@ def embedding_sq_norm_(
     op, device = "embedding_sq_norm_", slot.device
     launch.check_slot(op, "slot", slot, device)
     check_embedding(op, indices, grad_outputs, padding_idx, slot)
-    (number,), kinds = launch.scalars(op, device, [("inv_scale", inv_scale, 1.0)])
+    number, kind = launch.inv_scale(op, inv_scale, device)
     columns = grad_outputs[0].shape[-1]
     if not any(gy.numel() for gy in grad_outputs):
         return
@@ -229,7 +247,7 @@ def embedding_sq_norm_(
             gy.stride(0),
             nowhere,
             number,
-            kinds,
+            kind,
             launch.partials.get(device, blocks),
             launch.counters.get(device, 1),
             G=TYPES[gy.dtype],
@@ -240,28 +258,25 @@ def embedding_sq_norm_(
         )
 
 
-def embedding_sgd_(
+def embedding_update_(
     weight: Tensor,
     indices: list[Tensor],
     grad_outputs: list[Tensor],
     padding_idx: list[int],
-    lr: Tensor,
-    weight_decay: Tensor | None,
-    inv_scale: Tensor | None,
-    clip_value: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
+    scalars: Tensor,
     sq_norm: Tensor | None,
+    rule: int,
     stochastic: bool,
     seed: int,
     parameter_id: int,
-    step: Tensor | None,
+    shard: list[int],
 ) -> None:
-    op, device = "embedding_sgd_", weight.device
+    op, device = "embedding_update_", weight.device
     check_embedding(op, indices, grad_outputs, padding_idx, weight)
     check_weight(op, weight, None, grad_outputs[0].shape[-1], "[num_embeddings, embedding_dim]")
-    given = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step)
-    numbers, kinds = launch.scalars(op, device, zip(SCALARS, given, MISSING, strict=True))
+    step = launch.step_scalars(op, scalars, device)
+    launch.check_rule(op, rule)
+    where = launch.indices_of(op, shard, weight.numel())
     if sq_norm is not None:
         launch.check_slot(op, "sq_norm", sq_norm, device)
     if weight.numel() == 0:
@@ -269,8 +284,7 @@ def embedding_sgd_(
     check_writable(op, weight, [*indices, *grad_outputs])
     stochastic = stochastic and weight.dtype != torch.float32
     rows, columns = weight.shape
-    # No decay by a number: known here. By a tensor: every program of the second kernel sees it and ends.
-    decays = weight_decay is not None and not (launch.is_number(weight_decay) and weight_decay.item() == 0)
+    decays = step.decays  # if the host does not know, every program of the second kernel sees it, and ends if not
     with launch.on(device):
         w = weight.detach().contiguous()
         keys, order, gy, nowhere = runs(indices, grad_outputs, padding_idx, rows)
@@ -297,19 +311,24 @@ def embedding_sgd_(
                 columns,
                 gy.stride(0),
                 nowhere,
-                *numbers,
-                kinds,
+                *step.arguments,
+                step.kinds,
                 launch.parameter_key(seed, parameter_id) if stochastic else 0,
+                where.offset,
+                where.row_length,
+                where.row_stride,
                 slot,
                 touched,
                 partials,
                 counter,
                 P=TYPES[weight.dtype],
                 G=TYPES[gy.dtype],
+                RULE=rule,
                 ALIGNED=aligned,
-                CLAMP=clip_value is not None,
+                CLAMP=step.clamps,
                 STOCHASTIC=stochastic,
-                PAIRS=columns % 2 == 0,
+                ROWS=where.rows,
+                PAIRS=columns % 2 == 0 and where.pairs,
                 NORM=norm,
                 DECAY=decay,
                 BLOCK=BLOCK,

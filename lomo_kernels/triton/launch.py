@@ -6,7 +6,7 @@ import functools
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from .. import numbers as formulas
+from ..ops import scalars as vectors
+from ..rules import RULES
 from .numerics import BLOCK
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -75,48 +77,64 @@ def is_dense(tensor: Tensor) -> bool:
 
 # ---- Scalars ---------------------------------------------------------------------------------------------------------
 
-_KINDS = {torch.float64: 1, torch.float32: 2, torch.int64: 1}
+#: Whether kernels read what lies on a CPU by its address, as a GPU's would be. For tests, where Triton interprets.
+by_address = False
 
 
-def is_number(tensor: Tensor) -> bool:
-    """Whether the host reads it. Python numbers come as float64 and int64 CPU tensors without dimensions; under the
-    interpreter all tensors are CPU tensors, and whatever else comes is taken as a GPU's would be, by its address."""
-    if INTERPRETED:
-        return tensor.dim() == 0 and tensor.dtype != torch.float32
-    return tensor.is_cpu
+def is_known(tensor: Tensor) -> bool:
+    """Whether the host may read it, so that kernels get numbers."""
+    return tensor.is_cpu and not by_address
 
 
-def scalars(op: str, device: torch.device, given: Iterable[tuple[str, Tensor | None, float]]) -> tuple[list[int], int]:
-    """Scalars as integers, and what they are: two bits each, see `numerics.float64_of`.
+class StepScalars(NamedTuple):
+    """The vector of scalars as kernels take it."""
 
-    Args:
-        given: (name, one-element tensor or None, value where it is None: an int for int64, a float for the others).
-    """
-    arguments, kinds = [], 0
-    for place, (name, tensor, number) in enumerate(given):
-        form, dtypes = ("q", (torch.int64,)) if isinstance(number, int) else ("d", (torch.float64, torch.float32))
-        if tensor is not None:
-            if tensor.dtype not in dtypes or tensor.numel() != 1:
-                fail(f"{op}: {name} has shape {list(tensor.shape)} and dtype {tensor.dtype}, expected one of {dtypes}")
-            if not is_number(tensor):
-                arguments.append(_address(op, name, tensor, device))
-                kinds |= _KINDS[tensor.dtype] << 2 * place
-                continue
-            number = tensor.item()
-        arguments.append(struct.unpack("q", struct.pack(form, number))[0])
-    return arguments, kinds
+    arguments: list[int]  # bits of the numbers, or their addresses
+    kinds: int  # which of the two, see `numerics.float64_of`
+    clamps: bool  # whether there may be a bound on gradients
+    decays: bool  # whether there may be a weight decay
 
 
-def _address(op: str, name: str, tensor: Tensor, device: torch.device) -> int:
+def step_scalars(op: str, vector: Tensor, device: torch.device) -> StepScalars:
+    vectors.check_vector(op, vector, device)
+    if is_known(vector):
+        numbers = vectors.numbers_of(vector)
+        clamps, decays = numbers["clip_value"] != float("inf"), numbers["weight_decay"] != 0.0
+        return StepScalars(vector.view(torch.int64).tolist(), 0, clamps, decays)
+    size = vector.element_size()
+    addresses = [vector.data_ptr() + i * size for i in range(len(vectors.NAMES))]
+    return StepScalars(addresses, _EVERY_FLOAT64, True, True)
+
+
+_EVERY_FLOAT64 = sum(1 << 2 * i for i in range(len(vectors.NAMES)))
+
+
+def inv_scale(op: str, tensor: Tensor | None, device: torch.device) -> tuple[int, int]:
+    """A norm's factor as kernels take it: the bits of a number, or an address, and its kind."""
+    if tensor is None:
+        return _bits(1.0), 0
+    if tensor.dtype not in (torch.float64, torch.float32) or tensor.numel() != 1:
+        fail(op, ": inv_scale has shape ", list(tensor.shape), " and dtype ", tensor.dtype, ", expected one float64")
+    if is_known(tensor):
+        return _bits(tensor.item()), 0
     if tensor.device != device:
-        fail(op, ": ", name, " is on ", tensor.device, ", expected ", device, ", where the parameter or slot is")
-    return tensor.data_ptr()
+        fail(op, ": inv_scale is on ", tensor.device, ", expected ", device, ", where the parameter or slot is")
+    return tensor.data_ptr(), 1 if tensor.dtype == torch.float64 else 2
+
+
+def _bits(number: float) -> int:
+    return int(struct.unpack("q", struct.pack("d", number))[0])
+
+
+def check_rule(op: str, rule: int) -> None:
+    if rule not in RULES.values():
+        fail(op, ": rule is ", rule, ", expected a number below ", len(RULES))
 
 
 @functools.lru_cache(maxsize=65536)
 def parameter_key(seed: int, parameter_id: int) -> int:
-    """`reference.parameter_key`, as an int64. Kept: the same in every step."""
-    key = reference.parameter_key(seed, parameter_id)
+    """`numbers.parameter_key`, as an int64. Kept: the same in every step."""
+    key = formulas.parameter_key(seed, parameter_id)
     return key - 2**64 if key >= 2**63 else key
 
 
@@ -133,8 +151,8 @@ class Indices(NamedTuple):
 WHOLE = Indices()
 
 
-def indices_of(op: str, shard: Sequence[int] | None, numel: int) -> Indices:
-    if shard is None:
+def indices_of(op: str, shard: Sequence[int], numel: int) -> Indices:
+    if not shard:
         return WHOLE
     if len(shard) != 3:
         fail(op, ": shard has ", len(shard), " numbers, expected (offset, row_length, row_stride)")
@@ -194,6 +212,16 @@ class Workspaces:
 
 partials = Workspaces(torch.float64, zeroed=False)  # sums of blocks
 counters = Workspaces(torch.int64, zeroed=True)  # blocks done, back at zero when the kernel ends
+
+#: A list of one is launched without a table, if its tensor is larger. A CUDA graph may be captured with other lists of
+#: small tensors than those before it; see `run`.
+LIST_BYTES = 64 * 1024
+
+
+def is_alone(tensors: list[Tensor]) -> bool:
+    """Whether a list is launched without a table: one tensor that the optimizer would not keep for a list."""
+    return len(tensors) == 1 and tensors[0].numel() * tensors[0].element_size() > LIST_BYTES
+
 
 # ---- Lists -----------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiled
+from ..composite import tiled
 from ..ops._overlap import Access, check_no_overlap, overlaps_itself, regions
 from ..ops._pairs import check_linear, check_weight
 from . import launch
@@ -39,7 +39,7 @@ from .numerics import (
     sum_of_squares,
     widen,
 )
-from .sgd import MISSING, SCALARS
+from .sgd import SCALARS
 
 SIZES = ("tokens", "rows", "columns", "gy_stride", "x_stride")
 
@@ -238,6 +238,7 @@ def linear_sgd_kernel(
     counter,
     P: tl.constexpr,
     G: tl.constexpr,
+    RULE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CLAMP: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -272,7 +273,7 @@ def linear_sgd_kernel(
             following = weights_of(weight, rows - row, columns - column, columns, (part + 1) * WIDTH, BM, WIDTH)
             next_bits = tl.load(*following, other=0)
         scaled = part_of(tile, part, PARTS) * unscale
-        p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
+        p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
         if STOCHASTIC:
             first = row.to(tl.int64) * columns + column + part * WIDTH
             last = first + (BM - 1) * columns + WIDTH
@@ -540,7 +541,7 @@ def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tenso
     op, device = "linear_sq_norm_", slot.device
     launch.check_slot(op, "slot", slot, device)
     check_linear(op, inputs, grad_outputs, slot)
-    (number,), kinds = launch.scalars(op, device, [("inv_scale", inv_scale, 1.0)])
+    number, kind = launch.inv_scale(op, inv_scale, device)
     rows, columns = grad_outputs[0].shape[-1], inputs[0].shape[-1]
     if rows == 0 or columns == 0:
         return
@@ -556,12 +557,12 @@ def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tenso
     blocks, constants = shape_of(factors, tile, gpu)
     # Another thread may use the stream, too: no kernel of its own between those of one call, which share memory.
     with launch.on(device), _gram_lock if gram else nullcontext():
-        done = _gram(slot, factors, number, kinds, gpu) if gram else None
+        done = _gram(slot, factors, number, kind, gpu) if gram else None
         linear_sq_norm_kernel[(blocks,)](
             slot.data_ptr(),
             *factors,
             number,
-            kinds,
+            kind,
             done,
             launch.partials.get(device, blocks),
             launch.counters.get(device, 1),
@@ -570,7 +571,7 @@ def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tenso
         )
 
 
-def _gram(slot: Tensor, factors: Factors, number: int, kinds: int, gpu: int) -> Tensor:
+def _gram(slot: Tensor, factors: Factors, number: int, kind: int, gpu: int) -> Tensor:
     """Launches the sum from inner products. Returns where it says whether that was accurate enough."""
     device, dtype, tokens = slot.device, factors.x.dtype, factors.tokens
     lengths, done = _lengths.get(device, 2 * tokens), _done.get(device, 1)
@@ -595,7 +596,7 @@ def _gram(slot: Tensor, factors: Factors, number: int, kinds: int, gpu: int) -> 
         slot.data_ptr(),
         *factors,
         number,
-        kinds,
+        kind,
         lengths,
         done,
         launch.partials.get(device, 2 * blocks),
@@ -612,36 +613,34 @@ def _gram(slot: Tensor, factors: Factors, number: int, kinds: int, gpu: int) -> 
     return done
 
 
-def linear_sgd_(
+def linear_update_(
     weight: Tensor,
     inputs: list[Tensor],
     grad_outputs: list[Tensor],
-    lr: Tensor,
-    weight_decay: Tensor | None,
-    inv_scale: Tensor | None,
-    clip_value: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
+    scalars: Tensor,
     sq_norm: Tensor | None,
+    rule: int,
     stochastic: bool,
     seed: int,
     parameter_id: int,
-    step: Tensor | None,
+    shard: list[int],
 ) -> None:
-    op, device = "linear_sgd_", weight.device
+    op, device = "linear_update_", weight.device
     check_linear(op, inputs, grad_outputs, weight)
     rows, columns = grad_outputs[0].shape[-1], inputs[0].shape[-1]
     check_weight(op, weight, rows, columns, "[out_features, in_features] of grad_output and input")
-    scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf)
-    numbers, kinds = launch.scalars(op, device, zip(SCALARS, (*scalars, step), MISSING, strict=True))
+    step = launch.step_scalars(op, scalars, device)
+    launch.check_rule(op, rule)
+    launch.indices_of(op, shard, weight.numel())
     if sq_norm is not None:
         launch.check_slot(op, "sq_norm", sq_norm, device)
     if weight.numel() == 0:
         return
     check_writable(op, weight, [*inputs, *grad_outputs])
-    if by_tiles(inputs, rows, columns, norm=sq_norm is not None):
-        rest = (sq_norm, stochastic, seed, parameter_id, step)
-        tiled.linear_sgd_(weight, inputs, grad_outputs, *scalars, *rest)
+    # The kernel knows a whole weight's indices only.
+    if (shard and stochastic) or by_tiles(inputs, rows, columns, norm=sq_norm is not None):
+        rest = (sq_norm, rule, stochastic, seed, parameter_id, shard)
+        tiled.linear_update_(weight, inputs, grad_outputs, scalars, *rest)
         return
     stochastic = stochastic and weight.dtype != torch.float32
     factors, gpu = factors_of(inputs[0], grad_outputs[0]), generation(device)
@@ -656,14 +655,15 @@ def linear_sgd_(
         linear_sgd_kernel[(blocks,)](
             w,
             *factors,
-            *numbers,
-            kinds,
+            *step.arguments,
+            step.kinds,
             launch.parameter_key(seed, parameter_id) if stochastic else 0,
             slot,
             partials,
             counter,
             P=TYPES[weight.dtype],
-            CLAMP=clip_value is not None,
+            RULE=rule,
+            CLAMP=step.clamps,
             STOCHASTIC=stochastic,
             PAIRS=columns % 2 == 0,
             NORM=sq_norm is not None,

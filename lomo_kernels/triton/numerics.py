@@ -174,8 +174,20 @@ def step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAM
     return rate.to(tl.float32), decay, unscale, limit, coef
 
 
+# The rules, by number: see lomo_kernels/rules.py.
+SGD, SIGN = tl.constexpr(0), tl.constexpr(1)
+
+
 @triton.jit
-def stepped(p, scaled, rate, decay, limit, coef, CLAMP: tl.constexpr):
+def direction(g, RULE: tl.constexpr):
+    """What becomes of a clipped gradient. Zeros become +0."""
+    if RULE == SIGN:
+        g = tl.where(g > 0.0, 1.0, 0.0) - tl.where(g < 0.0, 1.0, 0.0)
+    return g
+
+
+@triton.jit
+def stepped(p, scaled, rate, decay, limit, coef, RULE: tl.constexpr, CLAMP: tl.constexpr):
     """Parameters after the step, in float32. Where `scaled`, the unscaled gradient, is not finite they mean nothing:
     the clamp drops NaN."""
     g = scaled
@@ -183,7 +195,7 @@ def stepped(p, scaled, rate, decay, limit, coef, CLAMP: tl.constexpr):
         g = tl.minimum(tl.maximum(g, -limit), limit)
     g = g * coef
     p = p * decay
-    return p - rate * g
+    return p - rate * direction(g, RULE)
 
 
 # ---- Random bits: a counter through a hash. --------------------------------------------------------------------------

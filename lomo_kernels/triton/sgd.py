@@ -1,10 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
-"""`sgd_` and `sgd_list_` in Triton. What they do is documented in `lomo_kernels/ops/sgd.py`."""
+"""`update_` in Triton. What it does is documented in `lomo_kernels/ops/update.py`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops import scalars as vectors
 from ..ops._overlap import Access, check_no_overlap, overlaps_itself, regions
 from . import launch
 from .launch import COLUMNS, TYPES, fail
 from .numerics import (
     BLOCK,
+    SGD,
     add_to_slot,
     draw,
     elements,
@@ -37,8 +38,7 @@ from .numerics import (
     widen,
 )
 
-SCALARS = ("lr", "weight_decay", "inv_scale", "clip_value", "clip_coef", "found_inf", "step")
-MISSING = (0.0, 0.0, 1.0, float("inf"), 1.0, 0.0, 0)
+SCALARS = vectors.NAMES
 INDICES = ("offset", "row_length", "row_stride")
 
 
@@ -67,6 +67,7 @@ def sgd_kernel(
     counters,
     P: tl.constexpr,
     G: tl.constexpr,
+    RULE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CLAMP: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -101,10 +102,12 @@ def sgd_kernel(
     g_bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK, TOGETHER)
     rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
     scaled = widen(g_bits, G) * unscale
-    p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, CLAMP)
+    p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
     finite = tl.abs(scaled) < float("inf")
-    # A gradient that is not finite shows in p, but not if it was clamped: then the sum says so, or an addition to p.
-    SUM_FIRST: tl.constexpr = NORM and CLAMP and STOCHASTIC and not ROWS
+    # A gradient that is not finite shows in p, but not if it was clamped or its direction is finite: then the sum says
+    # so, or an addition to p.
+    HIDDEN: tl.constexpr = CLAMP or RULE != SGD
+    SUM_FIRST: tl.constexpr = NORM and HIDDEN and STOCHASTIC and not ROWS
     if SUM_FIRST:
         total = sum_of_squares(scaled, BLOCK)
     if STOCHASTIC:
@@ -115,7 +118,7 @@ def sgd_kernel(
             rounded = tl.where(finite, stochastic(p, random, P), p_bits)
         else:
             # One decision for all of them: tests of each number would be a third of the instructions.
-            shown = p + scaled * 0.0 if CLAMP and not NORM else p
+            shown = p + scaled * 0.0 if HIDDEN and not NORM else p
             all_ordinary = is_ordinary(shown, P) & share_a_key(offset + start, offset + start + left - 1, P)
             if SUM_FIRST:
                 all_ordinary &= total < float("inf")
@@ -183,35 +186,18 @@ def in_order(param: Tensor, grad: Tensor, any_order: bool) -> tuple[Tensor, Tens
     return param.detach().contiguous(), grad.detach().contiguous()
 
 
-def sgd_(
+def _alone(
     param: Tensor,
     grad: Tensor,
-    lr: Tensor,
-    weight_decay: Tensor | None,
-    inv_scale: Tensor | None,
-    clip_value: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
+    scalars: launch.StepScalars,
     sq_norm: Tensor | None,
+    rule: int,
     stochastic: bool,
-    seed: int,
-    parameter_id: int,
-    step: Tensor | None,
-    shard: Sequence[int] | None,
+    key: int,
+    where: launch.Indices,
 ) -> None:
+    """One parameter by one launch without a table."""
     device, numel = param.device, param.numel()
-    check("sgd_", param, grad, device)
-    given = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step)
-    numbers, kinds = launch.scalars("sgd_", device, zip(SCALARS, given, MISSING, strict=True))
-    if sq_norm is not None:
-        launch.check_slot("sgd_", "sq_norm", sq_norm, device)
-    check_all_apart("sgd_", [param], [grad], [] if sq_norm is None else [sq_norm])
-    where = launch.indices_of("sgd_", shard, numel)
-    if numel == 0:
-        return
-    stochastic = stochastic and param.dtype != torch.float32
-    if not stochastic:
-        where = launch.WHOLE
     p, g = in_order(param, grad, any_order=not stochastic and sq_norm is None)
     blocks = launch.blocks_of(numel)
     with launch.on(device):
@@ -223,9 +209,9 @@ def sgd_(
             p,
             g,
             numel,
-            *numbers,
-            kinds,
-            launch.parameter_key(seed, parameter_id) if stochastic else 0,
+            *scalars.arguments,
+            scalars.kinds,
+            key,
             where.offset,
             where.row_length,
             where.row_stride,
@@ -235,21 +221,17 @@ def sgd_(
             counter,
             P=TYPES[param.dtype],
             G=TYPES[grad.dtype],
+            RULE=rule,
             ALIGNED=False,  # what a launch knows of tensors needs no hint
             COLUMNS=0,
-            CLAMP=clip_value is not None,
+            CLAMP=scalars.clamps,
             STOCHASTIC=stochastic,
             ROWS=where.rows,
             PAIRS=where.pairs,
             NORM=sq_norm is not None,
             BLOCK=BLOCK,
             **options(
-                launch.generation(device),
-                param.dtype,
-                stochastic,
-                where.rows,
-                sq_norm is not None,
-                clip_value is not None,
+                launch.generation(device), param.dtype, stochastic, where.rows, sq_norm is not None, scalars.clamps
             ),
         )
         if p is not param:
@@ -257,7 +239,15 @@ def sgd_(
 
 
 def list_constants(
-    param: torch.dtype, grad: torch.dtype, stochastic: bool, plain: bool, *, gpu: int, clamp: bool, norm: bool
+    param: torch.dtype,
+    grad: torch.dtype,
+    stochastic: bool,
+    plain: bool,
+    *,
+    gpu: int,
+    rule: int,
+    clamp: bool,
+    norm: bool,
 ) -> dict[str, Any]:
     """What the kernel of a list is compiled for: two variants, so that the rows of a list make no others.
 
@@ -271,6 +261,7 @@ def list_constants(
     return {
         "P": TYPES[param],
         "G": TYPES[grad],
+        "RULE": rule,
         "ALIGNED": plain,
         "CLAMP": clamp,
         "STOCHASTIC": stochastic,
@@ -283,23 +274,18 @@ def list_constants(
     }
 
 
-def sgd_list_(
+def update_(
     params: list[Tensor],
     grads: list[Tensor],
-    lr: Tensor,
-    weight_decay: Tensor | None,
-    inv_scale: Tensor | None,
-    clip_value: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
+    scalars: Tensor,
     sq_norm: list[Tensor],
+    rule: int,
     stochastic: bool,
     seed: int,
     parameter_id: list[int],
-    step: Tensor | None,
     shard: list[int],
 ) -> None:
-    op, n = "sgd_list_", len(params)
+    op, n = "update_", len(params)
     if len(grads) != n:
         fail(op, ": ", n, " params, ", len(grads), " grads")
     if sq_norm and len(sq_norm) != n:
@@ -308,38 +294,42 @@ def sgd_list_(
         fail(op, ": ", n, " params, ", len(parameter_id), " parameter_id")
     if shard and len(shard) != 3 * n:
         fail(op, ": ", n, " params, ", len(shard), " numbers in shard")
+    launch.check_rule(op, rule)
     if n == 0:
         return
     device = params[0].device
-    given = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step)
-    numbers, kinds = launch.scalars(op, device, zip(SCALARS, given, MISSING, strict=True))
-    where = []
+    step = launch.step_scalars(op, scalars, device)
+    where, rounded, keys = [], [], []
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         check(op, param, grad, device)
-        where.append(launch.indices_of(op, shard[3 * i : 3 * i + 3] or None, param.numel()))
+        indices = launch.indices_of(op, shard[3 * i : 3 * i + 3], param.numel())
+        rounded.append(stochastic and param.dtype != torch.float32)
+        where.append(indices if rounded[i] else launch.WHOLE)
+        keys.append(launch.parameter_key(seed, parameter_id[i]) if rounded[i] else 0)
     for slot in sq_norm:
         launch.check_slot(op, "sq_norm", slot, device)
     check_all_apart(op, params, grads, sq_norm)
+    if launch.is_alone(params):
+        _alone(params[0], grads[0], step, sq_norm[0] if sq_norm else None, rule, rounded[0], keys[0], where[0])
+        return
     with launch.on(device):
         rows, copies = [], []
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if param.numel() == 0:
                 continue
-            rounded = stochastic and param.dtype != torch.float32
-            p, g = in_order(param, grad, any_order=not rounded and not sq_norm)
+            p, g = in_order(param, grad, any_order=not rounded[i] and not sq_norm)
             copies.append((param, p, g))
             addresses = p.data_ptr(), g.data_ptr()
-            indices = where[i] if rounded else launch.WHOLE
             aligned = not (addresses[0] | addresses[1]) % 16
             rows.append(
                 launch.Row(
                     *addresses,
                     sq_norm[i].data_ptr() if sq_norm else 0,
                     param.numel(),
-                    launch.parameter_key(seed, parameter_id[i]) if rounded else 0,
-                    indices,
-                    (param.dtype, grad.dtype, rounded),
-                    aligned and indices.pairs and not indices.rows,
+                    keys[i],
+                    where[i],
+                    (param.dtype, grad.dtype, rounded[i]),
+                    aligned and where[i].pairs and not where[i].rows,
                 )
             )
         for part in launch.rounds(rows):
@@ -352,8 +342,8 @@ def sgd_list_(
                 for one in launches:
                     arguments = (
                         *(None, None, 0),  # tensors are in the table
-                        *numbers,
-                        kinds,
+                        *step.arguments,
+                        step.kinds,
                         *(0, 0, 0, 0, 0),
                         table,
                         owners,
@@ -365,7 +355,8 @@ def sgd_list_(
                         list_constants,
                         *one.variant,
                         gpu=launch.generation(device),
-                        clamp=clip_value is not None,
+                        rule=rule,
+                        clamp=step.clamps,
                         norm=bool(sq_norm),
                     )
                     launch.run(sgd_kernel, one, device, arguments, constants)

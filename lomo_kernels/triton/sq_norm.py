@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""`sq_norm_` and `sq_norm_list_` in Triton. What they do is documented in `lomo_kernels/ops/sq_norm.py`."""
+"""`sq_norm_` in Triton. What it does is documented in `lomo_kernels/ops/sq_norm.py`."""
 
 from __future__ import annotations
 
@@ -88,24 +88,18 @@ def programs_of(numel: int) -> int:
     return triton.cdiv(blocks, triton.cdiv(blocks, PROGRAMS.value))
 
 
-def sq_norm_(slot: Tensor, grad: Tensor, inv_scale: Tensor | None) -> None:
-    op, device, numel = "sq_norm_", slot.device, grad.numel()
-    launch.check_slot(op, "slot", slot, device)
-    launch.check_element_type(op, "grad", grad, device)
-    check_no_overlap(op, regions(Access.ADDED, "slot", [slot]), regions(Access.READ, "grad", [grad]))
-    (number,), kinds = launch.scalars(op, device, [("inv_scale", inv_scale, 1.0)])
-    if numel == 0:
-        return
-    grad = grad.contiguous()
-    programs = programs_of(numel)
+def _alone(slot: Tensor, grad: Tensor, number: int, kind: int) -> None:
+    """One gradient by one launch without a table."""
+    device, grad = slot.device, grad.contiguous()
+    programs = programs_of(grad.numel())
     with launch.on(device):
         partials, counter = launch.partials.get(device, programs), launch.counters.get(device, 1)
         sq_norm_kernel[(programs,)](
             grad,
-            numel,
+            grad.numel(),
             slot.data_ptr(),
             number,
-            kinds,
+            kind,
             *(None, 0, 0),  # no table
             partials,
             counter,
@@ -122,18 +116,21 @@ def list_constants(grad: torch.dtype, plain: bool, *, gpu: int) -> dict[str, Any
     return {"G": TYPES[grad], "ALIGNED": plain, "BLOCK": BLOCK, "COLUMNS": COLUMNS.value, **options(gpu)}
 
 
-def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> None:
-    op = "sq_norm_list_"
+def sq_norm_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> None:
+    op = "sq_norm_"
     if len(slots) != len(grads):
         fail(op, ": ", len(slots), " slots for ", len(grads), " grads")
     if not grads:
         return
     device = grads[0].device
-    (number,), kinds = launch.scalars(op, device, [("inv_scale", inv_scale, 1.0)])
+    number, kind = launch.inv_scale(op, inv_scale, device)
     for slot, grad in zip(slots, grads, strict=True):
         launch.check_slot(op, "slot", slot, device)
         launch.check_element_type(op, "grad", grad, device)
     check_no_overlap(op, regions(Access.ADDED, "slot", slots), regions(Access.READ, "grad", grads))
+    if launch.is_alone(grads):
+        _alone(slots[0], grads[0], number, kind)
+        return
     with launch.on(device):
         grads = [grad.contiguous() for grad in grads]  # kept until the kernels are launched
         rows = []
@@ -151,7 +148,7 @@ def sq_norm_list_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | 
                     arguments = (
                         *(None, 0, 0),  # tensors are in the table
                         number,
-                        kinds,
+                        kind,
                         table,
                         owners,
                         one.first_program,

@@ -9,36 +9,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers import Pair
+from ..layers import Factors
 from .records import Record
 
 # A factor that is a view of memory more than this many times its own size is copied, to let that memory go.
 ROOMY = 1.25
 
 
-class Held(NamedTuple):
-    """A pair, and what was true when it was taken."""
+class SavedFactors(NamedTuple):
+    """The factors of one use, and what was true when they were taken."""
 
-    pair: Pair
+    factors: Factors
     versions: tuple[int, int]  # of its two tensors
     addresses: tuple[int, int]  # of their memory
-    bytes: int  # of this pair and those of the weight before it; memory that others hold already does not count
+    bytes: int  # of these and those of the weight before them; memory that others hold already does not count
     stream: torch.cuda.Stream | None = None  # on which grad_output was made
     made: torch.cuda.Event | None = None  # when it was
 
     def join(self) -> None:
-        """Makes the current stream wait for the pair: autograd makes it wait for gradients, and the weight has none."""
+        """Makes the current stream wait for the factors. Autograd makes it wait for gradients; the weight has none."""
         if self.stream is None or self.made is None:
             return
-        current = torch.cuda.current_stream(self.pair.grad_output.device)
+        current = torch.cuda.current_stream(self.factors.grad_output.device)
         if current != self.stream:
             current.wait_event(self.made)
-            for tensor in self.pair[:2]:
+            for tensor in self.factors[:2]:
                 tensor.record_stream(current)
 
     def check(self, name: str, outcome: str) -> None:
-        """Raises RuntimeError, which says `outcome`, if the pair's tensors were altered in place since then."""
-        for what, tensor, version in zip(self.pair.names, self.pair[:2], self.versions, strict=True):
+        """Raises RuntimeError, which says `outcome`, if the tensors were altered in place since then."""
+        for what, tensor, version in zip(self.factors.names, self.factors[:2], self.versions, strict=True):
             if tensor._version != version:
                 raise RuntimeError(
                     f"Lomo: the {what} of the layer of {name}, which its weight's update needs, was altered in place "
@@ -48,13 +48,13 @@ class Held(NamedTuple):
                 )
 
 
-class Holdings:
-    """The pairs of one pass, by weight.
+class FactorStore:
+    """The factors of one pass, by weight.
 
     Args:
         params: a factor in their memory is copied: they may change before it is used.
-        until_the_end: pairs are kept after their weight's hook was called, so even one must not be larger than the
-            gradient it stands for. Otherwise that holds only for weights that are used more than once.
+        until_the_end: factors are kept after their weight's hook was called, so even those of one use must not be
+            larger than the gradient they stand for. Otherwise that holds only for weights that are used more than once.
     """
 
     def __init__(self, params: Iterable[Tensor] = (), *, until_the_end: bool = False) -> None:
@@ -62,51 +62,51 @@ class Holdings:
         self._until_the_end = until_the_end
         # By backward, and by index of the record: a backward inside this one (autograd.grad in a hook, a reentrant
         # checkpoint) calls hooks for its own part.
-        self._open: dict[tuple[int, int], list[Held]] = {}
+        self._open: dict[tuple[int, int], list[SavedFactors]] = {}
         self._returned: set[tuple[int, int]] = set()  # weights whose gradient exists, so that no more is held
         self._users: Counter[int] = Counter()  # of each piece of memory: inputs are shared, as by query, key and value
 
-    def add(self, record: Record, pair: Pair, outcome: str) -> Sequence[Pair]:
-        """Holds the pair, or returns the pairs of the weight that are better returned as a gradient.
+    def add(self, record: Record, factors: Factors, outcome: str) -> Sequence[Factors]:
+        """Holds the factors, or returns those of the weight that are better returned as a gradient.
 
         Raises RuntimeError, which says `outcome`, if one of those was altered since it was taken.
         """
         key = torch._C._current_graph_task_id(), record.index
         ours = self._open.setdefault(key, [])
         if key not in self._returned:
-            held = self._hold(pair, ours[-1].bytes if ours else 0)
+            held = self._hold(factors, ours[-1].bytes if ours else 0)
             record.reused |= bool(ours)
-            # The only pair of a weight, used at once, may be larger than the gradient: it exists anyway.
+            # Those of the only use, applied at once, may be larger than the gradient: they exist anyway.
             if held.bytes <= record.bytes or not (record.reused or self._until_the_end):
                 ours.append(held)
                 for address in held.addresses:
                     self._users[address] += 1
                 return ()
-            pair = held.pair
+            factors = held.factors
             self._returned.add(key)
         for one in ours:
             one.check(record.name, outcome)
             one.join()
         self._forget(ours)
-        pairs = [one.pair for one in ours]
+        uses = [one.factors for one in ours]
         ours.clear()
-        return [*pairs, pair]
+        return [*uses, factors]
 
-    def close(self, record: Record) -> Sequence[Held]:
-        """The weight's pairs: its hook was called. Those of other backwards, inside this one or around, stay."""
+    def close(self, record: Record) -> Sequence[SavedFactors]:
+        """The weight's factors: its hook was called. Those of other backwards, inside this one or around, stay."""
         ours = self._open.pop((torch._C._current_graph_task_id(), record.index), ())
         if not self._until_the_end:
             self._forget(ours)
         return ours
 
-    def _forget(self, held: Sequence[Held]) -> None:
+    def _forget(self, held: Sequence[SavedFactors]) -> None:
         for one in held:
             self._users.subtract(one.addresses)
 
-    def _hold(self, pair: Pair, bytes_before: int) -> Held:
-        """The pair, with a copy of each tensor whose memory is a parameter's, or much larger and not to be kept."""
+    def _hold(self, factors: Factors, bytes_before: int) -> SavedFactors:
+        """The factors, with a copy of each tensor whose memory is a parameter's, or much larger and not to be kept."""
         tensors, addresses = [], []
-        for tensor in pair[:2]:
+        for tensor in factors[:2]:
             tensor = tensor.detach()
             storage = tensor.untyped_storage()
             roomy = self._until_the_end and storage.nbytes() > ROOMY * tensor.numel() * tensor.itemsize
@@ -119,8 +119,8 @@ class Holdings:
                 bytes_before += storage.nbytes()
             addresses.append(storage._cdata)
         input, grad_output = tensors
-        held = Held(
-            pair._replace(input=input, grad_output=grad_output),
+        held = SavedFactors(
+            factors._replace(input=input, grad_output=grad_output),
             (input._version, grad_output._version),
             (addresses[0], addresses[1]),
             bytes_before,

@@ -19,7 +19,7 @@ static_assert(sizeof(Arguments<kTableEntries>) <= 32764, "what a launch can take
 
 // What a block's threads share.
 struct Shared {
-  float scalars[kScalars];  // as float32; at kWeightDecay the factor of decay_of()
+  float scalars[kStep];  // as float32, without the step; at kWeightDecay the factor of decay_of()
   // Element x of the block has column `column` + x of the row whose first element has index `row`, or of a later row.
   uint64_t row, column, row_length, row_stride;
   uint64_t stream, high, key;  // `key`: of the counters that have these high 32 bits
@@ -31,8 +31,8 @@ struct Shared {
 
 // One thread each.
 LOMO_DEVICE void prepare_scalar(Shared& shared, const Step& step, uint32_t i) {
-  const double number = read(step.scalars[i]);
-  shared.scalars[i] = i == kWeightDecay ? decay_of(read(step.scalars[kLr]), number)
+  const double number = read(step.scalars, i);
+  shared.scalars[i] = i == kWeightDecay ? decay_of(read(step.scalars, kLr), number)
                       : i == kFoundInf  ? (number != 0.0 ? 1.0f : 0.0f)
                                         : static_cast<float>(number);
 }
@@ -45,7 +45,7 @@ LOMO_DEVICE void prepare_random(Shared& shared, const UpdateEntry& entry, const 
   shared.row_length = static_cast<uint64_t>(shard.row_length);
   shared.row_stride = static_cast<uint64_t>(shard.row_stride);
   const uint64_t elements = entry.tiles_per_block * static_cast<uint64_t>(kTile), index = shared.row + shared.column;
-  shared.stream = stream_of(entry.key, read(step.step));
+  shared.stream = stream_of(entry.key, step_of(read(step.scalars, kStep)));
   shared.high = index / per_hash >> 32;
   shared.key = block_key(shared.stream, shared.high << 32);
   shared.counter = static_cast<uint32_t>(index / per_hash);
@@ -115,7 +115,7 @@ LOMO_DEVICE void round_stochastic(uint32_t* words, const float (&x)[8], const ui
 
 // Updates this thread's share of a straight tile. `own`: its element 0, which is the block's element x. Returns false
 // and stores nothing if a gradient is not finite, or if neighbours here are not neighbours in the whole parameter.
-template <class P, class G, int kCount, bool kStochastic>
+template <class P, class G, class R, int kCount, bool kStochastic>
 LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCount>& g, const Scalars& scalars,
                                  const Shared& shared, uint32_t x, typename P::Storage* own) {
   Share<P, kCount> updates;
@@ -133,7 +133,7 @@ LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCoun
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       scaled[begin + i] = g.get(begin + i) * scalars.inv_scale;
-      results[i] = updated(p.get(begin + i), scaled[begin + i], scalars);
+      results[i] = updated<R>(p.get(begin + i), scaled[begin + i], scalars);
     }
     uint32_t* words = updates.words + begin / p.kPerWord;
     if constexpr (kStochastic) {
@@ -157,7 +157,7 @@ LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCoun
 // Updates 4 elements one by one, by the formula. For the ends of a tensor, for what is not aligned or not finite, and
 // for the ends of a shard's rows and of counters that share a key. `first`: the block's element 0; `x`: counted from
 // there.
-template <class P, class G, int kCount, bool kStochastic>
+template <class P, class G, class R, int kCount, bool kStochastic>
 LOMO_DEVICE void update_4(const UpdateEntry& entry, const Scalars& scalars, const Shared& shared, int64_t first,
                           uint32_t x) {
   uint32_t p[4], g[4];
@@ -175,7 +175,7 @@ LOMO_DEVICE void update_4(const UpdateEntry& entry, const Scalars& scalars, cons
       random = random_bits(key, static_cast<uint32_t>(counter));
       if (P::kPerHash == 2) random = index % 2 ? random >> 16 : random & 0xffffu;
     }
-    p[i] = update_element<P, kStochastic>(p[i], G::widen(g[i]), scalars, random);
+    p[i] = update_element<P, R, kStochastic>(p[i], G::widen(g[i]), scalars, random);
     const int64_t at = first + x + i;
     if (at >= 0 && at < entry.numel) {
       static_cast<typename P::Storage*>(entry.param)[at] = static_cast<typename P::Storage>(p[i]);
@@ -188,9 +188,9 @@ LOMO_DEVICE void update_4(const UpdateEntry& entry, const Scalars& scalars, cons
 template <class P, class G, bool kStochastic>
 constexpr int kResident = sizeof(typename P::Storage) + sizeof(typename G::Storage) == 4 && !kStochastic ? 4 : 3;
 
-template <class P, class G, bool kStochastic, int kCapacity>
+template <class P, class G, class R, bool kStochastic, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kResident<P, G, kStochastic>)
-    sgd_kernel(const __grid_constant__ Arguments<kCapacity> arguments) {
+    update_kernel(const __grid_constant__ Arguments<kCapacity> arguments) {
   constexpr int kCount = kVector<P, G>;
   __shared__ Shared shared;
   const int index = entry_of_block(arguments);
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, kResident<P, G, kStochastic>)
       load_straight<Use::again>(p, own_p);
     }
     if (tile == 0) {  // while the first loads are under way
-      if (threadIdx.x < kScalars) prepare_scalar(shared, arguments.step, threadIdx.x);
+      if (threadIdx.x < kStep) prepare_scalar(shared, arguments.step, threadIdx.x);
       if (kStochastic && threadIdx.x == kWarp) prepare_random(shared, entry, arguments.step, P::kPerHash);
       __syncthreads();
     }
@@ -221,10 +221,10 @@ __global__ void __launch_bounds__(kThreads, kResident<P, G, kStochastic>)
       sum += sum_squares<kCount>([&](int i) { return g.get(i) * scalars.inv_scale; });
     }
     if (shared.scalars[kFoundInf] != 0.0f) continue;
-    if (straight && update_straight<P, G, kCount, kStochastic>(p, g, scalars, shared, x, own_p)) continue;
+    if (straight && update_straight<P, G, R, kCount, kStochastic>(p, g, scalars, shared, x, own_p)) continue;
 #pragma unroll 1
     for (int i = 0; i < kShare; i += 4) {
-      update_4<P, G, kCount, kStochastic>(entry, scalars, shared, block, x + distance<kCount>(i));
+      update_4<P, G, R, kCount, kStochastic>(entry, scalars, shared, block, x + distance<kCount>(i));
     }
   } while (++tile < entry.tiles_per_block);
   if (entry.slot) add_to_slot<kCount>(entry, index, arguments.workspace, sum);
@@ -243,14 +243,15 @@ UpdateEntry entry_for(const Parameter& parameter, int64_t seed) {
   return entry;
 }
 
-template <class P, class G>
+template <class P, class G, class R>
 void run(std::vector<UpdateEntry>& entries, const Step& step, const WorkspaceSource& workspace, void* stream) {
   with_capacity(entries, [&](auto capacity) {
     Arguments<capacity()> arguments{};
     arguments.step = step;
     launch_all(arguments, entries, workspace, [&](uint32_t blocks) {
       constexpr bool kRounds = sizeof(typename P::Storage) < 4;
-      launch(kRounds && step.stochastic ? sgd_kernel<P, G, kRounds, capacity()> : sgd_kernel<P, G, false, capacity()>,
+      launch(kRounds && step.stochastic ? update_kernel<P, G, R, kRounds, capacity()>
+                                        : update_kernel<P, G, R, false, capacity()>,
              blocks, arguments, stream);
     });
   });
@@ -258,7 +259,8 @@ void run(std::vector<UpdateEntry>& entries, const Step& step, const WorkspaceSou
 
 }  // namespace
 
-void sgd(const std::vector<Parameter>& parameters, const Step& step, const WorkspaceSource& workspace, void* stream) {
+void update(const std::vector<Parameter>& parameters, const Step& step, const WorkspaceSource& workspace,
+            void* stream) {
   for (int p = 0; p < kDTypes; ++p) {
     for (int g = 0; g < kDTypes; ++g) {
       std::vector<UpdateEntry> entries;
@@ -269,8 +271,11 @@ void sgd(const std::vector<Parameter>& parameters, const Step& step, const Works
       }
       if (entries.empty()) continue;
       with_format(static_cast<DType>(p), [&](auto param) {
-        with_format(static_cast<DType>(g),
-                    [&](auto grad) { run<decltype(param), decltype(grad)>(entries, step, workspace, stream); });
+        with_format(static_cast<DType>(g), [&](auto grad) {
+          Rules::with(step.rule, [&](auto rule) {
+            run<decltype(param), decltype(grad), decltype(rule)>(entries, step, workspace, stream);
+          });
+        });
       });
     }
   }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .ops._arguments import library
+from ..ops._arguments import library
 
 # csrc/cpu/gram.cpp. input [T, in], grad_output [T, out], of one dtype; rows contiguous, at any distance -> float64 [2]:
 # ||grad_output.T @ input||^2, and about the standard deviation of that number's error.

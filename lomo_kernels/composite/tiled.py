@@ -1,5 +1,5 @@
 """The layers' operators by tiles: a matrix product, or a sum of tokens' gradients, into a small float32 buffer, then
-`sgd_` or `sq_norm_` on the tile.
+`update_` or `sq_norm_` on the tile.
 
 For what the compiled library does not have, and for CUDA tensors where Triton is not there. A tile is some rows of the
 weight's gradient; it is the only part of the gradient that exists, and its memory is used again for the next. Nothing
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops._arguments import library
 from . import gram
 from .gram import flat
-from .ops._arguments import library
 
 # The kernel under the layers' operators for CPU tensors (csrc/cpu/product.cpp). Matrices; rows contiguous, at any
 # distance.
@@ -204,11 +204,11 @@ def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tenso
         if found is not None and found.add_to(slot, inv_scale, elements):
             return
     for _, tile in linear_tiles(inputs, grad_outputs):
-        torch.ops.lomo_kernels.sq_norm_.default(slot, tile, inv_scale)
+        torch.ops.lomo_kernels.sq_norm_.default([slot], [tile], inv_scale)
 
 
-def linear_sgd_(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest: Any) -> None:
-    update(weight, linear_tiles(inputs, grad_outputs), *rest)
+def linear_update_(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest: Any) -> None:
+    update_by_tiles(weight, linear_tiles(inputs, grad_outputs), *rest)
 
 
 def embedding_sq_norm_(
@@ -219,40 +219,79 @@ def embedding_sq_norm_(
     inv_scale: Tensor | None,
 ) -> None:
     for tile in _embedding_column_tiles(indices, grad_outputs, padding_idx):
-        torch.ops.lomo_kernels.sq_norm_.default(slot, tile, inv_scale)
+        torch.ops.lomo_kernels.sq_norm_.default([slot], [tile], inv_scale)
 
 
-def embedding_sgd_(
+def embedding_update_(
     weight: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], *rest: Any
 ) -> None:
-    update(weight, _embedding_tiles(weight.shape[0], indices, grad_outputs, padding_idx), *rest)
+    update_by_tiles(weight, _embedding_tiles(weight.shape[0], indices, grad_outputs, padding_idx), *rest)
 
 
-def update(
+def update_by_tiles(
     weight: Tensor,
     tiles: Iterator[tuple[int, Tensor]],
-    lr: Tensor,
-    weight_decay: Tensor | None,
-    inv_scale: Tensor | None,
-    clip_value: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
+    scalars: Tensor,
     sq_norm: Tensor | None,
+    rule: int,
     stochastic: bool,
     seed: int,
     parameter_id: int,
-    step: Tensor | None,
+    shard: Sequence[int],
 ) -> None:
-    """`sgd_` on `weight`, tile by tile."""
-    rows, columns = weight.shape
+    """``update_`` on `weight`, tile by tile. Arguments as of ``linear_update_``."""
     weight = weight.detach()
-    scalars = (lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, sq_norm, stochastic, seed, parameter_id)
+    columns = weight.shape[1]
     for first, tile in tiles:
-        whole = max(1, rows * columns)  # one row of the shard: the tile's elements follow one another in the weight
-        shard = [first * columns, whole, whole]
-        torch.ops.lomo_kernels.sgd_.default(weight[first : first + len(tile)], tile, *scalars, step, shard)
+        rows = weight[first : first + len(tile)]
+        begin, numel = first * columns, tile.numel()
+        if shard:
+            params, grads, shards = _parts(rows, tile, begin, shard)
+        else:
+            params, grads, shards = [rows], [tile], [begin, numel, numel]
+        torch.ops.lomo_kernels.update_.default(
+            params,
+            grads,
+            scalars,
+            [] if sq_norm is None else [sq_norm] * len(params),
+            rule,
+            stochastic,
+            seed,
+            [parameter_id] * len(params),
+            shards,
+        )
+
+
+def _parts(
+    weight: Tensor, tile: Tensor, begin: int, shard: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Parts of the tile's weight and gradient, and each part's three numbers of a shard.
+
+    Nearly always the tile is one part: the shard's rows end where the weight's do, or beyond the tile. Otherwise a part
+    is what a row of the tile has in a row of the shard.
+
+    Args:
+        begin: the tile's first element in the weight.
+    """
+    offset, length, stride = shard
+    columns, numel = tile.shape[1], tile.numel()
+    if begin % length == 0:
+        return [weight], [tile], [offset + begin // length * stride, length, stride]
+    if begin // length == (begin + numel - 1) // length:
+        return [weight], [tile], [offset + begin // length * stride + begin % length, numel, numel]
+    params, grads, shards = [], [], []
+    for row in range(len(tile)):
+        element = begin + row * columns
+        column = 0
+        while column < columns:
+            count = min(columns - column, length - element % length)
+            params.append(weight[row, column : column + count])
+            grads.append(tile[row, column : column + count])
+            shards += [offset + element // length * stride + element % length, count, count]
+            element, column = element + count, column + count
+    return params, grads, shards
 
 
 IMPLEMENTATIONS = {
-    function.__name__: function for function in (linear_sq_norm_, linear_sgd_, embedding_sq_norm_, embedding_sgd_)
+    function.__name__: function for function in (linear_sq_norm_, linear_update_, embedding_sq_norm_, embedding_update_)
 }

@@ -1,4 +1,4 @@
-// What sgd_ and sgd_list_ take apart from scalars, checked. For every backend.
+// What update_ takes apart from scalars, checked. For every backend.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,9 @@
 
 namespace lomo {
 
+// From three numbers, or none: the whole parameter.
 inline Shard shard_of(const int64_t* shard, size_t size, const char* op) {
+  if (size == 0) return {};
   LOMO_CHECK(size == 3, op, ": shard has ", size, " numbers, expected (offset, row_length, row_stride)");
   LOMO_CHECK(shard[0] >= 0 && shard[1] > 0 && shard[2] >= shard[1], op, ": shard is (", shard[0], ", ", shard[1], ", ",
              shard[2], "), expected offset >= 0, row_length > 0 and row_stride >= row_length");
@@ -51,18 +53,7 @@ inline void add_regions(const Update& update, std::vector<Region>& regions) {
   if (update.slot) regions.push_back(region_of(update.slot, "sq_norm"));
 }
 
-// The arguments of sgd_.
-inline Update checked_update(const Tensor& param, const Tensor& grad, const Tensor* sq_norm, int64_t parameter_id,
-                             const Shard& shard, const Device& device, const char* op) {
-  const Update update = update_of(param, grad, sq_norm, parameter_id, shard, device, op);
-  std::vector<Region> regions;
-  regions.reserve(3);
-  add_regions(update, regions);
-  check_no_overlap(std::move(regions), op);
-  return update;
-}
-
-// The arguments of sgd_list_. `sq_norm` is empty or has one slot per parameter; `shard` is empty or has three numbers
+// The arguments of update_. `sq_norm` is empty or has one slot per parameter; `shard` is empty or has three numbers
 // per parameter.
 inline std::vector<Update> updates_of(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                                       const std::vector<Tensor>& sq_norm, const std::vector<int64_t>& parameter_id,

@@ -145,10 +145,10 @@ LOMO_FN bool are_ordinary(const uint16_t* rounded) {
 //
 // kFinite: all its scaled gradients are finite, and the scalars, so that no element has to keep its parameter.
 
-template <bool kFinite, bool kStochastic, class G>
+template <class R, bool kFinite, bool kStochastic, class G>
 LOMO_FN void update_group(uint32_t* __restrict p, const typename G::Storage* __restrict g, const Scalars& s, Random,
                           Float32, G) {
-  for (int i = 0; i < kGroup; ++i) p[i] = update_element<Float32, false>(p[i], G::widen(g[i]), s, 0);
+  for (int i = 0; i < kGroup; ++i) p[i] = update_element<Float32, R, false>(p[i], G::widen(g[i]), s, 0);
 }
 
 // Two neighbours in one word, the even one in its low half: 32-bit arithmetic then needs no other width, and one hash
@@ -164,14 +164,14 @@ LOMO_FN void pair_of(const typename G::Storage* g, int i, float& even, float& od
   even = G::widen(g[2 * i]), odd = G::widen(g[2 * i + 1]);
 }
 
-template <bool kFinite, bool kStochastic>
+template <class R, bool kFinite, bool kStochastic>
 LOMO_FN uint32_t update_bfloat16(uint32_t param, float grad, const Scalars& s, uint32_t random) {
-  if (!kFinite) return update_element<BFloat16, kStochastic>(param, grad, s, random);
-  const float p = updated(BFloat16::widen(param), grad * s.inv_scale, s);
+  if (!kFinite) return update_element<BFloat16, R, kStochastic>(param, grad, s, random);
+  const float p = updated<R>(BFloat16::widen(param), grad * s.inv_scale, s);
   return kStochastic ? BFloat16::stochastic<true>(p, random) : BFloat16::nearest<true>(p);
 }
 
-template <bool kFinite, bool kStochastic, class G>
+template <class R, bool kFinite, bool kStochastic, class G>
 LOMO_FN void update_group(uint16_t* p, const typename G::Storage* __restrict g, const Scalars& s, Random random,
                           BFloat16, G) {
   Pair* __restrict pairs = reinterpret_cast<Pair*>(p);
@@ -184,14 +184,14 @@ LOMO_FN void update_group(uint16_t* p, const typename G::Storage* __restrict g, 
     const uint32_t bits = kStochastic ? random_bits(random.block, random.counter + static_cast<uint32_t>(i)) : 0;
     float g_even, g_odd;
     pair_of(g, i, g_even, g_odd, G{});
-    const uint32_t even = update_bfloat16<kFinite, kStochastic>(pairs[i] & 0xffffu, g_even, s, bits & 0xffffu);
-    const uint32_t odd = update_bfloat16<kFinite, kStochastic>(pairs[i] >> 16, g_odd, s, bits >> 16);
+    const uint32_t even = update_bfloat16<R, kFinite, kStochastic>(pairs[i] & 0xffffu, g_even, s, bits & 0xffffu);
+    const uint32_t odd = update_bfloat16<R, kFinite, kStochastic>(pairs[i] >> 16, g_odd, s, bits >> 16);
     pairs[i] = even | odd << 16;
   }
 }
 
 // Updates a group with numbers that are not ordinary: the parts that hold one, by the whole formula.
-template <class G>
+template <class R, class G>
 __attribute__((noinline)) void update_others(uint16_t* __restrict p, const typename G::Storage* __restrict g,
                                              const Scalars& s, Random random, const uint16_t* __restrict rounded) {
   constexpr int kPart = kLanes > 1 ? 16 : kGroup;
@@ -204,7 +204,7 @@ __attribute__((noinline)) void update_others(uint16_t* __restrict p, const typen
     for (int i = 0; i < kPart; i += kLanes) {
       const Floats scaled_grad = widen(g + part + i, G{}) * s.inv_scale;
       store(scaled + i, scaled_grad);
-      store(x + i, updated(widen(p + part + i, Float16{}), scaled_grad, s));
+      store(x + i, updated<R>(widen(p + part + i, Float16{}), scaled_grad, s));
     }
 #pragma GCC unroll 1  // otherwise the compiler unrolls the loop and then cannot vectorise it
     for (int i = 0; i < kPart; ++i) {
@@ -215,7 +215,7 @@ __attribute__((noinline)) void update_others(uint16_t* __restrict p, const typen
   }
 }
 
-template <bool kFinite, bool kStochastic, class G>
+template <class R, bool kFinite, bool kStochastic, class G>
 LOMO_FN void update_group(uint16_t* __restrict p, const typename G::Storage* __restrict g, const Scalars& s,
                           Random random, Float16, G) {
   alignas(64) uint16_t rounded[kGroup];
@@ -223,7 +223,7 @@ LOMO_FN void update_group(uint16_t* __restrict p, const typename G::Storage* __r
   const uint32_t addend = addend_of(random.block);
   for (int i = 0; i < kGroup; i += kLanes, counter += kLanes) {
     const Floats scaled = widen(g + i, G{}) * s.inv_scale;
-    const Floats x = updated(widen(p + i, Float16{}), scaled, s);
+    const Floats x = updated<R>(widen(p + i, Float16{}), scaled, s);
     Halves result =
         kStochastic ? stochastic_ordinary(x, continue_hash(begin_hash(random.block, counter), addend)) : nearest(x);
     // If a parameter is kept, the 0 here sends the group to update_others().
@@ -231,7 +231,7 @@ LOMO_FN void update_group(uint16_t* __restrict p, const typename G::Storage* __r
     store((kStochastic ? rounded : p) + i, result);
   }
   if (!kStochastic) return;
-  if (!are_ordinary<kGroup>(rounded)) return update_others<G>(p, g, s, random, rounded);
+  if (!are_ordinary<kGroup>(rounded)) return update_others<R, G>(p, g, s, random, rounded);
   copy<kGroup>(rounded, p);
 }
 
@@ -268,46 +268,46 @@ LOMO_FN bool all_finite(const uint32_t*) {
 }
 
 // Fewer elements than a group, padded with zeros: element 0 stands at `place` of the group.
-template <class P, class G, bool kStochastic>
+template <class P, class G, class R, bool kStochastic>
 __attribute__((noinline)) void update_part(typename P::Storage* p, const typename G::Storage* g, int64_t place,
                                            int64_t n, const Scalars& s, Random random) {
   typename P::Storage p_group[kGroup] = {};
   typename G::Storage g_group[kGroup] = {};
   for (int64_t i = 0; i < n; ++i) p_group[place + i] = p[i], g_group[place + i] = g[i];
-  update_group<false, kStochastic>(p_group, g_group, s, random, P{}, G{});
+  update_group<R, false, kStochastic>(p_group, g_group, s, random, P{}, G{});
   for (int64_t i = 0; i < n; ++i) p[i] = p_group[place + i];
 }
 
-template <class P, class G, bool kStochastic>
+template <class P, class G, class R, bool kStochastic>
 LOMO_FN void update_run(typename P::Storage* p, const typename G::Storage* g, int64_t n, const Scalars& s,
                         Stream stream) {
   // A float32 update waits for memory, whatever it computes.
   const bool look = sizeof(typename P::Storage) == 2 && is_finite(s.lr) && is_finite(s.clip_coef) &&
                     is_finite(s.decay) && s.inv_scale <= 1.0f && s.inv_scale >= -1.0f;
   // The stochastic rounding of float16 checks every result. The result of a gradient that is not finite is not
-  // ordinary, unless the gradient was clamped.
-  const bool seen = std::is_same_v<P, Float16> && kStochastic && s.clip_value == __builtin_inff();
+  // ordinary, unless the gradient was clamped, or its direction is finite.
+  const bool seen = std::is_same_v<P, Float16> && kStochastic && R::kUnbounded && s.clip_value == __builtin_inff();
   const uint64_t counter = stream.first_index / P::kPerHash;
   Random random{kStochastic ? block_key(stream.key, counter) : 0, static_cast<uint32_t>(counter)};
   int64_t i = 0;
   if (const int64_t place = static_cast<int64_t>(stream.first_index % P::kPerHash); place) {
     i = n < kGroup - place ? n : kGroup - place;
-    update_part<P, G, kStochastic>(p, g, place, i, s, random);
+    update_part<P, G, R, kStochastic>(p, g, place, i, s, random);
     random.counter += kGroup / P::kPerHash;
   }
   for (; i + kGroup <= n; i += kGroup) {
     if (seen || (look && all_finite<G>(g + i))) {
-      update_group<true, kStochastic>(p + i, g + i, s, random, P{}, G{});
+      update_group<R, true, kStochastic>(p + i, g + i, s, random, P{}, G{});
     } else {
-      update_group<false, kStochastic>(p + i, g + i, s, random, P{}, G{});
+      update_group<R, false, kStochastic>(p + i, g + i, s, random, P{}, G{});
     }
     random.counter += kGroup / P::kPerHash;
   }
-  if (i < n) update_part<P, G, kStochastic>(p + i, g + i, 0, n - i, s, random);
+  if (i < n) update_part<P, G, R, kStochastic>(p + i, g + i, 0, n - i, s, random);
 }
 
 // One key of random bits serves 2^32 counters.
-template <class P, class G, bool kStochastic>
+template <class P, class G, class R, bool kStochastic>
 LOMO_FN void update_runs(void* param, const void* grad, int64_t n, const Scalars& s, Stream stream) {
   constexpr uint64_t kPerKey = uint64_t{P::kPerHash} << 32;
   auto* p = static_cast<typename P::Storage*>(param);
@@ -315,44 +315,47 @@ LOMO_FN void update_runs(void* param, const void* grad, int64_t n, const Scalars
   for (int64_t i = 0, m; i < n; i += m) {
     const uint64_t left = kPerKey - stream.first_index % kPerKey;
     m = left < static_cast<uint64_t>(n - i) ? static_cast<int64_t>(left) : n - i;
-    update_run<P, G, kStochastic>(p + i, g + i, m, s, stream);
+    update_run<P, G, R, kStochastic>(p + i, g + i, m, s, stream);
     stream.first_index += static_cast<uint64_t>(m);
   }
 }
 
 // Scalars that are neutral here are known to the compiler, which leaves out their instructions.
-template <class P, class G, bool kStochastic>
+template <class P, class G, class R, bool kStochastic>
 void update(void* param, const void* grad, int64_t n, const Scalars& given, Stream stream) {
   Scalars s = given;
   if (s.inv_scale != 1.0f || s.clip_value != __builtin_inff()) {
-    update_runs<P, G, kStochastic>(param, grad, n, s, stream);
+    update_runs<P, G, R, kStochastic>(param, grad, n, s, stream);
     return;
   }
   s.inv_scale = 1.0f, s.clip_value = __builtin_inff();
   if (s.clip_coef != 1.0f || s.decay != 1.0f) {
-    update_runs<P, G, kStochastic>(param, grad, n, s, stream);
+    update_runs<P, G, R, kStochastic>(param, grad, n, s, stream);
     return;
   }
   s.clip_coef = 1.0f, s.decay = 1.0f;
-  update_runs<P, G, kStochastic>(param, grad, n, s, stream);
+  update_runs<P, G, R, kStochastic>(param, grad, n, s, stream);
 }
 
-template <class G>
-void install_gradient(Kernels& k, DType g) {
-  k.update[kFloat32][g][0] = k.update[kFloat32][g][1] = update<Float32, G, false>;  // float32 is not rounded
-  k.update[kBFloat16][g][0] = update<BFloat16, G, false>;
-  k.update[kBFloat16][g][1] = update<BFloat16, G, true>;
-  k.update[kFloat16][g][0] = update<Float16, G, false>;
-  k.update[kFloat16][g][1] = update<Float16, G, true>;
+template <class G, class R>
+void install(Kernels& k, DType g, int rule) {
+  auto& update_of = k.update[rule];
+  update_of[kFloat32][g][0] = update_of[kFloat32][g][1] = update<Float32, G, R, false>;  // float32 is not rounded
+  update_of[kBFloat16][g][0] = update<BFloat16, G, R, false>;
+  update_of[kBFloat16][g][1] = update<BFloat16, G, R, true>;
+  update_of[kFloat16][g][0] = update<Float16, G, R, false>;
+  update_of[kFloat16][g][1] = update<Float16, G, R, true>;
 }
 
 }  // namespace
 
 namespace LOMO_ISA {
-void install_sgd(Kernels& k) {
-  install_gradient<Float32>(k, kFloat32);
-  install_gradient<BFloat16>(k, kBFloat16);
-  install_gradient<Float16>(k, kFloat16);
+void install_update(Kernels& k) {
+  Rules::for_each([&](auto rule, int number) {
+    install<Float32, decltype(rule)>(k, kFloat32, number);
+    install<BFloat16, decltype(rule)>(k, kBFloat16, number);
+    install<Float16, decltype(rule)>(k, kFloat16, number);
+  });
 }
 }  // namespace LOMO_ISA
 

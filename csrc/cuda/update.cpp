@@ -1,0 +1,60 @@
+// update_ on CUDA tensors. What it does is documented in lomo_kernels/ops/update.py.
+#include "../update.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "device.h"
+
+namespace lomo {
+namespace cuda {
+namespace {
+
+// Whether elements can be paired in the order in which they lie in memory: then their strides do not matter.
+bool lie_alike(const View& param, const View& grad) { return param.strides == grad.strides && is_dense(param); }
+
+// The kernels take contiguous tensors; others are copied, and the parameter's copy is copied back. But where nothing
+// depends on the elements' order (not the random bits, not the order of a sum) and both lie alike without gaps, as
+// channels_last weights do, they are taken as they lie.
+void run(const std::vector<Update>& updates, const Step& step, const Device& device) {
+  Stream stream(device);
+  std::vector<Tensor> grads;
+  std::vector<std::pair<Tensor, Tensor>> params;  // the parameter, its copy
+  std::vector<Parameter> parameters;
+  parameters.reserve(updates.size());
+  for (const Update& one : updates) {
+    const View &param = one.param, &grad = one.grad;
+    Parameter p{param.data, param.dtype, {grad.data, grad.dtype, grad.numel, one.slot}, one.parameter_id, one.shard};
+    const bool as_they_lie = !step.stochastic && !one.slot && lie_alike(param, grad);
+    if (param.numel && !grad.contiguous && !as_they_lie) {
+      grads.push_back(torch::stable::contiguous(tensor_of(grad, device)));
+      p.grad.data = grads.back().const_data_ptr();
+    }
+    if (param.numel && !param.contiguous && !as_they_lie) {
+      const Tensor original = tensor_of(param, device);
+      params.emplace_back(original, torch::stable::contiguous(original));
+      p.data = params.back().second.mutable_data_ptr();
+    }
+    parameters.push_back(p);
+  }
+  update(parameters, step, [&] { return stream.workspace(); }, stream.get());
+  for (auto& [original, copy] : params) torch::stable::copy_(original, copy);
+}
+
+void update_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const Tensor& scalars,
+             const std::vector<Tensor>& sq_norm, int64_t rule, bool stochastic, int64_t seed,
+             const std::vector<int64_t>& parameter_id, const std::vector<int64_t>& shard) {
+  if (params.empty()) return;
+  const char* op = "update_";
+  const Device device = device_of(params[0], op, "param");
+  const Step step{scalars_on(scalars, device, op), checked_rule(rule, op), stochastic, seed};
+  run(updates_of(params, grads, sq_norm, parameter_id, shard, device, op), step, device);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace lomo
+
+STABLE_TORCH_LIBRARY_IMPL(lomo_kernels, LOMO_DISPATCH_KEY, m) {
+  if (!lomo::cuda::serves_every_gpu()) return;  // Triton's will be registered
+  m.impl("update_", TORCH_BOX(&lomo::cuda::update_));
+}

@@ -1,0 +1,1 @@
+"""What serves a layer's operators if no kernel does: torch's products and our other operators, tile by tile."""

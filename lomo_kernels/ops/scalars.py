@@ -1,0 +1,126 @@
+"""The scalars of an update: one float64 vector in a fixed order, which every update operator takes.
+
+The vector lies on the parameter's device, and then the host never reads it. Or it lies on the CPU: then the host reads
+it during the call, and kernels get numbers. The step is an int64 whose bits stand in the last element.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from array import array
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from ._arguments import FINITE, check_number, is_number_tensor, is_step_tensor
+
+
+class Field(NamedTuple):
+    """A scalar: its neutral value, which changes no bit of an update, and the range of its numbers."""
+
+    neutral: float
+    low: float = 0.0
+    open_: bool = False  # whether `low` itself is outside the range
+    high: float = FINITE
+
+    @property
+    def range(self) -> tuple[float, bool, float]:
+        return self[1:]
+
+
+FIELDS = {
+    "lr": Field(0.0),
+    "weight_decay": Field(0.0),
+    "inv_scale": Field(1.0, open_=True),
+    "clip_value": Field(math.inf, open_=True, high=math.inf),
+    "clip_coef": Field(1.0),
+    "found_inf": Field(0.0, high=math.inf),
+    "step": Field(0.0),
+}
+NAMES = tuple(FIELDS)
+NEUTRAL = tuple(field.neutral for field in FIELDS.values())
+STEP = NAMES.index("step")
+#: Of the float64 numbers.
+POSITIONS = {name: i for i, name in enumerate(NAMES) if i != STEP}
+
+
+def vector(op: str, device: torch.device, scalars: Mapping[str, Any]) -> Tensor:
+    """The scalars as the vector that an operator takes; on the CPU if all are numbers, else on `device`.
+
+    Args:
+        scalars: by name, numbers or one-element tensors on `device`. None, or no entry: the neutral value.
+
+    Raises:
+        TypeError, ValueError: no lr; see also `check_number`, `is_number_tensor` and `is_step_tensor`.
+    """
+    if scalars.get("lr") is None:
+        raise TypeError(f"{op}: lr is None, expected a number or a one-element tensor")
+    numbers, tensors = list(NEUTRAL), []
+    for name, value in scalars.items():
+        position = POSITIONS.get(name)
+        if position is None or value is None:
+            continue
+        if is_number_tensor(op, name, value, device):
+            tensors.append((position, value))
+        else:
+            check_number(op, name, value, *FIELDS[name].range)
+            numbers[position] = value
+    step = scalars.get("step", 0)
+    moving = is_step_tensor(op, step, device)
+    if not (tensors or moving):
+        return _on_host(numbers, step)
+    made = _on_host(numbers, 0) if device.type == "cpu" else _on_device(device, numbers)
+    for position, tensor in tensors:
+        made[position].copy_(tensor.detach().reshape(()))
+    bits = made.view(torch.int64)[STEP]
+    if moving:
+        bits.copy_(step.reshape(()))
+    elif step:
+        bits.fill_(step)
+    return made
+
+
+def _on_host(numbers: list[float], step: int) -> Tensor:
+    # A buffer of Python's takes 1 us, torch.tensor 5; but what traces torch's calls does not see it.
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        made = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        if step:
+            made.view(torch.int64)[STEP] = step
+        return made
+    buffer = array("d", numbers)
+    if step:
+        struct.pack_into("q", buffer, STEP * buffer.itemsize, step)
+    return torch.frombuffer(buffer, dtype=torch.float64)
+
+
+def _on_device(device: torch.device, numbers: list[float]) -> Tensor:
+    """Filled there: a copy from the host's memory would make the host wait."""
+    made = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
+    for position, number in enumerate(numbers):
+        if number:
+            made[position].fill_(number)
+    return made
+
+
+def check_vector(op: str, scalars: Tensor, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless `scalars` is a vector as `vector` makes it, on `device` or the CPU."""
+    if not isinstance(scalars, Tensor):
+        raise TypeError(f"{op}: scalars is a {type(scalars).__name__}, expected a tensor")
+    if scalars.dtype != torch.float64 or scalars.shape != (len(NAMES),) or not scalars.is_contiguous():
+        raise ValueError(
+            f"{op}: scalars has shape {list(scalars.shape)}, strides {scalars.stride()} and dtype {scalars.dtype}, "
+            f"expected {len(NAMES)} contiguous float64 elements: {', '.join(NAMES)}"
+        )
+    if scalars.device != device and scalars.device.type != "cpu":
+        raise ValueError(f"{op}: scalars is on {scalars.device}, expected {device} or the CPU")
+
+
+def numbers_of(scalars: Tensor) -> dict[str, Any]:
+    """The numbers of a vector by name, for backends that read them."""
+    made: dict[str, Any] = dict(zip(NAMES, scalars.tolist(), strict=True))
+    made["step"] = int(scalars.view(torch.int64)[STEP].item())
+    return made

@@ -1,0 +1,212 @@
+"""``update_``: the fused unscale, clip, decay, update and rounding of parameters, in place. Public as `sgd_` and
+`sgd_list_`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from ..rules import rule_number
+from ._arguments import (
+    Scalar,
+    as_list,
+    check_lengths,
+    check_pair,
+    check_served,
+    check_shard,
+    check_slot,
+    integer,
+    library,
+)
+from ._overlap import check_scalars_apart
+from .scalars import check_vector, vector
+
+if TYPE_CHECKING:
+    from typing_extensions import Required, Unpack
+
+library.define(
+    "update_(Tensor(a!)[] params, Tensor[] grads, Tensor scalars, Tensor(b!)[] sq_norm, int rule, bool stochastic, "
+    "int seed, int[] parameter_id, int[] shard) -> ()"
+)
+
+
+@torch.library.register_fake("lomo_kernels::update_")
+def _(params: list[Tensor], grads: list[Tensor], scalars: Tensor, *rest: Any) -> None:
+    check_lengths("update_", "params", len(params), grads=len(grads))
+    for param, grad in zip(params, grads, strict=True):
+        check_pair("update_", param, grad)
+        check_vector("update_", scalars, param.device)
+
+
+class Step(TypedDict, total=False):
+    """What every update takes by name, besides its tensors. Only `lr` must be given."""
+
+    lr: Required[Scalar]
+    weight_decay: Scalar
+    inv_scale: Scalar | None
+    clip_value: Scalar | None
+    clip_coef: Scalar | None
+    found_inf: Scalar | None
+    step: int | Tensor
+    rule: str
+    rounding: str
+    seed: int
+
+
+ARGUMENTS = tuple(Step.__annotations__)
+
+
+def sgd_(
+    param: Tensor,
+    grad: Tensor,
+    *,
+    sq_norm: Tensor | None = None,
+    parameter_id: int = 0,
+    shard: Sequence[int] | None = None,
+    **step: Unpack[Step],
+) -> None:
+    """One step of SGD, or of another rule, on `param`, in place, in one pass over memory.
+
+    Computes ``param = round((1 - lr * weight_decay) * param - lr * direction(clip_coef * clamp(grad * inv_scale)))`` in
+    float32; `lomo_kernels.reference` states it operation by operation, and every backend gives the same bits. An
+    element whose ``grad * inv_scale`` is not finite keeps its parameter.
+
+    Scalars are numbers, or one-element float64 or float32 tensors on the parameter's device (never read by the host).
+
+    Args:
+        param: float32, bfloat16 or float16, any shape; its elements must not share memory. Its autograd version counter
+            is increased.
+        grad: the parameter's shape and device; float32, bfloat16 or float16, not necessarily the parameter's dtype.
+        sq_norm: float64, one element: the sum of ``(grad * inv_scale) ** 2``, before clamp and coefficient, is added to
+            it in the same pass, as `sq_norm_` does.
+        shard: ``(offset, row_length, row_stride)`` if `param` is a part of a larger parameter: element i of the part
+            is element ``offset + (i // row_length) * row_stride + i % row_length`` of the whole, so a sharded update
+            equals the whole one.
+        lr: learning rate, >= 0.
+        weight_decay: decoupled (``lr * weight_decay`` of the weight is taken off), >= 0; default 0.
+        inv_scale: one over the loss scale, > 0; default 1.
+        clip_value: each element of ``grad * inv_scale`` is clamped to ``[-clip_value, clip_value]``, > 0; default: not.
+        clip_coef: factor on the clamped gradient, as from global norm clipping, >= 0; default 1.
+        found_inf: if not zero, the parameter is left untouched, bit for bit (`sq_norm` is added all the same).
+        rule: ``"sgd"`` (default): the direction is the gradient. ``"sign"``: its sign, and zero for zero.
+        rounding: ``"nearest"`` (default, ties to even) or ``"stochastic"`` (unbiased); float32 parameters are not
+            rounded.
+        seed, parameter_id, step: key the random bits of stochastic rounding, with the element's index; default 0.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
+        RuntimeError: elements of `param` share memory with each other, with `grad` or with `sq_norm`, or `grad` shares
+            memory with `sq_norm`, or a scalar does with `param` or `sq_norm`; nothing is changed then.
+    """
+    op = "sgd_"
+    check_pair(op, param, grad)
+    check_served(param)
+    slots = [] if sq_norm is None else [sq_norm]
+    scalars, *settings = update_arguments(op, param.device, slots, ("param", [param]), step)
+    torch.ops.lomo_kernels.update_.default(
+        [param],
+        [grad],
+        scalars,
+        slots,
+        *settings,
+        [integer(op, "parameter_id", parameter_id)],
+        [] if shard is None else check_shard(op, shard, param.numel()),
+    )
+    increment_version([param])
+
+
+def sgd_list_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    sq_norm: Sequence[Tensor] | Tensor | None = None,
+    parameter_id: Sequence[int] | None = None,
+    shard: Sequence[Sequence[int]] | None = None,
+    **step: Unpack[Step],
+) -> None:
+    """`sgd_` for many small parameters in one call.
+
+    Args:
+        params, grads: lists of equal length, all on one device; dtypes may differ.
+        sq_norm: None, or one slot per parameter (a list, or one float64 vector).
+        parameter_id: one per parameter; default 0, 1, 2 and so on.
+        shard: None, or one ``(offset, row_length, row_stride)`` per parameter.
+        lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step, rule, rounding, seed: as in `sgd_`, for
+            all.
+
+    Raises:
+        TypeError, ValueError: as `sgd_`, lists of different lengths, a parameter twice; nothing is changed then.
+        RuntimeError: as `sgd_`, for any two tensors of the lists; nothing is changed then. Several parameters may have
+            the same slot. Strided views may interleave if they have no element in common.
+    """
+    op = "sgd_list_"
+    params, grads = as_list(op, "params", params), as_list(op, "grads", grads)
+    ids = range(len(params)) if parameter_id is None else as_list(op, "parameter_id", parameter_id)
+    slots = [] if sq_norm is None else as_list(op, "sq_norm", sq_norm)
+    shards = [] if shard is None else as_list(op, "shard", shard)
+    check_lengths(op, "params", len(params), grads=len(grads), parameter_id=len(ids))
+    if sq_norm is not None:
+        check_lengths(op, "params", len(params), sq_norm=len(slots))
+    if shard is not None:
+        check_lengths(op, "params", len(params), shard=len(shards))
+    if len({id(param) for param in params}) != len(params):
+        raise ValueError(f"{op}: a parameter stands twice in params; it would be updated twice")
+    if not params:
+        return
+    for param, grad in zip(params, grads, strict=True):
+        check_pair(op, param, grad)
+        if param.device != params[0].device:
+            raise ValueError(f"{op}: params are on {params[0].device} and {param.device}, expected one device")
+    check_served(params[0])
+    numbers = [check_shard(op, one, param.numel()) for one, param in zip(shards, params, strict=False)]
+    scalars, *settings = update_arguments(op, params[0].device, slots, ("param", params), step)
+    torch.ops.lomo_kernels.update_.default(
+        params,
+        grads,
+        scalars,
+        slots,
+        *settings,
+        [integer(op, "parameter_id", i) for i in ids],
+        [number for three in numbers for number in three],
+    )
+    increment_version(params)
+
+
+def update_arguments(
+    op: str, device: torch.device, slots: Sequence[Tensor], written: tuple[str, Sequence[Tensor]], step: Step
+) -> tuple[Tensor, int, bool, int]:
+    """What every update operator takes from `step`: the vector of scalars, rule, stochastic, seed. Checks these, and
+    the slots.
+
+    Args:
+        written: the parameters, and the operator's name for one.
+    """
+    for name in step:
+        if name not in ARGUMENTS:
+            raise TypeError(f"{op}: got an unexpected argument {name!r}, expected some of {', '.join(ARGUMENTS)}")
+    for slot in slots:
+        check_slot(op, "sq_norm", slot, device)
+    check_scalars_apart(op, step, ("sq_norm", slots), written)
+    return (
+        vector(op, device, step),
+        rule_number(step.get("rule", "sgd"), op),
+        is_stochastic(op, step.get("rounding", "nearest")),
+        integer(op, "seed", step.get("seed", 0)),
+    )
+
+
+def is_stochastic(op: str, rounding: str) -> bool:
+    """Raises ValueError unless `rounding` is one of the two modes."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f'{op}: rounding is {rounding!r}, expected "nearest" or "stochastic"')
+    return rounding == "stochastic"
+
+
+def increment_version(params: list[Tensor]) -> None:
+    """Tells autograd that the parameters changed: a graph that saved one then raises instead of using the new value."""
+    if not torch.compiler.is_compiling():  # what dynamo cannot ask
+        params = [param for param in params if not param.is_inference()]
+    torch.autograd.graph.increment_version(params)
