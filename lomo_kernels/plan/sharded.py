@@ -1,4 +1,4 @@
-"""DTensorEngine runs: FSDP2's own `fully_shard`, over ranks of which only the first exists. Collectives return at once.
+"""Sharded runs: FSDP2's own `fully_shard`, over ranks of which only the first exists. Collectives return at once.
 
 Rank 0 has the largest shards, so its memory is the largest. Buffers of the collectives that FSDP2 makes are counted,
 those inside NCCL are not.
@@ -113,11 +113,11 @@ def telling(recorder: Recorder) -> Iterator[None]:
         stack.enter_context(unseen(ShardingPropagator, "_propagate_tensor_meta_non_cached"))
         # Where shards lie is found with tensors that have to have values.
         stack.enter_context(unseen(DTensorEngine, "__init__"))
-        stack.enter_context(unseen(DTensorEngine, "place"))
+        stack.enter_context(unseen(DTensorEngine, "localize"))
         # FSDP2 names what it does for the profiler, which costs a tenth of a simulation.
         unnamed = patch.multiple(record_function, __enter__=lambda self: self, __exit__=lambda self, *_: None)
         stack.enter_context(unnamed)
         stack.enter_context(
-            patch.object(DTensorEngine, "agree", lambda self, facts: None)
+            patch.object(DTensorEngine, "check_consistent", lambda self, facts: None)
         )  # there is no one to agree with
         yield
