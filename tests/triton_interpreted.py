@@ -144,6 +144,20 @@ def test_ordinary_float16_numbers():
             assert (result == -1).all(), (size, sign)
 
 
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("hiding", [{"clip_value": 1.0}, {"rule": "sign"}], ids=["clamp", "sign"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
+def test_nothing_hides_what_is_not_finite(dtype, hiding, bad, norm):
+    """From a decision for a whole block, all of whose other numbers are ordinary."""
+    param = torch.full((BLOCK,), 0.3, dtype=dtype)
+    grad = torch.full((BLOCK,), 2.0, dtype=dtype)
+    grad[BLOCK // 3] = bad
+    arguments = {"lr": 0.03, "rounding": "stochastic", **hiding}
+    updated = made(param, grad, **arguments, **({"sq_norm": slots_of(1)} if norm else {}))
+    assert updated[BLOCK // 3] == param[0] and (updated != param[0]).sum() == BLOCK - 1
+
+
 # ---- Elements far from the first -------------------------------------------------------------------------------------
 
 
