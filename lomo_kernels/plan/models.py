@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..demo.model import ByteLlama, Config
-from .simulate import blocks_of, default_dtype
+from .blocks import blocks_of
+from .simulate import default_dtype
 
 #: LLaMA (arXiv 2302.13971); "llama-1b" is TinyLlama's shape (arXiv 2401.02385), with 4 heads of keys and values.
 SHAPES = {

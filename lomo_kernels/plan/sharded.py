@@ -21,8 +21,8 @@ from torch.profiler import record_function
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..optim.engines.dtensor import DTensorEngine
+from .blocks import blocks_of
 from .recorder import GATHERED, GRADIENTS, Recorder
-from .simulate import blocks_of
 
 
 @contextmanager

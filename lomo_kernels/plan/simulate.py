@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..composite import tiled
 from ..optim.passes import KeepPass
+from .blocks import blocks_of
 from .kernels import KERNELS
 from .lines import Parts, beyond, peak_of
 from .methods import Method
@@ -160,12 +161,6 @@ def _sharding(recorder: Recorder, model: nn.Module) -> AbstractContextManager[No
     from . import sharded  # only here: FSDP2 takes a second to import
 
     return sharded.telling(recorder)
-
-
-def blocks_of(model: nn.Module) -> nn.ModuleList:
-    """The model's longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=nn.ModuleList())
 
 
 def _untouched(tensor: Tensor, *_: Any, **__: Any) -> Any:
