@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bench.measure import SCRATCH, memory_of
 from lomo_kernels import Lomo, backends, ops, reference
 from lomo_kernels.composite import tiled
+from lomo_kernels.ops import scalars
 
 pytestmark = pytest.mark.gpu
 
@@ -311,7 +312,7 @@ def forms() -> dict[str, dict[str, Callable[..., None]]]:
         from lomo_kernels.triton import embedding, linear
     except ImportError:
         return there
-    kernels = (linear.linear_sgd_, linear.linear_sq_norm_, embedding.embedding_sgd_, embedding.embedding_sq_norm_)
+    kernels = (linear.linear_update_, linear.linear_sq_norm_, embedding.embedding_update_, embedding.embedding_sq_norm_)
     return there | {"triton": {kernel.__name__: kernel for kernel in kernels}}
 
 
@@ -331,10 +332,10 @@ def layer(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tens
 
 def update(kernel: Callable[..., None], weight: Tensor, *factors: Any, **arguments: Any) -> None:
     """Calls an update's implementation, past the wrapper."""
-    names = ("lr", "weight_decay", "inv_scale", "clip_value", "clip_coef", "found_inf")
-    scalars = [number(arguments[name]) if name in arguments else None for name in names]
-    stochastic, step = arguments.get("stochastic", False), torch.tensor([3], device=CUDA)
-    kernel(weight, *factors, *scalars, arguments.get("sq_norm"), stochastic, 5, 6, step)
+    given: dict[str, Any] = {name: number(arguments[name]) for name in scalars.NAMES if name in arguments}
+    given["step"] = torch.tensor([3], device=CUDA)
+    vector = scalars.vector("test", weight.device, given)
+    kernel(weight, *factors, vector, arguments.get("sq_norm"), 0, arguments.get("stochastic", False), 5, 6, [])
 
 
 def check_update(kernel: Any, rows: int, columns: int, gradient: Tensor, slack: Tensor, *factors: Any) -> None:
@@ -365,7 +366,7 @@ def test_linear_layers(dtype: torch.dtype, shape: tuple[int, int, int], form: st
     x, gy = layer(shape, dtype)
     gradient = reference.linear_gradient([x], [gy])
     slack = 2.0**-20 * (gy.double().abs().T @ x.double().abs())
-    check_update(kernels["linear_sgd_"], *shape[1:], gradient, slack, [x], [gy])
+    check_update(kernels["linear_update_"], *shape[1:], gradient, slack, [x], [gy])
     slots = torch.zeros(20, dtype=torch.float64, device=CUDA)
     for slot in slots:
         kernels["linear_sq_norm_"](slot, [x], [gy], number(0.5))
@@ -398,7 +399,7 @@ def test_embeddings(dtype: torch.dtype, shape: tuple[int, int, int], form: str) 
     pairs = [indices], [gy], [2]
     gradient = reference.embedding_gradient(rows, *pairs)
     slack = 2.0**-20 * reference.embedding_gradient(rows, [indices], [gy.abs()], [2]).double()
-    check_update(kernels["embedding_sgd_"], rows, columns, gradient, slack, *pairs)
+    check_update(kernels["embedding_update_"], rows, columns, gradient, slack, *pairs)
     slots = torch.zeros(20, dtype=torch.float64, device=CUDA)
     for slot in slots:
         kernels["embedding_sq_norm_"](slot, *pairs, number(0.5))
@@ -415,15 +416,16 @@ def test_layers_never_synchronise_and_can_be_captured(dtype: torch.dtype, form: 
     weights = [numbers(512 * 256, dtype, 2).view(512, 256) for _ in range(2)]
     indices, table = [torch.randint(0, 99, (40,), device=CUDA)], numbers(99 * 256, dtype, 3).view(99, 256)
     slots = torch.zeros(5, dtype=torch.float64, device=CUDA)
-    scalars = (number(0.1), number(0.2), *[None] * 4)
-    rest = (True, 1, 2, torch.tensor([3], device=CUDA))
+    given = {"lr": number(0.1), "weight_decay": number(0.2), "step": torch.tensor([3], device=CUDA)}
+    vector = scalars.vector("test", weights[0].device, given)
+    rest = (0, True, 1, 2, [])  # rule, stochastic, seed, parameter id, shard
 
     def calls() -> None:
-        kernels["linear_sgd_"](weights[0], xs[:1], gys[:1], *scalars, slots[0], *rest)
-        kernels["linear_sgd_"](weights[1], xs, gys, *scalars, None, *rest)
+        kernels["linear_update_"](weights[0], xs[:1], gys[:1], vector, slots[0], *rest)
+        kernels["linear_update_"](weights[1], xs, gys, vector, None, *rest)
         kernels["linear_sq_norm_"](slots[1], xs[:1], gys[:1], None)  # by inner products
         kernels["linear_sq_norm_"](slots[2], xs, gys, None)
-        kernels["embedding_sgd_"](table, indices, xs[:1], [-1], *scalars, slots[3], *rest)
+        kernels["embedding_update_"](table, indices, xs[:1], [-1], vector, slots[3], *rest)
         kernels["embedding_sq_norm_"](slots[4], indices, xs[:1], [-1], None)
 
     side = torch.cuda.Stream(CUDA)
@@ -454,7 +456,7 @@ def test_linear_layers_allocate_no_gradient(form: str) -> None:
     slot = number(0.0)
 
     def calls() -> None:
-        update(kernels["linear_sgd_"], weight, [x], [gy], lr=0.1, weight_decay=0.1, sq_norm=slot)
+        update(kernels["linear_update_"], weight, [x], [gy], lr=0.1, weight_decay=0.1, sq_norm=slot)
         kernels["linear_sq_norm_"](slot, [x], [gy], None)
 
     calls()
@@ -463,7 +465,7 @@ def test_linear_layers_allocate_no_gradient(form: str) -> None:
 
 def test_every_operator_has_one_kernel_and_info_names_it() -> None:
     chosen = backends.choice("CUDA")
-    for name in ops.__all__:
+    for name in ops.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", "CUDA")
         expected = chosen.backend
         if chosen.backend == "cuda" and name in tiled.IMPLEMENTATIONS:
