@@ -94,7 +94,7 @@ def run_python():
             env={**clean, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **env},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=580,
         )
 
     return run
