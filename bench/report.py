@@ -74,7 +74,7 @@ def frame(measured: Results) -> pd.DataFrame:
         other = [f"{v} malloc" if k == "malloc" else v for k, v in setting.items() if v is not None and v != normal[k]]
         row = {"question": one.question, "contestant": one.contestant, "label": ", ".join([one.contestant, *other])}
         row |= {"usual": all(setting[key] == normal[key] for key in ("backend", "detail")), **one.case}
-        row |= {"beside": one.beside, "bytes": one.bytes_moved, "error": one.error, "memory": one.memory or None}
+        row |= {"beside": one.beside, "error": one.error, "memory": one.memory or None}
         if one.seconds:
             row["seconds"] = one.time.median
         if one.beside_seconds:
@@ -177,7 +177,7 @@ def headline_size(rows: pd.DataFrame) -> int:
     return int(max((size for size in sizes if size <= HEADLINE), default=sizes[0]))
 
 
-def bandwidth(device: Device, question: str, value: str = "fraction") -> Iterator[str]:
+def bandwidth(device: Device, question: str) -> Iterator[str]:
     """Fractions of the probe at one size by dtype, and over every size."""
     rows = device.of_question(question)
     rows = rows[rows["usual"]]
@@ -357,7 +357,7 @@ def comparisons(device: Device, question: str) -> pd.DataFrame:
     else:
         held = rows["contestant"].map(lambda who: "clipping" if clips(who) else "no clipping")
     measures = ["contestant", "label", "fraction", "peak"]
-    fixed = {"question", "usual", "beside", "bytes", "error", "memory", "most", "seconds", "ratio", "above", *measures}
+    fixed = {"question", "usual", "beside", "error", "memory", "most", "seconds", "ratio", "above", *measures}
     case = [key for key in rows if key not in fixed]
     rows = rows.assign(held=held).astype({key: object for key in case})
     rows[case] = rows[case].where(rows[case].notna(), "")

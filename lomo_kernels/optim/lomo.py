@@ -195,7 +195,6 @@ class Lomo(torch.optim.Optimizer):
         Returns:
             The norm, as `last_grad_norm`.
         """
-
         self._run(lambda step: step.find_norm(loss))
         return self.last_grad_norm
 
@@ -205,7 +204,6 @@ class Lomo(torch.optim.Optimizer):
 
         After `grad_norm` it runs one backward, otherwise both: an old norm is never used.
         """
-
         self._run(lambda step: step.fused_backward(loss, lr))
 
     def summary(self) -> str:
