@@ -19,7 +19,7 @@ NCU = [
     "--clock-control",
     "none",
     "-k",
-    "regex:update_kernel|sgd_kernel|sq_norm_kernel",
+    "regex:update_kernel|sq_norm_kernel",
     "--metrics",
     ",".join(COUNTERS),
 ]

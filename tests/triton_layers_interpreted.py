@@ -506,7 +506,7 @@ def test_embedding_sgd_adds_a_long_run_in_one_order():
 
 
 def test_without_decay_there_is_no_second_kernel(monkeypatch):
-    """A number says so on the host; a tensor is not read there."""
+    """Numbers in the host's memory say so; a GPU's are not read there."""
     launched = []
 
     class Kernel:
@@ -515,7 +515,13 @@ def test_without_decay_there_is_no_second_kernel(monkeypatch):
 
     monkeypatch.setattr(embedding, "embedding_sgd_kernel", Kernel())
     gy = matrix(3, 20, torch.bfloat16)
-    for weight_decay, expected in ((0.0, [False]), (0.1, [False, True]), (torch.zeros(1), [False, True])):
+    for weight_decay, on_a_gpu, expected in (
+        (0.0, False, [False]),
+        (torch.zeros(1), False, [False]),
+        (0.1, False, [False, True]),
+        (0.0, True, [False, True]),
+    ):
+        monkeypatch.setattr(launch, "by_address", on_a_gpu)
         launched.clear()
         ops.embedding_sgd_(torch.zeros(4, 20), torch.tensor([0, 1, 1]), gy, lr=0.1, weight_decay=weight_decay)
         assert launched == expected
