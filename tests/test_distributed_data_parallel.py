@@ -402,7 +402,7 @@ def devices(rank: int) -> None:
     params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))]
     with pytest.raises(ValueError, match="one device, these are on cpu, meta"):
         data_parallel.DataParallel(
-            dist.group.WORLD, [type("Record", (), {"param": param, "served": True}) for param in params]
+            dist.group.WORLD, [type("ManagedParameter", (), {"param": param, "supported": True}) for param in params]
         )
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lomo_kernels import Lomo
 from lomo_kernels.optim import streams
 from lomo_kernels.optim.hyperparameters import GroupScalars
+from lomo_kernels.optim.managed_parameter import SMALL_BYTES, DeviceState
 from lomo_kernels.optim.passes import BUFFER_BYTES, Pass
-from lomo_kernels.optim.records import SMALL_BYTES, Device
 from lomo_kernels.optim.step import Step
 from lomo_kernels.optim.training_step import TrainingStep
 
@@ -53,7 +53,7 @@ class Calls(Pass):
         self.current = current
         self.made: list[tuple[Any, list[Tensor]]] = []
 
-    def _list(self, records: Any, grads: list[Tensor]) -> None:
+    def _handle_list(self, records: Any, grads: list[Tensor]) -> None:
         self.made.append((self.current(), grads))
 
 
@@ -77,7 +77,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 def records_of(count: int, size: int = 8) -> list[Any]:
     """Records of CPU parameters that pass for a GPU's."""
-    records = Lomo([nn.Parameter(torch.ones(size)) for _ in range(count)], lr=0.5)._training.records
+    records = Lomo([nn.Parameter(torch.ones(size)) for _ in range(count)], lr=0.5)._training.managed_params
     for record in records:
         record.on_gpu, record.device = True, GPU
     return records
@@ -154,12 +154,12 @@ def test_hooks_of_many_threads_lose_nothing() -> None:
     params = [nn.Parameter(torch.zeros(1000)) for _ in range(1600)]
     optimizer = Lomo(params, lr=1.0)
     optimizer._training.refresh()
-    sweep = TrainingStep(optimizer._training, Step(optimizer._training.records))._update_pass(None)
+    sweep = TrainingStep(optimizer._training, Step(optimizer._training.managed_params))._update_pass(None)
     start = threading.Barrier(8)
 
     def hand_over(first: int) -> None:
         start.wait()
-        for record in optimizer._training.records[first::8]:
+        for record in optimizer._training.managed_params[first::8]:
             sweep.add(record, torch.full((1000,), -float(record.index)))
 
     threads = [threading.Thread(target=hand_over, args=(first,)) for first in range(8)]
@@ -171,7 +171,7 @@ def test_hooks_of_many_threads_lose_nothing() -> None:
     for index, param in enumerate(params):
         assert torch.equal(param, torch.full((1000,), float(index))), index
     expected = torch.arange(1600.0).double().square() * 1000
-    torch.testing.assert_close(optimizer._training.state.home.slots, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(optimizer._training.state.primary.slots, expected, rtol=1e-6, atol=0)
 
 
 # ---- Devices --------------------------------------------------------------------------------------------------------
@@ -181,13 +181,15 @@ def spread(optimizer: Lomo, second: Callable[[int], bool]) -> None:
     """Gives some parameters scalars and slots of their own, as those on a second device have."""
     state = optimizer._training.state
     there = torch.device("meta")  # only a name
-    device = state.devices[there] = Device(CPU, len(optimizer._training.records), len(optimizer.param_groups))
+    device = state.devices[there] = DeviceState(
+        CPU, len(optimizer._training.managed_params), len(optimizer.param_groups)
+    )
     for scalars, vector in zip(state.scalars, device.vectors, strict=True):
         scalars[there] = GroupScalars(vector)
     groups = [index for index, group in enumerate(optimizer.param_groups) for _ in group["params"]]
-    for record, group in zip(optimizer._training.records, groups, strict=True):
+    for record, group in zip(optimizer._training.managed_params, groups, strict=True):
         if second(record.index):
-            record.place(device, state.scalars[group][there])
+            record.bind(device, state.scalars[group][there])
 
 
 RULES: dict[str, dict[str, Any]] = {

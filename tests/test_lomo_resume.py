@@ -154,12 +154,12 @@ def test_what_is_loaded_is_not_shared() -> None:
 def whole_state(optimizer: Lomo) -> dict[str, Any]:
     """All that loading, or a group that is added, may change; compared by `==`."""
     training = optimizer._training
-    records, attachment = training.records, training.attachment
+    records, attachment = training.managed_params, training.attachment
     return {
         "groups": [{**group, "params": [id(p) for p in group["params"]]} for group in optimizer.param_groups],
         "lists": [id(optimizer.param_groups), id(optimizer.state)],
         "numbers": {k: v.item() if isinstance(v, Tensor) else v for k, v in optimizer.state_dict()["lomo"].items()},
-        "live": [training.state.home.step.data_ptr(), training.norm_is_known, training.settings.seed],
+        "live": [training.state.primary.step.data_ptr(), training.norm_is_known, training.settings.seed],
         "state": {
             id(p): {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in numbers.items()}
             for p, numbers in optimizer.state.items()

@@ -15,8 +15,8 @@ from bench.measure import SCRATCH, allocations, peak_of, peak_on_gpu
 from lomo_kernels import Lomo
 from lomo_kernels.composite import tiled
 from lomo_kernels.demo.model import ByteLlama, Config
-from lomo_kernels.optim import repeat
-from lomo_kernels.optim.records import SMALL_BYTES
+from lomo_kernels.optim import repeat_check
+from lomo_kernels.optim.managed_parameter import SMALL_BYTES
 from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, record, simulate
 from lomo_kernels.plan.kernels import KERNELS
 from lomo_kernels.plan.methods import LOMO_OPTIM_NEEDS, lacking
@@ -57,7 +57,7 @@ def test_a_simulation_is_exact(name: str, checkpointing: bool) -> None:
     build, loss = llama(CONFIG, checkpointing=checkpointing), loss_of(BATCH, SEQ, 50 if checkpointing else None)
     simulated = simulate(build, loss, METHODS[name], kernels="cpu")
     first = record(build, loss, METHODS[name], workspaces=KERNELS["cpu"].workspaces)
-    with patch.object(repeat, "_can_compare", lambda devices: False):
+    with patch.object(repeat_check, "_can_compare", lambda devices: False):
         assert record(build, loss, METHODS[name], workspaces=KERNELS["cpu"].workspaces) == simulated
     assert simulated.peak <= first.peak <= simulated.peak + 4 * 8 * len(WEIGHTS)
 
@@ -93,7 +93,7 @@ def test_tied_weights_are_simulated(name: str) -> None:
     """Their gradient is formed tile by tile in Python; a GPU may not read which rows a token has, and takes more."""
     build, loss = tied(llama(CONFIG)), loss_of(BATCH, SEQ)
     tiled.buffer.memory = torch.empty(0)  # else its tile was there before
-    with patch.object(repeat, "_can_compare", lambda devices: False):
+    with patch.object(repeat_check, "_can_compare", lambda devices: False):
         real = record(build, loss, METHODS[name])
     memory = tiled.buffer.memory
     simulated = simulate(build, loss, METHODS[name], kernels="cpu")

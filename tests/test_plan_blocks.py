@@ -10,7 +10,7 @@ import torch
 from lomo_kernels.demo.model import Config
 from lomo_kernels.plan import METHODS, llama, loss_of, sharded, simulate, simulate_blocks
 from lomo_kernels.plan.command import GROUPS, Setting
-from lomo_kernels.plan.lines import peak_of
+from lomo_kernels.plan.extrapolate import peak_of
 from lomo_kernels.plan.methods import LOMO_OPTIM_NEEDS, lacking
 from lomo_kernels.plan.models import of_shape
 

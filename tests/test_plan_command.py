@@ -18,7 +18,7 @@ import pytest
 from lomo_kernels.demo.model import Config
 from lomo_kernels.plan import METHODS, command, llama, loss_of, simulate
 from lomo_kernels.plan.command import STEP, Setting
-from lomo_kernels.plan.lines import Parts, largest
+from lomo_kernels.plan.extrapolate import Parts, largest
 from lomo_kernels.plan.models import of_shape
 
 CONFIG = Config(layers=3, d_model=256, heads=4, kv_heads=4, ffn=512, vocab=1000)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..layers import Factors, factor_sinks, fuse, layers_of, unfuse
 from .accumulation import unscale_grads
+from .managed_parameter import ManagedParameter
 from .owners import claim, forget, optimizer_backward, release
-from .records import Record
 
 
 class Attachment:
@@ -23,14 +23,14 @@ class Attachment:
 
     Args:
         training: the `Training` of an optimizer.
-        records: its parameters: its own list, which grows with it.
+        managed_params: its parameters: its own list, which grows with it.
         model: in which layers are fused; None: nowhere.
     """
 
-    def __init__(self, training: Any, records: list[Record], model: nn.Module | None) -> None:
+    def __init__(self, training: Any, managed_params: list[ManagedParameter], model: nn.Module | None) -> None:
         self._training = weakref.ref(training)
         self._training_id = id(training)
-        self._records = records
+        self._managed_params = managed_params
         self._model = None if model is None else weakref.ref(model)
         self._claimed: list[int] = []  # ids of the parameters noted as the optimizer's
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -50,7 +50,7 @@ class Attachment:
 
     def attach(self) -> None:
         """Registers the optimizer as the owner of all its parameters, and puts hooks on those that are trained."""
-        self._claimed[:] = [id(record.param) for record in self._records]  # first: see `_fuse`
+        self._claimed[:] = [id(managed.param) for managed in self._managed_params]  # first: see `_fuse`
         claim(self._claimed, self._training)
         self.hook_all()
         model = self.model
@@ -63,43 +63,43 @@ class Attachment:
         `torch.utils.swap_tensors` exchanges a parameter's memory and its dict of attributes. The hooks stay, but torch
         does not call them any more. This is called before every backward, also one of another optimizer.
         """
-        for record in self._records:
-            if record.attributes is record.param.__dict__ and (record.hooked or not record.param.requires_grad):
+        for managed in self._managed_params:
+            if managed.attributes is managed.param.__dict__ and (managed.hooked or not managed.param.requires_grad):
                 continue
-            param: Any = record.param
-            if record.attributes is not param.__dict__:
-                if record.hooked:
+            param: Any = managed.param
+            if managed.attributes is not param.__dict__:
+                if managed.hooked:
                     param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # makes torch call them
-                record.attributes = param.__dict__
-            if not record.hooked and param.requires_grad:
-                hook = _hook(self._training, record)
+                managed.attributes = param.__dict__
+            if not managed.hooked and param.requires_grad:
+                hook = _hook(self._training, managed)
                 self._handles.append(param.register_post_accumulate_grad_hook(hook))
-                record.hooked = True  # last: an interrupt before it leaves a second hook, which finds no gradient
+                managed.hooked = True  # last: an interrupt before it leaves a second hook, which finds no gradient
 
     def _fuse(self, model: nn.Module) -> None:
         """Fuses the layers of `model` that can be fused and whose weights the optimizer manages."""
-        records = {id(record.param): record for record in self._records}
+        managed_params = {id(managed.param): managed for managed in self._managed_params}
         known = {id(reference()) for reference in self._fused}
-        for module, reason in layers_of(model, records):
+        for module, reason in layers_of(model, managed_params):
             if reason is not None:
                 continue
-            record = records[id(module.weight)]
+            managed = managed_params[id(module.weight)]
             new = id(module) not in known
             if new:  # also where another optimizer fused it, whose weight was exchanged since
                 self._fused.append(weakref.ref(module))  # first: so that a layer is unfused even after an interrupt
                 fuse(module)
-            record.reused |= record.fused and new
-            if not record.fused:
-                record.fused = True
-                self._factor_sinks.append(id(record.param))
-                factor_sinks[id(record.param)] = _factor_sink(self._training, record)
+            managed.reused |= managed.fused and new
+            if not managed.fused:
+                managed.fused = True
+                self._factor_sinks.append(id(managed.param))
+                factor_sinks[id(managed.param)] = _factor_sink(self._training, managed)
 
     def remove(self) -> None:
         """Removes everything, also the loss scale that gradients in ``.grad`` carry."""
         release(self._claimed)
         forget(self._training_id)
         _detach(self._handles, self._factor_sinks, self._fused)
-        unscale_grads(self._records)
+        unscale_grads(self._managed_params)
 
     def extent(self) -> tuple[int, int, int, int]:
         """How much is attached now, for `cut_back`."""
@@ -131,7 +131,7 @@ def _detach(
     fused.clear()
 
 
-def _hook(training: weakref.ref[Any], record: Record) -> Callable[[Tensor], None]:
+def _hook(training: weakref.ref[Any], managed: ManagedParameter) -> Callable[[Tensor], None]:
     """The hook of one parameter. It does not keep the optimizer alive."""
 
     def on_gradient(_: Tensor) -> None:
@@ -140,19 +140,19 @@ def _hook(training: weakref.ref[Any], record: Record) -> Callable[[Tensor], None
             return
         backward = optimizer_backward()
         if backward is not None and backward.owner is not owner:
-            backward.drop(record.param)
+            backward.drop(managed.param)
             owner.passed_over = True
             return
         step = owner.steps.current
         if step is not None and step.sink is not None:
-            step.sink.take(record)
+            step.sink.take(managed)
         else:
-            owner.accumulation.note(record, scaled=step is not None and step.adds_scaled)
+            owner.accumulation.note(managed, scaled=step is not None and step.adds_scaled)
 
     return on_gradient
 
 
-def _factor_sink(training: weakref.ref[Any], record: Record) -> Callable[[Factors], Sequence[Factors]]:
+def _factor_sink(training: weakref.ref[Any], managed: ManagedParameter) -> Callable[[Factors], Sequence[Factors]]:
     """What a fused layer of the parameter calls with its factors. It does not keep the optimizer alive."""
 
     def on_factors(factors: Factors) -> Sequence[Factors]:
@@ -163,6 +163,6 @@ def _factor_sink(training: weakref.ref[Any], record: Record) -> Callable[[Factor
         if backward is not None and backward.owner is not owner:
             return ()  # its gradient would be dropped
         step = owner.steps.current
-        return (factors,) if step is None or step.sink is None else step.sink.take_factors(record, factors)
+        return (factors,) if step is None or step.sink is None else step.sink.take_factors(managed, factors)
 
     return on_factors

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from .engines.base import ParallelEngine
 from .graph import Graph, run_backward
+from .managed_parameter import ManagedParameter
 from .owners import OptimizerBackward, unmanaged_leaves
 from .passes import NormPass, Pass
-from .records import Record
 from .step import Step
 from .training import Training
 
@@ -31,7 +31,7 @@ class Backward:
     @property
     def scaled(self) -> bool:
         """Whether the gradients have to be divided."""
-        return self.scale is not None or self._training.state.divides
+        return self.scale is not None or self._training.state.has_divisor
 
     def run_pass(self, sink: Pass, *, retain_graph: bool) -> None:
         """One backward in which hooks hand their gradients to `sink`."""
@@ -44,7 +44,7 @@ class Backward:
         step.leave()
         sink.flush()
         step.sink = None
-        if not any(record.fired == sink.serial for record in self._training.records):
+        if not any(managed.last_pass == sink.serial for managed in self._training.managed_params):
             raise RuntimeError(
                 "Lomo: no gradient came. The loss depends on none of the optimizer's parameters, or only on copies of "
                 "them (model and optimizer were pickled apart?). Make the optimizer after fully_shard, "
@@ -58,7 +58,7 @@ class Backward:
         state.zero_slots()
         self.run_pass(NormPass(state.devices, scaled=self.scaled, engine=engine), retain_graph=True)
 
-    def add_to_grads(self, kept: list[tuple[Record, Tensor]]) -> None:
+    def add_to_grads(self, kept: list[tuple[ManagedParameter, Tensor]]) -> None:
         """One backward that adds to ``.grad``, with the loss scale of the gradients `kept` that are there."""
         training, step, loss = self._training, self._step, self.graph.loss
         scale = training.accumulation.scale_for(loss, kept, training.state.scale)

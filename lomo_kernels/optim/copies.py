@@ -63,13 +63,13 @@ def _parts(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
     """
     training = optimizer._training
     training.check_not_ended()
-    check_groups(training.records, optimizer.param_groups)
+    check_groups(training.managed_params, optimizer.param_groups)
     if is_engine(training.settings.process_group):
         raise TypeError("Lomo: an optimizer of a DeepSpeed engine cannot be copied; save its state_dict()")
     groups = []
-    records = iter(training.records)
+    managed_params = iter(training.managed_params)
     for group in optimizer.param_groups:
-        params = [of(record.param, record.name) for record in itertools.islice(records, len(group["params"]))]
+        params = [of(managed.param, managed.name) for managed in itertools.islice(managed_params, len(group["params"]))]
         entries = list(zip(group["param_names"], params, strict=True)) if "param_names" in group else params
         groups.append({key: value for key, value in group.items() if key != "param_names"} | {"params": entries})
     model = training.attachment.model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layers import Factors
-from .records import Record
+from .managed_parameter import ManagedParameter
 
 # A factor that is a view of memory more than this many times its own size is copied, to let that memory go.
 ROOMY = 1.25
@@ -60,24 +60,24 @@ class FactorStore:
     def __init__(self, params: Iterable[Tensor] = (), *, until_the_end: bool = False) -> None:
         self._params = {param.untyped_storage()._cdata for param in params}
         self._until_the_end = until_the_end
-        # By backward, and by index of the record: a backward inside this one (autograd.grad in a hook, a reentrant
+        # By backward, and by index of the parameter: a backward inside this one (autograd.grad in a hook, a reentrant
         # checkpoint) calls hooks for its own part.
         self._open: dict[tuple[int, int], list[SavedFactors]] = {}
         self._returned: set[tuple[int, int]] = set()  # weights whose gradient exists, so that no more is held
         self._users: Counter[int] = Counter()  # of each piece of memory: inputs are shared, as by query, key and value
 
-    def add(self, record: Record, factors: Factors, outcome: str) -> Sequence[Factors]:
+    def add(self, managed: ManagedParameter, factors: Factors, outcome: str) -> Sequence[Factors]:
         """Holds the factors, or returns those of the weight that are better returned as a gradient.
 
         Raises RuntimeError, which says `outcome`, if one of those was altered since it was taken.
         """
-        key = torch._C._current_graph_task_id(), record.index
+        key = torch._C._current_graph_task_id(), managed.index
         ours = self._open.setdefault(key, [])
         if key not in self._returned:
             held = self._hold(factors, ours[-1].bytes if ours else 0)
-            record.reused |= bool(ours)
+            managed.reused |= bool(ours)
             # Those of the only use, applied at once, may be larger than the gradient: they exist anyway.
-            if held.bytes <= record.bytes or not (record.reused or self._until_the_end):
+            if held.bytes <= managed.bytes or not (managed.reused or self._until_the_end):
                 ours.append(held)
                 for address in held.addresses:
                     self._users[address] += 1
@@ -85,16 +85,16 @@ class FactorStore:
             factors = held.factors
             self._returned.add(key)
         for one in ours:
-            one.check(record.name, outcome)
+            one.check(managed.name, outcome)
             one.join()
         self._forget(ours)
         uses = [one.factors for one in ours]
         ours.clear()
         return [*uses, factors]
 
-    def close(self, record: Record) -> Sequence[SavedFactors]:
+    def close(self, managed: ManagedParameter) -> Sequence[SavedFactors]:
         """The weight's factors: its hook was called. Those of other backwards, inside this one or around, stay."""
-        ours = self._open.pop((torch._C._current_graph_task_id(), record.index), ())
+        ours = self._open.pop((torch._C._current_graph_task_id(), managed.index), ())
         if not self._until_the_end:
             self._forget(ours)
         return ours

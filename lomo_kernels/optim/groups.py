@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .hyperparameters import check_group
-from .parameters import check_apart, check_parameter, is_served, name_of
-from .records import Record
+from .managed_parameter import ManagedParameter
+from .parameters import check_apart, check_parameter, is_supported, name_of
 from .transaction import all_or_nothing
 
 
@@ -23,28 +23,28 @@ def add_group(optimizer: Any, param_group: dict[str, Any]) -> None:
     entries = [entries] if isinstance(entries, Tensor) else entries
     if not isinstance(entries, set):  # torch's own error says why not
         entries = list(entries)
-    known = {id(record.param) for record in training.records}
-    records = []
-    for index, entry in enumerate(entries, start=len(training.records)):
+    known = {id(managed.param) for managed in training.managed_params}
+    managed_params = []
+    for index, entry in enumerate(entries, start=len(training.managed_params)):
         name, param = name_of(entry, index)
         check_parameter(name, param)
         if id(param) in known:
             raise ValueError(f"Lomo: {name} is given twice; each parameter has one place in one group")
         known.add(id(param))
-        records.append(Record(param, index, name))
-        records[-1].served = is_served(param)
-    check_apart((record.name, record.param) for record in (*training.records, *records))
+        managed_params.append(ManagedParameter(param, index, name))
+        managed_params[-1].supported = is_supported(param)
+    check_apart((managed.name, managed.param) for managed in (*training.managed_params, *managed_params))
     group = {**optimizer.defaults, **param_group, "params": entries}
     check_group(group, f"Lomo: param_groups[{len(optimizer.param_groups)}]")
 
     def add() -> None:
         torch.optim.Optimizer.add_param_group(optimizer, group)
-        training.records.extend(records)
+        training.managed_params.extend(managed_params)
 
     def add_later() -> None:
-        engine = training.join_engine([*training.records, *records], [*optimizer.param_groups, group])
+        engine = training.join_engine([*training.managed_params, *managed_params], [*optimizer.param_groups, group])
         add()
-        training.extend(records, engine)
+        training.extend(managed_params, engine)
 
     if training.started:
         all_or_nothing(optimizer, add_later)

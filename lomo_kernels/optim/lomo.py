@@ -103,9 +103,9 @@ class Lomo(torch.optim.Optimizer):
             clip_grad_norm, clip_passes, loss_scale, rounding, nonfinite, seed, process_group, rule
         )
         is_model = isinstance(model_or_params, nn.Module)
-        whole: Callable[[], Any] = weakref.ref(model_or_params) if is_model else lambda: None
+        given_model: Callable[[], Any] = weakref.ref(model_or_params) if is_model else lambda: None
         self._itself = weakref.ref(self)  # not so through a wrapper made of this class, as Lightning makes
-        self._training = Training(self, settings, model, whole)
+        self._training = Training(self, settings, model, given_model)
         self._plain_steps = PlainSteps(self._training)
         self._stepping: set[int] = set()  # threads in which step hooks are called now
         # momentum is not used; OneCycleLR and CyclicLR want to set it
@@ -170,7 +170,7 @@ class Lomo(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """torch's GradScaler asks this before it hands `found_inf` and `grad_scale` to `step`, which refuses them."""
-        return self._training.state.divides
+        return self._training.state.has_divisor
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops what plain backwards left in ``.grad``.
@@ -185,8 +185,8 @@ class Lomo(torch.optim.Optimizer):
             itself.zero_grad(set_to_none)
             return
         super().zero_grad(set_to_none=set_to_none)
-        for record in self._training.records:
-            record.note_zeros()
+        for managed in self._training.managed_params:
+            managed.note_zeros()
         self._training.drop_norm()
 
     def grad_norm(self, loss: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class Lomo(torch.optim.Optimizer):
     def summary(self) -> str:
         """A table to print: what happens to each parameter's gradient, and why."""
         training = self._training
-        return summary(training.records, training.attachment.model, kept=training.keeps_gradients)
+        return summary(training.managed_params, training.attachment.model, kept=training.keeps_gradients)
 
     def remove(self) -> None:
         """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again.
@@ -278,7 +278,7 @@ class Lomo(torch.optim.Optimizer):
     @property
     def step_count(self) -> Tensor:
         """Number of steps, skipped ones included: int64, no dimensions, on the first parameter's device."""
-        return self._training.state.home.step
+        return self._training.state.primary.step
 
     # ---- Groups and state -------------------------------------------------------------------------------------------
 

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .managed_parameter import ManagedParameter
 from .placement import local_of
-from .records import Record
 
 
 class Owner(Protocol):
     """What this module knows of the `Training` of an optimizer."""
 
-    records: list[Record]
+    managed_params: list[ManagedParameter]
     steps: Any  # a `Steps`, whose `current` one may run in whatever thread
     attachment: Any  # an `Attachment`
 
@@ -53,16 +53,16 @@ def owner_of(param: Tensor) -> Any | None:
     return None if reference is None else reference()
 
 
-def other_owners(records: Iterable[Record], new: Owner) -> list[Any]:
-    """Optimizers besides `new` that manage some of `records`. Raises RuntimeError if one is amid a step."""
+def other_owners(managed_params: Iterable[ManagedParameter], new: Owner) -> list[Any]:
+    """Optimizers besides `new` that manage some of `managed_params`. Raises RuntimeError if one is amid a step."""
     others: dict[int, Any] = {}
-    for record in records:
-        owner = owner_of(record.param)
+    for managed in managed_params:
+        owner = owner_of(managed.param)
         if owner is None or owner is new:
             continue
         if owner.steps.current is not None:
             raise RuntimeError(
-                f"Lomo: {record.name} is managed by another Lomo, which is amid a step. Nothing was changed. Make the "
+                f"Lomo: {managed.name} is managed by another Lomo, which is amid a step. Nothing was changed. Make the "
                 "new optimizer after this step"
             )
         others[id(owner)] = owner
@@ -96,14 +96,14 @@ class OptimizerBackward:
             if other is None or other is self.owner:
                 continue
             other.attachment.hook_all()
-            for record in other.records:
-                if record.param.grad is None or not record.param.requires_grad:
+            for managed in other.managed_params:
+                if managed.param.grad is None or not managed.param.requires_grad:
                     continue
-                if local_of(record.param) is not record.param:  # FSDP2 and ZeRO-3 call no tensor hooks
-                    self._set_aside(record.param)
+                if local_of(managed.param) is not managed.param:  # FSDP2 and ZeRO-3 call no tensor hooks
+                    self._set_aside(managed.param)
                     continue
-                self._watched.add(id(record.param))
-                self._handles.append(record.param.register_hook(self._before_accumulation(record.param)))
+                self._watched.add(id(managed.param))
+                self._handles.append(managed.param.register_hook(self._before_accumulation(managed.param)))
 
     def end(self) -> None:
         """Removes the hooks, and gives back gradients that are still set aside after an error."""

@@ -12,8 +12,8 @@ from torch._subclasses import FakeTensor
 from ..backends import check_device
 from ..ops._arguments import DTYPES
 from ..ops._overlap import Access, Region, find_conflict, overlaps_itself, region
+from .managed_parameter import ManagedParameter
 from .placement import local_of
-from .records import Record
 
 
 def named_groups(model_or_params: Any) -> list[Any]:
@@ -112,7 +112,7 @@ def check_parameter(name: str, param: Any) -> None:
     check_device(param.device)
 
 
-def is_served(param: Tensor) -> bool:
+def is_supported(param: Tensor) -> bool:
     """Whether the kernels can update `param`. `check_parameter` accepts frozen ones that they cannot update."""
     if param.requires_grad:
         return True
@@ -146,34 +146,34 @@ _NOT_ADDED = (
 )
 
 
-def check_groups(records: Sequence[Record], groups: Sequence[dict[str, Any]]) -> None:
-    """Raises RuntimeError if `groups` hold other parameters than `records`, the ones with hooks."""
+def check_groups(managed_params: Sequence[ManagedParameter], groups: Sequence[dict[str, Any]]) -> None:
+    """Raises RuntimeError if `groups` hold other parameters than `managed_params`, the ones with hooks."""
     params = [param for group in groups for param in group["params"]]
-    if len(params) != len(records):
+    if len(params) != len(managed_params):
         raise RuntimeError(f"Lomo: parameters were put into or taken out of param_groups{_NOT_ADDED}")
-    for record, param in zip(records, params, strict=True):
-        if param is not record.param:
-            raise RuntimeError(f"Lomo: {record.name} was exchanged in param_groups{_NOT_ADDED}")
+    for managed, param in zip(managed_params, params, strict=True):
+        if param is not managed.param:
+            raise RuntimeError(f"Lomo: {managed.name} was exchanged in param_groups{_NOT_ADDED}")
 
 
-def check_unchanged(records: Sequence[Record], model: nn.Module | None) -> None:
+def check_unchanged(managed_params: Sequence[ManagedParameter], model: nn.Module | None) -> None:
     """Raises RuntimeError if parameters were cut into parts, or exchanged in `model`, since hooks were put on them.
 
     Args:
         model: None: not compared, as under FSDP2, which replaces parameters while it runs.
     """
-    for record in records:
-        if record.local is not local_of(record.param):
+    for managed in managed_params:
+        if managed.local is not local_of(managed.param):
             raise RuntimeError(
-                f"Lomo: {record.name} was cut into parts since the optimizer was made. Make the optimizer after "
+                f"Lomo: {managed.name} was cut into parts since the optimizer was made. Make the optimizer after "
                 "deepspeed.initialize, from the engine. No weight was changed"
             )
     if model is None:
         return
     present = {id(param): param for param in model.parameters()}
-    managed = {id(record.param): record.name for record in records}
-    missing = [name for key, name in managed.items() if key not in present]
-    if missing and any(param.requires_grad and key not in managed for key, param in present.items()):
+    names = {id(managed.param): managed.name for managed in managed_params}
+    missing = [name for key, name in names.items() if key not in present]
+    if missing and any(param.requires_grad and key not in names for key, param in present.items()):
         raise RuntimeError(
             f"Lomo: the model's {missing[0]} is another parameter than when the optimizer was made, and the new one "
             "has no hook. Make the optimizer after fully_shard, parallelize_module and all else that replaces "

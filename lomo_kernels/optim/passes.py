@@ -19,9 +19,9 @@ from ..layers import Factors
 from .engines.base import ParallelEngine
 from .factor_store import FactorStore, SavedFactors
 from .hyperparameters import GroupScalars
-from .records import Record
+from .managed_parameter import ManagedParameter
 from .streams import Streams, current
-from .terms import Terms
+from .weight_gradient import WeightGradient
 
 # Bound on the small gradients that wait for a list call.
 BUFFER_BYTES = 1024 * 1024
@@ -33,10 +33,10 @@ _factors = attrgetter("factors")
 class _Buffer:
     """Small gradients of one group, device and stream, waiting for one call."""
 
-    __slots__ = ("bytes", "grads", "records")
+    __slots__ = ("bytes", "grads", "managed_params")
 
     def __init__(self) -> None:
-        self.records: list[Record] = []
+        self.managed_params: list[ManagedParameter] = []
         self.grads: list[Tensor] = []
         self.bytes = 0
 
@@ -76,101 +76,101 @@ class Pass:
         self._lock = threading.Lock()  # backward runs the hooks of each device in a thread of its own
         self._store = FactorStore(params, until_the_end=self.keeps)
 
-    def take(self, record: Record) -> None:
-        """Consumes the gradient: what stands in ``record.param.grad`` and what the weight's layers handed over.
+    def take(self, managed: ManagedParameter) -> None:
+        """Consumes the gradient: what stands in ``managed.param.grad`` and what the weight's layers handed over.
 
         Neither there (a custom layer that keeps it to itself) is left alone.
 
         Raises:
             RuntimeError: the gradient comes a second time in this pass.
         """
-        param = record.param
+        param = managed.param
         grad = param.grad
         saved: Sequence[SavedFactors] = ()
-        if record.fused:
+        if managed.fused:
             with self._lock:
-                saved = self._store.close(record)
+                saved = self._store.close(managed)
         if grad is None and not saved:
             return
         param.grad = None
-        if record.fired == self.serial:
-            raise self._came_twice(record)
-        record.fired = self.serial
+        if managed.last_pass == self.serial:
+            raise self._came_twice(managed)
+        managed.last_pass = self.serial
         if self._engine is None:
-            self.add(record, grad, saved)
+            self.add(managed, grad, saved)
             return
         assert grad is not None  # no layer is fused
-        ready = self._engine.reduce_grad(record, grad)
+        ready = self._engine.reduce_grad(managed, grad)
         del grad
         for one, local in ready:
             self.add(one, local)
 
-    def take_factors(self, record: Record, factors: Factors) -> Sequence[Factors]:
+    def take_factors(self, managed: ManagedParameter, factors: Factors) -> Sequence[Factors]:
         """Takes what a fused layer has in place of a gradient, until the weight's hook is called.
 
         Returns:
             The factors, these and any taken before, whose gradient the layer has to return: holding them would take
             more memory than the gradient does. Usually none.
         """
-        if not record.param.requires_grad:  # frozen since its forward: autograd drops its gradient
+        if not managed.param.requires_grad:  # frozen since its forward: autograd drops its gradient
             return ()
-        if record.fired == self.serial:
-            raise self._came_twice(record)
+        if managed.last_pass == self.serial:
+            raise self._came_twice(managed)
         with self._lock:
-            return self._store.add(record, factors, self.outcome)
+            return self._store.add(managed, factors, self.outcome)
 
-    def add(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
+    def add(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
         """Hands one gradient to the kernels, now or with others. Raises RuntimeError unless it is dense."""
         if grad is not None and grad.layout is not torch.strided:
-            raise record.not_dense(grad)
-        stream = self._streams.join(record.device) if record.on_gpu else None
+            raise managed.not_dense(grad)
+        stream = self._streams.join(managed.device) if managed.on_gpu else None
         if saved:
             for held in saved:
-                held.check(record.name, self.outcome)
+                held.check(managed.name, self.outcome)
                 if held.made is not None:
                     held.join()
-            self._terms(record, grad, saved)
+            self._handle_factors(managed, grad, saved)
             return
         assert grad is not None
-        if not record.small:
-            self._one(record, grad)
+        if not managed.small:
+            self._handle(managed, grad)
             return
-        key = record.scalars, stream
+        key = managed.scalars, stream
         with self._lock:
             buffer = self._buffers.get(key)
             if buffer is None:
                 buffer = self._buffers[key] = _Buffer()
-            buffer.records.append(record)
+            buffer.managed_params.append(managed)
             buffer.grads.append(grad)
-            buffer.bytes += record.bytes
+            buffer.bytes += managed.bytes
             if buffer.bytes < BUFFER_BYTES:
                 return
             del self._buffers[key]
-        self._list(buffer.records, buffer.grads)
+        self._handle_list(buffer.managed_params, buffer.grads)
 
     def flush(self) -> None:
         """Hands on what still waits. Called when backward has ended, on the caller's streams."""
         self._streams.leave()
         if self._engine is not None:
-            for record, grad in self._engine.drain():
-                self.add(record, grad)
+            for managed, grad in self._engine.drain():
+                self.add(managed, grad)
         while self._buffers:
             (_, stream), buffer = self._buffers.popitem()
-            Streams.lend(buffer.grads, buffer.records[0].device, stream)
-            self._list(buffer.records, buffer.grads)
+            Streams.lend(buffer.grads, buffer.managed_params[0].device, stream)
+            self._handle_list(buffer.managed_params, buffer.grads)
 
-    def _one(self, record: Record, grad: Tensor) -> None:
+    def _handle(self, managed: ManagedParameter, grad: Tensor) -> None:
         raise NotImplementedError
 
-    def _list(self, records: Sequence[Record], grads: list[Tensor]) -> None:
+    def _handle_list(self, managed_params: Sequence[ManagedParameter], grads: list[Tensor]) -> None:
         raise NotImplementedError
 
-    def _terms(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
+    def _handle_factors(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
         raise NotImplementedError
 
-    def _came_twice(self, record: Record) -> RuntimeError:
+    def _came_twice(self, managed: ManagedParameter) -> RuntimeError:
         return RuntimeError(
-            f"Lomo: the gradient of {record.name} came twice in one backward, as when two reentrant checkpoints "
+            f"Lomo: the gradient of {managed.name} came twice in one backward, as when two reentrant checkpoints "
             f"share a parameter; each part alone is not its gradient. {self.outcome}. Use torch.utils.checkpoint "
             "with use_reentrant=False"
         )
@@ -179,23 +179,23 @@ class Pass:
 class NormPass(Pass):
     """Adds every gradient's sum of squares to its parameter's slot, and drops the gradient."""
 
-    def _one(self, record: Record, grad: Tensor) -> None:
-        inv_scale = record.home.inv_scale if self.scaled else None
-        torch.ops.lomo_kernels.sq_norm_.default([record.slot], [grad], inv_scale)
+    def _handle(self, managed: ManagedParameter, grad: Tensor) -> None:
+        inv_scale = managed.device_state.inv_scale if self.scaled else None
+        torch.ops.lomo_kernels.sq_norm_.default([managed.slot], [grad], inv_scale)
 
-    def _list(self, records: Sequence[Record], grads: list[Tensor]) -> None:
-        inv_scale = records[0].home.inv_scale if self.scaled else None
-        torch.ops.lomo_kernels.sq_norm_.default([record.slot for record in records], grads, inv_scale)
+    def _handle_list(self, managed_params: Sequence[ManagedParameter], grads: list[Tensor]) -> None:
+        inv_scale = managed_params[0].device_state.inv_scale if self.scaled else None
+        torch.ops.lomo_kernels.sq_norm_.default([managed.slot for managed in managed_params], grads, inv_scale)
 
-    def _terms(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
-        inv_scale = record.home.inv_scale if self.scaled else None
-        Terms(map(_factors, saved), grad).sq_norm_(record.slot, record.param, inv_scale)
+    def _handle_factors(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
+        inv_scale = managed.device_state.inv_scale if self.scaled else None
+        WeightGradient(map(_factors, saved), grad).sq_norm_(managed.slot, managed.param, inv_scale)
 
 
 class DeferredGradient(NamedTuple):
     """One gradient until the end of backward."""
 
-    record: Record
+    managed: ManagedParameter
     grad: Tensor | None
     saved: Sequence[SavedFactors]
     stream: torch.cuda.Stream | None  # whose memory it is
@@ -205,7 +205,7 @@ class DeferredGradient(NamedTuple):
         return tensors if self.grad is None else [*tensors, self.grad]
 
 
-class KeepPass(NormPass):
+class DeferPass(NormPass):
     """Adds up norms as `NormPass` does and keeps every gradient, or its factors where they are smaller, for `apply`."""
 
     keeps = True
@@ -219,26 +219,26 @@ class KeepPass(NormPass):
         engine: ParallelEngine | None = None,
     ) -> None:
         super().__init__(devices, params, scaled=scaled, engine=engine)
-        self._kept: list[DeferredGradient] = []
+        self._deferred: list[DeferredGradient] = []
 
-    def add(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
-        super().add(record, grad, saved)
-        stream = current(record.local) if record.on_gpu else None
-        self._kept.append(DeferredGradient(record, grad, saved, stream))
+    def add(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
+        super().add(managed, grad, saved)
+        stream = current(managed.local) if managed.on_gpu else None
+        self._deferred.append(DeferredGradient(managed, grad, saved, stream))
 
     def check(self) -> None:
         """Raises RuntimeError where a factor was altered since it was kept."""
-        for kept in self._kept:
+        for kept in self._deferred:
             for held in kept.saved:
-                held.check(kept.record.name, "No weight was changed")
+                held.check(kept.managed.name, "No weight was changed")
 
     def apply(self, update: UpdatePass) -> None:
         """Hands every gradient to `update`, on the caller's streams, and frees it."""
-        while self._kept:
-            kept = self._kept.pop()
+        while self._deferred:
+            kept = self._deferred.pop()
             if kept.stream is not None:
-                Streams.lend(kept.tensors(), kept.record.device, kept.stream)
-            update.add(kept.record, kept.grad, kept.saved)
+                Streams.lend(kept.tensors(), kept.managed.device, kept.stream)
+            update.add(kept.managed, kept.grad, kept.saved)
         update.flush()
 
 
@@ -246,8 +246,8 @@ class UpdatePass(Pass):
     """Applies every gradient to its parameter, and drops the gradient.
 
     Args:
-        decided: clip coefficient and overflow flag are known (a norm pass came before); otherwise the norms are added
-            up on the way.
+        norm_known: clip coefficient and overflow flag are known (a norm pass came before). Otherwise this pass adds up
+            the norms.
         rule: its number in `lomo_kernels.rules.RULES`.
         stochastic, seed: of the rounding.
     """
@@ -263,65 +263,65 @@ class UpdatePass(Pass):
         params: Iterable[Tensor] = (),
         *,
         scaled: bool,
-        decided: bool,
+        norm_known: bool,
         rule: int,
         stochastic: bool,
         seed: int,
         engine: ParallelEngine | None = None,
     ) -> None:
         super().__init__(devices, params, scaled=scaled, engine=engine)
-        self.decided = decided
+        self.norm_known = norm_known
         self.rule = rule
         self.stochastic = stochastic
         self.seed = seed
 
-    def _one(self, record: Record, grad: Tensor) -> None:
+    def _handle(self, managed: ManagedParameter, grad: Tensor) -> None:
         self.changed = True
         torch.ops.lomo_kernels.update_.default(
-            [record.local],
+            [managed.local],
             [grad],
-            record.scalars.vector,
-            [] if self.decided else [record.slot],
+            managed.scalars.vector,
+            [] if self.norm_known else [managed.slot],
             self.rule,
             self.stochastic,
             self.seed,
-            [record.index],
-            [] if record.shard is None else list(record.shard),
+            [managed.index],
+            [] if managed.shard is None else list(managed.shard),
         )
-        torch.autograd.graph.increment_version(record.local)
-        if record.shard is not None:
-            torch.autograd.graph.increment_version(record.param)
+        torch.autograd.graph.increment_version(managed.local)
+        if managed.shard is not None:
+            torch.autograd.graph.increment_version(managed.param)
 
-    def _terms(self, record: Record, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
-        param = record.param
+    def _handle_factors(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
+        param = managed.param
         self.changed = True
-        Terms(map(_factors, saved), grad).update_(
+        WeightGradient(map(_factors, saved), grad).update_(
             param,
-            record.scalars.vector,
-            None if self.decided else record.slot,
+            managed.scalars.vector,
+            None if self.norm_known else managed.slot,
             self.rule,
             self.stochastic,
             self.seed,
-            record.index,
+            managed.index,
             [],
         )
         torch.autograd.graph.increment_version(param)
 
-    def _list(self, records: Sequence[Record], grads: list[Tensor]) -> None:
-        params = [record.local for record in records]
-        sharded = records[0].shard is not None
+    def _handle_list(self, managed_params: Sequence[ManagedParameter], grads: list[Tensor]) -> None:
+        params = [managed.local for managed in managed_params]
+        sharded = managed_params[0].shard is not None
         self.changed = True
         torch.ops.lomo_kernels.update_.default(
             params,
             grads,
-            records[0].scalars.vector,
-            [] if self.decided else [record.slot for record in records],
+            managed_params[0].scalars.vector,
+            [] if self.norm_known else [managed.slot for managed in managed_params],
             self.rule,
             self.stochastic,
             self.seed,
-            [record.index for record in records],
-            [number for record in records for number in record.shard or ()] if sharded else [],
+            [managed.index for managed in managed_params],
+            [number for managed in managed_params for number in managed.shard or ()] if sharded else [],
         )
         torch.autograd.graph.increment_version(params)
         if sharded:
-            torch.autograd.graph.increment_version([record.param for record in records])
+            torch.autograd.graph.increment_version([managed.param for managed in managed_params])

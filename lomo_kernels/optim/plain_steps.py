@@ -30,7 +30,7 @@ class PlainSteps:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_groups(training.records, training.groups)
+        check_groups(training.managed_params, training.groups)
         if optimizer._step_supports_amp_scaling and hasattr(optimizer, "found_inf"):
             del optimizer.found_inf
             raise RuntimeError(

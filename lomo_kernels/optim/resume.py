@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..rules import RULES
 from .hyperparameters import check_group, check_seed
+from .managed_parameter import ManagedParameter
 from .placement import shape_of
-from .records import Record
 from .scaling import GROWTH_INTERVAL, KINDS, LARGEST_SCALE, SMALLEST_SCALE
 
 KEY = "lomo"  # of the library's entry in a state dict
@@ -31,13 +31,13 @@ class Resumed(NamedTuple):
     """A state dict that was checked completely. It shares no memory with the user's, except the numbers' tensors."""
 
     groups: list[dict[str, Any]]  # hyperparameters, and what schedulers keep there; without parameters
-    numbers: dict[str, Any] | None  # for `State.load`, and the seed; None: the state dict is SGD's
+    numbers: dict[str, Any] | None  # for `TrainingState.load`, and the seed; None: the state dict is SGD's
     dropped: list[str]  # options of SGD that are not loaded
 
 
-def layout(records: Sequence[Record]) -> list[list[Any]]:
+def layout(managed_params: Sequence[ManagedParameter]) -> list[list[Any]]:
     """Name and shape of every parameter. The position in this list keys a parameter's random bits."""
-    return [[record.name, list(shape_of(record.param))] for record in records]
+    return [[managed.name, list(shape_of(managed.param))] for managed in managed_params]
 
 
 def add_entry(optimizer: Any, state: dict[str, Any]) -> None:
@@ -53,13 +53,13 @@ def add_entry(optimizer: Any, state: dict[str, Any]) -> None:
         **optimizer._training.state.export(),
         "seed": optimizer._training.settings.seed,
         "rule": optimizer._training.settings.rule,
-        "parameters": layout(optimizer._training.records),
+        "parameters": layout(optimizer._training.managed_params),
     }
 
 
 def read(
     state_dict: Any,
-    records: Sequence[Record],
+    managed_params: Sequence[ManagedParameter],
     groups: Sequence[dict[str, Any]],
     defaults: dict[str, Any],
     kinds: Sequence[str],
@@ -69,7 +69,7 @@ def read(
 
     Args:
         state_dict: from `Lomo.state_dict`, from `torch.distributed.checkpoint`'s helpers, or from `torch.optim.SGD`.
-        records, groups, defaults: of the optimizer that loads it.
+        managed_params, groups, defaults: of the optimizer that loads it.
         kinds: the kinds of loss scaling that the optimizer can continue; the first is its present one.
         rule: of the optimizer.
 
@@ -80,11 +80,11 @@ def read(
     theirs = _groups_of(state_dict)
     numbers = dropped = None
     if KEY in state_dict:
-        numbers = _of_entry(state_dict[KEY], records)
+        numbers = _of_entry(state_dict[KEY], managed_params)
     elif any(isinstance(some, dict) and "scaling" in some for some in state_dict["state"].values()):
         numbers = _of_parameters(state_dict["state"])
     elif all({"momentum", "nesterov"} <= group.keys() for group in theirs):
-        dropped = _of_sgd(state_dict["state"], theirs, records)
+        dropped = _of_sgd(state_dict["state"], theirs, managed_params)
     else:
         raise ValueError(f"Lomo: the state dict has no {KEY!r} entry; {_FROM} or torch.optim.SGD")
     if numbers is not None:
@@ -114,8 +114,8 @@ def _groups_of(state_dict: Any) -> list[dict[str, Any]]:
     return groups
 
 
-def _of_entry(entry: Any, records: Sequence[Record]) -> dict[str, Any]:
-    """The numbers of the library's entry. Its parameters are compared with `records`."""
+def _of_entry(entry: Any, managed_params: Sequence[ManagedParameter]) -> dict[str, Any]:
+    """The numbers of the library's entry. Its parameters are compared with `managed_params`."""
     if not isinstance(entry, dict):
         raise TypeError(f"Lomo: the state dict's {KEY!r} entry is a {type(entry).__name__}, expected a dict")
     version = entry.get("version", VERSION)
@@ -127,7 +127,7 @@ def _of_entry(entry: Any, records: Sequence[Record]) -> dict[str, Any]:
             "lomo_kernels to the release that saved it, or a later one"
         )
     _check_keys(entry, (*_NUMBERS, "parameters"), optional=("version", "rule"))
-    _check_layout(entry["parameters"], records)
+    _check_layout(entry["parameters"], managed_params)
     return {name: entry[name] for name in _NUMBERS} | {"rule": entry.get("rule", "sgd")}  # older ones have no rule
 
 
@@ -172,7 +172,9 @@ def _check_keys(entry: dict[str, Any], keys: Sequence[str], optional: Sequence[s
         )
 
 
-def _of_sgd(state: dict[Any, Any], theirs: list[dict[str, Any]], records: Sequence[Record]) -> list[str]:
+def _of_sgd(
+    state: dict[Any, Any], theirs: list[dict[str, Any]], managed_params: Sequence[ManagedParameter]
+) -> list[str]:
     """The options of `torch.optim.SGD` that `Lomo` does not use. Compares names and shapes if they are there."""
     if any(group.get("maximize") for group in theirs):
         raise ValueError("Lomo: the state dict is from a torch.optim.SGD with maximize=True, which Lomo does not have")
@@ -183,26 +185,26 @@ def _of_sgd(state: dict[Any, Any], theirs: list[dict[str, Any]], records: Sequen
             some = state.get(number)
             buffer = some.get("momentum_buffer") if isinstance(some, dict) else None
             shapes.append([name, None if buffer is None else list(buffer.shape)])
-    _check_layout(shapes, records)
+    _check_layout(shapes, managed_params)
     used = {key for group in theirs for key in _SGD_ONLY if group.get(key)}
     return sorted(used | ({"momentum_buffer"} if any(shape for _, shape in shapes) else set()))
 
 
-def _check_layout(theirs: Any, records: Sequence[Record]) -> None:
-    """Raises ValueError unless names and shapes are those of `records`. None is not compared, and neither is the
+def _check_layout(theirs: Any, managed_params: Sequence[ManagedParameter]) -> None:
+    """Raises ValueError unless names and shapes are those of `managed_params`. None is not compared, and neither is the
     name of a parameter that was given without one."""
-    ours = layout(records)
+    ours = layout(managed_params)
     if not isinstance(theirs, list) or not all(isinstance(one, (list, tuple)) and len(one) == 2 for one in theirs):
         raise ValueError(f"Lomo: the state dict's parameters are not a list of (name, shape); {_FROM}")
     if len(ours) != len(theirs):
         raise ValueError(f"Lomo: the state dict has {len(theirs)} parameters, this optimizer has {len(ours)}")
-    for record, (name, shape), (our_name, our_shape) in zip(records, theirs, ours, strict=True):
-        nameless = f"parameter {record.index}"
+    for managed, (name, shape), (our_name, our_shape) in zip(managed_params, theirs, ours, strict=True):
+        nameless = f"parameter {managed.index}"
         same_name = name is None or nameless in (name, our_name) or _bare(name) == _bare(our_name)
         if not same_name or (shape is not None and list(shape) != our_shape):
             of_shape = "" if shape is None else f" of shape {list(shape)}"
             raise ValueError(
-                f"Lomo: parameter {record.index} is {name}{of_shape} in the state dict, "
+                f"Lomo: parameter {managed.index} is {name}{of_shape} in the state dict, "
                 f"{our_name} of shape {our_shape} here; expected the same parameters in the same order"
             )
 
@@ -292,7 +294,7 @@ def load(optimizer: Any, state_dict: Any) -> None:
     kind = training.state.scale.kind
     kinds = (kind, "dynamic") if training.scale_is_open else (kind,)
     loaded = read(
-        state_dict, training.records, optimizer.param_groups, optimizer.defaults, kinds, training.settings.rule
+        state_dict, training.managed_params, optimizer.param_groups, optimizer.defaults, kinds, training.settings.rule
     )
     if loaded.numbers is None:
         warnings.warn(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..numbers import clip_coefficient
 from .engines.base import ParallelEngine
 from .hyperparameters import GroupScalars, check_group
-from .records import Device, Record
+from .managed_parameter import DeviceState, ManagedParameter
 from .scaling import KINDS, LossScale
 
 
@@ -20,50 +20,50 @@ def _send(number: Tensor, to: Tensor) -> None:
     to.copy_(number, non_blocking=to.is_cuda)
 
 
-class State:
-    """The device side of one optimizer. Its first parameter's device is `home`, where sums and counters are kept.
+class TrainingState:
+    """The device side of one optimizer. Its first parameter's device is `primary`, where sums and counters are kept.
 
     Args:
-        records: all parameters, in the order of the groups.
+        managed_params: all parameters, in the order of the groups.
         groups: torch parameter groups.
         loss_scale: as `Lomo` takes it.
-        engine: of several processes, which has placed the records; None: there is one process.
+        engine: of several processes, which has placed the parameters; None: there is one process.
         before: the state that this one continues, on other devices or for more parameters.
     """
 
     def __init__(
         self,
-        records: Sequence[Record],
+        managed_params: Sequence[ManagedParameter],
         groups: Sequence[dict[str, Any]],
         loss_scale: Any,
         *,
         engine: ParallelEngine | None = None,
-        before: State | None = None,
+        before: TrainingState | None = None,
     ) -> None:
         self.engine = engine
-        places = list(dict.fromkeys(record.local.device for record in records if record.served))
-        places = places or [torch.device("cpu")]
-        self.devices = {place: Device(place, len(records), len(groups)) for place in places}
-        self.home = self.devices[places[0]]
+        devices = list(dict.fromkeys(managed.local.device for managed in managed_params if managed.supported))
+        devices = devices or [torch.device("cpu")]
+        self.devices = {device: DeviceState(device, len(managed_params), len(groups)) for device in devices}
+        self.primary = self.devices[devices[0]]
         self.scalars: list[dict[torch.device, GroupScalars]] = []
-        remaining = iter(records)
+        remaining = iter(managed_params)
         for row, group in enumerate(groups):
             by_device: dict[torch.device, GroupScalars] = {}
-            for _, record in zip(group["params"], remaining, strict=False):
-                place = record.local.device if record.served else places[0]
-                if place not in by_device:
-                    by_device[place] = GroupScalars(self.devices[place].vectors[row])
-                record.place(self.devices[place], by_device[place])
+            for _, managed in zip(group["params"], remaining, strict=False):
+                device = managed.local.device if managed.supported else devices[0]
+                if device not in by_device:
+                    by_device[device] = GroupScalars(self.devices[device].vectors[row])
+                managed.bind(self.devices[device], by_device[device])
             self.scalars.append(by_device)
-        if any(record.weight != 1.0 for record in records):
-            weights = torch.tensor([record.weight for record in records], dtype=torch.float64, device="cpu")
-            for place, device in self.devices.items():
-                device.weights = weights.to(place)
+        if any(managed.weight != 1.0 for managed in managed_params):
+            weights = torch.tensor([managed.weight for managed in managed_params], dtype=torch.float64, device="cpu")
+            for device, device_state in self.devices.items():
+                device_state.weights = weights.to(device)
         if loss_scale == "auto":
-            loss_scale = "dynamic" if any(record.dtype is torch.float16 for record in records) else None
-        self.scale = LossScale(loss_scale, places[0])
-        self.skipped = torch.zeros((), dtype=torch.int64, device=places[0])
-        self.norm = torch.zeros((), dtype=torch.float64, device=places[0])
+            loss_scale = "dynamic" if any(managed.dtype is torch.float16 for managed in managed_params) else None
+        self.scale = LossScale(loss_scale, devices[0])
+        self.skipped = torch.zeros((), dtype=torch.int64, device=devices[0])
+        self.norm = torch.zeros((), dtype=torch.float64, device=devices[0])
         self._measuring = False  # the slots are those of a step that has not ended
         if before is not None:
             self.load(before.export())
@@ -77,43 +77,43 @@ class State:
                 scalars.set(group, lr)
 
     @property
-    def divides(self) -> bool:
+    def has_divisor(self) -> bool:
         """Whether gradients have to be divided though they carry no loss scale: they are sums over ranks."""
         return self.engine is not None and self.engine.grad_divisor != 1
 
     def unscale_by(self, scale: Tensor | None) -> None:
         """The gradients to come carry `scale` and the engine's divisor: has the inverse, float64, on every device."""
-        if scale is None and not self.divides:
+        if scale is None and not self.has_divisor:
             return
         divisor = 1 if self.engine is None else self.engine.grad_divisor
         inverse = (torch.ones_like(self.norm) if scale is None else scale.double()).mul(divisor).reciprocal()
-        for device in self.devices.values():
-            _send(inverse, device.inv_scale)
+        for device_state in self.devices.values():
+            _send(inverse, device_state.inv_scale)
 
-    def prepare_update(self, *, scaled: bool, decided: bool) -> None:
-        """Makes every device's vectors of scalars those of the update that comes: see `Device.prepare_update`."""
-        for device in self.devices.values():
-            device.prepare_update(scaled=scaled, decided=decided)
+    def prepare_update(self, *, scaled: bool, norm_known: bool) -> None:
+        """Makes every device's vectors of scalars those of the update that comes: see `DeviceState.prepare_update`."""
+        for device_state in self.devices.values():
+            device_state.prepare_update(scaled=scaled, norm_known=norm_known)
 
     def zero_slots(self) -> None:
         self._measuring = True
-        for device in self.devices.values():
-            device.slots.zero_()
+        for device_state in self.devices.values():
+            device_state.slots.zero_()
 
     def finish_norm(self, clip_grad_norm: float | None) -> None:
         """From the slots to norm, overflow flag and clip coefficient, on every device: the same on every rank."""
-        totals = [device.sum_of_squares().to(self.norm.device) for device in self.devices.values()]
+        totals = [device_state.sum_of_squares().to(self.norm.device) for device_state in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
         if self.engine is not None:
             self.engine.sum_(total)
         self.norm.copy_(total.sqrt())
-        self.home.found_inf.copy_(total.isfinite().logical_not())
+        self.primary.found_inf.copy_(total.isfinite().logical_not())
         if clip_grad_norm is not None:
-            self.home.clip_coef.copy_(clip_coefficient(total, clip_grad_norm))
-        for device in self.devices.values():
-            if device is not self.home:
-                _send(self.home.found_inf, device.found_inf)
-                _send(self.home.clip_coef, device.clip_coef)
+            self.primary.clip_coef.copy_(clip_coefficient(total, clip_grad_norm))
+        for device_state in self.devices.values():
+            if device_state is not self.primary:
+                _send(self.primary.found_inf, device_state.found_inf)
+                _send(self.primary.clip_coef, device_state.clip_coef)
 
     def forget_norms(self) -> None:
         """Makes all norms zero if they are, or some of them, of a step that has not ended."""
@@ -125,30 +125,30 @@ class State:
     def end_step(self, scaled: bool) -> None:
         """Counts the step and, where its gradients carried the loss scale, moves that."""
         self._measuring = False
-        for device in self.devices.values():
-            device.step.add_(1)
-        self.skipped.add_(self.home.found_inf.to(torch.int64))
+        for device_state in self.devices.values():
+            device_state.step.add_(1)
+        self.skipped.add_(self.primary.found_inf.to(torch.int64))
         if scaled:
-            self.scale.update(self.home.found_inf)
+            self.scale.update(self.primary.found_inf)
 
     def level_steps(self) -> None:
         """Makes the step counts of all devices equal again, after an interrupt between two devices."""
-        for device in self.devices.values():
-            if device is not self.home:
-                _send(self.home.step, device.step)
+        for device_state in self.devices.values():
+            if device_state is not self.primary:
+                _send(self.primary.step, device_state.step)
 
     def abandon_step(self) -> None:
         """Called if no step used the norm that `grad_norm` found. If it overflowed, it counts as a skipped step."""
-        overflowed = self.home.found_inf.to(torch.int64)
-        for device in self.devices.values():
-            device.step.add_(overflowed.to(device.step.device))
+        overflowed = self.primary.found_inf.to(torch.int64)
+        for device_state in self.devices.values():
+            device_state.step.add_(overflowed.to(device_state.step.device))
         self.skipped.add_(overflowed)
-        self.scale.back_off(self.home.found_inf)
+        self.scale.back_off(self.primary.found_inf)
 
     def norms(self) -> Tensor:
-        """Norm of every parameter's gradient in the last step, on `home`: float64, [parameters]. Over several ranks
+        """Norm of every parameter's gradient in the last step, on `primary`: float64, [parameters]. Over several ranks
         they are of whole parameters, and every rank has to call this."""
-        totals = [device.squares().to(self.norm.device) for device in self.devices.values()]
+        totals = [device_state.squares().to(self.norm.device) for device_state in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
         if self.engine is not None:
             self.engine.sum_(total)
@@ -156,23 +156,23 @@ class State:
 
     def export(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
-        return {"step": self.home.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export()
+        return {"step": self.primary.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export()
 
     def export_norms(self) -> dict[str, Tensor]:
         """Copies of the last step's norms, which a copy of the optimizer has too."""
-        slots = torch.stack([device.slots.to(self.norm.device) for device in self.devices.values()]).sum(0)
+        slots = torch.stack([device_state.slots.to(self.norm.device) for device_state in self.devices.values()]).sum(0)
         return {"norm": self.norm.clone(), "slots": slots}
 
     def load_norms(self, exported: dict[str, Tensor]) -> None:
-        """Takes over what `export_norms` gave. All slots are on `home` then, as good as on several devices."""
+        """Takes over what `export_norms` gave. All slots are on `primary` then, as good as on several devices."""
         self.norm.copy_(exported["norm"])
-        self.home.slots.copy_(exported["slots"])
+        self.primary.slots.copy_(exported["slots"])
 
     def by_parameter(self) -> dict[str, Any]:
         """The same numbers, live, as `torch.distributed.checkpoint` can keep them with a parameter: no string, and at
         least one dimension."""
         tensors = {
-            "step": self.home.step,
+            "step": self.primary.step,
             "skipped_steps": self.skipped,
             "loss_scale": self.scale.scale,
             "growth_tracker": self.scale.growth_tracker,
@@ -181,8 +181,8 @@ class State:
 
     def load(self, exported: dict[str, Any]) -> None:
         """Takes over what `export` or `resume.read` gave: the loss scale only from the same kind of scaling."""
-        for device in self.devices.values():
-            device.step.copy_(exported["step"].reshape(()))
+        for device_state in self.devices.values():
+            device_state.step.copy_(exported["step"].reshape(()))
         self.skipped.copy_(exported["skipped_steps"].reshape(()))
         if exported["scaling"] == self.scale.kind:
             self.scale.scale.copy_(exported["loss_scale"].reshape(()))

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .managed_parameter import ManagedParameter
 from .owners import OptimizerBackward, optimizer_backward, set_optimizer_backward
 from .passes import Pass, UpdatePass
-from .records import Record
 from .scaling import unscaled
 
 _T = TypeVar("_T")
@@ -22,18 +22,18 @@ class Step:
     """What belongs to one call of `backward`, `step`, `grad_norm` or `fused_backward`. It lives as long as the call.
 
     Args:
-        records: all parameters of the optimizer.
+        managed_params: all parameters of the optimizer.
     """
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self._records = records
+    def __init__(self, managed_params: Sequence[ManagedParameter]) -> None:
+        self._managed_params = managed_params
         self._grad_mode = torch.is_grad_enabled()
         self._around = optimizer_backward()
         self._backward: OptimizerBackward | None = None
         self._stood = [
-            (record, grad, grad._version) for record in records if (grad := record.param.grad) is not None
+            (managed, grad, grad._version) for managed in managed_params if (grad := managed.param.grad) is not None
         ]  # the user's gradients, and their versions
-        self._accumulated = any(not record.zeroed for record, _, _ in self._stood)
+        self._accumulated = any(not managed.zeroed for managed, _, _ in self._stood)
         self._consumed = False
         self._isolated: list[tuple[Tensor, Tensor | None]] = []  # unmanaged leaves, and the gradients they had
         self.sink: Pass | None = None  # hooks hand gradients to it; None: gradients stay in .grad
@@ -90,8 +90,8 @@ class Step:
         """Takes the gradients out of ``.grad``. From here on they are the step's own, freed when applied."""
         self._consumed = True
         self._stood.clear()
-        for record in self._records:
-            record.param.grad = record.scaled_grad = record.zeros = None
+        for managed in self._managed_params:
+            managed.param.grad = managed.scaled_grad = managed.zeros = None
 
     def take_back(self) -> None:
         """Removes all gradients of a step that has failed. An interrupt may cut it short; then it is called again.
@@ -105,12 +105,12 @@ class Step:
         stay = (
             (self.ended or self.outcome == "unchanged")
             and not self._consumed
-            and all(record.param.grad is grad and grad._version == version for record, grad, version in self._stood)
+            and all(managed.param.grad is grad and grad._version == version for managed, grad, version in self._stood)
         )
-        theirs = {record.index for record, _, _ in self._stood} if stay else set()
-        for record in self._records:
-            if record.index not in theirs:
-                record.param.grad = record.scaled_grad = record.zeros = None
+        theirs = {managed.index for managed, _, _ in self._stood} if stay else set()
+        for managed in self._managed_params:
+            if managed.index not in theirs:
+                managed.param.grad = managed.scaled_grad = managed.zeros = None
         self.dropped = self._accumulated and not stay and not self.ended
 
     def _restore_isolated(self) -> None:
@@ -122,11 +122,11 @@ class Steps:
     """Runs the steps of an optimizer, one after the other.
 
     Args:
-        records: its parameters: its own list, which grows with it.
+        managed_params: its parameters: its own list, which grows with it.
     """
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self._records = records
+    def __init__(self, managed_params: Sequence[ManagedParameter]) -> None:
+        self._managed_params = managed_params
         self._busy: Any = threading.RLock()  # held during a step
         self.current: Step | None = None  # the one that runs now
         self.outcome: str | None = None  # of the last one
@@ -140,7 +140,7 @@ class Steps:
         self.check_not_inside()
         try:
             with self._busy:
-                return self._run(training, Step(self._records), run)
+                return self._run(training, Step(self._managed_params), run)
         except BaseException:
             if self._busy._is_owned():
                 self._busy.release()

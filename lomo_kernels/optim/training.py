@@ -17,14 +17,14 @@ from .attachment import Attachment
 from .engines.base import ParallelEngine
 from .engines.choose import choose_engine
 from .hyperparameters import numbers_of, unused_momentum
+from .managed_parameter import ManagedParameter
 from .owners import other_owners
-from .parameters import check_groups, check_parameter, check_unchanged, is_served
+from .parameters import check_groups, check_parameter, check_unchanged, is_supported
 from .placement import is_here, shape_of
-from .records import Record
-from .repeat import Repeats
+from .repeat_check import RepeatCheck
 from .scaling import computes_in_float16
 from .settings import Settings
-from .state import State
+from .state import TrainingState
 from .step import Steps
 
 
@@ -34,34 +34,38 @@ class Training:
     Args:
         optimizer: a `Lomo`.
         fused_model: in which layers are fused; None: nowhere.
-        whole: gives the model that was passed to the optimizer, if one was.
+        given_model: gives the model that was passed to the optimizer, if one was.
     """
 
-    state: State
+    state: TrainingState
 
     def __init__(
         self,
         optimizer: Any,
         settings: Settings,
         fused_model: nn.Module | None,
-        whole: Callable[[], nn.Module | None],
+        given_model: Callable[[], nn.Module | None],
     ) -> None:
         self.optimizer = weakref.ref(optimizer)
         self.settings = settings
-        self.records: list[Record] = []
+        self.managed_params: list[ManagedParameter] = []
         self.engine: ParallelEngine | None = None
-        self.attachment = Attachment(self, self.records, fused_model)
-        self.steps = Steps(self.records)
-        self.accumulation = Accumulation(self.records)
-        self.repeats = Repeats(self, self.records, whole if fused_model is None else weakref.ref(fused_model))
+        self.attachment = Attachment(self, self.managed_params, fused_model)
+        self.steps = Steps(self.managed_params)
+        self.accumulation = Accumulation(self.managed_params)
+        self.repeat_check = RepeatCheck(
+            self, self.managed_params, given_model if fused_model is None else weakref.ref(fused_model)
+        )
         self.accumulating = False  # inside `Lomo.accumulate`
         self.norm_is_known = False  # grad_norm() was called and fused_backward() not yet
         self.passed_over = False  # another optimizer's backward dropped a gradient of ours
         self.trained = False  # there was a step since `Lomo.step` was last called
         self.unpickled = False  # until the first step
-        self.started = False  # there are records, state and hooks
+        self.started = False  # there are parameters, state and hooks
         self.ended = ""  # why it cannot be used any more
-        self._whole: Callable[[], nn.Module | None] | None = whole  # until the first step, which compares parameters
+        self._given_model: Callable[[], nn.Module | None] | None = (
+            given_model  # until the first step, which compares parameters
+        )
         self.scale_is_open = settings.loss_scale == "auto"  # until a backward says whether it computes in float16
         self.looked_for_scaler = False  # a torch GradScaler, behind a loss
         self._warned_of_momentum = False
@@ -88,42 +92,42 @@ class Training:
     @property
     def fused_params(self) -> list[Tensor]:
         """In whose memory a fused layer's factors may lie."""
-        return [record.param for record in self.records if record.served] if self.attachment.fuses else []
+        return [managed.param for managed in self.managed_params if managed.supported] if self.attachment.fuses else []
 
     def start(self) -> None:
         """Makes the state, and puts hooks on all parameters."""
-        self.engine = self.join_engine(self.records, self.groups)
-        self.state = State(self.records, self.groups, self.settings.loss_scale, engine=self.engine)
+        self.engine = self.join_engine(self.managed_params, self.groups)
+        self.state = TrainingState(self.managed_params, self.groups, self.settings.loss_scale, engine=self.engine)
         self.show_state()
         model = self.attachment.model
-        managed = {id(record.param) for record in self.records}
-        if model is not None and managed.isdisjoint(id(param) for param in model.parameters()):
+        ids = {id(managed.param) for managed in self.managed_params}
+        if model is not None and ids.isdisjoint(id(param) for param in model.parameters()):
             raise ValueError("Lomo: fused_layers is a module with none of the parameters given, expected their model")
-        self._replace_owners(self.records)
+        self._replace_owners(self.managed_params)
         self.attachment.attach()
         self.started = True
 
-    def extend(self, records: Sequence[Record], engine: ParallelEngine | None) -> None:
-        """Attaches `records`, which were added to the others, to all of which `engine` belongs."""
+    def extend(self, managed_params: Sequence[ManagedParameter], engine: ParallelEngine | None) -> None:
+        """Attaches `managed_params`, which were added to the others, to all of which `engine` belongs."""
         self.engine = engine
         self.make_state()
-        self._replace_owners(records)
+        self._replace_owners(managed_params)
         self.attachment.attach()
 
     def refresh(self, loss: Tensor | None = None, lr: float | Tensor | None = None) -> None:
         """Reads what changed since the last step: hyperparameters, devices, dtypes, what is frozen, the loss scale."""
         self.check_not_ended()
         groups = self.groups
-        check_groups(self.records, groups)
-        for record in self.records:
+        check_groups(self.managed_params, groups)
+        for managed in self.managed_params:
             if self.engine is not None:
-                record.place_at(self.engine.localize(record))
-            unfrozen = record.param.requires_grad and not record.served
+                managed.set_placement(self.engine.localize(managed))
+            unfrozen = managed.param.requires_grad and not managed.supported
             stale = self._stale or unfrozen
-            if stale or record.local.dtype is not record.dtype or record.local.device != record.device:
+            if stale or managed.local.dtype is not managed.dtype or managed.local.device != managed.device:
                 self.make_state()
-            if record.scaled_grad is not None or record.zeros is not None:
-                record.forget_old_grad()
+            if managed.scaled_grad is not None or managed.zeros is not None:
+                managed.forget_old_grad()
         self.attachment.hook_all()
         if loss is not None:
             self._scale_float16(loss)
@@ -134,9 +138,9 @@ class Training:
 
     def check_unchanged(self) -> None:
         """In the first step: raises RuntimeError if parameters were exchanged since the optimizer was made."""
-        if self._whole is not None:
-            check_unchanged(self.records, self._whole() if self.engine is None else None)
-            self._whole = None
+        if self._given_model is not None:
+            check_unchanged(self.managed_params, self._given_model() if self.engine is None else None)
+            self._given_model = None
 
     def _scale_float16(self, loss: Tensor) -> None:
         """The first backward decides what ``loss_scale="auto"`` means if no parameter is float16."""
@@ -167,13 +171,13 @@ class Training:
 
     def make_state(self) -> None:
         """Makes the device state again: parameters were added, or moved to another device or dtype."""
-        for record in self.records:
-            check_parameter(record.name, record.param)
-            record.served = is_served(record.param)
+        for managed in self.managed_params:
+            check_parameter(managed.name, managed.param)
+            managed.supported = is_supported(managed.param)
         self.drop_norm()
         self._stale = True
         loss_scale = self.settings.loss_scale
-        self.state = State(self.records, self.groups, loss_scale, engine=self.engine, before=self.state)
+        self.state = TrainingState(self.managed_params, self.groups, loss_scale, engine=self.engine, before=self.state)
         self.show_state()
         self._stale = False
 
@@ -184,16 +188,18 @@ class Training:
         """
         optimizer = self.optimizer()
         assert optimizer is not None
-        for record in self.records:
-            optimizer.state[record.param] = self.state.by_parameter() | {
+        for managed in self.managed_params:
+            optimizer.state[managed.param] = self.state.by_parameter() | {
                 "seed": self.settings.seed,
                 "rule": RULES[self.settings.rule],
             }
 
-    def join_engine(self, records: Sequence[Record], groups: Sequence[dict[str, Any]]) -> ParallelEngine | None:
+    def join_engine(
+        self, managed_params: Sequence[ManagedParameter], groups: Sequence[dict[str, Any]]
+    ) -> ParallelEngine | None:
         """Finds the processes that take part in training these parameters, and starts from the same everywhere."""
         settings = self.settings
-        engine = choose_engine(records, settings.process_group, stochastic=settings.stochastic)
+        engine = choose_engine(managed_params, settings.process_group, stochastic=settings.stochastic)
         if engine is None:
             return None
         if self.attachment.model is not None:
@@ -201,25 +207,26 @@ class Training:
                 "Lomo: fused_layers apply a weight's gradient from its factors, which are this rank's own; over "
                 "several ranks the gradient has to be summed first, and so to exist. Use fused_layers=False"
             )
-        for record in records:
-            record.place_at(engine.localize(record))
+        for managed in managed_params:
+            managed.set_placement(engine.localize(managed))
         engine.check_consistent(
             {
                 "parameters": [
-                    (one.name, tuple(shape_of(one.param)), one.param.dtype, is_here(one.param)) for one in records
+                    (one.name, tuple(shape_of(one.param)), one.param.dtype, is_here(one.param))
+                    for one in managed_params
                 ],
-                "frozen parameters": [one.param.requires_grad for one in records],
+                "frozen parameters": [one.param.requires_grad for one in managed_params],
                 "hyperparameters": [(len(group["params"]), *numbers_of(group)) for group in groups],
                 "options": settings.same_everywhere(),
                 "seeds": settings.seed,
             }
         )
-        engine.begin_training(records, None if self._whole is None else self._whole())
+        engine.begin_training(managed_params, None if self._given_model is None else self._given_model())
         return engine
 
-    def _replace_owners(self, records: Sequence[Record]) -> None:
-        """Ends the use of other optimizers that manage some of `records`. Raises RuntimeError if one is amid a step."""
-        for owner in other_owners(records, self):
+    def _replace_owners(self, managed_params: Sequence[ManagedParameter]) -> None:
+        """Ends the use of other optimizers of these parameters. Raises RuntimeError if one is amid a step."""
+        for owner in other_owners(managed_params, self):
             owner.end_use(
                 "this optimizer was replaced by a newer Lomo, which took over some or all of its parameters. A "
                 "parameter has one optimizer. Use the newer one, or make another one of the other parameters"
@@ -237,8 +244,8 @@ class Training:
     def grad_norms(self) -> dict[str, Tensor]:
         """See `Lomo.grad_norms`."""
         norms: dict[str, Tensor] = {}
-        for record, norm in zip(self.records, self.state.norms().unbind(), strict=True):
-            name = record.name if record.name not in norms else f"{record.name} (parameter {record.index})"
+        for managed, norm in zip(self.managed_params, self.state.norms().unbind(), strict=True):
+            name = managed.name if managed.name not in norms else f"{managed.name} (parameter {managed.index})"
             norms[name] = norm
         return norms
 

@@ -10,7 +10,7 @@ from .backward import Backward
 from .engines.base import ParallelEngine
 from .graph import check_fused_weights, check_loss
 from .hyperparameters import check_group
-from .passes import KeepPass, NormPass, UpdatePass
+from .passes import DeferPass, NormPass, UpdatePass
 from .scaling import check_no_grad_scaler
 from .step import Step
 from .training import Training
@@ -58,7 +58,7 @@ class TrainingStep:
         else:
             if training.attachment.fuses:
                 check_fused_weights(loss)
-            training.repeats.check_checkpoints(backward.graph, training.state, backward.norm_only_pass)
+            training.repeat_check.check_checkpoints(backward.graph, training.state, backward.norm_only_pass)
             training.state.zero_slots()
         backward.run_pass(self._update_pass(backward.scale, training.engine), retain_graph=False)
         self._finish(backward.scale)
@@ -100,7 +100,7 @@ class TrainingStep:
         """One backward, which keeps every gradient until the norm is known."""
         training = self._training
         training.state.zero_slots()
-        gradients = KeepPass(
+        gradients = DeferPass(
             training.state.devices, training.fused_params, scaled=backward.scaled, engine=training.engine
         )
         backward.run_pass(gradients, retain_graph=False)
@@ -114,7 +114,7 @@ class TrainingStep:
         training = self._training
         backward.norm_only_pass(training.engine)
         training.state.finish_norm(self._settings.clip_grad_norm)
-        training.repeats.check_clipping(backward.graph, training.state, backward.norm_only_pass)
+        training.repeat_check.check_clipping(backward.graph, training.state, backward.norm_only_pass)
 
     def _apply_grads(self, *, keep: bool) -> None:
         """Norm, update and end of a step from the gradients in ``.grad``. They stay there if `keep`."""
@@ -129,9 +129,9 @@ class TrainingStep:
             kept = training.engine.reduce_stored_grads(kept, copy=keep)
         training.state.zero_slots()
         if training.norm_comes_first:
-            norm = NormPass(training.state.devices, scaled=scale is not None or training.state.divides)
-            for record, grad in kept:
-                norm.add(record, grad)
+            norm = NormPass(training.state.devices, scaled=scale is not None or training.state.has_divisor)
+            for managed, grad in kept:
+                norm.add(managed, grad)
             norm.flush()
             training.state.finish_norm(self._settings.clip_grad_norm)
             self._raise_if_not_finite(scale, _NOTHING_CHANGED)
@@ -156,14 +156,14 @@ class TrainingStep:
 
     def _update_pass(self, scale: Tensor | None, engine: ParallelEngine | None = None) -> UpdatePass:
         training = self._training
-        scaled, decided = scale is not None or training.state.divides, training.norm_comes_first
-        training.state.prepare_update(scaled=scaled, decided=decided)
+        scaled, norm_known = scale is not None or training.state.has_divisor, training.norm_comes_first
+        training.state.prepare_update(scaled=scaled, norm_known=norm_known)
         self._step.update = UpdatePass(
             training.state.devices,
             training.fused_params,
             scaled=scaled,
             engine=engine,
-            decided=decided,
+            norm_known=norm_known,
             rule=RULES[self._settings.rule],
             stochastic=self._settings.stochastic,
             seed=self._settings.seed,
@@ -183,8 +183,8 @@ class TrainingStep:
 
     def _raise_if_not_finite(self, scale: Tensor | None, outcome: str) -> None:
         """Ends the step with an error if ``nonfinite="raise"`` and the norm is not finite."""
-        if self._settings.raise_nonfinite and self._training.state.home.found_inf.item():
-            names = [record.name for record in self._training.records if not record.slot.isfinite().item()]
+        if self._settings.raise_nonfinite and self._training.state.primary.found_inf.item():
+            names = [managed.name for managed in self._training.managed_params if not managed.slot.isfinite().item()]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             self._end(scale)
             where = f"in {', '.join(names[:5])}{more}" if names else "on another rank"

@@ -11,9 +11,13 @@ from .attachment import cut
 def all_or_nothing(optimizer: Any, change: Callable[[], None]) -> None:
     """Calls `change`. If it raises, the optimizer, its parameters' hooks and its layers are as they were before."""
     training = optimizer._training
-    changed = [optimizer, training, *training.records]
+    changed = [optimizer, training, *training.managed_params]
     attributes = [vars(one).copy() for one in changed]
-    groups, records, attached = len(optimizer.param_groups), len(training.records), training.attachment.extent()
+    groups, managed_params, attached = (
+        len(optimizer.param_groups),
+        len(training.managed_params),
+        training.attachment.extent(),
+    )
     state, numbers = dict(optimizer.state), training.state.export()
     try:
         change()
@@ -21,7 +25,7 @@ def all_or_nothing(optimizer: Any, change: Callable[[], None]) -> None:
         for one, before in zip(changed, attributes, strict=True):
             one.__dict__ = before
         training.attachment.cut_back(attached)
-        cut(training.records, records)
+        cut(training.managed_params, managed_params)
         cut(optimizer.param_groups, groups)
         optimizer.state.clear()
         optimizer.state.update(state)

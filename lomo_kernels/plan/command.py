@@ -18,7 +18,7 @@ from typing import Any
 
 from ..demo.model import Config
 from . import paper
-from .lines import Parts, largest, peak_of
+from .extrapolate import Parts, largest, peak_of
 from .methods import LOMO_OPTIM_NEEDS, METHODS, SHARDED, lacking
 from .models import SHAPES, Model, of_shape, of_transformers
 from .recorder import CATEGORIES, Peak

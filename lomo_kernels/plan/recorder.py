@@ -84,7 +84,7 @@ class Recorder(LiveBytes):
         self._purpose = PARAMETERS
         self._forwards = 0  # modules whose forward is running
         self._is: dict[int, str] = {}  # by key; from the storage's first byte on
-        self._becomes: list[tuple[int, int, str]] = []  # (events so far, key, category)
+        self._category_changes: list[tuple[int, int, str]] = []  # (events so far, key, category)
         self._marks: list[tuple[int, Mark]] = []
 
     def __torch_dispatch__(
@@ -141,9 +141,9 @@ class Recorder(LiveBytes):
         """The tensors have been of this category since they were made."""
         self._is |= dict.fromkeys(self._keys(tensors), category)
 
-    def becomes(self, tensors: Iterable[Tensor], category: str) -> None:
+    def set_category(self, tensors: Iterable[Tensor], category: str) -> None:
         """The tensors are of this category from now on."""
-        self._becomes += [(len(self._log), key, category) for key in self._keys(tensors)]
+        self._category_changes += [(len(self._log), key, category) for key in self._keys(tensors)]
 
     def mark(self, name: str, block: int | None = None) -> None:
         """What follows, up to the next mark, is this part of a step. What comes before the first one made the model
@@ -151,7 +151,7 @@ class Recorder(LiveBytes):
         self._marks.append((len(self._log), (name, block)))
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def observe(self, model: nn.Module) -> Iterator[None]:
         """Tells gradients of the model's parameters, and forwards that run inside backward, from temporaries."""
 
         def arrives(grads: tuple[Tensor | None, ...]) -> None:
@@ -189,7 +189,7 @@ class Recorder(LiveBytes):
         place_of = {name: place for place, name in enumerate(CATEGORIES)}
         size: dict[int, int] = {}
         kind = {key: place_of[category] for key, category in self._is.items()}
-        changes = iter(self._becomes)
+        changes = iter(self._category_changes)
         change = next(changes, _NEVER)
         samples: list[Sample] = []
         part: Mark | None = None

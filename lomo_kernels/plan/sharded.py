@@ -81,7 +81,7 @@ def _parts(block: nn.Module, group: str) -> list[nn.Module]:
 
 
 @contextmanager
-def telling(recorder: Recorder) -> Iterator[None]:
+def observe_sharding(recorder: Recorder) -> Iterator[None]:
     """Tells the recorder what FSDP2 gathers, and which gradients it reduces."""
 
     def within(name: str, category: str) -> Any:

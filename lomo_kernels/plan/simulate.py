@@ -13,10 +13,10 @@ from torch._subclasses import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..composite import tiled
-from ..optim.passes import KeepPass
+from ..optim.passes import DeferPass
 from .blocks import blocks_of
+from .extrapolate import Parts, extrapolate, peak_of
 from .kernels import KERNELS
-from .lines import Parts, beyond, peak_of
 from .methods import Method
 from .recorder import ACTIVATIONS, FACTORS, STATES, TEMPORARIES, Peak, Recorder, Workspaces
 
@@ -75,7 +75,7 @@ def step_of_blocks(
     if blocks <= few + 1:
         return _by_place(_simulated(build(blocks), loss, method, "gpu"), blocks, edge)
     less, more = (_by_place(_simulated(build(n), loss, method, "gpu"), n, edge) for n in (few, few + 1))
-    return beyond(less, more, blocks - few)
+    return extrapolate(less, more, blocks - few)
 
 
 def _by_place(recorder: Recorder, blocks: int, edge: int) -> Parts:
@@ -115,7 +115,7 @@ def _recorded(build: Callable[[], nn.Module], loss: Any, method: Method, workspa
     recorder = Recorder(workspaces)
     with recorder:
         model = build()
-        with recorder.watching(model), _kept_factors(recorder), _sharding(recorder, model):
+        with recorder.observe(model), _kept_factors(recorder), _sharding(recorder, model):
             with recorder.making(STATES):
                 attached = method.attach(model)
                 if method.makes_states:  # as a whole step would, in a tenth of its time
@@ -160,7 +160,7 @@ def _sharding(recorder: Recorder, model: nn.Module) -> AbstractContextManager[No
         return nullcontext()
     from . import sharded  # only here: FSDP2 takes a second to import
 
-    return sharded.telling(recorder)
+    return sharded.observe_sharding(recorder)
 
 
 def _untouched(tensor: Tensor, *_: Any, **__: Any) -> Any:
@@ -181,15 +181,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def _kept_factors(recorder: Recorder) -> Iterator[None]:
     """Tells the recorder which tensors wait, as a gradient's factors, for the end of backward, and when it has come."""
-    add, apply = KeepPass.add, KeepPass.apply
+    add, apply = DeferPass.add, DeferPass.apply
 
-    def noted(self: KeepPass, record: Any, grad: Any, saved: Any = ()) -> None:
+    def noted(self: DeferPass, record: Any, grad: Any, saved: Any = ()) -> None:
         add(self, record, grad, saved)
-        recorder.becomes((tensor for held in saved for tensor in held.factors[:2]), FACTORS)
+        recorder.set_category((tensor for held in saved for tensor in held.factors[:2]), FACTORS)
 
-    def applied(self: KeepPass, update: Any) -> None:
+    def applied(self: DeferPass, update: Any) -> None:
         recorder.mark("apply")
         apply(self, update)
 
-    with patch.object(KeepPass, "add", noted), patch.object(KeepPass, "apply", applied):
+    with patch.object(DeferPass, "add", noted), patch.object(DeferPass, "apply", applied):
         yield

@@ -26,10 +26,10 @@ from .numerics import (
     nearest,
     slot_at,
     step_scalars,
-    stepped,
     stochastic,
     store,
     sum_of_squares,
+    updated,
     widen,
 )
 from .sgd import INDICES, SCALARS
@@ -135,7 +135,7 @@ def embedding_sgd_kernel(
         start = row * columns + first
         there = elements(weight, P) + start
         p_bits = load(there, left, BLOCK)
-        p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
+        p = updated(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
         if STOCHASTIC:
             stream = mix64((seed_key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
             random = draw(

@@ -34,9 +34,9 @@ from .numerics import (
     nearest,
     slot_at,
     step_scalars,
-    stepped,
     stochastic,
     sum_of_squares,
+    updated,
     widen,
 )
 from .sgd import SCALARS
@@ -273,7 +273,7 @@ def linear_sgd_kernel(
             following = weights_of(weight, rows - row, columns - column, columns, (part + 1) * WIDTH, BM, WIDTH)
             next_bits = tl.load(*following, other=0)
         scaled = part_of(tile, part, PARTS) * unscale
-        p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
+        p = updated(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
         if STOCHASTIC:
             first = row.to(tl.int64) * columns + column + part * WIDTH
             last = first + (BM - 1) * columns + WIDTH

@@ -163,7 +163,7 @@ def int64_of(argument, kinds, PLACE: tl.constexpr):
 
 @triton.jit
 def step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP: tl.constexpr):
-    """The scalars of a step in float32, as `stepped` takes them, and the factor that unscales a gradient."""
+    """The scalars of a step in float32, as `updated` takes them, and the factor that unscales a gradient."""
     rate = float64_of(lr, kinds, 0)
     decay = (1.0 - rate * float64_of(weight_decay, kinds, 1)).to(tl.float32)
     unscale = float64_of(inv_scale, kinds, 2).to(tl.float32)
@@ -187,7 +187,7 @@ def direction(g, RULE: tl.constexpr):
 
 
 @triton.jit
-def stepped(p, scaled, rate, decay, limit, coef, RULE: tl.constexpr, CLAMP: tl.constexpr):
+def updated(p, scaled, rate, decay, limit, coef, RULE: tl.constexpr, CLAMP: tl.constexpr):
     """Parameters after the step, in float32. Where `scaled`, the unscaled gradient, is not finite they mean nothing:
     the clamp drops NaN."""
     g = scaled

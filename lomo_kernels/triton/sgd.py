@@ -31,10 +31,10 @@ from .numerics import (
     share_a_key,
     slot_at,
     step_scalars,
-    stepped,
     stochastic,
     store,
     sum_of_squares,
+    updated,
     widen,
 )
 
@@ -102,7 +102,7 @@ def sgd_kernel(
     g_bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK, TOGETHER)
     rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
     scaled = widen(g_bits, G) * unscale
-    p = stepped(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
+    p = updated(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
     finite = tl.abs(scaled) < float("inf")
     # A gradient that is not finite shows in p, but not if it was clamped or its direction is finite: then the sum says
     # so, or an addition to p.

@@ -5,8 +5,8 @@ the optimizer has one `ParallelEngine`, which `choose.choose_engine` makes, and 
 
 1. What local tensor and what local gradient does a parameter's hook work on? `localize` says which part of the
    parameter the kernels update (`Placement`). `reduce_grad` takes what autograd left in ``.grad`` and gives pairs of
-   record and local gradient, of this parameter or of earlier ones, now or later. `drain` gives the rest when backward
-   ends.
+   parameter and local gradient, of this parameter or of earlier ones, now or later. `drain` gives the others when
+   backward ends.
 2. How are norms combined? Each parameter's slot holds the sum of squares of its local gradient. The sum of slot times
    weight goes through `sum_`, after which every rank has the same number, hence the same overflow flag, clip
    coefficient and decision to skip.
@@ -25,10 +25,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..managed_parameter import ManagedParameter
 from ..placement import Placement
-from ..records import Record
 
-Kept = list[tuple[Record, Tensor]]
+StoredGrads = list[tuple[ManagedParameter, Tensor]]
 
 
 class ParallelEngine:
@@ -41,29 +41,29 @@ class ParallelEngine:
     #: All ranks, as groups over which something is done in turn to reach everyone: one, or one per mesh dimension.
     groups: Sequence[dist.ProcessGroup] = ()
 
-    def begin_training(self, records: Sequence[Record], model: nn.Module | None) -> None:
-        """Called once `records` are known and placed, and again where some were added, before any step."""
+    def begin_training(self, managed_params: Sequence[ManagedParameter], model: nn.Module | None) -> None:
+        """Called once `managed_params` are known and placed, and again where some were added, before any step."""
 
-    def localize(self, record: Record) -> Placement:
+    def localize(self, managed: ManagedParameter) -> Placement:
         """This rank's part of a parameter; called before every step. Default: all of it, counted on every rank.
         ``shard`` is given for all parameters or for none."""
-        return Placement(record.param)
+        return Placement(managed.param)
 
     def begin_backward(self, *, again: bool = False) -> None:
         """A backward begins whose gradients go through `reduce_grad`. What an interrupted one left is forgotten.
         `again`: its graph will be run through once more."""
 
-    def reduce_grad(self, record: Record, grad: Tensor) -> Iterable[tuple[Record, Tensor]]:
-        """Local gradients that are ready, now that `grad` has come for `record`. `grad` is the caller's no more."""
-        return ((record, grad),)
+    def reduce_grad(self, managed: ManagedParameter, grad: Tensor) -> Iterable[tuple[ManagedParameter, Tensor]]:
+        """Local gradients that are ready, now that `grad` has come for `managed`. `grad` is the caller's no more."""
+        return ((managed, grad),)
 
-    def drain(self) -> Iterable[tuple[Record, Tensor]]:
+    def drain(self) -> Iterable[tuple[ManagedParameter, Tensor]]:
         """The local gradients still missing when backward has ended."""
         return ()
 
-    def reduce_stored_grads(self, kept: Kept, *, copy: bool) -> Kept:
+    def reduce_stored_grads(self, kept: StoredGrads, *, copy: bool) -> StoredGrads:
         """Local gradients of what plain backwards left in ``.grad``, which stays as it is where `copy`."""
-        return [ready for record, grad in kept for ready in self.reduce_grad(record, grad)]
+        return [ready for managed, grad in kept for ready in self.reduce_grad(managed, grad)]
 
     def end(self) -> None:
         """A step has ended: all its updates, if any, are with the kernels."""

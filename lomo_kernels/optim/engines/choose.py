@@ -7,8 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..managed_parameter import ManagedParameter
 from ..placement import local_of
-from ..records import Record
 from .base import ParallelEngine
 
 
@@ -17,9 +17,12 @@ def is_engine(model: Any) -> bool:
     return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
 
 
-def choose_engine(records: Sequence[Record], process_group: Any, *, stochastic: bool) -> ParallelEngine | None:
-    """The engine that `records` and `process_group` (False: none) speak of; None: one process. `stochastic`: how one
-    rounds.
+def choose_engine(
+    managed_params: Sequence[ManagedParameter], process_group: Any, *, stochastic: bool
+) -> ParallelEngine | None:
+    """The engine for these parameters and `process_group` (False: none); None: one process.
+
+    `stochastic`: whether results are rounded so.
 
     Raises:
         TypeError, ValueError, NotImplementedError: no engine can take these parameters.
@@ -27,9 +30,9 @@ def choose_engine(records: Sequence[Record], process_group: Any, *, stochastic: 
     if is_engine(process_group):
         from .zero3 import ZeRO3
 
-        return ZeRO3(process_group, records)
-    sharded = [record for record in records if local_of(record.param) is not record.param]
-    if any(hasattr(record.param, "ds_tensor") for record in sharded):
+        return ZeRO3(process_group, managed_params)
+    sharded = [managed for managed in managed_params if local_of(managed.param) is not managed.param]
+    if any(hasattr(managed.param, "ds_tensor") for managed in sharded):
         raise ValueError(
             "Lomo: the parameters are cut by DeepSpeed's ZeRO-3; pass the engine that deepspeed.initialize returns, "
             "Lomo(engine, ...), or with parameter groups process_group=engine"
@@ -52,9 +55,9 @@ def choose_engine(records: Sequence[Record], process_group: Any, *, stochastic: 
                 f"Lomo: {sharded[0].name} is a DTensor, whose gradients its engine reduces; leave process_group out. "
                 "Data parallel over shards: fully_shard with a mesh of two dimensions"
             )
-        return DataParallel(process_group, records)
+        return DataParallel(process_group, managed_params)
     if not sharded:
         return None
     from .dtensor import DTensorEngine
 
-    return DTensorEngine(records, stochastic=stochastic)
+    return DTensorEngine(managed_params, stochastic=stochastic)

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..records import Record
+from ..managed_parameter import ManagedParameter
 from ..streams import current, here
-from .base import Kept, ParallelEngine
+from .base import ParallelEngine, StoredGrads
 from .in_flight import BUCKET_BYTES, IN_FLIGHT_BYTES, InFlight
 
 
@@ -37,26 +37,26 @@ class DataParallel(ParallelEngine):
 
     same_graphs = False
 
-    def __init__(self, group: dist.ProcessGroup, records: Sequence[Record]) -> None:
-        places = {record.param.device for record in records if record.served}
-        if len(places) > 1:
+    def __init__(self, group: dist.ProcessGroup, managed_params: Sequence[ManagedParameter]) -> None:
+        devices = {managed.param.device for managed in managed_params if managed.supported}
+        if len(devices) > 1:
             raise ValueError(
                 f"Lomo: with process_group every rank's parameters lie on one device, these are on "
-                f"{', '.join(sorted(str(place) for place in places))}; autograd runs the hooks of each device in a "
+                f"{', '.join(sorted(str(device) for device in devices))}; autograd runs the hooks of each device in a "
                 "thread of its own, among which reductions have no order"
             )
         self.groups = [group]
         self.grad_divisor = dist.get_world_size(group)
         self._group = group
-        self._order = list(range(len(records) - 1, -1, -1))
+        self._order = list(range(len(managed_params) - 1, -1, -1))
         self._agreed = False
-        self._planned: list[Record] = []
-        self._messages: list[list[Record]] = []
+        self._planned: list[ManagedParameter] = []
+        self._messages: list[list[ManagedParameter]] = []
         self._message_of: dict[int, int] = {}
 
-    def begin_training(self, records: Sequence[Record], model: nn.Module | None) -> None:
-        self._records = list(records)
-        tensors: list[Tensor] = [record.param for record in records]
+    def begin_training(self, managed_params: Sequence[ManagedParameter], model: nn.Module | None) -> None:
+        self._managed_params = list(managed_params)
+        tensors: list[Tensor] = [managed.param for managed in managed_params]
         for tensor in [*tensors, *(() if model is None else model.buffers())]:
             if tensor.is_meta:
                 continue
@@ -76,80 +76,80 @@ class DataParallel(ParallelEngine):
 
     def _begin(self, also: set[int]) -> None:
         """Reductions of all trainable parameters' gradients, and of those with an index in `also`."""
-        ordered = [self._records[index] for index in self._order]
-        self._plan([record for record in ordered if record.param.requires_grad or record.index in also])
+        ordered = [self._managed_params[index] for index in self._order]
+        self._plan([managed for managed in ordered if managed.param.requires_grad or managed.index in also])
         self._came: list[int] = []
         self._waiting: list[dict[int, tuple[Tensor, torch.cuda.Stream | None]]] = [{} for _ in self._messages]
         self._next = 0
         self._in_flight = InFlight()
 
-    def reduce_grad(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
+    def reduce_grad(self, managed: ManagedParameter, grad: Tensor) -> Iterator[tuple[ManagedParameter, Tensor]]:
         if grad.layout is not torch.strided:
-            raise record.not_dense(grad)
-        self._came.append(record.index)
-        self._waiting[self._message_of[record.index]][record.index] = grad, current(grad)
+            raise managed.not_dense(grad)
+        self._came.append(managed.index)
+        self._waiting[self._message_of[managed.index]][managed.index] = grad, current(grad)
         del grad
         while self._next < len(self._messages) and len(self._waiting[self._next]) == len(self._messages[self._next]):
             self._send()
         yield from self._received(IN_FLIGHT_BYTES)
 
-    def drain(self) -> Iterator[tuple[Record, Tensor]]:
+    def drain(self) -> Iterator[tuple[ManagedParameter, Tensor]]:
         yield from self._left()
         if not self._agreed:
             self._agree_on_order()
 
-    def reduce_stored_grads(self, kept: Kept, *, copy: bool) -> Kept:
-        self._begin({record.index for record, _ in kept})
-        ready: Kept = []
-        for record, grad in kept:
-            ready += self.reduce_grad(record, grad.clone() if copy else grad)
+    def reduce_stored_grads(self, kept: StoredGrads, *, copy: bool) -> StoredGrads:
+        self._begin({managed.index for managed, _ in kept})
+        ready: StoredGrads = []
+        for managed, grad in kept:
+            ready += self.reduce_grad(managed, grad.clone() if copy else grad)
         return [*ready, *self._left()]  # and no agreement: the order of .grad says nothing
 
-    def _left(self) -> Iterator[tuple[Record, Tensor]]:
+    def _left(self) -> Iterator[tuple[ManagedParameter, Tensor]]:
         while self._next < len(self._messages):
-            for record in self._messages[self._next]:
-                if record.index not in self._waiting[self._next]:
-                    zeros = torch.zeros_like(record.param)
-                    self._waiting[self._next][record.index] = zeros, current(zeros)
+            for managed in self._messages[self._next]:
+                if managed.index not in self._waiting[self._next]:
+                    zeros = torch.zeros_like(managed.param)
+                    self._waiting[self._next][managed.index] = zeros, current(zeros)
             self._send()
             yield from self._received(IN_FLIGHT_BYTES)
         yield from self._received(-1)
 
-    def _plan(self, records: Sequence[Record]) -> None:
+    def _plan(self, managed_params: Sequence[ManagedParameter]) -> None:
         """Which gradients travel together: each large one alone, small ones of one dtype up to `BUCKET_BYTES`."""
-        if records == self._planned:
+        if managed_params == self._planned:
             return
-        self._planned = list(records)
+        self._planned = list(managed_params)
         self._messages = []
-        open_: dict[torch.dtype, list[Record]] = {}
-        for record in records:
-            if not record.small:
-                self._messages.append([record])
+        open_: dict[torch.dtype, list[ManagedParameter]] = {}
+        for managed in managed_params:
+            if not managed.small:
+                self._messages.append([managed])
                 continue
-            bucket = open_.setdefault(record.param.dtype, [])
-            bucket.append(record)
+            bucket = open_.setdefault(managed.param.dtype, [])
+            bucket.append(managed)
             if sum(one.bytes for one in bucket) >= BUCKET_BYTES:
-                self._messages.append(open_.pop(record.param.dtype))
+                self._messages.append(open_.pop(managed.param.dtype))
         self._messages += open_.values()
-        self._message_of = {record.index: place for place, some in enumerate(self._messages) for record in some}
+        self._message_of = {managed.index: position for position, some in enumerate(self._messages) for managed in some}
 
     def _send(self) -> None:
         """Starts the next reduction, whose gradients are all there."""
-        records, waiting = self._messages[self._next], self._waiting[self._next]
+        managed_params, waiting = self._messages[self._next], self._waiting[self._next]
         self._next += 1
-        grads = [here(*waiting.pop(record.index)) for record in records]
+        grads = [here(*waiting.pop(managed.index)) for managed in managed_params]
         tensor = torch.cat([grad.reshape(-1) for grad in grads]) if len(grads) > 1 else _own(grads[0])
         work = dist.all_reduce(tensor, group=self._group, async_op=True)
-        self._in_flight.put(records, tensor, tensor, work)
+        self._in_flight.put(managed_params, tensor, tensor, work)
 
-    def _received(self, limit: int) -> Iterator[tuple[Record, Tensor]]:
-        for records, tensor in self._in_flight.take(limit):
-            if len(records) == 1:
-                yield records[0], tensor.view(records[0].param.shape)
+    def _received(self, limit: int) -> Iterator[tuple[ManagedParameter, Tensor]]:
+        for managed_params, tensor in self._in_flight.take(limit):
+            if len(managed_params) == 1:
+                yield managed_params[0], tensor.view(managed_params[0].param.shape)
                 continue
-            parts = tensor.split([record.param.numel() for record in records])
-            for record, part in zip(records, parts, strict=True):
-                yield record, part.view(record.param.shape)
+            parts = tensor.split([managed.param.numel() for managed in managed_params])
+            for managed, part in zip(managed_params, parts, strict=True):
+                yield managed, part.view(managed.param.shape)
 
     def _agree_on_order(self) -> None:
         """Takes the order of gradients on rank 0, then parameters without one. Once: the host reads the order."""
@@ -157,7 +157,7 @@ class DataParallel(ParallelEngine):
         order = torch.tensor(
             [*came, *(index for index in self._order if index not in set(came))],
             dtype=torch.int64,
-            device=self._records[0].param.device,
+            device=self._managed_params[0].param.device,
         )
         dist.broadcast(order, dist.get_global_rank(self._group, 0), group=self._group)
         self._order = order.tolist()

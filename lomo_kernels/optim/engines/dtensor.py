@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ..managed_parameter import ManagedParameter
 from ..placement import Placement
-from ..records import Record
 from .base import ParallelEngine
 
 Shard = tuple[int, int, int]
@@ -36,18 +36,19 @@ class DTensorEngine(ParallelEngine):
             way that the random bits' indices cannot follow.
     """
 
-    def __init__(self, records: Sequence[Record], *, stochastic: bool) -> None:
+    def __init__(self, managed_params: Sequence[ManagedParameter], *, stochastic: bool) -> None:
         self._stochastic = stochastic
         self._placed: dict[int, tuple[Any, Shard, float]] = {}  # by parameter, while its layout stays the same
         meshes = []
-        for record in records:
-            if isinstance(record.param, DTensor):
-                if any(placement.is_partial() for placement in record.param.placements):
+        for managed in managed_params:
+            if isinstance(managed.param, DTensor):
+                if any(placement.is_partial() for placement in managed.param.placements):
                     raise ValueError(
-                        f"Lomo: {record.name} is placed as {record.param.placements}; expected Shard and Replicate only"
+                        f"Lomo: {managed.name} has placements {managed.param.placements}, "
+                        "expected Shard and Replicate only"
                     )
-                if record.param.device_mesh not in meshes:
-                    meshes.append(record.param.device_mesh)
+                if managed.param.device_mesh not in meshes:
+                    meshes.append(managed.param.device_mesh)
         # The largest mesh's ranks hold the model; a parameter on a part of it has copies on the others.
         largest = max(meshes, key=lambda mesh: mesh.size())
         holders = set(largest.mesh.flatten().tolist())
@@ -65,16 +66,16 @@ class DTensorEngine(ParallelEngine):
         self.groups = [world] if self._size == dist.get_world_size() else largest.get_all_groups()
         self._device_type = largest.device_type
 
-    def begin_training(self, records: Sequence[Record], model: nn.Module | None) -> None:
-        ids = {id(record.param) for record in records}
+    def begin_training(self, managed_params: Sequence[ManagedParameter], model: nn.Module | None) -> None:
+        ids = {id(managed.param) for managed in managed_params}
         self._fsdp = [
             group for group in _fsdp_groups() if any(id(param.sharded_param) in ids for param in group.fsdp_params)
         ]
         in_model = model is not None and any(isinstance(module, FSDPModule) for module in model.modules())
-        for record in records if self._fsdp or in_model else ():
-            if record.param.requires_grad and not isinstance(record.param, DTensor):
+        for managed in managed_params if self._fsdp or in_model else ():
+            if managed.param.requires_grad and not isinstance(managed.param, DTensor):
                 raise ValueError(
-                    f"Lomo: {record.name} is a plain parameter beside FSDP2's, which no one reduces the gradient of. "
+                    f"Lomo: {managed.name} is a plain parameter beside FSDP2's, which no one reduces the gradient of. "
                     "Call fully_shard on the whole model too, after its parts, or freeze it; after a forward without a "
                     "backward call model.reshard() first"
                 )
@@ -88,30 +89,30 @@ class DTensorEngine(ParallelEngine):
                 "elsewhere than that of 2.11 to 2.14, where they are looked for; use one of these"
             )
 
-    def localize(self, record: Record) -> Placement:
-        param = record.param
+    def localize(self, managed: ManagedParameter) -> Placement:
+        param = managed.param
         if not isinstance(param, DTensor):
             return Placement(param, _whole(param), 1.0 / self._size)
         local = param._local_tensor
         key = param.placements, local.shape
-        if self._placed.get(record.index, (None,))[0] != key:
+        if self._placed.get(managed.index, (None,))[0] != key:
             mesh = param.device_mesh
             copies = math.prod(n for n, kind in zip(mesh.shape, param.placements, strict=True) if kind.is_replicate())
             weight = mesh.size() / self._size / copies
             shard = shard_of(param)
             if shard is None and self._stochastic:
                 raise NotImplementedError(
-                    f"Lomo: {record.name} of shape {list(param.shape)} is cut to {list(local.shape)} by "
+                    f"Lomo: {managed.name} of shape {list(param.shape)} is cut to {list(local.shape)} by "
                     f"{param.placements}; stochastic rounding needs rows at equal distance. Shard it in at most two "
                     'dimensions, the first one of them, or use rounding="nearest"'
                 )
-            self._placed[record.index] = key, shard or _whole(local), weight
-        return Placement(local, *self._placed[record.index][1:])
+            self._placed[managed.index] = key, shard or _whole(local), weight
+        return Placement(local, *self._placed[managed.index][1:])
 
-    def reduce_grad(self, record: Record, grad: Tensor) -> Iterable[tuple[Record, Tensor]]:
+    def reduce_grad(self, managed: ManagedParameter, grad: Tensor) -> Iterable[tuple[ManagedParameter, Tensor]]:
         if not isinstance(grad, DTensor):
-            return ((record, grad),)
-        placements = record.param.placements  # type: ignore[attr-defined]
+            return ((managed, grad),)
+        placements = managed.param.placements  # type: ignore[attr-defined]
         if grad.placements != placements:
             grad = grad.redistribute(placements=placements)
         local = grad._local_tensor
@@ -125,9 +126,9 @@ class DTensorEngine(ParallelEngine):
             # shard is, and FSDP2 counts on .grad to hold it. On its own stream this costs nothing.
             local.record_stream(torch.cuda.current_stream(local.device))
         # FSDP2's gradients are views of one buffer per group of modules: a small one that waits would keep all of it.
-        if record.small and local.untyped_storage().nbytes() > 2 * record.bytes:
+        if managed.small and local.untyped_storage().nbytes() > 2 * managed.bytes:
             local = local.clone()
-        return ((record, local),)
+        return ((managed, local),)
 
     def sum_(self, total: Tensor) -> None:
         there = total if total.device.type == self._device_type else total.to(self._device_type)

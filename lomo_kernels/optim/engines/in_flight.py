@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..records import Record
+from ..managed_parameter import ManagedParameter
 from ..streams import current, here
 
 # Small gradients that travel together: as much as their list call takes (passes.BUFFER_BYTES).
@@ -20,7 +20,7 @@ IN_FLIGHT_BYTES = 32 * 1024 * 1024
 
 
 class _Sent(NamedTuple):
-    records: Sequence[Record]
+    managed_params: Sequence[ManagedParameter]
     result: Tensor
     source: Tensor
     work: dist.Work
@@ -34,20 +34,20 @@ class InFlight:
         self._sent: deque[_Sent] = deque()
         self._bytes = 0
 
-    def put(self, records: Sequence[Record], result: Tensor, source: Tensor, work: dist.Work) -> None:
+    def put(self, managed_params: Sequence[ManagedParameter], result: Tensor, source: Tensor, work: dist.Work) -> None:
         """One more, which `work` stands for. `source` and `result`, perhaps one tensor, are the current stream's."""
-        self._sent.append(_Sent(records, result, source, work, current(result)))
+        self._sent.append(_Sent(managed_params, result, source, work, current(result)))
         self._bytes += source.nbytes
 
-    def take(self, limit: int) -> Iterator[tuple[Sequence[Record], Tensor]]:
+    def take(self, limit: int) -> Iterator[tuple[Sequence[ManagedParameter], Tensor]]:
         """Records and results of the oldest, for use on the current stream, until the sources of those left, but for
         the newest, take no more than `limit` bytes."""
         while self._sent and self._bytes - self._sent[-1].source.nbytes > limit:
-            records, result, source, work, stream = self._sent.popleft()
+            managed_params, result, source, work, stream = self._sent.popleft()
             self._bytes -= source.nbytes
             work.wait()  # on a GPU the current stream does
             here(result, stream)
             if source is not result:
                 here(source, stream)
             del source
-            yield records, result
+            yield managed_params, result

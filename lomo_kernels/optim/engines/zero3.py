@@ -32,10 +32,10 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from packaging.requirements import Requirement
 from torch import Tensor
 
+from ..managed_parameter import ManagedParameter
 from ..placement import Placement
-from ..records import Record
 from ..streams import current, here
-from .base import Kept, ParallelEngine
+from .base import ParallelEngine, StoredGrads
 from .in_flight import BUCKET_BYTES, IN_FLIGHT_BYTES, InFlight
 
 # Its name since torch 2.13, and before.
@@ -70,7 +70,7 @@ _INITIALIZE = (
 class _Come(NamedTuple):
     """One gradient on its way."""
 
-    record: Record
+    managed: ManagedParameter
     grad: Tensor
     stream: torch.cuda.Stream | None  # whose memory it is
 
@@ -84,12 +84,12 @@ class ZeRO3(ParallelEngine):
         NotImplementedError: parameters on NVMe, or in groups that are not all ranks (hpZ, MiCS, experts, AutoTP).
     """
 
-    def __init__(self, engine: Any, records: Sequence[Record]) -> None:
+    def __init__(self, engine: Any, managed_params: Sequence[ManagedParameter]) -> None:
         _check_engine(engine)
-        for record in records:
-            _check_parameter(record)
+        for managed in managed_params:
+            _check_parameter(managed)
         self._offload, self._module, self._device = engine.optimizer, engine.module, engine.device
-        first: Any = records[0].param
+        first: Any = managed_params[0].param
         self._group = first.ds_process_group
         self.groups = [self._group]
         self.grad_divisor = dist.get_world_size(self._group)
@@ -97,9 +97,9 @@ class ZeRO3(ParallelEngine):
         self._counted: list[tuple[Any, str, int]] = []
         self._forget()
 
-    def localize(self, record: Record) -> Placement:
+    def localize(self, managed: ManagedParameter) -> Placement:
         # Parts are of one size; what pads the last of them has gradients of zero and is read by no one.
-        param: Any = record.param
+        param: Any = managed.param
         elements = param.ds_tensor.numel()
         return Placement(param.ds_tensor, (self._rank * elements, elements, elements))
 
@@ -119,12 +119,12 @@ class ZeRO3(ParallelEngine):
         self._in_flight = InFlight()
         self._counted = []
 
-    def reduce_grad(self, record: Record, grad: Tensor) -> Iterator[tuple[Record, Tensor]]:
+    def reduce_grad(self, managed: ManagedParameter, grad: Tensor) -> Iterator[tuple[ManagedParameter, Tensor]]:
         if grad.layout is not torch.strided:
-            raise record.not_dense(grad)
-        come = _Come(record, grad, current(grad))
+            raise managed.not_dense(grad)
+        come = _Come(managed, grad, current(grad))
         del grad
-        if not record.small:
+        if not managed.small:
             self._send([come])
         else:
             if self._open and self._open[0].grad.dtype is not come.grad.dtype:
@@ -136,16 +136,16 @@ class ZeRO3(ParallelEngine):
         del come
         yield from self._received(IN_FLIGHT_BYTES)
 
-    def drain(self) -> Iterator[tuple[Record, Tensor]]:
+    def drain(self) -> Iterator[tuple[ManagedParameter, Tensor]]:
         yield from self._left()
         self._offload.release_backward_leftovers()
         for module, name, count in self._counted:
             setattr(module, name, count)
         self._counted = []
 
-    def reduce_stored_grads(self, kept: Kept, *, copy: bool) -> Kept:
+    def reduce_stored_grads(self, kept: StoredGrads, *, copy: bool) -> StoredGrads:
         self._forget()
-        ready: Kept = []
+        ready: StoredGrads = []
         while kept:  # each whole gradient is freed as its part comes
             ready += self.reduce_grad(*kept.pop())
         return [*ready, *self._left()]
@@ -173,31 +173,33 @@ class ZeRO3(ParallelEngine):
 
     def _send(self, come: list[_Come]) -> None:
         """Starts the reduction of some gradients: side by side, each in one row per rank."""
-        records = [record for record, _, _ in come]
-        rows = [self._rows(record, here(grad, stream)) for record, grad, stream in come]
+        managed_params = [managed for managed, _, _ in come]
+        rows = [self._rows(managed, here(grad, stream)) for managed, grad, stream in come]
         whole = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         come.clear()
         del rows
         parts = whole.new_empty(whole.shape[1])  # this rank's row of `whole`: its padded parts, side by side
         work = _reduce_scatter(parts, whole.view(-1), group=self._group, async_op=True)
-        self._in_flight.put(records, parts, whole, work)
+        self._in_flight.put(managed_params, parts, whole, work)
 
-    def _rows(self, record: Record, grad: Tensor) -> Tensor:
+    def _rows(self, managed: ManagedParameter, grad: Tensor) -> Tensor:
         """A whole gradient as [ranks, elements of a part]; a copy only where the last part is padded."""
-        padding = record.local.numel() * self.grad_divisor - grad.numel()
+        padding = managed.local.numel() * self.grad_divisor - grad.numel()
         flat = grad.reshape(-1)
         return (torch.nn.functional.pad(flat, (0, padding)) if padding else flat).view(self.grad_divisor, -1)
 
-    def _received(self, limit: int) -> Iterator[tuple[Record, Tensor]]:
-        for records, parts in self._in_flight.take(limit):
+    def _received(self, limit: int) -> Iterator[tuple[ManagedParameter, Tensor]]:
+        for managed_params, parts in self._in_flight.take(limit):
             # Under offload one copy, which the host waits for, brings them all to the CPU. Parts of parameters that
             # DeepSpeed keeps whole stay on the GPU, so a message may be for both.
-            sizes = [record.local.numel() for record in records]
-            placed = {device: parts.to(device).split(sizes) for device in {record.local.device for record in records}}
-            for place, record in enumerate(records):
-                yield record, placed[record.local.device][place]
+            sizes = [managed.local.numel() for managed in managed_params]
+            placed = {
+                device: parts.to(device).split(sizes) for device in {managed.local.device for managed in managed_params}
+            }
+            for place, managed in enumerate(managed_params):
+                yield managed, placed[managed.local.device][place]
 
-    def _left(self) -> Iterator[tuple[Record, Tensor]]:
+    def _left(self) -> Iterator[tuple[ManagedParameter, Tensor]]:
         if self._open:
             self._send_open()
         yield from self._received(-1)
@@ -231,24 +233,24 @@ def _check_engine(engine: Any) -> None:
         )
 
 
-def _check_parameter(record: Record) -> None:
+def _check_parameter(managed: ManagedParameter) -> None:
     """Raises unless a parameter is in equal parts on all ranks, where the kernels can reach it."""
-    param: Any = record.param
+    param: Any = managed.param
     if not hasattr(param, "ds_tensor"):
         raise ValueError(
-            f"Lomo: {record.name} is none of the DeepSpeed engine's parameters; make the optimizer after "
+            f"Lomo: {managed.name} is none of the DeepSpeed engine's parameters; make the optimizer after "
             "deepspeed.initialize, from the engine or from engine.module's parameters"
         )
     if param.ds_tensor.final_location == "nvme":
         raise NotImplementedError(
-            f'Lomo: {record.name} is kept on NVMe, where no kernel reaches it; use "offload_param": {{"device": "cpu"}}'
+            f'Lomo: {managed.name} is kept on NVMe, which no kernel can reach. Use "offload_param": {{"device": "cpu"}}'
         )
     if param.ds_zero_param_process_group is not None:
         raise NotImplementedError(
-            f"Lomo: {record.name} has a second copy (zero_hpz_partition_size) that would be left behind; take it out"
+            f"Lomo: {managed.name} has a second copy (zero_hpz_partition_size) that would be left behind; take it out"
         )
     if param.ds_zero_partition_world_size != dist.get_world_size():
         raise NotImplementedError(
-            f"Lomo: {record.name} is cut over {param.ds_zero_partition_world_size} of {dist.get_world_size()} ranks "
+            f"Lomo: {managed.name} is cut over {param.ds_zero_partition_world_size} of {dist.get_world_size()} ranks "
             "(MiCS, experts, tensor parallel); only parameters cut over all of them are served"
         )

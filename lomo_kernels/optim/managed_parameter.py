@@ -16,7 +16,7 @@ from .placement import Placement
 SMALL_BYTES = 64 * 1024
 
 
-class Device:
+class DeviceState:
     """The scalars of one device, which the kernels read and the host does not, and one norm slot per parameter.
 
     `vectors`: what updates read, a row for each group (`lomo_kernels.ops.scalars`).
@@ -36,14 +36,14 @@ class Device:
         for column, value in zip(self.vectors.unbind(1), NEUTRAL, strict=True):
             column.fill_(value)
 
-    def prepare_update(self, *, scaled: bool, decided: bool) -> None:
+    def prepare_update(self, *, scaled: bool, norm_known: bool) -> None:
         """Writes what all groups have in common into their vectors.
 
         Args:
             scaled: gradients are multiplied by `inv_scale`.
-            decided: `clip_coef` and `found_inf` are those of this step.
+            norm_known: `clip_coef` and `found_inf` are those of this step.
         """
-        given = {"inv_scale": scaled, "clip_coef": decided, "found_inf": decided}
+        given = {"inv_scale": scaled, "clip_coef": norm_known, "found_inf": norm_known}
         for name, is_given in given.items():
             position = NAMES.index(name)
             column = self.vectors[:, position]
@@ -58,26 +58,26 @@ class Device:
         return self.slots.sum() if self.weights is None else self.slots.dot(self.weights)
 
 
-class Record:
+class ManagedParameter:
     """One parameter under management. `index`, its place in `param_groups`, is its id and keys its random bits."""
 
     def __init__(self, param: torch.nn.Parameter, index: int, name: str) -> None:
         self.param = param
         self.index = index
         self.name = name
-        self.served = True  # the kernels can update it; False: frozen, and of a kind that they do not take
+        self.supported = True  # the kernels can update it; False: frozen, and of a kind that they do not take
         self.hooked = False  # a frozen parameter has no hook
         self.attributes: dict[str, Any] | None = None  # the parameter's __dict__; swap_tensors exchanges it
         self.fused = False  # some of its layers hand over factors in place of its gradient
         self.reused = False  # several layers have it, or one was used several times in a backward
-        self.fired = -1  # the last pass in which its gradient came
+        self.last_pass = -1  # the last pass in which its gradient came
         self.scaled_grad: Tensor | None = None  # what accumulate() left in .grad, with `grad_scale` in it
         self.grad_scale: Tensor | None = None
         self.zeros: tuple[Tensor, int] | None = None  # what zero_grad() left in .grad, and its version
         self.dtype: torch.dtype | None = None
-        self.place_at(Placement(param))
+        self.set_placement(Placement(param))
 
-    def place_at(self, placement: Placement) -> None:
+    def set_placement(self, placement: Placement) -> None:
         """Called before every step if there are several processes: an engine may have moved the parameter's part."""
         self.local, self.shard, self.weight = placement
 
@@ -114,11 +114,11 @@ class Record:
             "build the layer with sparse=False"
         )
 
-    def place(self, home: Device, scalars: GroupScalars) -> None:
-        """Binds the record to where its parameter is now."""
+    def bind(self, device_state: DeviceState, scalars: GroupScalars) -> None:
+        """Binds this to where its parameter is now."""
         self.device, self.dtype = self.local.device, self.local.dtype
         self.on_gpu = self.device.type == "cuda"
-        self.home, self.scalars = home, scalars
-        self.slot = home.slots[self.index]
+        self.device_state, self.scalars = device_state, scalars
+        self.slot = device_state.slots[self.index]
         self.bytes = self.local.numel() * self.local.element_size()
         self.small = self.bytes <= SMALL_BYTES

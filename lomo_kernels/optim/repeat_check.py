@@ -20,9 +20,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .engines.base import ParallelEngine
 from .graph import Graph
+from .managed_parameter import DeviceState, ManagedParameter
 from .owners import optimizer_backward
-from .records import Device, Record
-from .state import State
+from .state import TrainingState
 
 # A model's graph may differ in every step (experts, sequence lengths). Graphs of this many shapes are checked. After
 # that, a graph is checked only if it has a new kind of node.
@@ -41,31 +41,35 @@ _CHECKPOINTS = (
 _FAILURES = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
 
 
-class Repeats:
+class RepeatCheck:
     """What an optimizer has seen of graphs whose backward repeats itself, and the checks of new ones.
 
     Args:
         training: the `Training` of an optimizer, which this does not keep alive.
-        records: its parameters: its own list, which grows with it.
+        managed_params: its parameters: its own list, which grows with it.
         model: gives the model that it trains, if that is known.
     """
 
-    def __init__(self, training: Any, records: Sequence[Record], model: Callable[[], nn.Module | None]) -> None:
+    def __init__(
+        self, training: Any, managed_params: Sequence[ManagedParameter], model: Callable[[], nn.Module | None]
+    ) -> None:
         self._training = weakref.ref(training)
-        self._records = records
+        self._managed_params = managed_params
         self._model = model
         self._shapes: set[int] = set()
         self._kinds: set[str] = set()
         self._checkpoints: int | None = None  # reentrant ones in a graph in which no gradient came twice
 
-    def check_clipping(self, graph: Graph, state: State, look: Callable[[ParallelEngine | None], None]) -> None:
+    def check_clipping(
+        self, graph: Graph, state: TrainingState, norm_pass: Callable[[ParallelEngine | None], None]
+    ) -> None:
         """Before a second backward, which updates: raises RuntimeError unless it will have the gradients of the first.
 
         Args:
-            graph: through which a first `look` has just gone, over all ranks.
+            graph: through which a first `norm_pass` has just gone, over all ranks.
             state: whose slots hold its norms.
-            look: a backward that adds up norms, in slots set to zero, and leaves the graph for another one; over the
-                engine's ranks.
+            norm_pass: a backward that adds up norms, in slots set to zero, and leaves the graph for another one; over
+                the engine's ranks.
         """
         if self._knows(graph):
             return
@@ -75,13 +79,15 @@ class Repeats:
         if engine is not None and engine.same_graphs and not first:
             return
         # A step whose norm is not finite changes nothing, and its norms cannot be compared.
-        if not _can_compare(list(state.devices.values())) or state.home.found_inf.item():
+        if not _can_compare(list(state.devices.values())) or state.primary.found_inf.item():
             return
-        self._compare(graph, state, look, engine if first else None, _TWO_PASSES)
+        self._compare(graph, state, norm_pass, engine if first else None, _TWO_PASSES)
         self._shapes.add(graph.shape)
         self._kinds |= graph.kinds
 
-    def check_checkpoints(self, graph: Graph, state: State, look: Callable[[ParallelEngine | None], None]) -> None:
+    def check_checkpoints(
+        self, graph: Graph, state: TrainingState, norm_pass: Callable[[ParallelEngine | None], None]
+    ) -> None:
         """With one backward, a gradient that comes twice must be found before a weight has changed.
 
         So if the number of reentrant checkpoints is new, a norm pass runs before the update. It sends nothing between
@@ -91,9 +97,9 @@ class Repeats:
         if count and count != self._checkpoints:
             engine = state.engine if state.engine is not None and state.engine.same_graphs else None
             with _statistics_kept(self._training(), self._model()):  # only the first step of a run begins so
-                look(engine)
+                norm_pass(engine)
             if _can_compare(list(state.devices.values())):
-                self._compare(graph, state, look, engine, _CHECKPOINTS)
+                self._compare(graph, state, norm_pass, engine, _CHECKPOINTS)
         self._checkpoints = count or self._checkpoints or 0
 
     def _knows(self, graph: Graph) -> bool:
@@ -102,30 +108,30 @@ class Repeats:
     def _compare(
         self,
         graph: Graph,
-        state: State,
-        look: Callable[[ParallelEngine | None], None],
+        state: TrainingState,
+        norm_pass: Callable[[ParallelEngine | None], None],
         engine: ParallelEngine | None,
         advice: str,
     ) -> None:
-        """Raises RuntimeError, on every rank of `engine`, unless a second `look` gives the norms in the slots."""
+        """Raises RuntimeError, on every rank of `engine`, unless a second `norm_pass` gives the norms in the slots."""
         devices = list(state.devices.values())
         kept = [device.slots.clone() for device in devices]
         if engine is None and state.engine is not None:  # only this rank checks: its slots hold norms of averages
-            look(None)
+            norm_pass(None)
         first = [device.slots.clone() for device in devices]
-        _look_again(lambda: look(engine), self._training(), self._model(), devices, advice)
+        _run_again(lambda: norm_pass(engine), self._training(), self._model(), devices, advice)
         second = [device.slots.clone() for device in devices]
-        indices = _differing(self._records, first, second)
+        indices = _differing(self._managed_params, first, second)
         number = torch.tensor(float(len(indices)), dtype=torch.float64, device=state.norm.device)
         if engine is not None:
             engine.sum_(number)
         if number.item():
-            raise _difference(self._records, indices, first, second, graph, advice)
+            raise _difference(self._managed_params, indices, first, second, graph, advice)
         for device, slots in zip(devices, kept, strict=True):
             device.slots.copy_(slots)
 
 
-def _can_compare(devices: Sequence[Device]) -> bool:
+def _can_compare(devices: Sequence[DeviceState]) -> bool:
     """Whether norms can be read. They cannot in a simulation (`lomo_kernels.plan`) and on the meta device.
 
     Raises:
@@ -139,10 +145,10 @@ def _can_compare(devices: Sequence[Device]) -> bool:
     return not any(isinstance(device.slots, FakeTensor) or device.slots.is_meta for device in devices)
 
 
-def _look_again(
-    look: Callable[[], None], training: Any, model: nn.Module | None, devices: Sequence[Device], advice: str
+def _run_again(
+    norm_pass: Callable[[], None], training: Any, model: nn.Module | None, devices: Sequence[DeviceState], advice: str
 ) -> None:
-    """Runs the norm pass `look` once more, and restores random number generators and batch norm statistics after it.
+    """Runs `norm_pass` once more, and restores random number generators and batch norm statistics after it.
 
     A resumed run runs this pass too. It has to continue exactly as the run that it resumes.
 
@@ -155,7 +161,7 @@ def _look_again(
             torch.random.fork_rng(sorted(index for index in indices if index is not None)),
             _statistics_kept(training, model),
         ):
-            look()
+            norm_pass()
     except torch.OutOfMemoryError:
         raise
     except _FAILURES as error:
@@ -204,7 +210,7 @@ def _statistics_kept(training: Any, model: nn.Module | None) -> Iterator[None]:
             buffer.data.copy_(before)  # .data has its own version counter: autograd may have saved the buffer
 
 
-def _tolerance(record: Record) -> tuple[float, float]:
+def _tolerance(managed: ManagedParameter) -> tuple[float, float]:
     """By how much a parameter's norm may differ in two passes: relative to this norm, and to the norm of all.
 
     Eager kernels on a CPU repeat every bit. Code of torch.compile adds to an embedding's rows in any order there, and
@@ -213,16 +219,18 @@ def _tolerance(record: Record) -> tuple[float, float]:
     float32 gradient may come through bfloat16 as well (autocast). Some gradients are zero except for rounding (of a
     key's bias, say) and differ completely. So a share of the norm of all is added.
     """
-    if record.device.type == "cpu" and record.dtype is torch.float32:
+    if managed.device.type == "cpu" and managed.dtype is torch.float32:
         return 1e-4, 1e-6
-    return max(0.1 / max(record.local.numel(), 1) ** 0.5, 5e-3), 1e-3
+    return max(0.1 / max(managed.local.numel(), 1) ** 0.5, 5e-3), 1e-3
 
 
-def _differing(records: Sequence[Record], first: Sequence[Tensor], second: Sequence[Tensor]) -> list[int]:
+def _differing(
+    managed_params: Sequence[ManagedParameter], first: Sequence[Tensor], second: Sequence[Tensor]
+) -> list[int]:
     """Indices of the parameters whose norm is not the same in two passes, given as slots (one tensor per device)."""
     # A parameter's slot is zero on every device except its own.
     a, b = (torch.stack([slots.cpu() for slots in some]).sum(0).sqrt() for some in (first, second))
-    tolerances = torch.tensor([_tolerance(record) for record in records], dtype=torch.float64, device="cpu")
+    tolerances = torch.tensor([_tolerance(managed) for managed in managed_params], dtype=torch.float64, device="cpu")
     relative, share = tolerances.unbind(1)
     both = torch.stack([a, b])
     total = both.nan_to_num(nan=0.0, posinf=0.0).norm(dim=1).max()
@@ -232,7 +240,7 @@ def _differing(records: Sequence[Record], first: Sequence[Tensor], second: Seque
 
 
 def _difference(
-    records: Sequence[Record],
+    managed_params: Sequence[ManagedParameter],
     indices: Sequence[int],
     first: Sequence[Tensor],
     second: Sequence[Tensor],
@@ -244,7 +252,7 @@ def _difference(
     if indices:
         norms = [max(float(slots[indices[0]]) ** 0.5 for slots in some) for some in (first, second)]
         more = f" (and {len(indices) - 1} more)" if len(indices) > 1 else ""
-        where = f"of {records[indices[0]].name}{more}: its norm is first {norms[0]:.4g}, then {norms[1]:.4g}"
+        where = f"of {managed_params[indices[0]].name}{more}: its norm is first {norms[0]:.4g}, then {norms[1]:.4g}"
     custom = f" Custom backwards in this graph: {', '.join(sorted(graph.custom))}." if graph.custom else ""
     return RuntimeError(
         f"Lomo: two backwards through the same graph gave different gradients {where}. The usual cause is a loss or a "

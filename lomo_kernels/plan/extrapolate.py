@@ -19,7 +19,7 @@ def peak_of(parts: Parts) -> Peak:
     return Peak.of(sample for samples in parts.values() for sample in samples)
 
 
-def beyond(less: Parts, more: Parts, steps: int) -> Parts:
+def extrapolate(less: Parts, more: Parts, steps: int) -> Parts:
     """On the lines through both: what comes `steps` after `less`, where `more` comes one after it."""
     found: Parts = {}
     for key, *pair in _aligned(less, more):
@@ -27,7 +27,7 @@ def beyond(less: Parts, more: Parts, steps: int) -> Parts:
     return found
 
 
-def steps_within(less: Parts, more: Parts, apart: int, limit: int) -> float:
+def max_steps_below(less: Parts, more: Parts, apart: int, limit: int) -> float:
     """The last step after `less`, on the lines through both, where no sample is more than `limit`; `more` comes `apart`
     steps after it."""
     totals = ((sum(one), sum(other)) for _, one, other in _aligned(less, more))
@@ -70,7 +70,7 @@ def largest(parts_at: Callable[[int], Parts], start: int, limit: int, most: floa
             break
         if turn:
             left, right = min(n, before), max(n, before)
-            guess = left + steps_within(parts_at(left), parts_at(right), right - left, limit)
+            guess = left + max_steps_below(parts_at(left), parts_at(right), right - left, limit)
             if turn % 4 == 0 or guess == math.inf:  # the lines do not lead there
                 guess = (low + high) // 2 if high < math.inf else 2 * low
             n, before = int(max(low, 1, min(guess, high - 1))), n

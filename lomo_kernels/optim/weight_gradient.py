@@ -14,7 +14,7 @@ from ..layers import Factors
 _Lists = tuple[list[Tensor], list[Tensor]]
 
 
-class Terms:
+class WeightGradient:
     """One weight's gradient.
 
     Args:

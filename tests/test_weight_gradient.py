@@ -10,7 +10,7 @@ from lomo_kernels import reference
 from lomo_kernels.composite import gram, tiled
 from lomo_kernels.layers import Factors
 from lomo_kernels.ops.scalars import vector
-from lomo_kernels.optim.terms import Terms
+from lomo_kernels.optim.weight_gradient import WeightGradient
 
 VOCAB, WIDTH = 700, 130
 
@@ -39,7 +39,7 @@ def gradient(parts: list[Factors]) -> Tensor:
 def norm_of(parts: list[Factors], inv_scale: float | None = None) -> float:
     slot = torch.zeros(1, dtype=torch.float64)
     scale = None if inv_scale is None else torch.tensor(inv_scale, dtype=torch.float64)
-    Terms(parts, None).sq_norm_(slot, torch.empty(VOCAB, WIDTH), scale)
+    WeightGradient(parts, None).sq_norm_(slot, torch.empty(VOCAB, WIDTH), scale)
     return slot.item()
 
 
@@ -48,7 +48,7 @@ def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("formed tiles")
 
-    monkeypatch.setattr(Terms, "_tiles", refuse)
+    monkeypatch.setattr(WeightGradient, "_tiles", refuse)
 
 
 @pytest.mark.usefixtures("no_tiles")
@@ -67,8 +67,8 @@ def test_a_tied_head_is_normed_without_tiles(
 def test_where_the_parts_cancel_tiles_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedding's rows undo the head's gradient, but for a hundredth."""
     used: list[bool] = []
-    tiles = Terms._tiles
-    monkeypatch.setattr(Terms, "_tiles", lambda self, weight: used.append(True) or tiles(self, weight))
+    tiles = WeightGradient._tiles
+    monkeypatch.setattr(WeightGradient, "_tiles", lambda self, weight: used.append(True) or tiles(self, weight))
     head, _, _ = pairs(torch.float32, 40)
     few = torch.zeros(40, VOCAB)
     few[:, :12] = head.grad_output[:, :12]
@@ -110,7 +110,7 @@ def test_the_update_is_that_of_the_sum(dtype: torch.dtype, beside: bool, monkeyp
     before = weight.clone()
     slot = torch.zeros(1, dtype=torch.float64)
     numbers = {"lr": 0.1, "weight_decay": 0.2, "inv_scale": 0.5, "clip_value": 3.0, "step": 4}
-    Terms(parts, grad).update_(weight, vector("test", weight.device, numbers), slot, 0, True, 7, 3, [])
+    WeightGradient(parts, grad).update_(weight, vector("test", weight.device, numbers), slot, 0, True, 7, 3, [])
     options = {"lr": 0.1, "weight_decay": 0.2, "inv_scale": 0.5, "clip_value": 3.0, "stochastic": True}
     expected = reference.updated(before, total.float(), **options, seed=7, parameter_id=3, step=4)
     if dtype is torch.bfloat16:
