@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lomo_kernels import Lomo
+from lomo_kernels.optim import graph
 
 CLIPPING = pytest.mark.parametrize("clip_grad_norm", [None, 1.0], ids=["one-pass", "two-pass"])
 
@@ -491,7 +492,6 @@ def test_a_parameter_shared_only_in_a_later_step(inputs: Tensor, clip_grad_norm:
     assert_same_bits(weights_of(model), before)
 
 
-@pytest.mark.xfail(reason="a known limit, in docs/limits.md: checkpoints are counted, not what they share")
 def test_sharing_that_comes_without_another_checkpoint(inputs: Tensor) -> None:
     """As many checkpoints as before, but now over one layer: layers drawn at random, or a recurrence."""
     model = Shared(reentrant=True)
@@ -506,7 +506,6 @@ def test_sharing_that_comes_without_another_checkpoint(inputs: Tensor) -> None:
     assert_same_bits(weights_of(model), before)
 
 
-@pytest.mark.xfail(reason="a known limit, in docs/limits.md: after the first step only 64 nodes are looked at")
 def test_checkpoints_turned_on_far_from_the_loss(inputs: Tensor) -> None:
     """Behind a hundred nodes that are not checkpointed."""
     model = Shared(reentrant=True)
@@ -525,6 +524,20 @@ def test_checkpoints_turned_on_far_from_the_loss(inputs: Tensor) -> None:
     with pytest.raises(RuntimeError, match="came twice"):
         optimizer.backward(loss())
     assert_same_bits(weights_of(model), before)
+
+
+def test_graphs_of_a_steady_size_are_walked_once(inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look for reentrant checkpoints takes time for every node."""
+    model = Shared(reentrant=False)
+    optimizer = Lomo(model, lr=0.1)
+    walks: list[object] = []
+    monkeypatch.setattr(graph, "nodes_of", lambda loss, nodes_of=graph.nodes_of: walks.append(loss) or nodes_of(loss))
+    for step in range(6):
+        with torch.no_grad():
+            model(inputs)
+        loss = model(inputs)
+        optimizer.backward(loss * 1.0 if step == 4 else loss)
+    assert len(walks) == 4, "in the first two steps, and if the number of nodes is not that of the step before"
 
 
 def test_accumulation_takes_gradients_in_parts(inputs: Tensor) -> None:

@@ -105,16 +105,15 @@ class Graph:
         """Names of its nodes whose backward is neither torch's nor this library's."""
         return self._walk.custom
 
-    def reentrant_checkpoints(self, *, thorough: bool) -> int:
-        """How many reentrant checkpoints it has.
+    @property
+    def has_reentrant_checkpoints(self) -> bool:
+        """Whether blocks of it do not exist before backward."""
+        return _REENTRANT in self._walk.kinds
 
-        Each hides the graph of its block, so a graph that has any has one near the loss, and the walk is short. Unless
-        `thorough`, a graph without one in its first 64 nodes (some 40 us) counts as having none.
-        """
-        near = [node.name() for node in nodes_of(self.loss, at_most=None if thorough else 64)]
-        if thorough or _REENTRANT not in near:
-            return near.count(_REENTRANT)
-        return [node.name() for node in nodes_of(self.loss)].count(_REENTRANT)
+    @property
+    def sequence_number(self) -> int:
+        """How many nodes this thread had made before the loss's own."""
+        return int(get_gradient_edge(self.loss).node._sequence_nr())
 
 
 class _Walk(NamedTuple):

@@ -192,4 +192,5 @@ class TrainingStep:
 
     def _end(self, scale: Tensor | None) -> None:
         self._training.count_step(scaled=scale is not None)
+        self._training.repeat_check.end_step()
         self._step.ended = True
