@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,10 +68,26 @@ class _Buffer(threading.local):
 
 buffer = _Buffer()
 
+#: What `simulated` was given, while inside.
+_simulated_device: str | None = None
+
+
+@contextmanager
+def simulated(device: str) -> Iterator[None]:
+    """While inside, tensors have no values: no shape depends on what one holds, tiles are those of `device` ("cpu",
+    "cuda"), and no tile that is made inside is kept."""
+    global _simulated_device
+    before = _simulated_device, buffer.memory
+    _simulated_device, buffer.memory = device, torch.empty(0, dtype=torch.float32, device="cpu")
+    try:
+        yield
+    finally:
+        _simulated_device, buffer.memory = before
+
 
 def tile_rows(rows: int, columns: int, device: str = "cpu") -> int:
     """Rows of one tile of a gradient [rows, columns]."""
-    size = TILE_BYTES if device == "cpu" else GPU_TILE_BYTES
+    size = TILE_BYTES if (_simulated_device or device) == "cpu" else GPU_TILE_BYTES
     return max(1, min(rows, max(LEAST_ROWS, size // (4 * max(columns, 1)))))
 
 
@@ -159,7 +176,7 @@ def add_rows(tile: Tensor, first: int, index: Tensor, grad_output: Tensor, paddi
 
 def _may_be_read(device: torch.device) -> bool:
     """Whether how many elements a mask has may decide over a shape; on a GPU the host would have to wait for that."""
-    return device.type == "cpu"
+    return device.type == "cpu" and _simulated_device is None
 
 
 def _rows_of(indices: Sequence[Tensor], padding_idx: Sequence[int]) -> list[Tensor]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -209,6 +209,8 @@ class DeferPass(NormPass):
     """Adds up norms as `NormPass` does and keeps every gradient, or its factors where they are smaller, for `apply`."""
 
     keeps = True
+    #: Called with each gradient that is kept, and with None when backward has ended and they are applied.
+    observers: ClassVar[list[Callable[[DeferredGradient | None], None]]] = []
 
     def __init__(
         self,
@@ -225,6 +227,8 @@ class DeferPass(NormPass):
         super().add(managed, grad, saved)
         stream = current(managed.local) if managed.on_gpu else None
         self._deferred.append(DeferredGradient(managed, grad, saved, stream))
+        for observer in self.observers:
+            observer(self._deferred[-1])
 
     def check(self) -> None:
         """Raises RuntimeError where a factor was altered since it was kept."""
@@ -234,6 +238,8 @@ class DeferPass(NormPass):
 
     def apply(self, update: UpdatePass) -> None:
         """Hands every gradient to `update`, on the caller's streams, and frees it."""
+        for observer in self.observers:
+            observer(None)
         while self._deferred:
             kept = self._deferred.pop()
             if kept.stream is not None:

@@ -150,9 +150,6 @@ class Kernels(NamedTuple):
     @contextmanager
     def in_force(self) -> Iterator[None]:
         with ExitStack() as stack:
-            rows = tiled.tile_rows
-            tile_rows = patch.object(tiled, "tile_rows", lambda row, column, _="": rows(row, column, self.device))
-            stack.enter_context(tile_rows)
             if self.attention:
                 stack.enter_context(patch.object(F, "scaled_dot_product_attention", self.attention))
             if self.rms_norm:

@@ -20,7 +20,6 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.profiler import record_function
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..optim.engines.dtensor import DTensorEngine
 from .blocks import blocks_of
 from .recorder import GATHERED, GRADIENTS, Recorder
 
@@ -111,13 +110,7 @@ def observe_sharding(recorder: Recorder) -> Iterator[None]:
             stack.enter_context(within(name, category))
         # To find an operator's output, DTensor runs it on simulated tensors of the whole size.
         stack.enter_context(unseen(ShardingPropagator, "_propagate_tensor_meta_non_cached"))
-        # Where shards lie is found with tensors that have to have values.
-        stack.enter_context(unseen(DTensorEngine, "__init__"))
-        stack.enter_context(unseen(DTensorEngine, "localize"))
         # FSDP2 names what it does for the profiler, which costs a tenth of a simulation.
         unnamed = patch.multiple(record_function, __enter__=lambda self: self, __exit__=lambda self, *_: None)
         stack.enter_context(unnamed)
-        stack.enter_context(
-            patch.object(DTensorEngine, "check_consistent", lambda self, facts: None)
-        )  # there is no one to agree with
         yield

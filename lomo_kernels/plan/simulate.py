@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..composite import tiled
-from ..optim.passes import DeferPass
+from ..optim.passes import DeferPass, DeferredGradient
 from .blocks import blocks_of
 from .extrapolate import Parts, extrapolate, peak_of
 from .kernels import KERNELS
@@ -89,13 +89,10 @@ def _by_place(recorder: Recorder, blocks: int, edge: int) -> Parts:
 
 def _simulated(build: Callable[[], nn.Module], loss: Any, method: Method, kernels: str) -> Recorder:
     chosen = KERNELS[kernels]
-    # What lives beyond a step must not be a simulated tensor; and shapes must not depend on what tensors hold.
-    real_buffer = patch.object(tiled.buffer, "memory", torch.empty(0, dtype=torch.float32, device="cpu"))
-    unread = patch.object(tiled, "_may_be_read", lambda device: False)
     fill = [name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")]
     nothing: dict[str, Any] = dict.fromkeys(fill, _untouched)
     unset = patch.multiple(nn.init, **nothing)  # filling weights is half of the time otherwise
-    with real_buffer, unread, unset, FakeTensorMode(allow_non_fake_inputs=True), chosen.in_force():
+    with tiled.simulated(chosen.device), unset, FakeTensorMode(allow_non_fake_inputs=True), chosen.in_force():
         return _recorded(build, loss, method, chosen.workspaces)
 
 
@@ -181,15 +178,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def _kept_factors(recorder: Recorder) -> Iterator[None]:
     """Tells the recorder which tensors wait, as a gradient's factors, for the end of backward, and when it has come."""
-    add, apply = DeferPass.add, DeferPass.apply
 
-    def noted(self: DeferPass, record: Any, grad: Any, saved: Any = ()) -> None:
-        add(self, record, grad, saved)
-        recorder.set_category((tensor for held in saved for tensor in held.factors[:2]), FACTORS)
+    def noted(gradient: DeferredGradient | None) -> None:
+        if gradient is None:
+            recorder.mark("apply")
+        else:
+            recorder.set_category((tensor for held in gradient.saved for tensor in held.factors[:2]), FACTORS)
 
-    def applied(self: DeferPass, update: Any) -> None:
-        recorder.mark("apply")
-        apply(self, update)
-
-    with patch.object(DeferPass, "add", noted), patch.object(DeferPass, "apply", applied):
+    DeferPass.observers.append(noted)
+    try:
         yield
+    finally:
+        DeferPass.observers.remove(noted)

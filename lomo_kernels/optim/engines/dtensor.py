@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..managed_parameter import ManagedParameter
 from ..placement import Placement
@@ -51,9 +53,9 @@ class DTensorEngine(ParallelEngine):
                     meshes.append(managed.param.device_mesh)
         # The largest mesh's ranks hold the model; a parameter on a part of it has copies on the others.
         largest = max(meshes, key=lambda mesh: mesh.size())
-        holders = set(largest.mesh.flatten().tolist())
+        holders = _ranks_of(largest)
         for mesh in meshes:
-            if not holders.issuperset(mesh.mesh.flatten().tolist()):
+            if not holders.issuperset(_ranks_of(mesh)):
                 raise NotImplementedError(
                     f"Lomo: parameters lie on {mesh} and on {largest}, of which neither contains the other; "
                     "use a mesh of two dimensions and its slices"
@@ -160,13 +162,19 @@ class DTensorEngine(ParallelEngine):
         )
 
 
+def _ranks_of(mesh: DeviceMesh) -> set[int]:
+    with _disable_current_modes():  # in a simulation (`lomo_kernels.plan`) tensors have no values
+        return set(mesh.mesh.flatten().tolist())
+
+
 def shard_of(param: DTensor) -> Shard | None:
     """Where the local shard's elements lie in the whole parameter: ``(offset, row_length, row_stride)``, as the
     operators take it. None where three numbers cannot say it: a block that is cut in three dimensions or so."""
     shape, whole = param._local_tensor.shape, param.shape
     if not whole or param._local_tensor.numel() == 0:
         return 0, 1, 1
-    computed, start = compute_local_shape_and_global_offset(whole, param.device_mesh, param.placements)
+    with _disable_current_modes():  # see `_ranks_of`
+        computed, start = compute_local_shape_and_global_offset(whole, param.device_mesh, param.placements)
     if tuple(computed) != tuple(shape):
         return None
     # The last dimension that is cut ends a row; those before it count rows, which follow each other at equal distance
