@@ -112,8 +112,8 @@ METHODS = {
     "lomo_optim, clipping": Method(attached(lomo_optim, clip=CLIP), clips=True),
     "Lomo": Method(attached(lomo)),
     "Lomo, fused": Method(attached(lomo, fused_layers=True)),
-    "Lomo, clipping, two passes": Method(clipping(), clips=True),
-    "Lomo, clipping, two passes, fused": Method(clipping(fused_layers=True), clips=True),
+    "Lomo, clipping, two passes": Method(clipping(clip_passes="two"), clips=True),
+    "Lomo, clipping, two passes, fused": Method(clipping(clip_passes="two", fused_layers=True), clips=True),
     "Lomo, clipping, one pass": Method(clipping(clip_passes="one"), gradients=True, clips=True),
     "Lomo, clipping, one pass, fused": Method(clipping(clip_passes="one", fused_layers=True), clips=True),
     "Lomo, clipping, one pass, fused, stochastic": Method(

@@ -28,7 +28,7 @@ WIDTH = 192
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "hook": {},
-    "two passes": {"clip_grad_norm": 1.0},
+    "two passes": {"clip_grad_norm": 1.0, "clip_passes": "two"},
     "fused, one pass": {"clip_grad_norm": 1.0, "clip_passes": "one", "fused_layers": True},
     "data parallel": {},  # with a process group
 }

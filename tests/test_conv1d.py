@@ -17,7 +17,7 @@ from lomo_kernels.composite import tiled
 transformers = pytest.importorskip("transformers", reason="Conv1D is a layer of Transformers")
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-CLIP = {"clip_grad_norm": 0.05}
+CLIP = {"clip_grad_norm": 0.05, "clip_passes": "two"}
 MODES: dict[str, dict[str, Any]] = {"none": {}, "two": CLIP, "one": CLIP | {"clip_passes": "one"}}
 
 

@@ -109,13 +109,13 @@ def test_operators(default, dtype):
 
 MODES = {
     "hook": {},
-    "two passes": {"clip_grad_norm": 0.05},
+    "two passes": {"clip_grad_norm": 0.05, "clip_passes": "two"},
     "one pass": {"clip_grad_norm": 0.05, "clip_passes": "one"},
     "fused": {"fused_layers": True},
-    "fused, two passes": {"fused_layers": True, "clip_grad_norm": 0.05},
+    "fused, two passes": {"fused_layers": True, "clip_grad_norm": 0.05, "clip_passes": "two"},
     "fused, one pass": {"fused_layers": True, "clip_grad_norm": 0.05, "clip_passes": "one"},
     "scale": {"loss_scale": 1024.0, "clip_grad_value": 1.0, "weight_decay": 0.1},
-    "dynamic": {"loss_scale": "dynamic", "clip_grad_norm": 0.05, "dtype": torch.float16},
+    "dynamic": {"loss_scale": "dynamic", "clip_grad_norm": 0.05, "dtype": torch.float16, "clip_passes": "two"},
     "stochastic": {"rounding": "stochastic", "fused_layers": True, "dtype": torch.bfloat16},
 }
 

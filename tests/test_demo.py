@@ -21,7 +21,7 @@ SMALL = shlex.split(
     "--layers 2 --d-model 192 --heads 4 --kv-heads 2 --ffn 512 --seq 32 --batch 4 --steps 30 --pretrain-batch 8 "
     "--pretrain-steps 50 --eval-windows 32 --lr-pretrain 2e-3 --lr-adamw 1e-3 --threads 1"
 )
-METHODS = ("Lomo", "SGD + clip", "AdamW + clip")
+METHODS = ("Lomo", "Lomo, clip_memory=0", "SGD + clip", "AdamW + clip")
 
 
 def demo(*options):
@@ -47,19 +47,18 @@ def test_the_table_says_what_lomo_is_for(options):
     assert result.returncode == 0, result.stderr
     table = rows(result.stdout)
     peaks = [table[name][0] for name in METHODS]
-    assert peaks == sorted(set(peaks))  # Lomo's, then SGD's, then AdamW's
+    lomo, without_memory, sgd, adamw = peaks
+    assert without_memory < lomo <= sgd < adamw
     for _, seconds, before, after in table.values():
         assert seconds > 0
         assert after < before < math.log(256)
-    lomo, sgd, adamw = (table[name] for name in METHODS)
-    stated = re.search(
-        r"Lomo's peak above the weights is ([\d.]+) times that of SGD \+ clip and ([\d.]+) times",
-        " ".join(result.stdout.split()),
-    )
-    # The sentence divides unrounded bytes, the table shows a tenth of a MiB.
-    assert [float(ratio) for ratio in stated.groups()] == pytest.approx(
-        [lomo[0] / sgd[0], lomo[0] / adamw[0]], abs=0.15
-    )
+    for name, peak in (("Lomo", lomo), ("Lomo, clip_memory=0", without_memory)):
+        stated = re.search(
+            rf"{name}: the peak above the weights is ([\d.]+) times that of SGD \+ clip and ([\d.]+) times",
+            " ".join(result.stdout.split()),
+        )
+        # The sentence divides unrounded bytes, the table shows a tenth of a MiB.
+        assert [float(ratio) for ratio in stated.groups()] == pytest.approx([peak / sgd, peak / adamw], abs=0.15)
 
 
 def test_fine_tunes_on_a_file(tmp_path):
@@ -128,14 +127,17 @@ def result_of(method, **numbers):
 def test_the_sentence_says_so_when_lomo_loses():
     said = run.summary([
         result_of("Lomo", loss_after=2.5, peak_bytes=150, step_seconds=3.0),
+        result_of("Lomo, small", loss_after=2.5, peak_bytes=30, step_seconds=4.0),
         result_of("SGD + clip"),
         result_of("AdamW + clip", loss_after=1.0, peak_bytes=300, step_seconds=2.0),
     ])  # fmt: skip
     assert said == (
-        "Lomo's peak above the weights is 1.50 times that of SGD + clip and 0.50 times that of AdamW + clip; the time "
-        "of its step is 3.00 times that of SGD + clip and 1.50 times that of AdamW + clip. The lowest held-out loss "
-        "after fine-tuning is that of AdamW + clip, 1.000 nats per byte, with Lomo 1.500 above it and SGD + clip 1.000 "
-        "above it."
+        "Lomo: the peak above the weights is 1.50 times that of SGD + clip and 0.50 times that of AdamW + clip; the "
+        "time of a step is 3.00 times that of SGD + clip and 1.50 times that of AdamW + clip. "
+        "Lomo, small: the peak above the weights is 0.30 times that of SGD + clip and 0.10 times that of AdamW + clip; "
+        "the time of a step is 4.00 times that of SGD + clip and 2.00 times that of AdamW + clip. "
+        "The lowest held-out loss after fine-tuning is that of AdamW + clip, 1.000 nats per byte, with Lomo 1.500 "
+        "above it and Lomo, small 1.500 above it and SGD + clip 1.000 above it."
     )
 
 

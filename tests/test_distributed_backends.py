@@ -70,7 +70,9 @@ def train(rank: int, engine: str, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"clip_grad_norm": 0.5}, {"clip_grad_norm": 0.5, "clip_passes": "one"}], ids=str
+    "settings",
+    [{}, {"clip_grad_norm": 0.5, "clip_passes": "two"}, {"clip_grad_norm": 0.5, "clip_passes": "one"}],
+    ids=str,
 )
 @pytest.mark.parametrize("engine", ["group", "fsdp", "all-reduce hook"])
 def test_one_rank(one_rank: Processes, engine: str, settings: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def run(rank: int, way: str, folder: str, first: int, last: int) -> None:
         {"params": list(model.blocks.named_parameters(prefix="blocks")), "weight_decay": 0.0},
         {"params": [pair for pair in model.named_parameters() if not pair[0].startswith("blocks")]},
     ]
-    optimizer = Lomo(groups, lr=0.3, clip_grad_norm=0.3)
+    optimizer = Lomo(groups, lr=0.3, clip_grad_norm=0.3, clip_passes="two")
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
     if first:
         for param in model.parameters():
@@ -103,7 +103,7 @@ def state_of(optimizer: Lomo) -> list[float]:
 
 def stochastic(rank: int, way: str, folder: str, resumed: bool) -> list[float]:
     """Random bits go on where they stopped: seed and step come from the checkpoint. So does the loss scale."""
-    options = {"lr": 1e-3, "rounding": "stochastic", "loss_scale": "dynamic"}
+    options = {"lr": 1e-3, "rounding": "stochastic", "loss_scale": "dynamic", "clip_passes": "two"}
     model, alone = Planted(torch.bfloat16), Planted(torch.bfloat16)
     fully_shard(model)
     ours = Lomo(model, seed=1 if resumed else 3, **options)
@@ -131,7 +131,13 @@ def test_random_bits_and_loss_scale_go_on(ranks: Any, tmp_path: Path, way: str) 
 def several(rank: int, way: str, folder: str) -> None:
     """Three checkpoints of one run, the gradients of whose odd steps are not finite; a run from each of them ends as
     it does, and so does one from a checkpoint of that."""
-    options = {"lr": 1e-3, "rounding": "stochastic", "loss_scale": "dynamic", "clip_grad_norm": 1.0}
+    options = {
+        "lr": 1e-3,
+        "rounding": "stochastic",
+        "loss_scale": "dynamic",
+        "clip_grad_norm": 1.0,
+        "clip_passes": "two",
+    }
 
     def start(seed: int) -> tuple[Planted, Lomo]:
         model = Planted(torch.bfloat16)

@@ -42,7 +42,7 @@ def train(rank: int, options: Options, settings: dict[str, Any], members: list[i
     assert optimizer.step_count.item() == 5 and optimizer.skipped_steps.item() == 0
 
 
-CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01}
+CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01, "clip_passes": "two"}
 LARGE = Options(width=128, layers=1)  # with gradients that travel alone
 
 
@@ -131,7 +131,7 @@ ROUTES = [
 def routed(rank: int, clip: float | None, reentrant: bool) -> None:
     model = Routed(reentrant)
     book = Textbook(model, lr=LR, clip_grad_norm=clip)
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip, process_group=dist.group.WORLD)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip, process_group=dist.group.WORLD, clip_passes="two")
     for routes in ROUTES:
         if reentrant and (2, 2, 5) in routes:  # a layer in two such checkpoints, which is refused
             continue
@@ -163,7 +163,14 @@ def test_a_gradient_that_shares_its_memory(ranks: Any) -> None:
 
 def same_bits_as_one_process(rank: int, dtype: torch.dtype) -> None:
     model, alone = Planted(dtype), Planted(dtype)
-    options = {"lr": 1e-3, "rounding": "stochastic", "seed": 3, "loss_scale": None, "clip_grad_norm": 1e6}
+    options = {
+        "lr": 1e-3,
+        "rounding": "stochastic",
+        "seed": 3,
+        "loss_scale": None,
+        "clip_grad_norm": 1e6,
+        "clip_passes": "two",
+    }
     ours, theirs = Lomo(model, process_group=dist.group.WORLD, **options), Lomo(alone, **options)
     for step in range(3):
         ours.backward(model(step))
@@ -211,7 +218,7 @@ def test_layouts(ranks: Any) -> None:
 
 def all_skip(rank: int, clip: float | None, dtype: torch.dtype, bad: float) -> None:
     model = transformer(Options(dtype=dtype))
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip, process_group=dist.group.WORLD)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip, process_group=dist.group.WORLD, clip_passes="two")
     optimizer.backward(loss_of(model, rank))
     before = weights_of(model)
     optimizer.backward(loss_of(model, rank) * (bad if rank == 1 else 1.0))
@@ -235,7 +242,7 @@ def test_one_rank_with_a_nan(ranks: Any, clip: float | None) -> None:
 def accumulation(rank: int, how: str, clip: float | None) -> None:
     model = transformer(LARGE)
     book = Textbook(model, lr=0.1, clip_grad_norm=clip)  # with 0.3 rounding alone comes to more than 1e-6
-    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip, process_group=dist.group.WORLD)
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip, process_group=dist.group.WORLD, clip_passes="two")
     for step in range(5):
         for part in range(3):
             first = 6 * step + 2 * part
@@ -395,7 +402,13 @@ def differing(rank: int) -> None:
     with pytest.raises(ValueError, match="hyperparameters on rank 1 and on rank 0 differ"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "weight_decay": 0.1 * rank})
     with pytest.raises(ValueError, match="options on rank 1 and on rank 0 differ"):
-        Lomo(transformer(), lr=LR, clip_grad_norm=None if rank else 1.0, process_group=dist.group.WORLD)
+        Lomo(
+            transformer(),
+            lr=LR,
+            clip_grad_norm=None if rank else 1.0,
+            process_group=dist.group.WORLD,
+            clip_passes="two",
+        )
 
 
 def devices(rank: int) -> None:
@@ -440,8 +453,8 @@ def alone(rank: int) -> None:
     """A group of one rank, and no group, are the same."""
     groups = [dist.new_group([0]), dist.new_group([1])]
     a, b = transformer(), transformer()
-    ours = Lomo(a, lr=LR, clip_grad_norm=0.3, process_group=groups[rank])
-    theirs = Lomo(b, lr=LR, clip_grad_norm=0.3)
+    ours = Lomo(a, lr=LR, clip_grad_norm=0.3, process_group=groups[rank], clip_passes="two")
+    theirs = Lomo(b, lr=LR, clip_grad_norm=0.3, clip_passes="two")
     for step in range(3):
         ours.backward(loss_of(a, step))
         theirs.backward(loss_of(b, step))

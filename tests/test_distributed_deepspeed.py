@@ -34,7 +34,7 @@ if importlib.util.find_spec("deepspeed") is None:
     pytest.skip('needs DeepSpeed: pip install "deepspeed>=0.19.8,<0.20"', allow_module_level=True)
 
 LR = 0.3
-CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01}
+CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01, "clip_passes": "two"}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def made_in_parts(rank: int) -> None:
     book = Textbook(Borrowing(), lr=LR, clip_grad_norm=0.3)
     torch.manual_seed(0)
     engine = initialize(Borrowing)
-    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3)
+    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3, clip_passes="two")
     for step in range(5):
         book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
         optimizer.backward(engine.module(*batch(2 * step + rank)))
@@ -171,9 +171,9 @@ def test_one_rank(ranks: Any) -> None:
     "settings",
     [
         {},
-        {"clip_grad_norm": 1e6},
+        {"clip_grad_norm": 1e6, "clip_passes": "two"},
         CLIPPED | {"clip_passes": "one"},
-        {"clip_grad_value": 1e-2, "clip_grad_norm": 0.1, "loss_scale": "dynamic"},
+        {"clip_grad_value": 1e-2, "clip_grad_norm": 0.1, "loss_scale": "dynamic", "clip_passes": "two"},
     ],
     ids=str,
 )
@@ -189,7 +189,7 @@ def persistent(rank: int) -> None:
     model, _ = model_of("plain")
     book = Textbook(model, lr=LR, clip_grad_norm=0.3)
     engine = initialize(model)
-    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3)
+    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3, clip_passes="two")
     small = {name: param for name, param in model.named_parameters() if param.ds_persist}
     assert "blocks.0.norm1.weight" in small and "head.weight" not in small
     optimizer.backward(engine.module(*batch(rank)))
@@ -207,7 +207,7 @@ def freed(rank: int) -> None:
     """Large parameters are freed after each backward, also those of modules whose input needs no gradient."""
     model, _ = model_of("frozen")
     engine = initialize(model, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
-    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3)
+    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3, clip_passes="two")
     for _ in range(3):
         loss = engine.module(*batch(rank))
         optimizer.grad_norm(loss)
@@ -291,7 +291,7 @@ def test_gradients_do_not_pile_up(ranks: Any) -> None:
 
     matrix = 4 * 256 * 256
     assert grown({}) < matrix / 4
-    assert grown({"clip_grad_norm": 1.0}) < matrix / 4
+    assert grown({"clip_grad_norm": 1.0, "clip_passes": "two"}) < matrix / 4
     assert matrix / 2 <= grown({"clip_grad_norm": 1.0, "clip_passes": "one"}) < matrix * 3 / 4
 
 
@@ -303,7 +303,7 @@ def low_precision(rank: int) -> None:
     model = transformer_of_vectors(Options(dtype=torch.bfloat16))
     book = Textbook(model, lr=LR, clip_grad_norm=0.3)
     engine = initialize(model, config={"bf16": {"enabled": True}})
-    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3)
+    optimizer = Lomo(engine, lr=LR, clip_grad_norm=0.3, clip_passes="two")
     before = weights_of(book.model)
     for step in range(5):
         book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
@@ -372,7 +372,7 @@ def test_low_precision(ranks: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stochastic_rounding_is_that_of_the_whole_parameter(ranks: Any, dtype: torch.dtype) -> None:
-    ranks(2).call(same_bits_as_one_process, dtype, {"clip_grad_norm": 1e6})
+    ranks(2).call(same_bits_as_one_process, dtype, {"clip_grad_norm": 1e6, "clip_passes": "two"})
     ranks(4).call(same_bits_as_one_process, dtype, {})
 
 
@@ -399,7 +399,12 @@ def all_skip(rank: int, settings: dict[str, Any], bad: float) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"clip_grad_norm": 0.3}, {"clip_grad_norm": 0.3, "clip_passes": "one"}, {"loss_scale": "dynamic"}],
+    [
+        {},
+        {"clip_grad_norm": 0.3, "clip_passes": "two"},
+        {"clip_grad_norm": 0.3, "clip_passes": "one"},
+        {"loss_scale": "dynamic", "clip_passes": "two"},
+    ],
     ids=str,
 )
 def test_one_rank_with_a_nan(ranks: Any, settings: dict[str, Any]) -> None:
@@ -411,7 +416,7 @@ def accumulation(rank: int, how: str, clip: float | None) -> None:
     book = Textbook(model, lr=LR, clip_grad_norm=clip)
     engine = initialize(model)
     # Parameter groups, for once.
-    optimizer = Lomo(model.named_parameters(), lr=LR, clip_grad_norm=clip, process_group=engine)
+    optimizer = Lomo(model.named_parameters(), lr=LR, clip_grad_norm=clip, process_group=engine, clip_passes="two")
     for step in range(5):
         for part in range(3):
             first = 6 * step + 2 * part

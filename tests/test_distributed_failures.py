@@ -23,10 +23,10 @@ def step(rank: int, engine: str, what: str) -> None:
     if engine == "fsdp":
         model = transformer_of_vectors()
         fsdp(model)
-        optimizer = Lomo(model, lr=0.1, clip_grad_norm=1.0)
+        optimizer = Lomo(model, lr=0.1, clip_grad_norm=1.0, clip_passes="two")
     else:
         model = transformer()
-        optimizer = Lomo(model, lr=0.1, clip_grad_norm=1.0, process_group=dist.group.WORLD)
+        optimizer = Lomo(model, lr=0.1, clip_grad_norm=1.0, process_group=dist.group.WORLD, clip_passes="two")
     optimizer.backward(loss_of(model, rank))
     if rank == 1:
 

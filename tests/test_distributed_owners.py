@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lomo_kernels import Lomo
 
 LR = 0.3
-RULES: dict[str, dict[str, Any]] = {"hook": {}, "two": {"clip_grad_norm": 0.3}}
+RULES: dict[str, dict[str, Any]] = {"hook": {}, "two": {"clip_grad_norm": 0.3, "clip_passes": "two"}}
 BY_RULE = pytest.mark.parametrize("rule", RULES)
 
 

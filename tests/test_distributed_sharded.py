@@ -162,7 +162,7 @@ def train(rank: int, way: str, settings: dict[str, Any]) -> None:
     assert optimizer.step_count.item() == 5 and optimizer.skipped_steps.item() == 0
 
 
-CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01}
+CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01, "clip_passes": "two"}
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ("hsdp", "tensor-fsdp", "fsdp-in-part-of-a-mesh")])
@@ -179,7 +179,12 @@ def test_four_ranks(ranks: Any, way: str) -> None:
 @pytest.mark.parametrize("way", ["fsdp", "sequence"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"clip_grad_norm": 1e6}, CLIPPED | {"clip_passes": "one"}, {"clip_grad_value": 1e-2, "clip_grad_norm": 0.1}],
+    [
+        {},
+        {"clip_grad_norm": 1e6, "clip_passes": "two"},
+        CLIPPED | {"clip_passes": "one"},
+        {"clip_grad_value": 1e-2, "clip_grad_norm": 0.1, "clip_passes": "two"},
+    ],
     ids=str,
 )
 def test_settings(ranks: Any, way: str, settings: dict[str, Any]) -> None:
@@ -194,7 +199,7 @@ def mixed_precision(rank: int) -> None:
     model = transformer_of_vectors()
     book = Textbook(model, lr=LR, clip_grad_norm=0.3)
     fsdp(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3, clip_passes="two")
     for step in range(5):
         for batch in range(2):
             low = copy.deepcopy(book.model).bfloat16()
@@ -254,7 +259,7 @@ def test_precision(ranks: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stochastic_rounding_is_that_of_the_whole_parameter(ranks: Any, dtype: torch.dtype) -> None:
     for how in ("fsdp", *(name for name, placements in PLACEMENTS.items() if len(placements) == 1)):
-        ranks(2).call(same_bits_as_one_process, how, dtype, {"clip_grad_norm": 1e6})
+        ranks(2).call(same_bits_as_one_process, how, dtype, {"clip_grad_norm": 1e6, "clip_passes": "two"})
     for how in ("fsdp", "tensor-fsdp", *(name for name, placements in PLACEMENTS.items() if len(placements) == 2)):
         ranks(4).call(same_bits_as_one_process, how, dtype, {})
 
@@ -292,7 +297,7 @@ def different_experts(rank: int, clip: float | None) -> None:
     book = Textbook(model, lr=LR, clip_grad_norm=clip)
     fully_shard(model)
     model.set_reduce_scatter_unused_params(True)
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip, clip_passes="two")
     for step in range(4):
         book.step(sum(book.model((step + n) % 3) for n in range(2)) / 2)
         optimizer.backward(model((step + rank) % 3))
@@ -329,7 +334,7 @@ def another_optimizer(rank: int, settings: dict[str, Any], parts: int) -> None:
     assert_close(whole_weights(model), book.model)
 
 
-@pytest.mark.parametrize("settings", [{"clip_grad_norm": 1e6}, {"loss_scale": 8.0}], ids=str)
+@pytest.mark.parametrize("settings", [{"clip_grad_norm": 1e6, "clip_passes": "two"}, {"loss_scale": 8.0}], ids=str)
 def test_another_optimizer_beside(ranks: Any, settings: dict[str, Any]) -> None:
     for parts in (1, 2):
         ranks(2).call(another_optimizer, settings, parts)
@@ -344,7 +349,7 @@ def loss_in_parts(rank: int) -> None:
     head = nn.Linear(16, 20)
     book = Textbook(head, lr=LR, clip_grad_norm=0.3)
     parallelize_module(head, line(), ColwiseParallel(use_local_output=False))
-    optimizer = Lomo(head, lr=LR, clip_grad_norm=0.3, loss_scale="dynamic")
+    optimizer = Lomo(head, lr=LR, clip_grad_norm=0.3, loss_scale="dynamic", clip_passes="two")
     x, targets = torch.randn(6, 16), torch.arange(6)
     book.step(F.cross_entropy(book.model(x), targets))
     with loss_parallel():
@@ -362,7 +367,7 @@ def test_a_loss_that_is_a_dtensor(ranks: Any) -> None:
 def all_skip(rank: int, clip: float | None, dtype: torch.dtype, bad: float) -> None:
     model = transformer_of_vectors(Options(dtype=dtype))
     fsdp(model)
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip, clip_passes="two")
     optimizer.backward(loss_of(model, rank))
     before, scale = whole_weights(model), optimizer.loss_scale.item()
     optimizer.backward(loss_of(model, rank) * (bad if rank == 1 else 1.0))
@@ -387,7 +392,7 @@ def grad_scaler(rank: int) -> None:
     model = transformer_of_vectors()
     book = Textbook(model, lr=LR, clip_grad_norm=0.3)
     fsdp(model)
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3, clip_passes="two")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     for step in range(4):
         bad = step == 1 and rank == 1
@@ -411,7 +416,7 @@ def a_nan_in_one_shard(rank: int) -> None:
     param = nn.Parameter(distribute_tensor(torch.ones(4, 2), line(), [Shard(0)]))
     grad = torch.ones(4, 2)
     grad[3, 1] = math.nan
-    optimizer = Lomo([param], lr=0.5, clip_grad_norm=1.0, nonfinite="raise")
+    optimizer = Lomo([param], lr=0.5, clip_grad_norm=1.0, nonfinite="raise", clip_passes="two")
     where = "in parameter 0" if rank == 1 else "on another rank"
     with pytest.raises(FloatingPointError, match=where):
         optimizer.backward((param * distribute_tensor(grad, line(), [Shard(0)])).sum().full_tensor())
@@ -430,7 +435,7 @@ def accumulation(rank: int, how: str, clip: float | None) -> None:
     model = transformer_of_vectors()
     book = Textbook(model, lr=LR, clip_grad_norm=clip)
     fsdp(model)
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip, clip_passes="two")
     for step in range(5):
         for part in range(3):
             first = 6 * step + 2 * part
@@ -468,7 +473,7 @@ def test_accumulation(ranks: Any, clip: float | None) -> None:
 def no_sync_with_a_loss_scale(rank: int) -> None:
     model = transformer_of_vectors()
     fsdp(model)
-    optimizer = Lomo(model, lr=LR, loss_scale="dynamic")
+    optimizer = Lomo(model, lr=LR, loss_scale="dynamic", clip_passes="two")
     model.set_requires_gradient_sync(False)
     with pytest.raises(RuntimeError, match=r"no gradient came.*set_requires_gradient_sync"):
         optimizer.backward(loss_of(model, rank))
@@ -494,7 +499,7 @@ def traffic(rank: int, clip: float | None) -> None:
         for last in (False, True) if clip else (True,):
             loss.backward(retain_graph=not last)
     model.zero_grad()
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip, clip_passes="two")
     optimizer.backward(loss_of(model, rank))
     loss = loss_of(model, rank)
     with Collectives() as seen:
@@ -668,7 +673,7 @@ def groups_in_turn(rank: int) -> None:
     book = Textbook(model, lr=LR, clip_grad_norm=0.3)
     mesh = square("replicas", "shards")
     fsdp(model, mesh)
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3, clip_passes="two")
     optimizer._training.engine.groups = mesh.get_all_groups()
     real = dist.all_reduce
 
@@ -714,7 +719,7 @@ def some_ranks(rank: int) -> None:
     model = transformer_of_vectors()
     book = Textbook(model, lr=LR, clip_grad_norm=0.3)
     fsdp(model, mesh)
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.3, clip_passes="two")
     for step in range(5):
         book.step(sum(loss_of(book.model, 2 * step + n) for n in range(2)) / 2)
         optimizer.backward(loss_of(model, 2 * step + rank - 1))
@@ -731,7 +736,7 @@ def zeros(rank: int, loss_scale: float | None) -> None:
     model = transformer_of_vectors()
     book = Textbook(model, lr=LR)
     fsdp(model)
-    optimizer = Lomo(model, lr=LR, loss_scale=loss_scale)
+    optimizer = Lomo(model, lr=LR, loss_scale=loss_scale, clip_passes="two")
     for step in range(2):
         with optimizer.accumulate():
             optimizer.backward(loss_of(model, 10 + step))
@@ -755,7 +760,10 @@ def norms_of_whole_parameters(rank: int, way: str) -> None:
     model = make()
     alone = copy.deepcopy(model)
     spread(model)
-    ours, theirs = Lomo(model, lr=LR, clip_grad_norm=0.3), Lomo(alone, lr=LR, clip_grad_norm=0.3)
+    ours, theirs = (
+        Lomo(model, lr=LR, clip_grad_norm=0.3, clip_passes="two"),
+        Lomo(alone, lr=LR, clip_grad_norm=0.3, clip_passes="two"),
+    )
     for step in range(2):
         ours.backward(loss_of(model, step))
         theirs.backward(loss_of(alone, step))

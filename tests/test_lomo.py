@@ -31,9 +31,9 @@ MODELS = [
 ]
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "norm": {"clip_grad_norm": 0.3},
+    "norm": {"clip_grad_norm": 0.3, "clip_passes": "two"},
     "value": {"clip_grad_value": 0.01},
-    "all": {"clip_grad_norm": 0.3, "clip_grad_value": 0.02, "weight_decay": 0.1},
+    "all": {"clip_grad_norm": 0.3, "clip_grad_value": 0.02, "weight_decay": 0.1, "clip_passes": "two"},
     "one": {"clip_grad_norm": 0.3, "clip_grad_value": 0.02, "weight_decay": 0.1, "clip_passes": "one"},
 }
 COMBINATIONS = [
@@ -102,7 +102,14 @@ def test_groups_have_their_own_hyperparameters(dtype: torch.dtype, clip_grad_nor
         ([n for n in names if "norm" not in n and not n.endswith("bias")
           and "embedding" not in n and n != "positions"], {}),
     ]  # fmt: skip
-    shared = {"lr": 0.3, "weight_decay": 0.2, "clip_grad_norm": clip_grad_norm, "rounding": "stochastic", "seed": 5}
+    shared = {
+        "lr": 0.3,
+        "weight_decay": 0.2,
+        "clip_grad_norm": clip_grad_norm,
+        "rounding": "stochastic",
+        "seed": 5,
+        "clip_passes": "two",
+    }
     textbook = Textbook(model, groups=split, loss_scale=scale_for(dtype), **shared)
     named = dict(model.named_parameters())
     optimizer = Lomo([{"params": [named[n] for n in group], **options} for group, options in split], **shared)
@@ -158,7 +165,7 @@ def test_step_after_plain_backward_is_the_same_step(dtype: torch.dtype, rule: st
 def test_step_and_backward_mix() -> None:
     model = transformer(Options(dtype=torch.bfloat16))
     textbook = Textbook(model, lr=0.3, clip_grad_norm=0.3, rounding="stochastic")
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.3, rounding="stochastic")
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.3, rounding="stochastic", clip_passes="two")
     with pytest.warns(UserWarning):
         for step in range(6):
             if step % 2:
@@ -241,7 +248,9 @@ def test_decay_is_computed_in_float64_and_rounded_once(size: int, lr: float, wei
 @pytest.mark.parametrize("clip_grad_norm", [None, 0.1])
 def test_lr_of_fused_backward_is_for_all_groups_and_one_step(clip_grad_norm: float | None) -> None:
     a, b = vector(0.0), vector(0.0)
-    optimizer = Lomo([{"params": [a], "lr": 0.5}, {"params": [b]}], lr=0.25, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(
+        [{"params": [a], "lr": 0.5}, {"params": [b]}], lr=0.25, clip_grad_norm=clip_grad_norm, clip_passes="two"
+    )
     full = min(1.0, (clip_grad_norm or 9.0) / (2**0.5 + 1e-6))
     optimizer.fused_backward(a + b, lr=1.0)
     assert [a.item(), b.item()] == pytest.approx([-full, -full], rel=1e-6)
@@ -253,7 +262,7 @@ def test_lr_of_fused_backward_is_for_all_groups_and_one_step(clip_grad_norm: flo
 def test_grad_norm_then_fused_backward_is_one_step(clip_grad_norm: float | None) -> None:
     model = transformer()
     textbook = Textbook(model, lr=0.3, clip_grad_norm=clip_grad_norm)
-    optimizer = Lomo(model, lr=9.0, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=9.0, clip_grad_norm=clip_grad_norm, clip_passes="two")
     for step in range(STEPS):
         loss = loss_of(model, step)
         before = weights_of(model)
@@ -301,7 +310,7 @@ def test_large_and_small_and_empty_parameters(sizes: tuple[int, ...], clip_grad_
     held = nn.ParameterList(nn.Parameter(torch.randn(size)) for size in sizes)
     grads = [torch.randn(size) for size in sizes]
     textbook = Textbook(held, lr=0.1, clip_grad_norm=clip_grad_norm)
-    optimizer = Lomo(held, lr=0.1, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(held, lr=0.1, clip_grad_norm=clip_grad_norm, clip_passes="two")
     optimizer.backward(sum(gives(w, g) for w, g in zip(held, grads, strict=True)))
     textbook.step(sum(gives(w, g) for w, g in zip(textbook.model, grads, strict=True)), norm=optimizer.last_grad_norm)
     assert_same_bits(weights_of(held), weights_of(textbook.model))
@@ -314,7 +323,7 @@ def test_more_small_parameters_than_the_buffer_holds() -> None:
     held = nn.ParameterList(nn.Parameter(torch.randn(15000)) for _ in range(40))  # 2.3 MB in 60 kB pieces
     grads = [torch.randn(15000) for _ in range(40)]
     textbook = Textbook(held, lr=0.1, clip_grad_norm=1.0)
-    optimizer = Lomo(held, lr=0.1, clip_grad_norm=1.0)
+    optimizer = Lomo(held, lr=0.1, clip_grad_norm=1.0, clip_passes="two")
     optimizer.backward(sum(gives(w, g) for w, g in zip(held, grads, strict=True)))
     textbook.step(sum(gives(w, g) for w, g in zip(textbook.model, grads, strict=True)), norm=optimizer.last_grad_norm)
     assert_same_bits(weights_of(held), weights_of(textbook.model))
@@ -325,7 +334,7 @@ def test_mixed_dtypes_in_one_model() -> None:
     held = nn.ParameterList(nn.Parameter(torch.randn(33, dtype=dtype)) for dtype in DTYPES * 2)
     grads = [torch.randn(33) for _ in held]
     textbook = Textbook(held, lr=0.1, clip_grad_norm=1.0, loss_scale=2.0**16)
-    optimizer = Lomo(held, lr=0.1, clip_grad_norm=1.0)
+    optimizer = Lomo(held, lr=0.1, clip_grad_norm=1.0, clip_passes="two")
     assert optimizer.loss_scale.item() == 2.0**16, "one float16 parameter is enough for dynamic scaling"
     optimizer.backward(sum(gives(w, g) for w, g in zip(held, grads, strict=True)) / 100)
     textbook.step(
@@ -339,7 +348,7 @@ def test_dropout_has_one_mask_for_both_passes() -> None:
     for kind in ("none", "reentrant", "non-reentrant"):
         model = transformer(Options(dropout=0.5, checkpoint=kind))
         textbook = Textbook(model, lr=0.3, clip_grad_norm=0.3)
-        optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.3)
+        optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.3, clip_passes="two")
         for step in range(3):
             torch.manual_seed(step)
             optimizer.backward(loss_of(model, step))
@@ -350,7 +359,7 @@ def test_dropout_has_one_mask_for_both_passes() -> None:
 
 def test_it_trains() -> None:
     model = transformer(Options(dtype=torch.bfloat16))
-    optimizer = Lomo(model, lr=0.5, clip_grad_norm=1.0, rounding="stochastic")
+    optimizer = Lomo(model, lr=0.5, clip_grad_norm=1.0, rounding="stochastic", clip_passes="two")
     first = loss_of(model, 0).item()
     for _ in range(30):
         optimizer.backward(loss_of(model, 0))

@@ -13,8 +13,14 @@ from lomo_kernels import Lomo
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RULES = {
     "plain": {},
-    "norm": {"clip_grad_norm": 0.3},
-    "all": {"clip_grad_norm": 0.3, "clip_grad_value": 0.01, "weight_decay": 0.1, "rounding": "stochastic"},
+    "norm": {"clip_grad_norm": 0.3, "clip_passes": "two"},
+    "all": {
+        "clip_grad_norm": 0.3,
+        "clip_grad_value": 0.01,
+        "weight_decay": 0.1,
+        "rounding": "stochastic",
+        "clip_passes": "two",
+    },
     "one": {"clip_grad_norm": 0.3, "weight_decay": 0.1, "clip_passes": "one"},
 }
 PARTS = 3
@@ -88,7 +94,7 @@ def test_the_parts_equal_the_whole_batch() -> None:
     for parts in (1, 2, 4, 8):
         torch.manual_seed(1)
         model = nn.Linear(5, 3)
-        optimizer = Lomo(model, lr=0.5, clip_grad_norm=0.1)
+        optimizer = Lomo(model, lr=0.5, clip_grad_norm=0.1, clip_passes="two")
         for step in range(3):
             for part, (a, b) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
                 loss = (model(a) - b).square().mean() / parts
@@ -107,7 +113,7 @@ def test_parts_that_reach_different_parameters() -> None:
     held = nn.ParameterList([vector(0.0, 0.0), vector(0.0), vector(0.0)])
     a, b, c = held
     textbook = Textbook(held, lr=1.0, clip_grad_norm=1.0)
-    optimizer = Lomo(held, lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo(held, lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     one, two = torch.tensor([1.0, 2.0]), torch.tensor([-3.0])
     with optimizer.accumulate():
         optimizer.backward(gives(a, one))
@@ -123,7 +129,7 @@ def test_parts_that_reach_different_parameters() -> None:
 def test_the_sum_counts_not_the_parts() -> None:
     """Each part is far over the bound, their sum is not."""
     w = vector(0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_grad_value=0.6)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_grad_value=0.6, clip_passes="two")
     with optimizer.accumulate():
         optimizer.backward(gives(w, torch.tensor([100.0])))
     optimizer.backward(gives(w, torch.tensor([-99.5])))
@@ -136,7 +142,7 @@ def test_consuming_in_two_passes_where_nothing_is_kept_and_one_where_something_i
     passes = []
     w = vector(0.0)
     w.register_hook(lambda grad: passes.append(1))
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     for count, kept in ((3, False), (1, True), (2, False)):
         if kept:
             gives(w, torch.ones(1)).backward()
@@ -168,7 +174,7 @@ def test_accumulate_nests() -> None:
 
 def test_accumulate_alone_is_no_step() -> None:
     w = vector(0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     with optimizer.accumulate():
         optimizer.backward(gives(w, torch.ones(1)))
     assert (w.item(), optimizer.step_count.item(), w.grad.item()) == (0.0, 0, 1.0)
@@ -178,7 +184,7 @@ def test_accumulate_alone_is_no_step() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_grad_drops_the_parts(dtype: torch.dtype, set_to_none: bool) -> None:
     w = vector(0.0, dtype=dtype)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=9.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=9.0, clip_passes="two")
     with optimizer.accumulate():
         optimizer.backward(w.float().sum() * 0.5)
     optimizer.zero_grad(set_to_none=set_to_none)

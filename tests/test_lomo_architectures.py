@@ -25,7 +25,7 @@ WIDTH = 16
 BATCH, SEQ = 2, 5
 
 # Norms of these gradients are between 1 and 30: the coefficient of clipping is well below 1 in every step.
-CLIP = {"clip_grad_norm": 0.2}
+CLIP = {"clip_grad_norm": 0.2, "clip_passes": "two"}
 MODES: dict[str, dict[str, Any]] = {
     "fused, one pass": {"fused_layers": True, "clip_passes": "one"} | CLIP,
     "fused, two passes": {"fused_layers": True, "clip_passes": "two"} | CLIP,

@@ -20,7 +20,7 @@ def coefficient(clip: float, norm: float) -> float:
 
 def test_norm_is_over_all_parameters_and_groups() -> None:
     a, b, c = vector(0.0), vector(0.0, 0.0), nn.Parameter(torch.zeros(200, 200))
-    optimizer = Lomo([{"params": [a]}, {"params": [b, c], "lr": 0.5}], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([{"params": [a]}, {"params": [b, c], "lr": 0.5}], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     loss = 2 * a.sum() + gives(b, torch.tensor([1.0, 2.0])) + (c * torch.eye(200)).sum() * 4  # 4 + 5 + 16 * 200
     optimizer.backward(loss)
     norm = math.sqrt(4 + 5 + 3200)
@@ -35,7 +35,7 @@ def test_norm_is_over_all_parameters_and_groups() -> None:
 def test_coefficient(size: int, clip: float) -> None:
     grad = torch.linspace(-1, 1, size) if size > 1 else torch.tensor([-0.7])
     w = nn.Parameter(torch.zeros(size))
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=clip)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=clip, clip_passes="two")
     optimizer.backward(gives(w, grad))
     norm = grad.double().norm().item()
     assert optimizer.last_grad_norm.item() == pytest.approx(norm, rel=1e-6)
@@ -45,7 +45,7 @@ def test_coefficient(size: int, clip: float) -> None:
 @pytest.mark.parametrize("kept", [False, True], ids=["backward", "step"])
 def test_values_are_clamped_before_the_coefficient_and_the_norm_is_of_the_unclamped(kept: bool) -> None:
     w = vector(0.0, 0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_grad_value=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_grad_value=1.0, clip_passes="two")
     loss = gives(w, torch.tensor([3.0, 4.0]))
     if kept:
         loss.backward()
@@ -61,7 +61,7 @@ def test_values_are_clamped_before_the_coefficient_and_the_norm_is_of_the_unclam
 def test_no_clipping_below_the_bound() -> None:
     """A coefficient of one changes no bit."""
     clipped, plain = transformer(), transformer()
-    a, b = Lomo(clipped, lr=0.3, clip_grad_norm=1e6), Lomo(plain, lr=0.3)
+    a, b = Lomo(clipped, lr=0.3, clip_grad_norm=1e6, clip_passes="two"), Lomo(plain, lr=0.3)
     for step in range(3):
         a.backward(loss_of(clipped, step))
         b.backward(loss_of(plain, step))
@@ -73,7 +73,7 @@ def test_no_clipping_below_the_bound() -> None:
 @pytest.mark.parametrize("clip_grad_norm", [None, 0.1])
 def test_last_grad_norm_without_and_with_clipping(dtype: torch.dtype, clip_grad_norm: float | None) -> None:
     model = transformer(Options(dtype=dtype, tied=True))
-    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip_grad_norm, clip_grad_value=1e-3)
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip_grad_norm, clip_grad_value=1e-3, clip_passes="two")
     for step in range(3):
         grads = torch.autograd.grad(loss_of(model, step) * 1024, list(model.parameters()))
         exact = math.sqrt(sum((grad.double() / 1024).square().sum().item() for grad in grads))
@@ -88,7 +88,7 @@ def test_last_grad_norm_without_and_with_clipping(dtype: torch.dtype, clip_grad_
 
 def test_last_grad_norm_is_a_tensor_of_one_step() -> None:
     w = vector(0.0, 0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     assert optimizer.last_grad_norm.item() == 0.0
     for scale in (1.0, 100.0, 0.01):
         optimizer.backward(gives(w, torch.tensor([3.0, 4.0])) * scale)
@@ -101,7 +101,7 @@ def test_last_grad_norm_is_a_tensor_of_one_step() -> None:
 def test_huge_and_tiny_gradients(size: float) -> None:
     """Their squares leave float32's range; the norm does not."""
     w = nn.Parameter(torch.zeros(3, 7))
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     optimizer.backward(w.sum() * size)
     assert optimizer.last_grad_norm.item() == pytest.approx(size * math.sqrt(21), rel=1e-6)
     expected = coefficient(1.0, size * math.sqrt(21)) * size
@@ -111,7 +111,7 @@ def test_huge_and_tiny_gradients(size: float) -> None:
 
 def test_zero_gradients() -> None:
     w = vector(1.0, -2.0)
-    optimizer = Lomo([w], lr=0.5, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=0.5, clip_grad_norm=1.0, clip_passes="two")
     optimizer.backward(gives(w, torch.zeros(2)))
     assert w.tolist() == [1.0, -2.0]
     assert optimizer.last_grad_norm.item() == 0.0
@@ -127,7 +127,7 @@ def test_norm_does_not_depend_on_the_order_of_the_hooks() -> None:
     grads = [torch.randn_like(param) * 10**i for i, param in enumerate(params)]
     norms = []
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [3, 4, 1, 0, 2]):
-        optimizer = Lomo(params, lr=0.0, clip_grad_norm=1.0)
+        optimizer = Lomo(params, lr=0.0, clip_grad_norm=1.0, clip_passes="two")
         optimizer.backward(sum(gives(params[i], grads[i]) for i in order))
         norms.append(optimizer.last_grad_norm.clone())
         optimizer.remove()
@@ -175,7 +175,7 @@ def test_a_norm_is_not_used_by_the_next_step(
     first: Callable[[Lomo, Tensor], None], second: Callable[[Lomo, Tensor], None]
 ) -> None:
     w = vector(0.0, 0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     optimizer.backward(huge(w))
     for run in (first, second):
         with torch.no_grad():
@@ -190,7 +190,7 @@ def test_a_norm_is_not_used_by_the_next_step(
 def test_a_step_ends_what_grad_norm_found(between: Callable[[Lomo, Tensor], None]) -> None:
     """grad_norm() is for the fused_backward() that follows it; whatever else comes finds its own norm."""
     w = vector(0.0, 0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     optimizer.grad_norm(huge(w))
     between(optimizer, w)
     assert optimizer.last_grad_norm.item() == pytest.approx(5.0, rel=1e-6)
@@ -205,7 +205,7 @@ def test_a_step_ends_what_grad_norm_found(between: Callable[[Lomo, Tensor], None
 @pytest.mark.parametrize("change", ["load_state_dict", "add_param_group", "to another dtype and back", "zero_grad"])
 def test_what_changes_the_optimizer_ends_what_grad_norm_found(change: str) -> None:
     held = nn.ParameterList([vector(0.0, 0.0)])
-    optimizer = Lomo(held.parameters(), lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo(held.parameters(), lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     optimizer.grad_norm(huge(held[0]))
     if change == "load_state_dict":
         optimizer.load_state_dict(optimizer.state_dict())
@@ -225,7 +225,7 @@ def test_what_changes_the_optimizer_ends_what_grad_norm_found(change: str) -> No
 
 def test_grad_norm_twice_uses_the_later() -> None:
     w = vector(0.0, 0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     optimizer.grad_norm(huge(w))
     optimizer.grad_norm(ordinary(w))
     optimizer.fused_backward(ordinary(w), lr=1.0)
@@ -234,7 +234,7 @@ def test_grad_norm_twice_uses_the_later() -> None:
 
 def test_grad_norm_is_used_once() -> None:
     w = vector(0.0, 0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     optimizer.grad_norm(huge(w))
     optimizer.fused_backward(huge(w), lr=1.0)
     with torch.no_grad():
@@ -247,7 +247,7 @@ def test_grad_norm_then_a_second_forward_as_lomo_optim_has_it() -> None:
     """lomo_optim's trainers compute the loss again between the two; the norm found holds for it."""
     model = transformer()
     textbook = Textbook(model, lr=0.3, clip_grad_norm=0.1)
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.1)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.1, clip_passes="two")
     for step in range(3):
         optimizer.grad_norm(loss_of(model, step))
         optimizer.fused_backward(loss_of(model, step), lr=0.3)
@@ -258,7 +258,7 @@ def test_grad_norm_then_a_second_forward_as_lomo_optim_has_it() -> None:
 def test_grad_norm_refuses_kept_gradients() -> None:
     """Its norm would be of a part of the step only."""
     w = vector(0.0, 0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     ordinary(w).backward()
     with pytest.raises(RuntimeError, match=r"\.grad"):
         optimizer.grad_norm(ordinary(w))
@@ -266,7 +266,7 @@ def test_grad_norm_refuses_kept_gradients() -> None:
 
 def test_failed_norm_backward_leaves_no_norm_behind() -> None:
     w = vector(0.0, 0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     optimizer.grad_norm(huge(w))
     loss = ordinary(w)
     torch.autograd.grad(loss, w)  # frees the graph

@@ -31,7 +31,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "two": {"clip_grad_norm": 0.3, "clip_grad_value": 0.5},
+    "two": {"clip_grad_norm": 0.3, "clip_grad_value": 0.5, "clip_passes": "two"},
     "one": {"clip_grad_norm": 0.3, "clip_passes": "one", "nonfinite": "raise"},
     "fused": {"clip_grad_norm": 0.3, "clip_passes": "one", "fused_layers": True},
     "tensor": {"lr": torch.tensor(0.3, dtype=torch.float64), "weight_decay": torch.tensor(0.5)},

@@ -58,9 +58,9 @@ def in_a_thread(stack, call):
 
 MODES = {
     "plain": {},
-    "two": {"clip_grad_norm": 0.05},
+    "two": {"clip_grad_norm": 0.05, "clip_passes": "two"},
     "one": {"clip_grad_norm": 0.05, "clip_passes": "one"},
-    "dynamic": {"loss_scale": "dynamic"},
+    "dynamic": {"loss_scale": "dynamic", "clip_passes": "two"},
     "dynamic one": {"loss_scale": "dynamic", "clip_passes": "one"},
 }
 """
@@ -142,7 +142,7 @@ class Kept(torch.autograd.Function):
 
 references = []
 w = nn.Parameter(torch.ones(1))
-optimizer = Lomo([w], lr=0.1, clip_grad_norm=0.05)
+optimizer = Lomo([w], lr=0.1, clip_grad_norm=0.05, clip_passes="two")
 for turn in range(4):
     optimizer.backward(chain(Kept.apply(w), 2_000).sum())
     alive = [reference() is not None for reference in references]

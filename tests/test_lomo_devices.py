@@ -143,7 +143,7 @@ def test_a_full_buffer_is_emptied_on_its_own_stream(cuda: Cuda) -> None:
 def test_the_cpu_is_never_asked_for_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams.torch.cuda, "current_stream", None)
     model = transformer(Options())
-    Lomo(model, lr=0.1, clip_grad_norm=1.0).backward(loss_of(model, 0))
+    Lomo(model, lr=0.1, clip_grad_norm=1.0, clip_passes="two").backward(loss_of(model, 0))
 
 
 # ---- Threads --------------------------------------------------------------------------------------------------------
@@ -194,9 +194,9 @@ def spread(optimizer: Lomo, second: Callable[[int], bool]) -> None:
 
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "norm": {"clip_grad_norm": 0.1},
-    "scale": {"loss_scale": "dynamic"},
-    "static": {"loss_scale": 64.0, "clip_grad_norm": 0.1, "rounding": "stochastic"},
+    "norm": {"clip_grad_norm": 0.1, "clip_passes": "two"},
+    "scale": {"loss_scale": "dynamic", "clip_passes": "two"},
+    "static": {"loss_scale": 64.0, "clip_grad_norm": 0.1, "rounding": "stochastic", "clip_passes": "two"},
 }
 
 
@@ -220,7 +220,7 @@ def test_two_devices_equal_one(rule: str, second: str) -> None:
 @pytest.mark.parametrize("overflows", [0, 1])
 def test_an_overflow_on_one_device_skips_the_step_on_both(overflows: int) -> None:
     params = [nn.Parameter(torch.ones(5)) for _ in range(2)]
-    optimizer = Lomo(params, lr=0.5, clip_grad_norm=1.0, weight_decay=0.1)
+    optimizer = Lomo(params, lr=0.5, clip_grad_norm=1.0, weight_decay=0.1, clip_passes="two")
     spread(optimizer, lambda i: i == 1)
     factors = [torch.ones(()), torch.ones(())]
     factors[overflows].fill_(torch.inf)

@@ -16,7 +16,7 @@ from lomo_kernels import Lomo
 LR = 0.5
 RULES: dict[str, dict[str, Any]] = {
     "hook": {},
-    "two": {"clip_grad_norm": 0.05},
+    "two": {"clip_grad_norm": 0.05, "clip_passes": "two"},
     "one": {"clip_grad_norm": 0.05, "clip_passes": "one"},
 }
 

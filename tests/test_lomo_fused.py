@@ -20,9 +20,9 @@ from lomo_kernels.layers import FusedLayer
 
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "two": {"clip_grad_norm": 0.3},
+    "two": {"clip_grad_norm": 0.3, "clip_passes": "two"},
     "one": {"clip_grad_norm": 0.3, "clip_passes": "one"},
-    "all, two": {"clip_grad_norm": 0.3, "clip_grad_value": 0.02, "weight_decay": 0.1},
+    "all, two": {"clip_grad_norm": 0.3, "clip_grad_value": 0.02, "weight_decay": 0.1, "clip_passes": "two"},
     "all, one": {"clip_grad_norm": 0.3, "clip_grad_value": 0.02, "weight_decay": 0.1, "clip_passes": "one"},
 }
 STEPS = 5

@@ -45,7 +45,7 @@ def test_a_backbone_beside_a_head_of_another_optimizer(loss_scale: Any, clip_gra
     """The head's .grad is its gradient: once, not once for each pass, and without the loss scale."""
     model = transformer()
     backbone = [param for name, param in model.named_parameters() if name != "head.weight"]
-    optimizer = Lomo(backbone, lr=0.3, clip_grad_norm=clip_grad_norm, loss_scale=loss_scale)
+    optimizer = Lomo(backbone, lr=0.3, clip_grad_norm=clip_grad_norm, loss_scale=loss_scale, clip_passes="two")
     adam = torch.optim.AdamW([model.head.weight], lr=1e-3)
     expected = torch.autograd.grad(loss_of(model, 0), model.head.weight)[0]
     optimizer.backward(loss_of(model, 0))
@@ -70,7 +70,7 @@ def test_leaves_of_others_inside_checkpoints(
     plain = transformer(Options(checkpoint=kind))
     loss_of(plain, 0).backward()
     expected = {name: param.grad for name, param in plain.named_parameters()}
-    optimizer = Lomo(ours, lr=0.3, clip_grad_norm=clip_grad_norm, loss_scale=loss_scale)
+    optimizer = Lomo(ours, lr=0.3, clip_grad_norm=clip_grad_norm, loss_scale=loss_scale, clip_passes="two")
     before = weights_of(model)
     try:
         optimizer.backward(loss_of(model, 0))
@@ -87,7 +87,7 @@ def test_leaves_of_others_inside_checkpoints(
 def test_gradients_add_to_those_of_others(loss_scale: Any, clip_grad_norm: float | None) -> None:
     a, b = vector(0.0), vector(0.0)
     b.grad = torch.tensor([1.0])
-    optimizer = Lomo([a], lr=1.0, clip_grad_norm=clip_grad_norm, loss_scale=loss_scale)
+    optimizer = Lomo([a], lr=1.0, clip_grad_norm=clip_grad_norm, loss_scale=loss_scale, clip_passes="two")
     optimizer.backward((a + b / 4).sum())
     assert b.grad.item() == 1.25
     with optimizer.accumulate():
@@ -103,7 +103,7 @@ def test_gradients_of_inputs(clip_grad_norm: float | None) -> None:
     model = nn.Linear(3, 1)
     x = torch.ones(2, 3, requires_grad=True)
     expected = model.weight.detach().clone().expand(2, 3)
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm, clip_passes="two")
     optimizer.backward(model(x).sum())
     assert torch.equal(x.grad, expected)
 
@@ -196,7 +196,7 @@ def test_losses_of_one_element(shape: tuple[int, ...], clip_grad_norm: float | N
 @CLIPPING
 def test_a_batch_of_zero_loss(clip_grad_norm: float | None) -> None:
     model = transformer()
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm, clip_passes="two")
     before = weights_of(model)
     optimizer.backward(loss_of(model, 0) * 0.0)
     for name, param in model.named_parameters():
@@ -245,7 +245,7 @@ def test_module_hooks_see_every_pass(clip_grad_norm: float | None) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     seen = []
     model[1].register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
-    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip_grad_norm, clip_passes="two")
     for first in (True, False):  # the first step with a graph runs its norm pass twice
         seen.clear()
         optimizer.backward(model(torch.ones(2, 3)).sum())
@@ -260,7 +260,7 @@ def test_autocast_sees_new_weights_within_one_context(clip_grad_norm: float | No
     """Autocast keeps bfloat16 copies of float32 weights until its context ends; a step must throw them away."""
     model = transformer()
     textbook = Textbook(model, lr=0.3, clip_grad_norm=clip_grad_norm)
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm, clip_passes="two")
     with torch.autocast("cpu", torch.bfloat16):
         for step in range(3):
             optimizer.backward(loss_of(model, step))
@@ -290,7 +290,7 @@ def test_grad_scaler_with_plain_backwards() -> None:
     """torch's scaler on float32 weights: it unscales .grad, and leaves out step() after an overflow."""
     model = transformer()
     textbook = Textbook(model, lr=0.3, clip_grad_norm=0.3)
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.3)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.3, clip_passes="two")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     for step in range(4):
         bad = step == 1
@@ -314,7 +314,7 @@ def test_a_closure_with_a_plain_backward(clip_grad_norm: float | None) -> None:
     """As LBFGS wants it, and Lightning's automatic optimization has it."""
     model = transformer()
     textbook = Textbook(model, lr=0.3, clip_grad_norm=clip_grad_norm)
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm, clip_passes="two")
     for step in range(3):
 
         def closure(step: int = step) -> Tensor:
@@ -336,7 +336,7 @@ def test_a_closure_that_calls_our_backward(clip_grad_norm: float | None) -> None
     """A Lightning strategy whose backward is ours: step(closure) then is no second step, and warns of nothing."""
     model = transformer()
     textbook = Textbook(model, lr=0.3, clip_grad_norm=clip_grad_norm)
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm, clip_passes="two")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(3):
@@ -358,7 +358,7 @@ def test_a_loop_written_for_any_optimizer(clip_grad_norm: float | None) -> None:
     """backward, step and zero_grad, of which the last two find nothing to do."""
     model = transformer()
     textbook = Textbook(model, lr=0.3, clip_grad_norm=clip_grad_norm)
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm, clip_passes="two")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(3):
@@ -435,7 +435,7 @@ def test_a_compiled_model_with_donated_buffers_in_two_passes(fresh_compiler: Non
     """torch's own message does not say who asked for two passes. It comes where a plain backward was compiled first."""
     torch.manual_seed(0)
     model = Net()
-    optimizer = Lomo(model, lr=0.1, clip_grad_norm=0.1)
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=0.1, clip_passes="two")
     before = weights_of(model)
     with donated_buffers(True):
         compiled = torch.compile(model, backend="aot_eager")
@@ -476,7 +476,9 @@ def test_two_threads_train_two_models(clip_grad_norm: float | None) -> None:
 
     def run(seed: int) -> None:
         try:
-            optimizer = Lomo(models[seed], lr=0.3, rounding="stochastic", seed=seed, clip_grad_norm=clip_grad_norm)
+            optimizer = Lomo(
+                models[seed], lr=0.3, rounding="stochastic", seed=seed, clip_grad_norm=clip_grad_norm, clip_passes="two"
+            )
             start.wait()
             for step in range(8):
                 optimizer.backward(loss_of(models[seed], 10 * seed + step))
@@ -508,7 +510,7 @@ def test_a_step_in_another_thread_than_the_constructors() -> None:
 def test_two_threads_take_turns_on_one_optimizer() -> None:
     """Two losses over separate parts: whatever the order, both steps are whole."""
     held = nn.ParameterList(nn.Parameter(torch.zeros(1000)) for _ in range(2))
-    optimizer = Lomo(held, lr=1.0, clip_grad_norm=1e9)
+    optimizer = Lomo(held, lr=1.0, clip_grad_norm=1e9, clip_passes="two")
     errors: list[BaseException] = []
 
     def run(index: int) -> None:
@@ -535,7 +537,7 @@ def test_two_threads_take_turns_on_one_optimizer() -> None:
 def test_functional_gradients_in_between(way: str) -> None:
     model = transformer()
     textbook = Textbook(model, lr=0.3, clip_grad_norm=0.3)
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.3)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.3, clip_passes="two")
     for step in range(2):
         if way == "grad":
             torch.autograd.grad(loss_of(model, 9), list(model.parameters()), retain_graph=True)
@@ -571,7 +573,7 @@ def test_a_gradient_penalty(clip_grad_norm: float | None) -> None:
 def test_a_graph_kept_for_more(clip_grad_norm: float | None) -> None:
     """A plain backward that keeps its graph, and then ours: both count."""
     w = vector(0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=None if clip_grad_norm is None else 9.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=None if clip_grad_norm is None else 9.0, clip_passes="two")
     loss = gives(w, torch.tensor([0.5]))
     loss.backward(retain_graph=True)
     optimizer.backward(loss)

@@ -89,7 +89,7 @@ def plain(optimizer: Lomo, model: nn.Module, seed: int) -> None:
     optimizer.zero_grad()
 
 
-CLIP = {"clip_grad_norm": 0.05}
+CLIP = {"clip_grad_norm": 0.05, "clip_passes": "two"}
 Way = Callable[[Lomo, nn.Module, int], None]
 #: The optimizer's options, and what is called for one step.
 MODES: dict[str, tuple[dict[str, Any], Way]] = {
@@ -99,7 +99,7 @@ MODES: dict[str, tuple[dict[str, Any], Way]] = {
     "fused": ({"fused_layers": True}, backward),
     "fused two": (CLIP | {"fused_layers": True}, backward),
     "fused one": (CLIP | {"fused_layers": True, "clip_passes": "one"}, backward),
-    "dynamic": ({"loss_scale": "dynamic"}, backward),
+    "dynamic": ({"loss_scale": "dynamic", "clip_passes": "two"}, backward),
     "static": ({"loss_scale": 512.0}, backward),
     "accumulated": ({"loss_scale": 512.0, **CLIP}, accumulated),
     "grad_norm": (CLIP, pair),
@@ -284,7 +284,7 @@ def test_a_hook_before_the_optimizers_that_fails(mode: str, name: str) -> None:
 
 def test_what_became_of_a_step() -> None:
     model = net()
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.05, loss_scale=4.0)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.05, loss_scale=4.0, clip_passes="two")
     assert optimizer.last_step_outcome is None
     backward(optimizer, model, 0)
     assert optimizer.last_step_outcome == "complete"
@@ -328,7 +328,7 @@ def test_accumulated_gradients_that_the_broken_step_added_to_are_dropped_with_a_
 def test_accumulated_gradients_stay_if_the_broken_step_has_not_come_to_them() -> None:
     """A loss of the wrong dtype, a graph that is used up: nothing was added, and the sum goes on."""
     model = net()
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.05)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.05, clip_passes="two")
     textbook = Textbook(model, lr=LR, clip_grad_norm=0.05)
     used = model(index(5))
     used.backward()
@@ -352,7 +352,7 @@ def test_gradients_of_other_leaves_are_given_back() -> None:
     other, sgd = nn.Parameter(torch.ones(200)), torch.ones(200) * 3
     for at in (0, 1):
         handle = failing(model, "embedding.weight", at)
-        optimizer = Lomo(model, lr=LR, clip_grad_norm=0.05, loss_scale=512.0)
+        optimizer = Lomo(model, lr=LR, clip_grad_norm=0.05, loss_scale=512.0, clip_passes="two")
         other.grad = sgd.clone()
         with pytest.raises(Failure):
             optimizer.backward(model(index(0)) * other.sum())
@@ -394,10 +394,10 @@ def test_a_use_of_the_optimizer_by_a_hook_inside_its_step(mode: str, use: str) -
     "options",
     [
         {},
-        {"clip_grad_norm": 0.5},
+        {"clip_grad_norm": 0.5, "clip_passes": "two"},
         {"clip_grad_norm": 0.5, "clip_passes": "one"},
         {"loss_scale": 8.0},
-        {"loss_scale": "dynamic"},
+        {"loss_scale": "dynamic", "clip_passes": "two"},
         {"loss_scale": "dynamic", "clip_passes": "one"},
     ],
     ids=str,
@@ -416,7 +416,7 @@ def test_a_loss_that_is_a_parameter(options: dict[str, Any], fused: bool) -> Non
     assert w.grad is not None
 
 
-@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.5}, {"loss_scale": 8.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.5, "clip_passes": "two"}, {"loss_scale": 8.0}], ids=str)
 def test_a_loss_that_is_somebody_elses_parameter(options: dict[str, Any]) -> None:
     w, other = vector(1.0), vector(2.0)
     optimizer = Lomo([w], lr=LR, **options)
@@ -429,7 +429,9 @@ def test_a_loss_that_is_somebody_elses_parameter(options: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("size", [3, 20_000])
 @pytest.mark.parametrize(
-    "options", [{}, {"clip_grad_norm": 5.0}, {"clip_grad_norm": 5.0, "clip_passes": "one"}], ids=str
+    "options",
+    [{}, {"clip_grad_norm": 5.0, "clip_passes": "two"}, {"clip_grad_norm": 5.0, "clip_passes": "one"}],
+    ids=str,
 )
 def test_a_gradient_that_is_not_finite_and_raises(options: dict[str, Any], size: int) -> None:
     w, v = nn.Parameter(torch.ones(size)), vector(1.0)

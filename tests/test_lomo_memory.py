@@ -21,7 +21,7 @@ TOKENS = 2  # so few that every large tensor made in a step is a gradient, or a 
 LARGE = 64 * 1024
 BUFFER = 1024 * 1024 + LARGE  # small gradients that may wait at any time, and the one that made it full
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RULES = {"one pass": {}, "two passes": {"clip_grad_norm": 1.0}}
+RULES = {"one pass": {"clip_passes": "two"}, "two passes": {"clip_grad_norm": 1.0, "clip_passes": "two"}}
 
 
 class Stack(nn.Module):
@@ -195,7 +195,7 @@ def test_the_optimizer_itself_is_small(dtype: torch.dtype) -> None:
     model = stack(dtype)
     count = len(list(model.parameters()))
     with LiveBytes() as live:
-        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=1.0, rounding="stochastic")
+        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=1.0, rounding="stochastic", clip_passes="two")
         optimizer.backward(model(tokens()))
         gc.collect()
         assert live.current <= 256 + 8 * count, "one float64 per parameter and some scalars"
@@ -216,7 +216,7 @@ def test_step_makes_no_copies(dtype: torch.dtype, rule: str) -> None:
 
 def test_accumulated_gradients_die_with_their_step() -> None:
     model = stack()
-    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=1.0)
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=1.0, clip_passes="two")
 
     def step() -> None:
         for _ in range(2):
@@ -255,7 +255,7 @@ def test_a_step_that_fails_half_way_leaves_nothing_behind() -> None:
 
 def test_gradients_given_to_fused_backward_die_too() -> None:
     model = stack()
-    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=1.0)
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=1.0, clip_passes="two")
 
     def step() -> None:
         loss = model(tokens())

@@ -21,7 +21,7 @@ from lomo_kernels.optim import scaling
 LR = 0.5
 RULES: dict[str, dict[str, Any]] = {
     "hook": {},
-    "two": {"clip_grad_norm": 0.05},
+    "two": {"clip_grad_norm": 0.05, "clip_passes": "two"},
     "one": {"clip_grad_norm": 0.05, "clip_passes": "one"},
 }
 BY_RULE = pytest.mark.parametrize("rule", RULES)
@@ -82,7 +82,7 @@ def test_without_a_scale_it_underflows(scale: float | None) -> None:
     """What the test above is there for."""
     model = Perceptron()
     before = weights_of(model)
-    optimizer = Lomo(model, LR / model.shrink, loss_scale=scale)
+    optimizer = Lomo(model, LR / model.shrink, loss_scale=scale, clip_passes="two")
     with under(torch.float16):
         optimizer.backward(model(0))
     assert_same_bits(

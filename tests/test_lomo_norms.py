@@ -17,7 +17,7 @@ from lomo_kernels import Lomo
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clamped": {"clip_grad_value": 1e-4},
-    "two": {"clip_grad_norm": 1e-3},
+    "two": {"clip_grad_norm": 1e-3, "clip_passes": "two"},
     "one": {"clip_grad_norm": 1e-3, "clip_passes": "one"},
     "scaled": {"loss_scale": 512.0},
     "dynamic": {"loss_scale": "dynamic", "clip_grad_norm": 1e-3, "clip_passes": "one"},
@@ -60,7 +60,7 @@ def test_every_mode(options: str, fused: bool) -> None:
 @pytest.mark.parametrize("way", ["step", "accumulate", "fused_backward", "grad_norm"])
 def test_every_way_of_a_step(way: str, clip_grad_norm: float | None) -> None:
     model = transformer(LARGE)
-    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip_grad_norm, loss_scale=4.0)
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip_grad_norm, loss_scale=4.0, clip_passes="two")
     theirs = expected(model, 0)
     if way == "step":
         loss_of(model, 0).backward()
@@ -78,7 +78,7 @@ def test_every_way_of_a_step(way: str, clip_grad_norm: float | None) -> None:
 
 def test_a_gradient_that_is_not_finite_is_the_one_that_is_named() -> None:
     a, b = vector(0.0), vector(0.0)
-    optimizer = Lomo([("a", a), ("b", b)], clip_grad_norm=1.0)
+    optimizer = Lomo([("a", a), ("b", b)], clip_grad_norm=1.0, clip_passes="two")
     optimizer.backward(gives(a, torch.tensor([3.0])) + gives(b, torch.tensor([math.inf])))
     norms = optimizer.grad_norms()
     assert norms["a"].item() == 3.0 and not norms["b"].isfinite()
@@ -138,7 +138,7 @@ class Reads(TorchDispatchMode):
 
 def test_the_host_reads_nothing() -> None:
     model = transformer()
-    optimizer = Lomo(model, lr=0.1, clip_grad_norm=1.0)
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=1.0, clip_passes="two")
     optimizer.backward(loss_of(model, 0))
     with Reads():
         norms = optimizer.grad_norms()

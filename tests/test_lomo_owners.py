@@ -24,7 +24,7 @@ LR = 0.5
 NORM = 0.05
 RULES: dict[str, dict[str, Any]] = {
     "hook": {},
-    "two": {"clip_grad_norm": NORM},
+    "two": {"clip_grad_norm": NORM, "clip_passes": "two"},
     "one": {"clip_grad_norm": NORM, "clip_passes": "one"},
 }
 BY_RULE = pytest.mark.parametrize("rule", RULES)
@@ -320,7 +320,7 @@ def test_a_newer_optimizer_takes_over(fused: bool, rule: str) -> None:
     torch.manual_seed(0)
     model = perceptron(8, 1)
     x = torch.randn(16, 8)
-    first = Lomo(model, lr=0.1, fused_layers=True, clip_grad_norm=1.0)
+    first = Lomo(model, lr=0.1, fused_layers=True, clip_grad_norm=1.0, clip_passes="two")
     first.backward(model(x).square().mean())
     state = first.state_dict()
     second = Lomo(model, lr=LR, fused_layers=fused, **RULES[rule])
@@ -422,7 +422,7 @@ def test_no_newer_optimizer_amid_a_step() -> None:
 def test_gradients_left_to_the_next_optimizer_carry_no_loss_scale(way: str, dtype: torch.dtype) -> None:
     """accumulate() leaves 65536 times the gradient, which only its own optimizer knows."""
     w = vector(1.0, dtype=dtype)
-    older = Lomo([w], loss_scale="dynamic")
+    older = Lomo([w], loss_scale="dynamic", clip_passes="two")
     with older.accumulate():
         older.backward(gives(w, torch.tensor([0.125])))
     if way == "removed":
@@ -511,7 +511,7 @@ def test_accumulated_gradients_that_are_swapped_keep_their_scale(scale: Any, swa
     torch.manual_seed(0)
     model = perceptron(8, 1)
     textbook = Textbook(model, lr=LR, loss_scale=scale)
-    optimizer = Lomo(model, LR, loss_scale=scale)
+    optimizer = Lomo(model, LR, loss_scale=scale, clip_passes="two")
     x = data(0)[0]
     with optimizer.accumulate():
         optimizer.backward(model(x).square().mean())

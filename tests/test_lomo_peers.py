@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def test_a_backward_in_evaluation_updates_nothing() -> None:
     model = transformer()
-    Lomo(model, lr=0.1, clip_grad_norm=1.0)
+    Lomo(model, lr=0.1, clip_grad_norm=1.0, clip_passes="two")
     before = weights_of(model)
     model.eval()
     loss_of(model, 0).backward()
@@ -99,7 +99,7 @@ def test_float16_is_recognised_by_parameters_and_by_what_backward_computes() -> 
 def test_an_overflow_in_a_single_process_is_handled(clip_grad_norm: float | None) -> None:
     assert not (torch.distributed.is_available() and torch.distributed.is_initialized())
     model = transformer(Options(dtype=torch.float16))
-    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip_grad_norm, clip_passes="two")
     optimizer.backward(loss_of(model, 0) * 1e6)
     assert optimizer.skipped_steps.item() == 1
     assert all(param.isfinite().all() for param in model.parameters())
@@ -116,7 +116,7 @@ def test_an_overflow_met_while_updating_leaves_no_half_updated_model() -> None:
 
 def test_an_overflow_in_grad_norm_does_not_stick() -> None:
     model = transformer(Options(dtype=torch.float16))
-    optimizer = Lomo(model, lr=0.1, clip_grad_norm=1.0)
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=1.0, clip_passes="two")
     before = weights_of(model)
     loss = loss_of(model, 0) * 1e6
     optimizer.grad_norm(loss)
@@ -129,7 +129,7 @@ def test_an_overflow_in_grad_norm_does_not_stick() -> None:
 
 def test_a_clip_coefficient_is_used_once() -> None:
     w = vector(0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     loss = gives(w, torch.tensor([1e6]))
     optimizer.grad_norm(loss)
     optimizer.fused_backward(loss, lr=0.0)
@@ -140,7 +140,7 @@ def test_a_clip_coefficient_is_used_once() -> None:
 def test_fused_backward_without_grad_norm_is_clipped() -> None:
     """lomo_optim raises, or uses an old coefficient."""
     w = vector(0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     optimizer.fused_backward(gives(w, torch.tensor([4.0])), lr=1.0)
     assert w.item() == pytest.approx(-1.0, rel=1e-6)
 
@@ -210,7 +210,7 @@ def test_accumulation_as_accelerate_does_it(dtype: torch.dtype) -> None:
     parts = 4
     model = transformer(Options(dtype=dtype))
     textbook = Textbook(model, lr=0.3, clip_grad_norm=0.3)
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.3)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=0.3, clip_passes="two")
     for step in range(2):
         before = weights_of(model)
         for part in range(parts):
@@ -228,7 +228,7 @@ def test_accumulation_as_accelerate_does_it(dtype: torch.dtype) -> None:
 def test_clipping_is_in_force_in_step() -> None:
     """accelerate's and transformers' max_grad_norm does nothing with lomo_optim."""
     w = vector(0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     gives(w, torch.tensor([100.0])).backward()
     with pytest.warns(UserWarning):
         optimizer.step()
@@ -264,7 +264,7 @@ def test_all_state_is_in_the_state_dict() -> None:
 def test_parameters_of_four_dimensions() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 1))
     textbook = Textbook(model, lr=0.1, clip_grad_norm=0.1)
-    optimizer = Lomo(model, lr=0.1, clip_grad_norm=0.1)
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=0.1, clip_passes="two")
     x = torch.linspace(-1, 1, 32).view(1, 2, 4, 4)
     optimizer.backward(model(x).sum())
     textbook.step(textbook.model(x).sum(), norm=optimizer.last_grad_norm)

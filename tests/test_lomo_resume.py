@@ -45,7 +45,9 @@ def take_step(model: nn.Module, optimizer: Lomo, step: int) -> None:
 
 def new_run(seed: int = 5) -> tuple[nn.Sequential, Lomo]:
     model = small_model()
-    return model, Lomo(model, lr=0.05, rounding="stochastic", clip_grad_norm=0.5, weight_decay=0.01, seed=seed)
+    return model, Lomo(
+        model, lr=0.05, rounding="stochastic", clip_grad_norm=0.5, weight_decay=0.01, seed=seed, clip_passes="two"
+    )
 
 
 def save_in_memory(model: nn.Module, optimizer: Lomo, _: Path) -> Any:
@@ -330,7 +332,7 @@ def test_a_state_dict_without_a_version_is_of_the_first() -> None:
     state = source.state_dict()
     del state["lomo"]["version"]
     model = named((2,), (3,))
-    optimizer = Lomo(model, loss_scale="dynamic")
+    optimizer = Lomo(model, loss_scale="dynamic", clip_passes="two")
     optimizer.load_state_dict(state)
     assert optimizer.step_count.item() == 3
 
@@ -378,7 +380,7 @@ def test_an_interrupt_at_any_line_of_load_state_dict(by_parameter: bool) -> None
     if by_parameter:
         del state["lomo"]
     model = named((2,), (3,))
-    optimizer = Lomo(model, lr=0.5, loss_scale="dynamic", clip_grad_norm=1.0)
+    optimizer = Lomo(model, lr=0.5, loss_scale="dynamic", clip_grad_norm=1.0, clip_passes="two")
     optimizer.backward(model.a.sum() + model.b.sum())
     optimizer.grad_norm(model.a.sum() * math.inf)  # a norm that waits for its step
     before, line = whole_state(optimizer), 1
@@ -410,7 +412,9 @@ def test_an_interrupt_at_any_line_of_add_param_group() -> None:
     """With a layer to fuse, a parameter unfrozen since, and a norm that waits for its step."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1))
     model[0].bias.requires_grad_(False)
-    optimizer = Lomo(model[0].parameters(), lr=0.5, fused_layers=model, clip_grad_norm=1.0, loss_scale="dynamic")
+    optimizer = Lomo(
+        model[0].parameters(), lr=0.5, fused_layers=model, clip_grad_norm=1.0, loss_scale="dynamic", clip_passes="two"
+    )
     optimizer.backward(model(torch.ones(2, 3)).sum())
     optimizer.grad_norm(model(torch.ones(2, 3)).sum() * math.inf)
     model[0].bias.requires_grad_(True)

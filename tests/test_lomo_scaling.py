@@ -53,7 +53,7 @@ def test_the_default_goes_by_the_parameters_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("scale", "expected"), [(None, 1.0), (128.0, 128.0), (4, 4.0), ("dynamic", 2.0**16)])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_it_can_be_chosen(dtype: torch.dtype, scale: Any, expected: float) -> None:
-    optimizer = Lomo([vector(1.0, dtype=dtype)], loss_scale=scale)
+    optimizer = Lomo([vector(1.0, dtype=dtype)], loss_scale=scale, clip_passes="two")
     assert optimizer.loss_scale.item() == expected
 
 
@@ -61,7 +61,7 @@ def test_it_can_be_chosen(dtype: torch.dtype, scale: Any, expected: float) -> No
 def test_it_saves_gradients_that_float16_would_lose(clip_grad_norm: float | None) -> None:
     """2**-26 is below float16's smallest subnormal."""
     w = vector(0.0, 0.0, dtype=HALF)
-    optimizer = Lomo([w], lr=2.0**10, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo([w], lr=2.0**10, clip_grad_norm=clip_grad_norm, clip_passes="two")
     optimizer.backward(w.float().sum() * 2.0**-26)
     assert w.tolist() == [-(2.0**-16)] * 2
     assert optimizer.last_grad_norm.item() == pytest.approx(2.0**-26 * math.sqrt(2), rel=1e-6)
@@ -72,7 +72,7 @@ def test_it_saves_gradients_that_float16_would_lose(clip_grad_norm: float | None
 def test_a_static_scale_cancels_out(scale: float, loss_dtype: torch.dtype) -> None:
     """Also where the loss's dtype cannot hold it exactly."""
     w = vector(1.0, 2.0, 3.0)
-    optimizer = Lomo([w], lr=1.0, loss_scale=scale)
+    optimizer = Lomo([w], lr=1.0, loss_scale=scale, clip_passes="two")
     optimizer.backward(w.sum().to(loss_dtype))
     assert optimizer.last_grad_norm.item() == pytest.approx(math.sqrt(3), rel=1e-6)
     assert w.tolist() == pytest.approx([0.0, 1.0, 2.0], abs=1e-6)
@@ -84,7 +84,7 @@ def test_a_static_scale_cancels_out(scale: float, loss_dtype: torch.dtype) -> No
 @pytest.mark.parametrize("clip_grad_norm", [None, 1.0])
 def test_it_doubles_after_2000_good_steps_in_a_row(clip_grad_norm: float | None) -> None:
     w = vector(0.0, dtype=HALF)
-    optimizer = Lomo([w], lr=0.0, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo([w], lr=0.0, clip_grad_norm=clip_grad_norm, clip_passes="two")
     scales = []
     for step in range(2 * INTERVAL + 5):
         optimizer.backward(gives(w, torch.tensor([math.inf if step == 4 else 2.0**-10])))
@@ -116,7 +116,7 @@ def test_it_doubles_as_soon_as_the_tracker_says() -> None:
 
 def test_it_grows_by_accumulated_and_fused_steps_too() -> None:
     model = half_model()
-    optimizer = Lomo(model, lr=0.0, clip_grad_norm=1.0)
+    optimizer = Lomo(model, lr=0.0, clip_grad_norm=1.0, clip_passes="two")
     almost_grown(optimizer)
     with optimizer.accumulate():
         optimizer.backward(loss_with(model, 2.0**-10))
@@ -160,7 +160,7 @@ def test_it_never_becomes_useless() -> None:
 @pytest.mark.parametrize("scale", [None, 64.0, 2.0**16])
 def test_a_fixed_one_never_moves(scale: float | None) -> None:
     w = vector(0.0, dtype=HALF)
-    optimizer = Lomo([w], lr=1.0, loss_scale=scale)
+    optimizer = Lomo([w], lr=1.0, loss_scale=scale, clip_passes="two")
     for gradient in (math.inf, 0.25, math.nan, 0.25):
         optimizer.backward(gives(w, torch.tensor([gradient])))
         assert optimizer.loss_scale.item() == (scale or 1.0)
@@ -180,7 +180,7 @@ def test_a_float16_loss_does_not_overflow_at_the_start() -> None:
 def test_a_fixed_scale_that_a_float16_loss_cannot_hold_is_no_silent_standstill() -> None:
     """Either it works, or it says why it does not; skipping every step is neither."""
     w = vector(1.0, dtype=HALF)
-    optimizer = Lomo([w], lr=0.5, loss_scale=2.0**16)
+    optimizer = Lomo([w], lr=0.5, loss_scale=2.0**16, clip_passes="two")
     try:
         optimizer.backward((w * 2.0**-4).sum())
     except (ValueError, RuntimeError) as error:
@@ -191,7 +191,7 @@ def test_a_fixed_scale_that_a_float16_loss_cannot_hold_is_no_silent_standstill()
 
 def test_as_a_textbook_has_it_through_overflows() -> None:
     model = transformer(Options(dtype=HALF, tied=True))
-    settings = {"lr": 0.3, "rounding": "stochastic", "clip_grad_norm": 0.5}
+    settings = {"lr": 0.3, "rounding": "stochastic", "clip_grad_norm": 0.5, "clip_passes": "two"}
     textbook = Textbook(model, loss_scale="dynamic", **settings)
     optimizer = Lomo(model, **settings)
     for step in range(8):
@@ -216,7 +216,7 @@ def test_an_overflow_anywhere_changes_nothing(only: int, clip_grad_norm: float |
     """Whichever parameter it is in: the one whose gradient comes last, too, when the others' are long consumed."""
     model = half_model()
     before = weights_of(model)
-    optimizer = Lomo(model, lr=1.0, weight_decay=0.1, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=1.0, weight_decay=0.1, clip_grad_norm=clip_grad_norm, clip_passes="two")
     optimizer.backward(loss_with(model, bad, only))
     assert_same_bits(weights_of(model), before)
     assert optimizer.skipped_steps.item() == 1
@@ -244,7 +244,7 @@ def test_clipping_skips_whole_steps_in_every_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = half_model().to(dtype)
         before = weights_of(model)
-        optimizer = Lomo(model, lr=1.0, weight_decay=0.1, clip_grad_norm=1.0)
+        optimizer = Lomo(model, lr=1.0, weight_decay=0.1, clip_grad_norm=1.0, clip_passes="two")
         optimizer.backward(loss_with(model, math.nan, only=2))
         assert_same_bits(weights_of(model), before)
         assert optimizer.skipped_steps.item() == 1
@@ -258,7 +258,7 @@ def test_without_a_norm_the_elements_concerned_keep_their_weight(size: int, bad:
     w, other = nn.Parameter(torch.ones(size)), vector(1.0)
     grad = torch.full((size,), 0.25)
     grad[1] = bad
-    optimizer = Lomo([w, other], lr=1.0, weight_decay=0.5, loss_scale=scale)
+    optimizer = Lomo([w, other], lr=1.0, weight_decay=0.5, loss_scale=scale, clip_passes="two")
     optimizer.backward(gives(w, grad) + other.sum() * 0.25)
     assert w[1].item() == 1.0, "not even decay"
     assert (w[2].item(), w[0].item(), other.item()) == (0.25, 0.25, 0.25)
@@ -268,7 +268,9 @@ def test_without_a_norm_the_elements_concerned_keep_their_weight(size: int, bad:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, HALF], ids=str)
 @pytest.mark.parametrize(
-    "rule", [{}, {"clip_grad_norm": 1.0}, {"clip_grad_value": 1.0}, {"loss_scale": 1024.0}], ids=str
+    "rule",
+    [{}, {"clip_grad_norm": 1.0, "clip_passes": "two"}, {"clip_grad_value": 1.0}, {"loss_scale": 1024.0}],
+    ids=str,
 )
 @pytest.mark.parametrize("kept", [False, True], ids=["backward", "step"])
 @pytest.mark.filterwarnings("ignore:Lomo.step")
@@ -303,7 +305,7 @@ def test_a_gradient_not_finite_in_the_second_pass_only_makes_no_weight_nan() -> 
     model = transformer(Options(dtype=HALF))
     passes_of_first_step = 3
     on_gradient_pass(model.head.weight, lambda number, grad: grad * math.nan if number > passes_of_first_step else grad)
-    optimizer = Lomo(model, lr=0.1)
+    optimizer = Lomo(model, lr=0.1, clip_passes="two")
     optimizer.backward(loss_of(model, 0))
     before = weights_of(model)
     optimizer.backward(loss_of(model, 0))
@@ -317,7 +319,7 @@ def test_a_gradient_not_finite_in_the_second_pass_only_makes_no_weight_nan() -> 
 def test_an_overflow_in_grad_norm_is_over_with_its_step() -> None:
     model = half_model()
     before = weights_of(model)
-    optimizer = Lomo(model, lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo(model, lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     loss = loss_with(model, math.inf, only=1)
     assert not optimizer.grad_norm(loss).isfinite()
     optimizer.fused_backward(loss, lr=1.0)
@@ -332,7 +334,7 @@ def test_an_overflow_in_grad_norm_is_over_with_its_step() -> None:
 def test_a_loop_that_leaves_overflowed_batches_out_does_not_hang() -> None:
     """lomo_optim's trainers go on to the next batch where grad_norm() overflows; the scale must have moved by then."""
     w = vector(0.0, dtype=HALF)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     for _ in range(20):
         loss = gives(w, torch.tensor([10.0]))
         if not optimizer.grad_norm(loss).isfinite():
@@ -432,7 +434,7 @@ def test_zeros_left_by_zero_grad_do_not_cost_the_scale() -> None:
 @pytest.mark.parametrize("clip_grad_norm", [None, 1.0])
 def test_raise_names_the_parameter_and_counts_the_step(dtype: torch.dtype, clip_grad_norm: float | None) -> None:
     model = transformer(Options(dtype=dtype))
-    optimizer = Lomo(model, lr=0.1, nonfinite="raise", clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=0.1, nonfinite="raise", clip_grad_norm=clip_grad_norm, clip_passes="two")
     model.blocks[1].up.weight.register_hook(lambda grad: grad * math.nan)
     before = weights_of(model)
     with pytest.raises(FloatingPointError, match=r"blocks\.1\.up\.weight") as error:
@@ -459,7 +461,7 @@ def test_raise_says_nothing_about_finite_gradients() -> None:
 def test_raise_in_an_accumulated_step_does_not_stick(clip_grad_norm: float | None) -> None:
     """The gradients of the step that failed are not part of the next."""
     w = vector(1.0, 1.0)
-    optimizer = Lomo([w], lr=1.0, nonfinite="raise", clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo([w], lr=1.0, nonfinite="raise", clip_grad_norm=clip_grad_norm, clip_passes="two")
     with optimizer.accumulate():
         optimizer.backward(gives(w, torch.tensor([math.inf, 0.0])))
     with pytest.raises(FloatingPointError):

@@ -48,7 +48,7 @@ def train(optimizer: Lomo, model: nn.Module, steps: range) -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_resumed_run_continues_bit_for_bit(dtype: torch.dtype, rounding: str, clip_grad_norm: float | None) -> None:
-    settings = {"rounding": rounding, "clip_grad_norm": clip_grad_norm, "weight_decay": 0.01}
+    settings = {"rounding": rounding, "clip_grad_norm": clip_grad_norm, "weight_decay": 0.01, "clip_passes": "two"}
     straight = transformer(Options(dtype=dtype))
     whole = Lomo(straight, lr=0.3, seed=7, **settings)
     train(whole, straight, range(8))
@@ -112,7 +112,7 @@ def test_groups_survive(clip_grad_norm: float | None) -> None:
     """load_state_dict replaces the group dicts; they are looked up at every step."""
     a, b = vector(0.0), vector(0.0)
     groups = [{"params": [a], "lr": 0.5}, {"params": [b], "lr": 0.25, "weight_decay": 0.5, "clip_grad_value": 0.5}]
-    optimizer = Lomo(groups, lr=9.0, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(groups, lr=9.0, clip_grad_norm=clip_grad_norm, clip_passes="two")
     state = through_a_file(optimizer.state_dict())
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -231,7 +231,7 @@ def test_add_param_group(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     held = nn.ParameterList(nn.Parameter(torch.randn(65, dtype=dtype)) for _ in range(3))
     grads = [torch.randn(65) * 0.1 for _ in held]
-    settings = {"lr": 0.3, "rounding": "stochastic", "clip_grad_norm": 0.5, "seed": 3}
+    settings = {"lr": 0.3, "rounding": "stochastic", "clip_grad_norm": 0.5, "seed": 3, "clip_passes": "two"}
     scale = "dynamic" if dtype is torch.float16 else None
     textbook = Textbook(held, groups=[(["0"], {}), (["1", "2"], {"weight_decay": 0.5})], loss_scale=scale, **settings)
     optimizer = Lomo([held[0]], **settings)
@@ -298,7 +298,7 @@ def test_a_float16_group_brings_dynamic_scaling_with_it() -> None:
 def test_parameters_unfrozen_and_frozen_later(dtype: torch.dtype) -> None:
     """Gradual unfreezing: a hook comes with the first step after."""
     model = transformer(Options(dtype=dtype, frozen=("embedding", "blocks", "positions")))
-    settings = {"lr": 0.3, "rounding": "stochastic", "clip_grad_norm": 0.3}
+    settings = {"lr": 0.3, "rounding": "stochastic", "clip_grad_norm": 0.3, "clip_passes": "two"}
     textbook = Textbook(model, loss_scale="dynamic" if dtype is torch.float16 else None, **settings)
     optimizer = Lomo(model, **settings)
     for step in range(6):
@@ -359,7 +359,7 @@ def test_weights_loaded_between_steps_are_trained() -> None:
 @pytest.mark.parametrize("way", ["backward", "fused_backward", "skipped", "accumulated"])
 def test_no_warning_about_the_order_of_calls(way: str) -> None:
     w = vector(0.0)
-    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
     scheduler = schedulers.LambdaLR(optimizer, lambda epoch: 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -384,7 +384,7 @@ def test_the_warning_stays_where_it_is_deserved() -> None:
 def test_a_scheduled_run_resumes() -> None:
     def start() -> tuple[nn.Module, Lomo, schedulers.LRScheduler]:
         model = transformer(Options(dtype=torch.bfloat16))
-        optimizer = Lomo(model, lr=0.5, rounding="stochastic", clip_grad_norm=0.3)
+        optimizer = Lomo(model, lr=0.5, rounding="stochastic", clip_grad_norm=0.3, clip_passes="two")
         return model, optimizer, schedulers.CosineAnnealingLR(optimizer, T_max=6)
 
     def train(model: nn.Module, optimizer: Lomo, scheduler: schedulers.LRScheduler, steps: range) -> None:

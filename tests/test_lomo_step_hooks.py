@@ -20,10 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Lomo.step")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "two": {"clip_grad_norm": 0.3},
+    "two": {"clip_grad_norm": 0.3, "clip_passes": "two"},
     "one": {"clip_grad_norm": 0.3, "clip_passes": "one"},
     "fused": {"clip_grad_norm": 0.3, "clip_passes": "one", "fused_layers": True},
-    "dynamic": {"loss_scale": "dynamic"},
+    "dynamic": {"loss_scale": "dynamic", "clip_passes": "two"},
 }
 
 
@@ -158,7 +158,7 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_every_way_of_a_step_calls_them_once(way: Callable[..., None], clip_grad_norm: float | None, log: Any) -> None:
     w = vector(1.0)
-    optimizer = Lomo([w], lr=0.5, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo([w], lr=0.5, clip_grad_norm=clip_grad_norm, clip_passes="two")
     calls = log(optimizer, w)
     way(optimizer, lambda: gives(w, torch.ones(1)))
     expected = around(0, 1.0, 0.5) + (around(1, 0.5, 0.5) if way is skipped else [])
@@ -197,9 +197,9 @@ def test_a_hook_may_give_other_arguments() -> None:
 @pytest.mark.parametrize("clip_grad_norm", [None, 9.0])
 def test_a_hook_that_fails_before_a_step_keeps_it_from_being_made(clip_grad_norm: float | None) -> None:
     model = transformer()
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=clip_grad_norm, clip_passes="two")
     other = transformer()
-    others = Lomo(other, lr=0.3, clip_grad_norm=clip_grad_norm)
+    others = Lomo(other, lr=0.3, clip_grad_norm=clip_grad_norm, clip_passes="two")
     for which, stepper in ((model, optimizer), (other, others)):
         stepper.backward(loss_of(which, 1))
     before = weights_of(model)
@@ -295,7 +295,7 @@ def test_threads_have_hooks_of_their_own(log: Any) -> None:
 
 def test_the_profiler_has_a_mark_for_every_step() -> None:
     model = transformer()
-    optimizer = Lomo(model, lr=0.3, clip_grad_norm=1.0)
+    optimizer = Lomo(model, lr=0.3, clip_grad_norm=1.0, clip_passes="two")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for number in range(3):
             optimizer.backward(loss_of(model, number))

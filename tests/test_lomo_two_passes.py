@@ -19,11 +19,11 @@ from lomo_kernels import Lomo
 
 LR = 0.5
 VOCAB = 50
-CLIP = {"clip_grad_norm": 0.05}
+CLIP: dict[str, Any] = {"clip_grad_norm": 0.05, "clip_passes": "two"}
 #: What runs backward twice, and what once. With the latter every loss here trains.
 TWICE: dict[str, dict[str, Any]] = {
     "clip": CLIP,
-    "dynamic": {"loss_scale": "dynamic"},
+    "dynamic": {"loss_scale": "dynamic", "clip_passes": "two"},
     "clip, static": CLIP | {"loss_scale": 1024.0},
     "fused, clip": CLIP | {"fused_layers": True},
 }
@@ -185,9 +185,9 @@ def test_one_pass_trains_with_them(loss: Loss, options: dict[str, Any]) -> None:
 
 
 def test_half_precision_by_default() -> None:
-    """Its default, dynamic loss scaling, runs backward twice: with such a loss no weight ever moved."""
+    """Its default is dynamic loss scaling, which may run backward twice: with such a loss no weight ever moved."""
     model = model_of().half()
-    optimizer = Lomo(model, lr=LR)
+    optimizer = Lomo(model, lr=LR, clip_passes="two")
     x, y = batch(0)
     refused(optimizer, model, OverwritingCrossEntropy.apply(model(x).float(), y), 'clip_passes="one"')
 
@@ -226,7 +226,7 @@ def test_a_loss_that_begins_to_overwrite_later() -> None:
 
 def test_a_step_that_overflows_is_not_compared_and_the_next_one_is() -> None:
     model = model_of()
-    optimizer = Lomo(model, lr=LR, loss_scale="dynamic")
+    optimizer = Lomo(model, lr=LR, loss_scale="dynamic", clip_passes="two")
     passes: list[int] = []
     on_gradient_pass(model[1].weight, lambda number, grad: passes.append(number))
     optimizer.backward(plain(model, *batch(0)) * 1e38)
@@ -242,7 +242,7 @@ def test_a_step_that_overflows_is_not_compared_and_the_next_one_is() -> None:
 def test_many_shapes_cost_a_bounded_number_of_passes() -> None:
     """A model whose graph is another at every step (experts, lengths)."""
     w = nn.Parameter(torch.ones(3))
-    optimizer = Lomo([w], lr=0.0, clip_grad_norm=1.0)
+    optimizer = Lomo([w], lr=0.0, clip_grad_norm=1.0, clip_passes="two")
     passes: list[int] = []
     on_gradient_pass(w, lambda number, grad: passes.append(number))
     for length in range(1, 101):
@@ -349,8 +349,8 @@ x, y = torch.arange(6), torch.arange(6).flip(0)
 liger = LigerCrossEntropyLoss()
 for weight in (1.0, 0.5):
     for name, options, fine in (
-        ("two", dict(clip_grad_norm=0.05), weight == 1.0),
-        ("dynamic", dict(loss_scale="dynamic"), False),
+        ("two", dict(clip_grad_norm=0.05, clip_passes="two"), weight == 1.0),
+        ("dynamic", dict(loss_scale="dynamic", clip_passes="two"), False),
         ("one", dict(clip_grad_norm=0.05, clip_passes="one"), True),
         ("dynamic one", dict(loss_scale="dynamic", clip_passes="one"), True),
         ("plain", dict(), True),
@@ -402,7 +402,7 @@ def test_sums_in_another_order_are_the_same(dtype: torch.dtype, size: int) -> No
     grads = torch.randn(100, size, generator=torch.Generator().manual_seed(size)).to(dtype)
     for seed in range(3):
         on_gradient_pass(w, lambda number, grad, seed=seed: summed_in_another_order(grads, 100 * seed + number))
-        optimizer = Lomo([w], lr=0.0, clip_grad_norm=1.0, loss_scale=None)
+        optimizer = Lomo([w], lr=0.0, clip_grad_norm=1.0, loss_scale=None, clip_passes="two")
         optimizer.backward(w.float().sum())
         optimizer.remove()
         w._backward_hooks.clear()
@@ -412,7 +412,7 @@ def test_a_gradient_that_is_nothing_but_rounding_may_be_any_other() -> None:
     """A key's bias: softmax does not depend on it."""
     bias, w = nn.Parameter(torch.zeros(64)), nn.Parameter(torch.zeros(300, 300))
     bias.register_hook(lambda grad: torch.randn(64) * 1e-9)
-    optimizer = Lomo([bias, w], lr=0.0, clip_grad_norm=1.0)
+    optimizer = Lomo([bias, w], lr=0.0, clip_grad_norm=1.0, clip_passes="two")
     optimizer.backward(bias.sum() + w.sum())
 
 
@@ -422,7 +422,7 @@ def test_a_gradient_that_is_not_the_same(factor: float, size: int) -> None:
     for dtype in (torch.float32, torch.bfloat16) if factor not in (0.99, 1.01) else (torch.float32,):
         w = nn.Parameter(torch.ones(size, dtype=dtype))
         on_gradient_pass(w, lambda number, grad: grad * factor if number else grad)
-        optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0)
+        optimizer = Lomo([w], lr=1.0, clip_grad_norm=1.0, clip_passes="two")
         with pytest.raises(RuntimeError, match="parameter 0: its norm is first"):
             optimizer.backward(w.float().sum())
         assert (w == 1).all()

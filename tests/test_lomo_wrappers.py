@@ -33,7 +33,7 @@ BY_SCHEDULER = pytest.mark.parametrize("scheduler", SCHEDULERS)
 
 
 @BY_SCHEDULER
-@pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 0.05}], ids=["hook", "two"])
+@pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 0.05, "clip_passes": "two"}], ids=["hook", "two"])
 def test_schedulers_that_cycle_momentum_by_default(scheduler: str, settings: dict[str, Any]) -> None:
     """Learning rates are the scheduler's; that its momentum is not used is said once. Saved and resumed twice."""
     model, x = model_and_data()

@@ -197,12 +197,12 @@ def test_the_embedding_in_tiles_takes_a_shard_too(shard, monkeypatch):
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "norm, two passes": {"clip_grad_norm": 0.1},
+    "norm, two passes": {"clip_grad_norm": 0.1, "clip_passes": "two"},
     "norm, one pass": {"clip_grad_norm": 0.1, "clip_passes": "one"},
     "value": {"clip_grad_value": 1e-3},
     "stochastic": {"rounding": "stochastic", "seed": 11},
     "static scale": {"loss_scale": 64.0},
-    "dynamic scale": {"loss_scale": "dynamic", "clip_grad_norm": 0.1},
+    "dynamic scale": {"loss_scale": "dynamic", "clip_grad_norm": 0.1, "clip_passes": "two"},
 }
 
 
@@ -249,7 +249,7 @@ def test_a_gradient_that_is_not_finite_keeps_its_elements():
 
 def trained(steps: range, *, rule: str, state: dict[str, Any] | None = None, model: nn.Module | None = None) -> Any:
     model = model or transformer(Options(dtype=torch.bfloat16))
-    optimizer = Lomo(model, lr=1e-2, rule=rule, rounding="stochastic", clip_grad_norm=0.5)
+    optimizer = Lomo(model, lr=1e-2, rule=rule, rounding="stochastic", clip_grad_norm=0.5, clip_passes="two")
     if state is not None:
         optimizer.load_state_dict(state)
     for step in steps:

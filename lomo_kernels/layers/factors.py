@@ -46,11 +46,12 @@ def offer_factors(node: Any, weight: Tensor, factors: Factors) -> Sequence[Facto
     if weight._backward_hooks or (after is not None and len(after) > 1):  # one is the optimizer's own
         return (factors,)  # somebody else's hook is to see the gradient
     try:
-        # Whether this backward ends in the weight's .grad, so that its hook will be called. autograd.grad does not.
+        # Whether this backward ends in the weight's .grad, so that its hook will be called. Otherwise it drops the
+        # gradient: autograd.grad and backward(inputs=...) want those of other tensors.
         accumulated = torch._C._will_engine_execute_node(node.next_functions[1][0])
     except RuntimeError:  # "A leaf node was passed ...": autograd.grad was asked for this very weight's gradient
         return (factors,)
-    return factor_sink(factors) if accumulated else (factors,)
+    return factor_sink(factors) if accumulated else ()
 
 
 def gradient_of(uses: Sequence[Factors], weight: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .engines.base import ParallelEngine
@@ -33,14 +35,29 @@ class Backward:
         """Whether the gradients have to be divided."""
         return self.scale is not None or self._training.state.has_divisor
 
-    def run_pass(self, sink: Pass, *, retain_graph: bool) -> None:
-        """One backward in which hooks hand their gradients to `sink`."""
+    def run_pass(
+        self,
+        sink: Pass,
+        *,
+        retain_graph: bool,
+        is_last: bool | None = None,
+        only: Sequence[ManagedParameter] | None = None,
+    ) -> None:
+        """One backward in which hooks hand their gradients to `sink`.
+
+        Args:
+            retain_graph: for another backward.
+            is_last: whether unmanaged leaves get their gradient in this one; by default if the graph is not retained.
+            only: the parameters that get a gradient; None: all leaves of the graph do.
+        """
         step = self._step
-        step.isolate([] if self.scale is None and not retain_graph else self._unmanaged_leaves())
+        is_last = not retain_graph if is_last is None else is_last
+        step.isolate([] if (self.scale is None and is_last) or only is not None else self._unmanaged_leaves())
         step.sink = sink
         step.enter(OptimizerBackward(self._training))
-        run_backward(self.graph.loss, self.scale, retain_graph)
-        step.rejoin(self.scale, wanted=not retain_graph)
+        leaves = None if only is None else [managed.param for managed in only]
+        run_backward(self.graph.loss, self.scale, retain_graph, leaves)
+        step.rejoin(self.scale, wanted=is_last)
         step.leave()
         sink.flush()
         step.sink = None

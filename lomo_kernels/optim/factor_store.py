@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -21,8 +20,7 @@ class SavedFactors(NamedTuple):
 
     factors: Factors
     versions: tuple[int, int]  # of its two tensors
-    addresses: tuple[int, int]  # of their memory
-    bytes: int  # of these and those of the weight before them; memory that others hold already does not count
+    bytes: int  # of these and of those of the weight before them
     stream: torch.cuda.Stream | None = None  # on which grad_output was made
     made: torch.cuda.Event | None = None  # when it was
 
@@ -53,18 +51,22 @@ class FactorStore:
 
     Args:
         params: a factor in their memory is copied: they may change before it is used.
-        until_the_end: factors are kept after their weight's hook was called, so even those of one use must not be
-            larger than the gradient they stand for. Otherwise that holds only for weights that are used more than once.
+        until_the_end: factors are kept after their weight's hook was called, so a factor that is a view of much more
+            memory is copied.
+        only_if_smaller: factors that are larger than the gradient that they stand for are returned. If this is False,
+            only those of weights with several uses are: the factors of one use exist anyway until the hook is called.
     """
 
-    def __init__(self, params: Iterable[Tensor] = (), *, until_the_end: bool = False) -> None:
+    def __init__(
+        self, params: Iterable[Tensor] = (), *, until_the_end: bool = False, only_if_smaller: bool = False
+    ) -> None:
         self._params = {param.untyped_storage()._cdata for param in params}
         self._until_the_end = until_the_end
+        self._only_if_smaller = only_if_smaller
         # By backward, and by index of the parameter: a backward inside this one (autograd.grad in a hook, a reentrant
         # checkpoint) calls hooks for its own part.
         self._open: dict[tuple[int, int], list[SavedFactors]] = {}
         self._returned: set[tuple[int, int]] = set()  # weights whose gradient exists, so that no more is held
-        self._users: Counter[int] = Counter()  # of each piece of memory: inputs are shared, as by query, key and value
 
     def add(self, managed: ManagedParameter, factors: Factors, outcome: str) -> Sequence[Factors]:
         """Holds the factors, or returns those of the weight that are better returned as a gradient.
@@ -76,54 +78,37 @@ class FactorStore:
         if key not in self._returned:
             held = self._hold(factors, ours[-1].bytes if ours else 0)
             managed.reused |= bool(ours)
-            # Those of the only use, applied at once, may be larger than the gradient: they exist anyway.
-            if held.bytes <= managed.bytes or not (managed.reused or self._until_the_end):
+            if held.bytes <= managed.bytes or not (managed.reused or self._only_if_smaller):
                 ours.append(held)
-                for address in held.addresses:
-                    self._users[address] += 1
                 return ()
             factors = held.factors
             self._returned.add(key)
         for one in ours:
             one.check(managed.name, outcome)
             one.join()
-        self._forget(ours)
         uses = [one.factors for one in ours]
         ours.clear()
         return [*uses, factors]
 
     def close(self, managed: ManagedParameter) -> Sequence[SavedFactors]:
         """The weight's factors: its hook was called. Those of other backwards, inside this one or around, stay."""
-        ours = self._open.pop((torch._C._current_graph_task_id(), managed.index), ())
-        if not self._until_the_end:
-            self._forget(ours)
-        return ours
-
-    def _forget(self, held: Sequence[SavedFactors]) -> None:
-        for one in held:
-            self._users.subtract(one.addresses)
+        return self._open.pop((torch._C._current_graph_task_id(), managed.index), ())
 
     def _hold(self, factors: Factors, bytes_before: int) -> SavedFactors:
         """The factors, with a copy of each tensor whose memory is a parameter's, or much larger and not to be kept."""
-        tensors, addresses = [], []
+        tensors = []
         for tensor in factors[:2]:
             tensor = tensor.detach()
             storage = tensor.untyped_storage()
             roomy = self._until_the_end and storage.nbytes() > ROOMY * tensor.numel() * tensor.itemsize
             if roomy or storage._cdata in self._params:
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
-                storage = tensor.untyped_storage()
             tensors.append(tensor)
-            # Of the storage, not of its memory: a simulated tensor has none (`lomo_kernels.plan`).
-            if storage._cdata not in addresses and not self._users[storage._cdata]:
-                bytes_before += storage.nbytes()
-            addresses.append(storage._cdata)
         input, grad_output = tensors
         held = SavedFactors(
             factors._replace(input=input, grad_output=grad_output),
             (input._version, grad_output._version),
-            (addresses[0], addresses[1]),
-            bytes_before,
+            bytes_before + input.nbytes + grad_output.nbytes,
         )
         if not grad_output.is_cuda:
             return held

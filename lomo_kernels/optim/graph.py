@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import sys
 import threading
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -30,14 +31,19 @@ def check_loss(loss: Tensor) -> None:
         )
 
 
-def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None:
-    """``(loss * scale).backward()``, with the scale (of no dimensions) as the gradient that backward starts from."""
+def run_backward(
+    loss: Tensor, scale: Tensor | None, retain_graph: bool, leaves: Sequence[Tensor] | None = None
+) -> None:
+    """``(loss * scale).backward()``, with the scale (of no dimensions) as the gradient that backward starts from.
+
+    `leaves`: those that get a gradient, of which there is at least one; backward ends where it needs no more for them.
+    """
     start = None
     if scale is not None:
         start = torch.ones_like(loss)  # where the loss is a DTensor, as with loss_parallel(), this is one too
         local_of(start).mul_(scale.to(device=loss.device, dtype=loss.dtype))
     try:
-        torch.autograd.backward(loss, start, retain_graph=retain_graph)
+        torch.autograd.backward(loss, start, retain_graph=retain_graph, inputs=leaves)
     except RuntimeError as error:
         if "donated buffer" in str(error):
             raise RuntimeError(
@@ -58,6 +64,12 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool) -> None
                 "Call engine.module(...) in place of engine(...). No weight was changed"
             ) from error
         raise
+
+
+def release_graph(loss: Tensor) -> None:
+    """Frees the graph of `loss` if nothing else holds it. A backward that goes through a part of it frees that part."""
+    if not loss._is_view():  # which cannot be detached
+        loss.detach_()
 
 
 class Graph:

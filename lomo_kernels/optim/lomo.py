@@ -44,13 +44,17 @@ class Lomo(torch.optim.Optimizer):
             frozen ones of any dtype. Or the engine of DeepSpeed's ZeRO-3 (`lomo_kernels.optim.engines.zero3`).
         lr: learning rate, a number or a one-element tensor; read from ``param_groups`` at every step.
         clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. The norm is
-            known only after a backward pass: see `clip_passes`.
+            known only after a backward pass: see `clip_memory`.
         clip_grad_value: bound on each element of the gradient, applied before the norm's coefficient.
         weight_decay: decoupled.
-        clip_passes: for clipping by norm and dynamic loss scaling. "two": a backward for the norm, then one for the
-            update; least memory. The first step of each new graph runs one more, to check that two backwards give the
-            same gradients. "one": one backward, which keeps every gradient until the norm is known; of fused layers it
-            keeps the factors if they are smaller (`docs/choosing.md`). Fastest.
+        clip_memory: for clipping by norm and dynamic loss scaling: bytes that gradients may take while they wait for
+            the norm, a number or a text such as "2GiB". Fused layers keep factors in their place if these are smaller.
+            If not all fit, a second backward through the layers nearest to the loss computes theirs again. 0: nothing
+            is kept, and the second backward goes through all layers: least memory. None: everything is kept, and there
+            is one backward. "auto": on a GPU what is free, less a tenth of its memory; on a CPU everything, which is no
+            more than torch's SGD keeps. Over several ranks, and with reentrant checkpoints, everything is kept if it
+            fits, otherwise nothing. The result is the same (`docs/choosing.md`).
+        clip_passes: names for two values of `clip_memory`: "one" for None, "two" for 0.
         loss_scale: None, a number, "dynamic", or "auto". "auto" is dynamic if a parameter is float16, or if the first
             backward computes in float16, as under autocast. Over several processes autocast only gives a warning.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
@@ -84,7 +88,8 @@ class Lomo(torch.optim.Optimizer):
         clip_grad_value: float | Tensor | None = None,
         *,
         weight_decay: float | Tensor = 0.0,
-        clip_passes: str = "two",
+        clip_memory: float | str | None = "auto",
+        clip_passes: str | None = None,
         loss_scale: float | str | None = "auto",
         rounding: str = "nearest",
         nonfinite: str = "skip",
@@ -100,7 +105,7 @@ class Lomo(torch.optim.Optimizer):
             model_or_params, process_group = engine.module, engine
         model = model_to_fuse(model_or_params, fused_layers)
         settings = Settings.checked(
-            clip_grad_norm, clip_passes, loss_scale, rounding, nonfinite, seed, process_group, rule
+            clip_grad_norm, clip_memory, clip_passes, loss_scale, rounding, nonfinite, seed, process_group, rule
         )
         is_model = isinstance(model_or_params, nn.Module)
         given_model: Callable[[], Any] = weakref.ref(model_or_params) if is_model else lambda: None
@@ -119,7 +124,8 @@ class Lomo(torch.optim.Optimizer):
     def backward(self, loss: Tensor) -> None:
         """One step of training: runs backward, and applies and frees every gradient as soon as it exists.
 
-        With `clip_grad_norm` or dynamic loss scaling, backward runs twice, first for the norm (see `clip_passes`).
+        With `clip_grad_norm` or dynamic loss scaling, weights change when the norm is known. If there is no room to
+        keep all gradients until then, a part of backward, or all of it, runs twice (see `clip_memory`).
         Gradients that plain backwards (or `accumulate`) left in ``.grad`` are part of the step: the new gradients are
         added to them, then all are applied and freed. Inside `accumulate` this call only adds to ``.grad``. Parameters
         of another `Lomo` get no gradient, and their ``.grad`` stays as it was. Leaves that no `Lomo` manages get the

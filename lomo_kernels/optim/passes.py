@@ -7,7 +7,9 @@ once after the last use, closes the sum.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import ClassVar, NamedTuple
@@ -49,6 +51,8 @@ class Pass:
         params: in whose memory a fused layer's factors may lie, and change before they are used.
         scaled: whether the gradients carry the loss scale.
         engine: combines the hooks' gradients with those of other processes; None: what comes is a local gradient.
+        factors_only_if_smaller: a fused layer returns its gradient if that is smaller than its factors, as in a pass
+            that keeps gradients: so this one rounds alike.
     """
 
     #: Whether gradients are kept until backward has ended.
@@ -65,6 +69,7 @@ class Pass:
         *,
         scaled: bool,
         engine: ParallelEngine | None = None,
+        factors_only_if_smaller: bool = False,
     ) -> None:
         self.scaled = scaled
         self._engine = engine
@@ -74,7 +79,9 @@ class Pass:
         self._streams = Streams(devices)
         self._buffers: dict[tuple[GroupScalars, torch.cuda.Stream | None], _Buffer] = {}
         self._lock = threading.Lock()  # backward runs the hooks of each device in a thread of its own
-        self._store = FactorStore(params, until_the_end=self.keeps)
+        self._store = FactorStore(
+            params, until_the_end=self.keeps, only_if_smaller=self.keeps or factors_only_if_smaller
+        )
 
     def take(self, managed: ManagedParameter) -> None:
         """Consumes the gradient: what stands in ``managed.param.grad`` and what the weight's layers handed over.
@@ -206,7 +213,14 @@ class DeferredGradient(NamedTuple):
 
 
 class DeferPass(NormPass):
-    """Adds up norms as `NormPass` does and keeps every gradient, or its factors where they are smaller, for `apply`."""
+    """Adds up norms as `NormPass` does and keeps gradients, or their factors where they are smaller, for `apply`.
+
+    Args:
+        budget: bytes that may be kept. Those that came first, of the layers nearest to the loss, are dropped for later
+            ones.
+
+    `evicted`: the parameters whose gradients were dropped.
+    """
 
     keeps = True
     #: Called with each gradient that is kept, and with None when backward has ended and they are applied.
@@ -219,16 +233,41 @@ class DeferPass(NormPass):
         *,
         scaled: bool,
         engine: ParallelEngine | None = None,
+        budget: float = math.inf,
     ) -> None:
         super().__init__(devices, params, scaled=scaled, engine=engine)
-        self._deferred: list[DeferredGradient] = []
+        self._deferred: deque[DeferredGradient] = deque()
+        self._budget = budget
+        self._users: Counter[int] = Counter()  # of each piece of memory that is kept: layers share inputs
+        self._bytes = 0
+        self.evicted: list[ManagedParameter] = []
 
     def add(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
         super().add(managed, grad, saved)
         stream = current(managed.local) if managed.on_gpu else None
-        self._deferred.append(DeferredGradient(managed, grad, saved, stream))
+        deferred = DeferredGradient(managed, grad, saved, stream)
+        with self._lock:
+            self._deferred.append(deferred)
+            self._count(deferred, 1)
+            while self._bytes > self._budget:
+                self._evict(self._deferred.popleft())
         for observer in self.observers:
-            observer(self._deferred[-1])
+            observer(deferred)
+
+    def _evict(self, deferred: DeferredGradient) -> None:
+        self._count(deferred, -1)
+        self.evicted.append(deferred.managed)
+
+    def _count(self, deferred: DeferredGradient, users: int) -> None:
+        """Adds the memory that one more gradient keeps, or takes away (`users` is -1) what it alone has kept."""
+        if self._budget == math.inf:
+            return
+        for tensor in deferred.tensors():
+            storage = tensor.untyped_storage()
+            before = self._users[storage._cdata]
+            self._users[storage._cdata] += users
+            if 0 in (before, before + users):
+                self._bytes += users * storage.nbytes()
 
     def check(self) -> None:
         """Raises RuntimeError where a factor was altered since it was kept."""
@@ -274,8 +313,9 @@ class UpdatePass(Pass):
         stochastic: bool,
         seed: int,
         engine: ParallelEngine | None = None,
+        factors_only_if_smaller: bool = False,
     ) -> None:
-        super().__init__(devices, params, scaled=scaled, engine=engine)
+        super().__init__(devices, params, scaled=scaled, engine=engine, factors_only_if_smaller=factors_only_if_smaller)
         self.norm_known = norm_known
         self.rule = rule
         self.stochastic = stochastic

@@ -62,7 +62,7 @@ class RepeatCheck:
         self._nodes_made = -1  # between the end of the step before and the last loss
         self._sequence_number = -1  # of autograd's nodes, when the last step ended
         self._warned = False
-        self._marker = torch.zeros((), requires_grad=True, device="cpu")
+        self._marker = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
 
     def check_clipping(
         self, graph: Graph, state: TrainingState, norm_pass: Callable[[ParallelEngine | None], None]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..ops.update import is_stochastic
 from ..rules import rule_number
+from .clip_memory import clip_memory_of
 from .hyperparameters import check_positive, check_seed
 from .scaling import LossScale
 
@@ -16,7 +17,7 @@ class Settings:
     """What `Lomo` was told, as far as it is the same for all groups. A resumed run may replace seed and loss scale."""
 
     clip_grad_norm: float | None
-    one_pass: bool
+    clip_memory: float | str
     loss_scale: float | str | None
     stochastic: bool
     raise_nonfinite: bool
@@ -27,6 +28,7 @@ class Settings:
     @staticmethod
     def checked(
         clip_grad_norm: Any,
+        clip_memory: Any,
         clip_passes: Any,
         loss_scale: Any,
         rounding: Any,
@@ -36,8 +38,7 @@ class Settings:
         rule: Any,
     ) -> Settings:
         """Raises TypeError or ValueError unless the options are as `Lomo` describes them."""
-        if clip_passes not in ("one", "two"):
-            raise ValueError(f'Lomo: clip_passes is {clip_passes!r}, expected "two" or "one"')
+        clip_memory = clip_memory_of(clip_memory, clip_passes)
         if clip_grad_norm is not None:
             check_positive("clip_grad_norm", clip_grad_norm)
         if nonfinite not in ("skip", "raise"):
@@ -46,14 +47,14 @@ class Settings:
         stochastic = is_stochastic("Lomo", rounding)
         seed = check_seed(seed, "Lomo: seed")
         rule_number(rule, "Lomo")
-        one_pass, raises = clip_passes == "one", nonfinite == "raise"
-        return Settings(clip_grad_norm, one_pass, loss_scale, stochastic, raises, seed, group, rule)
+        raises = nonfinite == "raise"
+        return Settings(clip_grad_norm, clip_memory, loss_scale, stochastic, raises, seed, group, rule)
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments that give these settings."""
         return {
             "clip_grad_norm": self.clip_grad_norm,
-            "clip_passes": "one" if self.one_pass else "two",
+            "clip_memory": self.clip_memory,
             "loss_scale": self.loss_scale,
             "rounding": "stochastic" if self.stochastic else "nearest",
             "nonfinite": "raise" if self.raise_nonfinite else "skip",
@@ -64,4 +65,4 @@ class Settings:
 
     def same_everywhere(self) -> tuple[Any, ...]:
         """What has to be equal on every rank, besides the seed."""
-        return self.clip_grad_norm, self.one_pass, self.loss_scale, self.stochastic, self.raise_nonfinite, self.rule
+        return self.clip_grad_norm, self.clip_memory, self.loss_scale, self.stochastic, self.raise_nonfinite, self.rule

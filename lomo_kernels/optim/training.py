@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from ..rules import RULES
 from .accumulation import Accumulation
 from .attachment import Attachment
+from .clip_memory import ClipBudget
 from .engines.base import ParallelEngine
 from .engines.choose import choose_engine
+from .graph import Graph
 from .hyperparameters import numbers_of, unused_momentum
 from .managed_parameter import ManagedParameter
 from .owners import other_owners
@@ -56,6 +59,8 @@ class Training:
         self.repeat_check = RepeatCheck(
             self, self.managed_params, given_model if fused_model is None else weakref.ref(fused_model)
         )
+        self.clip_budget = ClipBudget(settings.clip_memory)
+        self._ranks_keep_all: bool | None = None  # over several ranks: whether all gradients fit on every one
         self.accumulating = False  # inside `Lomo.accumulate`
         self.norm_is_known = False  # grad_norm() was called and fused_backward() not yet
         self.passed_over = False  # another optimizer's backward dropped a gradient of ours
@@ -86,8 +91,30 @@ class Training:
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether one backward keeps every gradient until the norm is known."""
-        return self.settings.one_pass and self.norm_comes_first
+        """Whether gradients may be kept until the norm is known."""
+        return self.settings.clip_memory != 0 and self.norm_comes_first
+
+    def budget(self, graph: Graph) -> float:
+        """Bytes that a step which needs the norm may keep: infinite: all gradients; 0: none.
+
+        A second backward through some layers only is not possible with reentrant checkpoints, whose graph is hidden. It
+        is not possible over several ranks either: FSDP2 and ZeRO-3 bring gradients to other tensors than the graph's
+        leaves. All ranks decide alike, once.
+        """
+        if not self.keeps_gradients:
+            return 0.0
+        if self.engine is None:
+            limit = self.clip_budget.of_step(self.managed_params)
+            return 0.0 if 0 < limit < math.inf and graph.has_reentrant_checkpoints else limit
+        if self._ranks_keep_all is None:
+            lacking = torch.tensor(
+                float(self.clip_budget.of_step(self.managed_params) < math.inf),
+                dtype=torch.float64,
+                device=self.state.norm.device,
+            )
+            self.engine.sum_(lacking)
+            self._ranks_keep_all = lacking.item() == 0
+        return math.inf if self._ranks_keep_all else 0.0
 
     @property
     def fused_params(self) -> list[Tensor]:
@@ -175,6 +202,7 @@ class Training:
             check_parameter(managed.name, managed.param)
             managed.supported = is_supported(managed.param)
         self.drop_norm()
+        self._ranks_keep_all = None
         self._stale = True
         loss_scale = self.settings.loss_scale
         self.state = TrainingState(self.managed_params, self.groups, loss_scale, engine=self.engine, before=self.state)

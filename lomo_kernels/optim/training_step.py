@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import torch
 from torch import Tensor
 
 from ..rules import RULES
 from .backward import Backward
 from .engines.base import ParallelEngine
-from .graph import check_fused_weights, check_loss
+from .graph import check_fused_weights, check_loss, release_graph
 from .hyperparameters import check_group
 from .passes import DeferPass, NormPass, UpdatePass
 from .scaling import check_no_grad_scaler
@@ -48,8 +51,16 @@ class TrainingStep:
             return
         backward = Backward(training, self._step, loss)
         backward.start_scale()
-        if training.keeps_gradients and not known:
-            self._backward_once(backward)
+        if training.norm_comes_first and not known and (budget := training.budget(backward.graph)):
+            try:
+                self._backward_within(backward, budget)
+            except torch.OutOfMemoryError:
+                if training.clip_budget.halve():
+                    warnings.warn(
+                        'Lomo: memory ran out. clip_memory="auto" keeps half as many bytes from the next step on',
+                        stacklevel=7,
+                    )
+                raise
             return
         if training.norm_comes_first:
             if not known:
@@ -96,18 +107,27 @@ class TrainingStep:
         if not training.looked_for_scaler:  # once: some loops multiply by another tensor each time
             training.looked_for_scaler = check_no_grad_scaler(loss)
 
-    def _backward_once(self, backward: Backward) -> None:
-        """One backward, which keeps every gradient until the norm is known."""
+    def _backward_within(self, backward: Backward, budget: float) -> None:
+        """A backward that keeps gradients, at most `budget` bytes of them, until the norm is known. If not all of them
+        fit, a second backward through the layers nearest to the loss brings the others."""
         training = self._training
         training.state.zero_slots()
         gradients = DeferPass(
-            training.state.devices, training.fused_params, scaled=backward.scaled, engine=training.engine
+            training.state.devices, training.fused_params, scaled=backward.scaled, engine=training.engine, budget=budget
         )
-        backward.run_pass(gradients, retain_graph=False)
+        backward.run_pass(gradients, retain_graph=budget < math.inf, is_last=True)
         gradients.check()
         training.state.finish_norm(self._settings.clip_grad_norm)
+        if gradients.evicted:
+            training.repeat_check.check_clipping(backward.graph, training.state, backward.norm_only_pass)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
-        gradients.apply(self._update_pass(backward.scale))
+        update = self._update_pass(backward.scale, factors_only_if_smaller=True)
+        if gradients.evicted:  # first, because the layers between them and the loss must have their old weights
+            backward.run_pass(update, retain_graph=False, only=gradients.evicted)
+            gradients.check()
+        gradients.apply(update)
+        if budget < math.inf:
+            release_graph(backward.graph.loss)
         self._finish(backward.scale)
 
     def _find_norm(self, backward: Backward) -> None:
@@ -154,7 +174,9 @@ class TrainingStep:
             )
         return training.norm_comes_first
 
-    def _update_pass(self, scale: Tensor | None, engine: ParallelEngine | None = None) -> UpdatePass:
+    def _update_pass(
+        self, scale: Tensor | None, engine: ParallelEngine | None = None, *, factors_only_if_smaller: bool = False
+    ) -> UpdatePass:
         training = self._training
         scaled, norm_known = scale is not None or training.state.has_divisor, training.norm_comes_first
         training.state.prepare_update(scaled=scaled, norm_known=norm_known)
@@ -167,6 +189,7 @@ class TrainingStep:
             rule=RULES[self._settings.rule],
             stochastic=self._settings.stochastic,
             seed=self._settings.seed,
+            factors_only_if_smaller=factors_only_if_smaller,
         )
         return self._step.update
 

@@ -137,8 +137,8 @@ METHODS: dict[str, Method] = {
     "lomo_optim, clipping": Method(lomo_optim(clip=CLIP), steps=2),
     "Lomo": Method(lomo()),
     "Lomo, fused": Method(lomo(fused_layers=True)),
-    "Lomo, clipping, two passes": Method(lomo(**_clip)),
-    "Lomo, clipping, two passes, fused": Method(lomo(**_clip, fused_layers=True)),
+    "Lomo, clipping, two passes": Method(lomo(**_clip, clip_passes="two")),
+    "Lomo, clipping, two passes, fused": Method(lomo(**_clip, clip_passes="two", fused_layers=True)),
     "Lomo, clipping, one pass": Method(lomo(**_clip, clip_passes="one")),
     "Lomo, clipping, one pass, fused": Method(lomo(**_clip, clip_passes="one", fused_layers=True)),
 }

@@ -1,0 +1,95 @@
+"""`Lomo`'s `clip_memory`: how many bytes kept gradients and factors may take while the norm of all is not known."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .managed_parameter import ManagedParameter
+
+#: As much as the device has free, and never more than all gradients take.
+AUTO = "auto"
+#: Share of a GPU's memory that "auto" leaves free: for the allocator's gaps, and for what backward itself takes.
+RESERVE = 0.1
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_PASSES = {"one": math.inf, "two": 0.0}
+
+
+def clip_memory_of(value: Any, passes: Any) -> float | str:
+    """Bytes (infinite: all gradients), or `AUTO`, from the options `clip_memory` and `clip_passes`.
+
+    Raises:
+        TypeError, ValueError: one of them is not as `Lomo` describes it, or they contradict each other.
+    """
+    if passes is not None:
+        if passes not in _PASSES:
+            raise ValueError(f'Lomo: clip_passes is {passes!r}, expected "two" or "one"')
+        if value != AUTO:
+            raise ValueError(
+                f"Lomo: clip_passes is {passes!r} and clip_memory is {value!r}; give one of them: "
+                'clip_passes="two" is clip_memory=0, and "one" is clip_memory=None'
+            )
+        return _PASSES[passes]
+    if value is None:
+        return math.inf
+    if value == AUTO:
+        return AUTO
+    expected = 'expected "auto", None, a number of bytes >= 0, or a text such as "512MiB" or "2GiB"'
+    if isinstance(value, str):
+        parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", value)
+        if parts is None or parts[2].upper() not in _UNITS:
+            raise ValueError(f"Lomo: clip_memory is {value!r}, {expected}")
+        return float(parts[1]) * _UNITS[parts[2].upper()]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Lomo: clip_memory is a {type(value).__name__}, {expected}")
+    if not value >= 0:
+        raise ValueError(f"Lomo: clip_memory is {value!r}, {expected}")
+    return float(value)
+
+
+class ClipBudget:
+    """The budget of each step.
+
+    Args:
+        clip_memory: as `clip_memory_of` gives it.
+    """
+
+    def __init__(self, clip_memory: float | str) -> None:
+        self.clip_memory = clip_memory
+        self._share = 1.0  # of what is free; halved when memory ran out
+
+    def of_step(self, managed_params: Sequence[ManagedParameter]) -> float:
+        """Bytes that may be kept in a step that begins now. Infinite if all gradients fit: one backward will do. Waits
+        for no device."""
+        by_device: dict[torch.device, int] = {}
+        for managed in managed_params:
+            if managed.supported and managed.param.requires_grad:
+                by_device[managed.device] = by_device.get(managed.device, 0) + managed.bytes
+        total = sum(by_device.values())
+        if isinstance(self.clip_memory, str):
+            share = min((_free(device) / max(need, 1) for device, need in by_device.items()), default=math.inf)
+            limit = total * share * self._share if share < math.inf else math.inf
+        else:
+            limit = self.clip_memory
+        return math.inf if limit >= total else limit
+
+    def halve(self) -> bool:
+        """Memory ran out: "auto" takes half as much from the next step on. Returns whether that changes anything."""
+        if self.clip_memory != AUTO:
+            return False
+        self._share /= 2
+        return True
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that gradients may take. On a CPU as many as they need: standard training takes as many."""
+    if device.type != "cuda":
+        return math.inf
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(free + unused - RESERVE * total, 0.0)

@@ -1,0 +1,419 @@
+"""`clip_memory`: the same steps at every budget, bytes that stay within it, and no more backward than it takes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Options, assert_same_bits, loss_of, on_gradient_pass, transformer, weights_of
+from test_lomo_graphs import RandomGraph, instructions, loss_on
+from textbook import Textbook
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lomo_kernels import Lomo
+from lomo_kernels.optim import clip_memory
+from lomo_kernels.optim.clip_memory import ClipBudget, clip_memory_of
+from lomo_kernels.optim.passes import DeferPass, DeferredGradient
+
+BUDGETS = [0, 1000, 6000, 15_000, 30_000, None, "auto"]
+WIDTH = 160  # a weight is larger than gradients that wait in lists
+LAYERS = 6
+LAYER = WIDTH * WIDTH * 4  # bytes of a weight
+
+
+class Stack(nn.Module):
+    """Square layers without biases, of equal cost. Counts the backwards of each."""
+
+    def __init__(self, kind: str = "none") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
+        self.kind = kind
+        self.backwards = [0] * LAYERS
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x = checkpoint(layer, x, use_reentrant=self.kind == "reentrant") if self.kind != "none" else layer(x)
+            x = x.tanh()
+            x.register_hook(lambda _, index=index: self.count(index))
+        return x.square().sum()
+
+    def count(self, index: int) -> None:
+        self.backwards[index] += 1
+
+
+def inputs(tokens: int = 8) -> Tensor:
+    return torch.linspace(-1, 1, tokens * WIDTH).view(tokens, WIDTH).requires_grad_()
+
+
+def stepped(optimizer: Lomo, model: Stack, steps: int = 2) -> list[int]:
+    """The backwards of each layer in the last of several steps."""
+    for _ in range(steps):
+        model.backwards = [0] * LAYERS
+        optimizer.backward(model(inputs()))
+    return model.backwards
+
+
+@contextmanager
+def kept_bytes() -> Iterator[list[int]]:
+    """Bytes of gradients and of layers' `grad_output`s alive after each gradient. Inputs live in the graph as well."""
+    alive: list[weakref.ref[Any]] = []
+    seen: list[int] = []
+
+    def observe(deferred: DeferredGradient | None) -> None:
+        if deferred is not None:
+            kept = [held.factors.grad_output for held in deferred.saved]
+            kept += [] if deferred.grad is None else [deferred.grad]
+            alive.extend(weakref.ref(tensor.untyped_storage()) for tensor in kept)
+            there = {storage._cdata: storage.nbytes() for ref in alive if (storage := ref()) is not None}
+            seen.append(sum(there.values()))
+
+    DeferPass.observers.append(observe)
+    try:
+        yield seen
+    finally:
+        DeferPass.observers.remove(observe)
+
+
+# ---- The same steps -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["sgd", "sign"])
+@pytest.mark.parametrize("fused", [False, True], ids=["hooks", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case", [Options(), Options(tied=True, frozen=("blocks.0",)), Options(checkpoint="non-reentrant")], ids=str
+)
+def test_every_budget_gives_the_same_bits(case: Options, dtype: torch.dtype, fused: bool, rule: str) -> None:
+    options = Options(**{**vars(case), "dtype": dtype, "layers": 3})
+    expected: dict[str, Tensor] = {}
+    for budget in BUDGETS[fused:]:  # with 0 a fused layer has no gradient; otherwise it has if its factors are larger
+        model = transformer(options)
+        optimizer = Lomo(
+            model,
+            lr=0.1,
+            clip_grad_norm=0.5,
+            clip_memory=budget,
+            weight_decay=0.1,
+            rounding="stochastic",
+            fused_layers=fused,
+            rule=rule,
+        )
+        for step in range(3):
+            optimizer.backward(loss_of(model, step))
+        assert all(param.grad is None for param in model.parameters())
+        weights = weights_of(model) | {"norm": optimizer.last_grad_norm.clone()}
+        expected = expected or weights
+        assert_same_bits(weights, expected)
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize("loss_scale", [None, 64.0, "dynamic"])
+def test_steps_are_those_of_torch(loss_scale: Any, budget: Any) -> None:
+    model = transformer(Options(tied=True, layers=3))
+    textbook = Textbook(model, lr=0.1, clip_grad_norm=0.5, loss_scale=loss_scale)
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=0.5, loss_scale=loss_scale, clip_memory=budget)
+    for step in range(4):
+        optimizer.backward(loss_of(model, step))
+        textbook.step(loss_of(textbook.model, step), norm=optimizer.last_grad_norm)
+    assert_same_bits(weights_of(model), weights_of(textbook.model))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    program=st.lists(instructions, min_size=1, max_size=8),
+    seed=st.integers(0, 10_000),
+    share=st.floats(0.05, 0.95),
+    fused=st.booleans(),
+)
+def test_random_graphs_at_every_budget(
+    program: list[tuple[str, int, int, int]], seed: int, share: float, fused: bool
+) -> None:
+    """With reentrant checkpoints, reuse, unused and frozen parameters, penalties."""
+    results = []
+    for budget in (0.0, share, None):
+        model = RandomGraph(program, seed)
+        total = sum(param.nbytes for param in model.parameters())
+        memory = budget if not budget else int(budget * total)
+        optimizer = Lomo(model, lr=0.05, clip_grad_norm=0.3, clip_memory=memory, fused_layers=fused)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for step in range(3):
+                optimizer.backward(loss_on(step, (2, 3))(model))
+        results.append(weights_of(model))
+    assert_same_bits(results[1], results[2])
+    if fused:  # a gradient that exists rounds differently from one that does not
+        torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-6)
+    else:
+        assert_same_bits(results[0], results[2])
+
+
+def test_a_weight_that_both_ends_share_is_updated_last() -> None:
+    """The head's backward needs the embedding's old weight, and the head's bias is what the second backward is for."""
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(20, 32), nn.Linear(32, 20)
+    head.weight = embedding.weight
+    model = nn.Sequential(embedding, nn.Linear(32, 32), head)
+    twin = copy.deepcopy(model)
+    x = torch.arange(12) % 20
+    for budget, net in ((20 * 32 * 4 + 100, model), (0, twin)):
+        optimizer = Lomo(net, lr=0.3, clip_grad_norm=0.1, clip_memory=budget)
+        for _ in range(3):
+            optimizer.backward(F.cross_entropy(net(x), x))
+    assert_same_bits(weights_of(model), weights_of(twin))
+
+
+# ---- Bytes and backwards --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["none", "non-reentrant"])
+@pytest.mark.parametrize("layers", range(LAYERS + 1))
+def test_only_layers_that_do_not_fit_run_again(layers: int, kind: str) -> None:
+    model = Stack(kind)
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=layers * LAYER)
+    with kept_bytes() as kept:
+        backwards = stepped(optimizer, model)
+    assert backwards == [1] * layers + [2] * (LAYERS - layers)
+    assert max(kept, default=0) <= layers * LAYER
+
+
+@pytest.mark.parametrize("tokens", [8, 400], ids=["factors", "gradients"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_fused_layers_keep_what_is_smaller_within_the_budget(share: float, tokens: int) -> None:
+    budget = share * LAYERS * min(LAYER, 2 * 4 * WIDTH * tokens)
+    model, twin = Stack(), Stack()
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget, fused_layers=True)
+    whole = Lomo(twin, lr=1e-3, clip_grad_norm=0.1, clip_memory=None, fused_layers=True)
+    with kept_bytes() as kept:
+        for _ in range(2):
+            optimizer.backward(model(inputs(tokens)))
+    assert budget / 4 < max(kept) <= (budget / 2 if tokens == 8 else budget)
+    for _ in range(2):
+        whole.backward(twin(inputs(tokens)))
+    assert_same_bits(weights_of(model), weights_of(twin))
+
+
+def test_factors_that_layers_share_count_once() -> None:
+    """As of query, key and value."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(64, 8, bias=False) for _ in range(8))
+    x = torch.randn(4, 64)
+    optimizer = Lomo(layers, lr=0.1, clip_grad_norm=0.1, clip_memory=4 * 64 * 4 + 8 * 4 * 8 * 4, fused_layers=True)
+    backwards: list[int] = []
+    for _ in range(2):
+        backwards.clear()
+        loss = sum(layer(x).tanh().sum() for layer in layers)
+        loss.register_hook(lambda _: backwards.append(1))
+        optimizer.backward(loss)
+    assert backwards == [1], "all fit, so no backward followed the first"
+
+
+@pytest.mark.parametrize("budget", [2 * LAYER, 5 * LAYER])
+def test_with_reentrant_checkpoints_everything_is_kept_or_nothing(budget: int) -> None:
+    model = Stack("reentrant")
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget)
+    assert stepped(optimizer, model)[-1] == 2
+    model = Stack("reentrant")
+    assert stepped(Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=6 * LAYER), model)[-1] == 1
+
+
+@pytest.mark.parametrize("budget", [2 * LAYER, 10 * LAYER])
+def test_the_graph_dies_with_the_step(budget: int) -> None:
+    """A part of it was retained and not run again. The loss itself often lives until the next one is there."""
+    model = Stack()
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget)
+    alive: list[weakref.ref[Tensor]] = []
+    model.layers[1].register_forward_hook(lambda _, __, output: alive.append(weakref.ref(output.untyped_storage())))
+    loss = model(inputs())
+    optimizer.backward(loss)
+    assert loss.item() > 0
+    assert [ref() for ref in alive] == [None]
+
+
+def test_another_gradient_is_as_after_one_backward() -> None:
+    """That of an input, and of a parameter that is another optimizer's."""
+    for budget in BUDGETS:
+        model = Stack()
+        managed = [layer.weight for layer in model.layers[1:]]
+        optimizer = Lomo(managed, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget, loss_scale=8.0)
+        x = inputs()
+        expected = torch.autograd.grad(model(x), [x, model.layers[0].weight])
+        optimizer.backward(model(x))
+        torch.testing.assert_close([x.grad, model.layers[0].weight.grad], list(expected))
+
+
+# ---- Steps that change nothing, or break off ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 3 * LAYER, None], ids=str)
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_a_gradient_that_is_not_finite_changes_nothing(nonfinite: str, budget: Any) -> None:
+    model = Stack()
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget, nonfinite=nonfinite)
+    stepped(optimizer, model)
+    before = weights_of(model)
+    loss = model(inputs()) * math.inf
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match=r"layers\.0"):
+            optimizer.backward(loss)
+    else:
+        optimizer.backward(loss)
+    assert optimizer.skipped_steps.item() == 1
+    assert_same_bits(weights_of(model), before)
+
+
+def test_two_backwards_that_differ_are_refused_if_some_run_twice() -> None:
+    model = Stack()
+    noisy = iter(range(100))
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=2 * LAYER)
+    on_gradient_pass(model.layers[4].weight, lambda _, grad: grad * (1 + next(noisy)))
+    before = weights_of(model)
+    with pytest.raises(RuntimeError, match=r"different gradients of layers\.4\.weight"):
+        optimizer.backward(model(inputs()))
+    assert_same_bits(weights_of(model), before)
+    assert optimizer.last_step_outcome == "unchanged"
+
+
+@pytest.mark.parametrize("number", range(1, 12))
+def test_an_interrupt_anywhere_leaves_an_exact_next_step(number: int) -> None:
+    model, twin = Stack(), Stack()
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=3 * LAYER)
+    reference = Lomo(twin, lr=1e-3, clip_grad_norm=0.1, clip_memory=0)
+    stepped(optimizer, model)
+    calls = iter(range(1, 1000))
+    handles = [
+        layer.weight.register_hook(
+            lambda _: (_ for _ in ()).throw(KeyboardInterrupt) if next(calls) == number else None
+        )
+        for layer in model.layers
+    ]
+    before = weights_of(model)
+    try:
+        optimizer.backward(model(inputs()))
+    except KeyboardInterrupt:
+        assert optimizer.last_step_outcome == ("unchanged" if number <= 7 else "partial")
+    else:
+        assert number > LAYERS + 3
+    if optimizer.last_step_outcome == "unchanged":
+        assert_same_bits(weights_of(model), before)
+    for handle in handles:
+        handle.remove()
+    twin.load_state_dict(model.state_dict())
+    stepped(optimizer, model, 1)
+    stepped(reference, twin, 1)
+    assert_same_bits(weights_of(model), weights_of(twin))
+
+
+# ---- Options --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("auto", "auto"),
+        (None, math.inf),
+        (0, 0.0),
+        (123, 123.0),
+        ("2GiB", 2.0**31),
+        ("1.5 MiB", 1.5 * 2**20),
+        ("10kb", 10_000.0),
+        ("7B", 7.0),
+        (math.inf, math.inf),
+    ],
+)
+def test_values(given: Any, expected: Any) -> None:
+    assert clip_memory_of(given, None) == expected
+
+
+@pytest.mark.parametrize("given", ["", "GiB", "2", "2XiB", "-1GiB", "two", -1, math.nan, True, [1], torch.tensor(1)])
+def test_other_values_are_refused(given: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r'clip_memory is .* expected "auto", None, a number of bytes'):
+        Lomo(nn.Linear(2, 2), clip_memory=given)
+
+
+def test_names_of_both_ends() -> None:
+    for passes, budget in (("one", None), ("two", 0)):
+        optimizer = Lomo(nn.Linear(2, 2), clip_grad_norm=1.0, clip_passes=passes)
+        assert (
+            optimizer._training.settings
+            == Lomo(nn.Linear(2, 2), clip_grad_norm=1.0, clip_memory=budget)._training.settings
+        )
+    with pytest.raises(ValueError, match="give one of them"):
+        Lomo(nn.Linear(2, 2), clip_passes="one", clip_memory=0)
+    with pytest.raises(ValueError, match=r'clip_passes is .three., expected "two" or "one"'):
+        Lomo(nn.Linear(2, 2), clip_passes="three")
+
+
+def test_copies_keep_the_budget() -> None:
+    model = Stack()
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=2 * LAYER)
+    for twin, other in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+        assert stepped(other, twin) == [1, 1, 2, 2, 2, 2]
+
+
+# ---- "auto" on a GPU, whose numbers are pretended -------------------------------------------------------------------
+
+
+class Managed:
+    """What a budget looks at."""
+
+    supported = True
+
+    def __init__(self, device: str, nbytes: int, trained: bool = True) -> None:
+        self.device, self.bytes = torch.device(device), nbytes
+        self.param = nn.Parameter(torch.zeros(1), requires_grad=trained)
+
+
+@pytest.mark.parametrize(
+    ("free", "sizes", "expected"),
+    [
+        ({0: 1000}, [("cuda:0", 600), ("cuda:0", 300)], math.inf),
+        ({0: 1000}, [("cuda:0", 600), ("cuda:0", 900)], 1000.0),
+        ({0: 1000}, [("cuda:0", 600), ("cpu", 9000)], math.inf),
+        ({0: 1000, 1: 100}, [("cuda:0", 600), ("cuda:1", 200)], 400.0),
+        ({0: 0}, [("cuda:0", 600)], 0.0),
+    ],
+)
+def test_auto_takes_what_every_gpu_has_free(
+    free: dict[int, int], sizes: list[tuple[str, int]], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip_memory, "_free", lambda device: free[device.index] if device.type == "cuda" else math.inf)
+    managed: Any = [Managed(*size) for size in sizes]
+    assert ClipBudget("auto").of_step(managed) == pytest.approx(expected)
+    frozen: Any = [*managed, Managed("cuda:0", 10**9, trained=False)]
+    assert ClipBudget("auto").of_step(frozen) == pytest.approx(expected), "a frozen parameter has no gradient"
+
+
+def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver has, and what torch has of it without using it, less a tenth of all."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 420)
+    assert clip_memory._free(torch.device("cuda", 0)) == 300 + 80 - 100
+    assert clip_memory._free(torch.device("cpu")) == math.inf
+
+
+def test_out_of_memory_halves_the_automatic_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip_memory, "_free", lambda device: 3 * LAYER)
+    model = Stack()
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1)
+    assert stepped(optimizer, model) == [1, 1, 1, 2, 2, 2]
+    before = weights_of(model)
+    handle = model.layers[0].weight.register_hook(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="keeps half as many bytes"):
+        optimizer.backward(model(inputs()))
+    handle.remove()
+    assert_same_bits(weights_of(model), before)
+    assert stepped(optimizer, model) == [1, 2, 2, 2, 2, 2]
