@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lomo_kernels import Lomo
+from lomo_kernels.memory import LiveBytes
 from lomo_kernels.optim import clip_memory
 from lomo_kernels.optim.clip_memory import ClipBudget, clip_memory_of
 from lomo_kernels.optim.passes import DeferPass, DeferredGradient
@@ -46,8 +47,8 @@ class Stack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for index, layer in enumerate(self.layers):
             x = checkpoint(layer, x, use_reentrant=self.kind == "reentrant") if self.kind != "none" else layer(x)
-            x = x.tanh()
             x.register_hook(lambda _, index=index: self.count(index))
+            x = x.tanh()
         return x.square().sum()
 
     def count(self, index: int) -> None:
@@ -240,6 +241,48 @@ def test_the_graph_dies_with_the_step(budget: int) -> None:
     optimizer.backward(loss)
     assert loss.item() > 0
     assert [ref() for ref in alive] == [None]
+
+
+@pytest.mark.parametrize("which", ["tensor", "node"])
+def test_hooks_that_change_gradients_count_once(which: str) -> None:
+    """Also if a hook's tensor is where the part that runs again ends: autograd calls it once more there."""
+    results = []
+    for budget in range(0, LAYERS + 1):
+        model = Stack()
+        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget * LAYER)
+        for _ in range(3):
+            x = inputs()
+            for layer in model.layers:
+                x = layer(x).tanh()
+                if which == "tensor":
+                    x.register_hook(lambda grad: grad * -0.5)
+                else:
+                    x.grad_fn.register_prehook(lambda grads: (grads[0] * -0.5,))
+            optimizer.backward(x.square().sum())
+        results.append(weights_of(model))
+    for weights in results[1:]:
+        assert_same_bits(weights, results[0])
+
+
+def test_memory_grows_with_the_budget_to_that_of_standard_training() -> None:
+    """The part of the graph that runs once is freed as backward goes through it, as ever."""
+    peaks = []
+    for budget in range(LAYERS + 1):
+        model = Stack()
+        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget * LAYER)
+        for _ in range(2):
+            optimizer.backward(model(inputs(64)))
+        with LiveBytes() as live:
+            loss = model(inputs(64))
+            optimizer.backward(loss)
+        peaks.append(live.peak)
+    model = Stack()
+    with LiveBytes() as live:
+        loss = model(inputs(64))
+        loss.backward()
+    assert peaks == sorted(peaks)
+    assert peaks[0] < live.peak / 2
+    assert peaks[-1] <= live.peak + LAYER
 
 
 def test_another_gradient_is_as_after_one_backward() -> None:

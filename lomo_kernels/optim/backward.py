@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .engines.base import ParallelEngine
-from .graph import Graph, run_backward
+from .graph import Cut, Graph, run_backward
 from .managed_parameter import ManagedParameter
 from .owners import OptimizerBackward, unmanaged_leaves
 from .passes import NormPass, Pass
@@ -42,6 +42,7 @@ class Backward:
         retain_graph: bool,
         is_last: bool | None = None,
         only: Sequence[ManagedParameter] | None = None,
+        cut: Cut | None = None,
     ) -> None:
         """One backward in which hooks hand their gradients to `sink`.
 
@@ -49,6 +50,7 @@ class Backward:
             retain_graph: for another backward.
             is_last: whether unmanaged leaves get their gradient in this one; by default if the graph is not retained.
             only: the parameters that get a gradient; None: all leaves of the graph do.
+            cut: two parts of the graph, of which only the upper one is retained.
         """
         step = self._step
         is_last = not retain_graph if is_last is None else is_last
@@ -56,7 +58,10 @@ class Backward:
         step.sink = sink
         step.enter(OptimizerBackward(self._training))
         leaves = None if only is None else [managed.param for managed in only]
-        run_backward(self.graph.loss, self.scale, retain_graph, leaves)
+        if cut is not None:
+            cut.run_backward(self.graph.loss, self.scale)
+        else:
+            run_backward(self.graph.loss, self.scale, retain_graph, leaves)
         step.rejoin(self.scale, wanted=is_last)
         step.leave()
         sink.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,9 @@ from .managed_parameter import ManagedParameter
 AUTO = "auto"
 #: Share of a GPU's memory that "auto" leaves free: for the allocator's gaps, and for what backward itself takes.
 RESERVE = 0.1
+
+# A model's graph may differ in every step. What was kept is remembered of this many.
+_GRAPHS = 64
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _PASSES = {"one": math.inf, "two": 0.0}
@@ -52,8 +55,15 @@ def clip_memory_of(value: Any, passes: Any) -> float | str:
     return float(value)
 
 
+class KeptBefore(NamedTuple):
+    """What an earlier step kept of the gradients of an equal graph."""
+
+    evicted: list[ManagedParameter]  # whose gradients did not fit
+    nbytes: int  # of those that did
+
+
 class ClipBudget:
-    """The budget of each step.
+    """The budget of each step, and what fitted into it.
 
     Args:
         clip_memory: as `clip_memory_of` gives it.
@@ -62,6 +72,17 @@ class ClipBudget:
     def __init__(self, clip_memory: float | str) -> None:
         self.clip_memory = clip_memory
         self._share = 1.0  # of what is free; halved when memory ran out
+        self._kept: dict[int, KeptBefore] = {}  # by shape of the graph
+
+    def kept_before(self, shape: int, budget: float) -> KeptBefore | None:
+        """What fitted in the last step with such a graph, if it still fits."""
+        kept = self._kept.get(shape)
+        return kept if kept is not None and kept.nbytes <= budget else None
+
+    def remember(self, shape: int, kept: KeptBefore) -> None:
+        if len(self._kept) >= _GRAPHS:
+            self._kept.clear()
+        self._kept[shape] = kept
 
     def of_step(self, managed_params: Sequence[ManagedParameter]) -> float:
         """Bytes that may be kept in a step that begins now. Infinite if all gradients fit: one backward will do. Waits

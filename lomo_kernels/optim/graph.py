@@ -6,13 +6,14 @@ import atexit
 import ctypes
 import sys
 import threading
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .placement import local_of
 
@@ -31,12 +32,10 @@ def check_loss(loss: Tensor) -> None:
         )
 
 
-def run_backward(
-    loss: Tensor, scale: Tensor | None, retain_graph: bool, leaves: Sequence[Tensor] | None = None
-) -> None:
+def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool, leaves: Sequence[Any] | None = None) -> None:
     """``(loss * scale).backward()``, with the scale (of no dimensions) as the gradient that backward starts from.
 
-    `leaves`: those that get a gradient, of which there is at least one; backward ends where it needs no more for them.
+    `leaves`: tensors (or edges of the graph) that get a gradient; backward ends where it needs no more for them.
     """
     start = None
     if scale is not None:
@@ -70,6 +69,41 @@ def release_graph(loss: Tensor) -> None:
     """Frees the graph of `loss` if nothing else holds it. A backward that goes through a part of it frees that part."""
     if not loss._is_view():  # which cannot be detached
         loss.detach_()
+
+
+class Cut(NamedTuple):
+    """Two parts of a graph, which a backward goes through in turn: the upper one is retained, the lower one is not."""
+
+    leaves: list[Tensor]  # that the upper part gives gradients
+    below: list[Any]  # the lower part's nodes that have gradients from the upper part
+
+    def run_backward(self, loss: Tensor, scale: Tensor | None) -> None:
+        """As the function `run_backward`, for all leaves of both parts."""
+        grads: dict[int, tuple[Tensor | None, ...]] = {}
+        with _prehooks(self.below, grads.__setitem__):
+            # Naming an edge to a node makes autograd call the node, with its gradients, and go no further.
+            run_backward(loss, scale, True, [*self.leaves, *(GradientEdge(node, 0) for node in self.below)])
+        edges = [
+            (GradientEdge(self.below[index], number), grad)
+            for index, given in grads.items()
+            for number, grad in enumerate(given)
+            if grad is not None
+        ]
+        if edges:
+            # Autograd calls hooks of these tensors again. What they made of the gradients the first time counts.
+            with _prehooks(self.below, lambda index, _: grads.pop(index)):
+                torch.autograd.backward([edge for edge, _ in edges], [grad for _, grad in edges])
+
+
+@contextmanager
+def _prehooks(nodes: Sequence[Any], hook: Callable[[int, Any], Any]) -> Iterator[None]:
+    """While inside, calls `hook` with each node's index and gradients before the node is run."""
+    handles = [node.register_prehook(partial(hook, index)) for index, node in enumerate(nodes)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Graph:
@@ -121,6 +155,35 @@ class Graph:
     def has_reentrant_checkpoints(self) -> bool:
         """Whether blocks of it do not exist before backward."""
         return _REENTRANT in self._walk.kinds
+
+    def cut(self, leaves: Sequence[Tensor]) -> Cut:
+        """Divides the graph in two. The upper part has all nodes that lead to `leaves`. What the lower part takes over
+        has its whole gradient from the upper part. So a skip connection belongs to one part."""
+        above: dict[int, list[Any]] = {}  # by id of a node: those that give it a gradient
+        nodes = nodes_of(self.loss)
+        for node in nodes:
+            for after, _ in node.next_functions:
+                if after is not None:
+                    above.setdefault(id(after), []).append(node)
+        wanted = {id(leaf) for leaf in leaves}
+        upper: dict[int, Any] = {}
+        waiting = [node for node in nodes if id(getattr(node, "variable", None)) in wanted]
+        while waiting:
+            while waiting:
+                node = waiting.pop()
+                if id(node) not in upper:
+                    upper[id(node)] = node
+                    waiting.extend(above.get(id(node), ()))
+            border = {
+                id(after): after
+                for node in upper.values()
+                for after, _ in node.next_functions
+                if after is not None and id(after) not in upper
+            }
+            waiting = [node for key in border for node in above[key] if id(node) not in upper]
+        ends = [leaf for node in border.values() if (leaf := getattr(node, "variable", None)) is not None]
+        below = [node for node in border.values() if getattr(node, "variable", None) is None]
+        return Cut([*leaves, *ends], below)
 
     @property
     def sequence_number(self) -> int:

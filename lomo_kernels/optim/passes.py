@@ -218,8 +218,9 @@ class DeferPass(NormPass):
     Args:
         budget: bytes that may be kept. Those that came first, of the layers nearest to the loss, are dropped for later
             ones.
+        evicted: the parameters whose gradients are dropped, if that is known. All others are kept then.
 
-    `evicted`: the parameters whose gradients were dropped.
+    `evicted`: the parameters whose gradients were dropped. `nbytes`: of what is kept, if there is a budget.
     """
 
     keeps = True
@@ -234,22 +235,27 @@ class DeferPass(NormPass):
         scaled: bool,
         engine: ParallelEngine | None = None,
         budget: float = math.inf,
+        evicted: Sequence[ManagedParameter] | None = None,
     ) -> None:
         super().__init__(devices, params, scaled=scaled, engine=engine)
         self._deferred: deque[DeferredGradient] = deque()
         self._budget = budget
+        self._evicts = None if evicted is None else {managed.index for managed in evicted}
         self._users: Counter[int] = Counter()  # of each piece of memory that is kept: layers share inputs
-        self._bytes = 0
+        self.nbytes = 0
         self.evicted: list[ManagedParameter] = []
 
     def add(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
         super().add(managed, grad, saved)
+        if self._evicts is not None and managed.index in self._evicts:
+            self.evicted.append(managed)
+            return
         stream = current(managed.local) if managed.on_gpu else None
         deferred = DeferredGradient(managed, grad, saved, stream)
         with self._lock:
             self._deferred.append(deferred)
             self._count(deferred, 1)
-            while self._bytes > self._budget:
+            while self.nbytes > self._budget and self._evicts is None:
                 self._evict(self._deferred.popleft())
         for observer in self.observers:
             observer(deferred)
@@ -267,7 +273,7 @@ class DeferPass(NormPass):
             before = self._users[storage._cdata]
             self._users[storage._cdata] += users
             if 0 in (before, before + users):
-                self._bytes += users * storage.nbytes()
+                self.nbytes += users * storage.nbytes()
 
     def check(self) -> None:
         """Raises RuntimeError where a factor was altered since it was kept."""

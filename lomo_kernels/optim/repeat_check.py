@@ -75,7 +75,7 @@ class RepeatCheck:
             norm_pass: a backward that adds up norms, in slots set to zero, and leaves the graph for another one; over
                 the engine's ranks.
         """
-        if self._is_known(graph):
+        if self.is_known(graph):
             return
         # An engine that reduces inside backward needs all ranks for this check. They all run it in the first step only.
         first = not self._shapes
@@ -111,7 +111,7 @@ class RepeatCheck:
         engine = state.engine if state.engine is not None and state.engine.same_graphs else None
         with _statistics_kept(self._training(), self._model()):
             norm_pass(engine)
-        if not self._is_known(graph) and _can_compare(list(state.devices.values())):
+        if not self.is_known(graph) and _can_compare(list(state.devices.values())):
             self._compare(graph, state, norm_pass, engine, _CHECKPOINTS)
             self._shapes.add(graph.shape)
             self._kinds |= graph.kinds
@@ -129,7 +129,8 @@ class RepeatCheck:
         with torch.inference_mode(False), torch.enable_grad():
             self._sequence_number = Graph(self._marker.view(())).sequence_number
 
-    def _is_known(self, graph: Graph) -> bool:
+    def is_known(self, graph: Graph) -> bool:
+        """Whether a second backward through such a graph has given the gradients of the first."""
         return graph.shape in self._shapes or (len(self._shapes) >= _SHAPES and graph.kinds <= self._kinds)
 
     def _compare(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..rules import RULES
 from .backward import Backward
+from .clip_memory import KeptBefore
 from .engines.base import ParallelEngine
 from .graph import check_fused_weights, check_loss, release_graph
 from .hyperparameters import check_group
@@ -109,25 +110,42 @@ class TrainingStep:
 
     def _backward_within(self, backward: Backward, budget: float) -> None:
         """A backward that keeps gradients, at most `budget` bytes of them, until the norm is known. If not all of them
-        fit, a second backward through the layers nearest to the loss brings the others."""
-        training = self._training
+        fit, a second backward through the layers nearest to the loss brings the others.
+
+        The first step of a graph finds out which fit, and autograd retains the whole graph for it. Later ones retain
+        only the part that runs again.
+        """
+        training, graph = self._training, backward.graph
+        kept, cut = None, None
+        if budget < math.inf and training.repeat_check.is_known(graph):
+            kept = training.clip_budget.kept_before(graph.shape, budget)
+            if kept is not None and kept.evicted:
+                cut = graph.cut([managed.param for managed in kept.evicted])
         training.state.zero_slots()
         gradients = DeferPass(
-            training.state.devices, training.fused_params, scaled=backward.scaled, engine=training.engine, budget=budget
+            training.state.devices,
+            training.fused_params,
+            scaled=backward.scaled,
+            engine=training.engine,
+            budget=budget,
+            evicted=None if kept is None else kept.evicted,
         )
-        backward.run_pass(gradients, retain_graph=budget < math.inf, is_last=True)
+        retain_graph = budget < math.inf and kept is None
+        backward.run_pass(gradients, retain_graph=retain_graph, is_last=True, cut=cut)
+        if budget < math.inf:
+            training.clip_budget.remember(graph.shape, KeptBefore(gradients.evicted, gradients.nbytes))
         gradients.check()
         training.state.finish_norm(self._settings.clip_grad_norm)
-        if gradients.evicted:
-            training.repeat_check.check_clipping(backward.graph, training.state, backward.norm_only_pass)
+        if gradients.evicted and kept is None:
+            training.repeat_check.check_clipping(graph, training.state, backward.norm_only_pass)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
         update = self._update_pass(backward.scale, factors_only_if_smaller=True)
         if gradients.evicted:  # first, because the layers between them and the loss must have their old weights
             backward.run_pass(update, retain_graph=False, only=gradients.evicted)
             gradients.check()
         gradients.apply(update)
-        if budget < math.inf:
-            release_graph(backward.graph.loss)
+        if retain_graph:
+            release_graph(graph.loss)
         self._finish(backward.scale)
 
     def _find_norm(self, backward: Backward) -> None:
