@@ -174,13 +174,17 @@ def updated_bits(
     parameter_id=0,
     step=0,
     shard=None,
+    elements=None,
 ):
-    """What `sgd_` makes of each element: a list of bit patterns, None for any quiet NaN. Arguments: numbers only."""
+    """What `sgd_` makes of each of these elements, or of all: a list of bit patterns, None for any quiet NaN.
+    Arguments: numbers only."""
     form = FORMATS[param.dtype]
     decay = float32(1.0 - lr * weight_decay)
     rate = float32(lr)
     result = []
-    for i, (p_bits, g) in enumerate(zip(unsigned(param), grad.double().flatten().tolist(), strict=True)):
+    params, grads = unsigned(param), grad.double().flatten().tolist()
+    for i in range(param.numel()) if elements is None else elements:
+        p_bits, g = params[i], grads[i]
         if inv_scale is not None:
             g = times(g, float32(inv_scale))
         if not math.isfinite(g):

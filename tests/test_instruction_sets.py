@@ -17,6 +17,8 @@ from oracle import ARGUMENTS, DTYPES, ROUNDINGS, reference_arguments
 from test_embedding import gradient as embedding_gradient
 
 from lomo_kernels import ops, reference
+from lomo_kernels.ops.scalars import vector
+from lomo_kernels.rules import RULES
 
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 SIZES = (0, 1, 7, 17, 33, 513, 4097, 10007, 70001)
@@ -139,18 +141,20 @@ print(json.dumps(test_instruction_sets.instructions()))
 
 def instructions():
     """Instructions per element, by dtype and rounding: in what calls of two sizes differ. None if they are not counted
-    here."""
+    here. The operator is called without its wrapper, which takes twice its instructions."""
     import lomo_kernels_testing as native
 
     if native.count_instructions(lambda: None) < 10:  # it takes some hundred
         return None
     counts = {}
+    scalars = vector("update_", torch.device("cpu"), {"lr": 0.1})
     for dtype in (torch.bfloat16, torch.float16):
         for rounding in ROUNDINGS:
 
-            def call(elements, dtype=dtype, rounding=rounding):
+            def call(elements, dtype=dtype, stochastic=rounding == "stochastic"):
                 param, grad = torch.ones(elements, dtype=dtype), torch.full((elements,), 0.01, dtype=dtype)
-                update = functools.partial(ops.sgd_, param, grad, lr=0.1, rounding=rounding)
+                arguments = [param], [grad], scalars, [], RULES["sgd"], stochastic, 0, [0], []
+                update = functools.partial(torch.ops.lomo_kernels.update_.default, *arguments)
                 for _ in range(50):  # until Python has specialised its bytecode
                     update()
                 return min(native.count_instructions(update) for _ in range(2))

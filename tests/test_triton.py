@@ -67,7 +67,10 @@ PYTEST = """
 import sys, pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::RuntimeWarning", *sys.argv[1:]]))
 """
-TOO_LARGE = "200003 or 3000001 or exactly_zero or threads or any_finite or 6553 or shows_in_the_slot and not bfloat16"
+TOO_LARGE = (
+    "200003 or 3000001 or exactly_zero or threads or any_finite or 6553 or nothing_finite and 20 or "
+    "shows_in_the_slot and (not bfloat16 or 70001 and not nan)"
+)
 #: Parts of the contract that an interpreter can do (six seconds per million elements): file, tests, at least how many.
 CONTRACT = {
     "sizes": ("test_sgd.py", "every_size and (0] or -1] or -31] or 4095] or 4096] or 4097])", 80),

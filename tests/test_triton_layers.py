@@ -139,12 +139,18 @@ CASES = dict(cases())
 TOGETHER = [
     name for name in CASES if re.match(r"linear.* (?:bf16|fp16)\b", name) and not re.search("odd|by fp32", name)
 ]
+#: Updates without a norm and a clamp. On one GPU they are compiled too; on the others "everything" stands for them: it
+#: is the same code in the same tile, and holds more in registers.
+PARTS = [name for name in CASES if " by " in name and not re.search("everything|odd", name)]
+WHOLE_GPU = 90
 #: Shared memory that a program may have, in KiB.
 SHARED = {75: 64, 80: 163, 90: 227, 100: 227, 120: 99, AMD: 64}
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [(target, name) for target in NVIDIA for name in CASES if target == WHOLE_GPU or name not in PARTS],
+)
 def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     code, options, tile = CASES[name](target)
     kernel = compiled(target, (code, options))
