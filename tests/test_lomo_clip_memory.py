@@ -400,6 +400,17 @@ def test_names_of_both_ends() -> None:
         Lomo(nn.Linear(2, 2), clip_passes="three")
 
 
+def test_summary_says_which_gradients_did_not_fit() -> None:
+    model = Stack()
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=4 * LAYER)
+    assert "computed twice" not in optimizer.summary()
+    stepped(optimizer, model)
+    text = optimizer.summary()
+    assert "2 x layers.*.weight" in text
+    assert "computed twice" in text
+    assert "2 gradients did not fit into clip_memory" in text
+
+
 def test_copies_keep_the_budget() -> None:
     model = Stack()
     optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=2 * LAYER)

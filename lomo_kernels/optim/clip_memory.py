@@ -73,6 +73,7 @@ class ClipBudget:
         self.clip_memory = clip_memory
         self._share = 1.0  # of what is free; halved when memory ran out
         self._kept: dict[int, KeptBefore] = {}  # by shape of the graph
+        self.evicted: list[ManagedParameter] = []  # in the last step
 
     def kept_before(self, shape: int, budget: float) -> KeptBefore | None:
         """What fitted in the last step with such a graph, if it still fits."""
@@ -83,6 +84,7 @@ class ClipBudget:
         if len(self._kept) >= _GRAPHS:
             self._kept.clear()
         self._kept[shape] = kept
+        self.evicted = kept.evicted
 
     def of_step(self, managed_params: Sequence[ManagedParameter]) -> float:
         """Bytes that may be kept in a step that begins now. Infinite if all gradients fit: one backward will do. Waits

@@ -213,9 +213,15 @@ class Lomo(torch.optim.Optimizer):
         self._run(lambda step: step.fused_backward(loss, lr))
 
     def summary(self) -> str:
-        """A table to print: what happens to each parameter's gradient, and why."""
+        """A table to print: what happens to each parameter's gradient, and why. After the first step it says which
+        gradients did not fit into `clip_memory`."""
         training = self._training
-        return summary(training.managed_params, training.attachment.model, kept=training.keeps_gradients)
+        return summary(
+            training.managed_params,
+            training.attachment.model,
+            kept=training.keeps_gradients,
+            evicted=training.clip_budget.evicted,
+        )
 
     def remove(self) -> None:
         """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -14,19 +14,26 @@ from .placement import shape_of
 _HEADER = ("parameters", "of shape", "dtype", "MiB", "gradient", "why")
 
 
-def summary(managed_params: Sequence[ManagedParameter], model: nn.Module | None, *, kept: bool) -> str:
+def summary(
+    managed_params: Sequence[ManagedParameter],
+    model: nn.Module | None,
+    *,
+    kept: bool,
+    evicted: Iterable[ManagedParameter] = (),
+) -> str:
     """One line for parameters that differ only in the numbers in their names.
 
     Args:
         model: in which layers are fused, if any.
-        kept: whether gradients, or their factors, are kept until backward has ended (one pass, and clipping).
+        kept: whether gradients, or their factors, are kept until backward has ended.
+        evicted: those that did not fit into `clip_memory`.
     """
-    reasons = _reasons(managed_params, model)
+    reasons, twice = _reasons(managed_params, model), {managed.index for managed in evicted}
     lines: dict[tuple[str, ...], list[ManagedParameter]] = {}
     for managed in managed_params:
         name = re.sub(r"(?<![^.])\d+(?![^.])", "*", managed.name)
         shape, dtype = str(list(shape_of(managed.param))), str(managed.param.dtype).removeprefix("torch.")
-        gradient = _gradient(managed, kept)
+        gradient = "computed twice" if managed.index in twice else _gradient(managed, kept)
         lines.setdefault((name, shape, dtype, gradient, reasons[managed.index]), []).append(managed)
     rows = [_HEADER]
     for (name, shape, dtype, gradient, reason), same in lines.items():
@@ -34,7 +41,7 @@ def summary(managed_params: Sequence[ManagedParameter], model: nn.Module | None,
         rows.append((count, shape, dtype, _mebibytes(same), gradient, reason))
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*text, *_totals(managed_params, kept)])
+    return "\n".join([*text, *_totals(managed_params, kept, twice)])
 
 
 def _gradient(managed: ManagedParameter, kept: bool) -> str:
@@ -72,7 +79,7 @@ def _reasons(managed_params: Sequence[ManagedParameter], model: nn.Module | None
     return reasons
 
 
-def _totals(managed_params: Sequence[ManagedParameter], kept: bool) -> list[str]:
+def _totals(managed_params: Sequence[ManagedParameter], kept: bool, twice: set[int]) -> list[str]:
     trained = [managed for managed in managed_params if managed.param.requires_grad]
     fused = [managed for managed in trained if managed.fused]
     elements, without = (sum(managed.param.numel() for managed in some) for some in (trained, fused))
@@ -81,8 +88,10 @@ def _totals(managed_params: Sequence[ManagedParameter], kept: bool) -> list[str]
         " weights of fused layers."
     ]
     if kept:
-        others = [managed for managed in trained if not managed.fused]
+        others = [managed for managed in trained if not managed.fused and managed.index not in twice]
         lines.append(f"Until backward has ended, {_mebibytes(others)} MiB of other gradients are kept.")
+    if twice:
+        lines.append(f"{len(twice)} gradients did not fit into clip_memory: backward runs twice through their layers.")
     return lines
 
 
