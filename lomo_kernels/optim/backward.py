@@ -40,21 +40,19 @@ class Backward:
         sink: Pass,
         *,
         retain_graph: bool,
-        is_last: bool | None = None,
         only: Sequence[ManagedParameter] | None = None,
         cut: Cut | None = None,
     ) -> None:
         """One backward in which hooks hand their gradients to `sink`.
 
         Args:
-            retain_graph: for another backward.
-            is_last: whether unmanaged leaves get their gradient in this one; by default if the graph is not retained.
+            retain_graph: for another backward. Unmanaged leaves get their gradient if this is False.
             only: the parameters that get a gradient; None: all leaves of the graph do.
             cut: two parts of the graph, of which only the upper one is retained.
         """
         step = self._step
-        is_last = not retain_graph if is_last is None else is_last
-        step.isolate([] if (self.scale is None and is_last) or only is not None else self._unmanaged_leaves())
+        unmanaged = (self.scale is not None or retain_graph) and only is None
+        step.isolate(self._unmanaged_leaves() if unmanaged else [])
         step.sink = sink
         step.enter(OptimizerBackward(self._training))
         leaves = None if only is None else [managed.param for managed in only]
@@ -62,7 +60,7 @@ class Backward:
             cut.run_backward(self.graph.loss, self.scale)
         else:
             run_backward(self.graph.loss, self.scale, retain_graph, leaves)
-        step.rejoin(self.scale, wanted=is_last)
+        step.rejoin(self.scale, wanted=not retain_graph)
         step.leave()
         sink.flush()
         step.sink = None

@@ -55,11 +55,11 @@ def clip_memory_of(value: Any, passes: Any) -> float | str:
     return float(value)
 
 
-class KeptBefore(NamedTuple):
-    """What an earlier step kept of the gradients of an equal graph."""
+class Fitting(NamedTuple):
+    """What fits of the gradients of a graph."""
 
-    evicted: list[ManagedParameter]  # whose gradients did not fit
-    nbytes: int  # of those that did
+    evicted: list[ManagedParameter]  # whose gradients do not fit
+    nbytes: int  # of those that do
 
 
 class ClipBudget:
@@ -72,19 +72,19 @@ class ClipBudget:
     def __init__(self, clip_memory: float | str) -> None:
         self.clip_memory = clip_memory
         self._share = 1.0  # of what is free; halved when memory ran out
-        self._kept: dict[int, KeptBefore] = {}  # by shape of the graph
+        self._fitting: dict[int, Fitting] = {}  # by shape of the graph
         self.evicted: list[ManagedParameter] = []  # in the last step
 
-    def kept_before(self, shape: int, budget: float) -> KeptBefore | None:
-        """What fitted in the last step with such a graph, if it still fits."""
-        kept = self._kept.get(shape)
-        return kept if kept is not None and kept.nbytes <= budget else None
+    def fitting(self, shape: int, budget: float) -> Fitting | None:
+        """What fitted in the last step with such a graph. None if there was none, or if it took more than `budget`."""
+        fitting = self._fitting.get(shape)
+        return fitting if fitting is not None and fitting.nbytes <= budget else None
 
-    def remember(self, shape: int, kept: KeptBefore) -> None:
-        if len(self._kept) >= _GRAPHS:
-            self._kept.clear()
-        self._kept[shape] = kept
-        self.evicted = kept.evicted
+    def remember(self, shape: int, fitting: Fitting) -> None:
+        if len(self._fitting) >= _GRAPHS:
+            self._fitting.clear()
+        self._fitting[shape] = fitting
+        self.evicted = fitting.evicted
 
     def of_step(self, managed_params: Sequence[ManagedParameter]) -> float:
         """Bytes that may be kept in a step that begins now. Infinite if all gradients fit: one backward will do. Waits

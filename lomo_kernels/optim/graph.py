@@ -65,12 +65,6 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool, leaves:
         raise
 
 
-def release_graph(loss: Tensor) -> None:
-    """Frees the graph of `loss` if nothing else holds it. A backward that goes through a part of it frees that part."""
-    if not loss._is_view():  # which cannot be detached
-        loss.detach_()
-
-
 class Cut(NamedTuple):
     """Two parts of a graph, which a backward goes through in turn: the upper one is retained, the lower one is not."""
 

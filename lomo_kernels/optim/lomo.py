@@ -18,7 +18,6 @@ from .parameters import model_to_fuse, named_groups
 from .plain_steps import PlainSteps
 from .settings import Settings
 from .step_hooks import as_step
-from .summary import summary
 from .training import Training
 from .training_step import TrainingStep
 from .transaction import all_or_nothing
@@ -47,14 +46,12 @@ class Lomo(torch.optim.Optimizer):
             known only after a backward pass: see `clip_memory`.
         clip_grad_value: bound on each element of the gradient, applied before the norm's coefficient.
         weight_decay: decoupled.
-        clip_memory: for clipping by norm and dynamic loss scaling: bytes that gradients may take while they wait for
-            the norm, a number or a text such as "2GiB". Fused layers keep factors in their place if these are smaller.
-            If not all fit, a second backward through the layers nearest to the loss computes theirs again. 0: nothing
-            is kept, and the second backward goes through all layers: least memory. None: everything is kept, and there
-            is one backward. "auto": on a GPU what is free, less a tenth of its memory; on a CPU everything, which is no
-            more than torch's SGD keeps. Over several ranks, and with reentrant checkpoints, everything is kept if it
-            fits, otherwise nothing. The result is the same (`docs/choosing.md`).
-        clip_passes: names for two values of `clip_memory`: "one" for None, "two" for 0.
+        clip_memory: bytes of gradients or factors that may wait for the norm (of clipping, of dynamic loss scaling): a
+            number, or a text such as "2GiB". Layers nearest to the loss whose gradients do not fit go through backward
+            twice. 0: all do; least memory. None: none does; fastest. "auto": on a GPU what is free, less a tenth of its
+            memory; on a CPU all, as torch's SGD keeps. Over several ranks, and with reentrant checkpoints, all or
+            nothing. The result is the same (`docs/choosing.md`).
+        clip_passes: "one" is another name for ``clip_memory=None``, and "two" for 0.
         loss_scale: None, a number, "dynamic", or "auto". "auto" is dynamic if a parameter is float16, or if the first
             backward computes in float16, as under autocast. Over several processes autocast only gives a warning.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
@@ -196,32 +193,20 @@ class Lomo(torch.optim.Optimizer):
         self._training.drop_norm()
 
     def grad_norm(self, loss: Tensor) -> Tensor:
-        """First call of lomo_optim's pair: a backward for the norm. The next `fused_backward` uses the norm, once.
-
-        Returns:
-            The norm, as `last_grad_norm`.
-        """
+        """First call of lomo_optim's pair: a backward for the norm. The next `fused_backward` uses it, once.
+        Returns the norm, as `last_grad_norm`."""
         self._run(lambda step: step.find_norm(loss))
         return self.last_grad_norm
 
     @as_step(lambda self, *_, **__: not self._training.accumulating)
     def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
-        """lomo_optim's name for `backward`, with the learning rate of all groups given for this step.
-
-        After `grad_norm` it runs one backward, otherwise both: an old norm is never used.
-        """
+        """lomo_optim's name for `backward`, with the learning rate of all groups for this step. After `grad_norm` it runs
+        one backward. An old norm is never used."""
         self._run(lambda step: step.fused_backward(loss, lr))
 
     def summary(self) -> str:
-        """A table to print: what happens to each parameter's gradient, and why. After the first step it says which
-        gradients did not fit into `clip_memory`."""
-        training = self._training
-        return summary(
-            training.managed_params,
-            training.attachment.model,
-            kept=training.keeps_gradients,
-            evicted=training.clip_budget.evicted,
-        )
+        """A table to print: what happens to each parameter's gradient, and why; after a step, what did not fit."""
+        return self._training.summary()
 
     def remove(self) -> None:
         """Takes the hooks off and lets another optimizer have the parameters. The optimizer cannot be used again.

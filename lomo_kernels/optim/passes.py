@@ -7,7 +7,6 @@ once after the last use, closes the sum.
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..layers import Factors
 from .engines.base import ParallelEngine
@@ -208,19 +208,82 @@ class DeferredGradient(NamedTuple):
     stream: torch.cuda.Stream | None  # whose memory it is
 
     def tensors(self) -> list[Tensor]:
-        tensors = [tensor for held in self.saved for tensor in (held.factors.input, held.factors.grad_output)]
-        return tensors if self.grad is None else [*tensors, self.grad]
+        return _tensors(self.grad, self.saved)
+
+
+class _Memory:
+    """Bytes of the memory that gradients and factors take. Layers that share an input share its memory."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._users: Counter[int] = Counter()  # by address of the storage
+        self._weak: dict[int, StorageWeakRef] = {}  # so that no new storage gets the address of one that was freed
+
+    def add(self, tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+        """Counts memory that is kept. Returns what `remove` takes."""
+        pieces = []
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._weak.setdefault(storage._cdata, StorageWeakRef(storage))
+            pieces.append((storage._cdata, storage.nbytes()))
+        for address, nbytes in pieces:
+            self.nbytes += 0 if self._users[address] else nbytes
+            self._users[address] += 1
+        return pieces
+
+    def remove(self, pieces: Iterable[tuple[int, int]]) -> None:
+        for address, nbytes in pieces:
+            self._users[address] -= 1
+            self.nbytes -= 0 if self._users[address] else nbytes
+
+
+class MeasurePass(NormPass):
+    """Adds up norms as `NormPass` does, and finds out which gradients a pass that keeps them could keep.
+
+    Args:
+        budget: bytes that may be kept. Gradients that came first, of the layers nearest to the loss, make room for
+            later ones.
+
+    `evicted`: the parameters whose gradients do not fit. `nbytes`: of those that do.
+    """
+
+    keeps = True  # takes the same factors as a pass that does
+
+    def __init__(
+        self, devices: Iterable[torch.device], params: Iterable[Tensor] = (), *, scaled: bool, budget: float
+    ) -> None:
+        super().__init__(devices, params, scaled=scaled)
+        self._budget = budget
+        self._memory = _Memory()
+        self._window: deque[tuple[ManagedParameter, list[tuple[int, int]]]] = deque()
+        self.evicted: list[ManagedParameter] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
+    def add(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
+        super().add(managed, grad, saved)
+        with self._lock:
+            self._window.append((managed, self._memory.add(_tensors(grad, saved))))
+            while self.nbytes > self._budget:
+                evicted, pieces = self._window.popleft()
+                self._memory.remove(pieces)
+                self.evicted.append(evicted)
+
+
+def _tensors(grad: Tensor | None, saved: Sequence[SavedFactors]) -> list[Tensor]:
+    tensors = [tensor for held in saved for tensor in (held.factors.input, held.factors.grad_output)]
+    return tensors if grad is None else [*tensors, grad]
 
 
 class DeferPass(NormPass):
     """Adds up norms as `NormPass` does and keeps gradients, or their factors where they are smaller, for `apply`.
 
     Args:
-        budget: bytes that may be kept. Those that came first, of the layers nearest to the loss, are dropped for later
-            ones.
-        evicted: the parameters whose gradients are dropped, if that is known. All others are kept then.
+        evicted: the parameters whose gradients are not kept.
 
-    `evicted`: the parameters whose gradients were dropped. `nbytes`: of what is kept, if there is a budget.
+    `nbytes`: of what is kept.
     """
 
     keeps = True
@@ -234,46 +297,28 @@ class DeferPass(NormPass):
         *,
         scaled: bool,
         engine: ParallelEngine | None = None,
-        budget: float = math.inf,
-        evicted: Sequence[ManagedParameter] | None = None,
+        evicted: Iterable[ManagedParameter] = (),
     ) -> None:
         super().__init__(devices, params, scaled=scaled, engine=engine)
-        self._deferred: deque[DeferredGradient] = deque()
-        self._budget = budget
-        self._evicts = None if evicted is None else {managed.index for managed in evicted}
-        self._users: Counter[int] = Counter()  # of each piece of memory that is kept: layers share inputs
-        self.nbytes = 0
-        self.evicted: list[ManagedParameter] = []
+        self._deferred: list[DeferredGradient] = []
+        self._evicted = {managed.index for managed in evicted}
+
+    @property
+    def nbytes(self) -> int:
+        memory = _Memory()
+        for deferred in self._deferred:
+            memory.add(deferred.tensors())
+        return memory.nbytes
 
     def add(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
         super().add(managed, grad, saved)
-        if self._evicts is not None and managed.index in self._evicts:
-            self.evicted.append(managed)
+        if managed.index in self._evicted:
             return
         stream = current(managed.local) if managed.on_gpu else None
         deferred = DeferredGradient(managed, grad, saved, stream)
-        with self._lock:
-            self._deferred.append(deferred)
-            self._count(deferred, 1)
-            while self.nbytes > self._budget and self._evicts is None:
-                self._evict(self._deferred.popleft())
+        self._deferred.append(deferred)
         for observer in self.observers:
             observer(deferred)
-
-    def _evict(self, deferred: DeferredGradient) -> None:
-        self._count(deferred, -1)
-        self.evicted.append(deferred.managed)
-
-    def _count(self, deferred: DeferredGradient, users: int) -> None:
-        """Adds the memory that one more gradient keeps, or takes away (`users` is -1) what it alone has kept."""
-        if self._budget == math.inf:
-            return
-        for tensor in deferred.tensors():
-            storage = tensor.untyped_storage()
-            before = self._users[storage._cdata]
-            self._users[storage._cdata] += users
-            if 0 in (before, before + users):
-                self.nbytes += users * storage.nbytes()
 
     def check(self) -> None:
         """Raises RuntimeError where a factor was altered since it was kept."""

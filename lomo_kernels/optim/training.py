@@ -29,6 +29,7 @@ from .scaling import computes_in_float16
 from .settings import Settings
 from .state import TrainingState
 from .step import Steps
+from .summary import summary
 
 
 class Training:
@@ -268,6 +269,12 @@ class Training:
     def check_not_ended(self) -> None:
         if self.ended:
             raise RuntimeError(f"Lomo: {self.ended}")
+
+    def summary(self) -> str:
+        """See `Lomo.summary`."""
+        return summary(
+            self.managed_params, self.attachment.model, kept=self.keeps_gradients, evicted=self.clip_budget.evicted
+        )
 
     def grad_norms(self) -> dict[str, Tensor]:
         """See `Lomo.grad_norms`."""

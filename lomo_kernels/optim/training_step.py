@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..rules import RULES
 from .backward import Backward
-from .clip_memory import KeptBefore
+from .clip_memory import Fitting
 from .engines.base import ParallelEngine
-from .graph import check_fused_weights, check_loss, release_graph
+from .graph import check_fused_weights, check_loss
 from .hyperparameters import check_group
-from .passes import DeferPass, NormPass, UpdatePass
+from .passes import DeferPass, MeasurePass, NormPass, UpdatePass
 from .scaling import check_no_grad_scaler
 from .step import Step
 from .training import Training
@@ -109,43 +109,53 @@ class TrainingStep:
             training.looked_for_scaler = check_no_grad_scaler(loss)
 
     def _backward_within(self, backward: Backward, budget: float) -> None:
-        """A backward that keeps gradients, at most `budget` bytes of them, until the norm is known. If not all of them
-        fit, a second backward through the layers nearest to the loss brings the others.
+        """A step that keeps gradients, at most `budget` bytes of them, until the norm is known. If not all of them fit,
+        a second backward through the layers nearest to the loss brings the others.
 
-        The first step of a graph finds out which fit, and autograd retains the whole graph for it. Later ones retain
-        only the part that runs again.
+        The first step of a graph keeps nothing. It finds out what fits.
         """
         training, graph = self._training, backward.graph
-        kept, cut = None, None
-        if budget < math.inf and training.repeat_check.is_known(graph):
-            kept = training.clip_budget.kept_before(graph.shape, budget)
-            if kept is not None and kept.evicted:
-                cut = graph.cut([managed.param for managed in kept.evicted])
+        fits: Fitting | None = Fitting([], 0)
+        if budget < math.inf:
+            known = training.repeat_check.is_known(graph)
+            fits = training.clip_budget.fitting(graph.shape, budget) if known else None
+        if fits is None:
+            self._measure(backward, budget)
+            return
+        cut = graph.cut([managed.param for managed in fits.evicted]) if fits.evicted else None
         training.state.zero_slots()
         gradients = DeferPass(
             training.state.devices,
             training.fused_params,
             scaled=backward.scaled,
             engine=training.engine,
-            budget=budget,
-            evicted=None if kept is None else kept.evicted,
+            evicted=fits.evicted,
         )
-        retain_graph = budget < math.inf and kept is None
-        backward.run_pass(gradients, retain_graph=retain_graph, is_last=True, cut=cut)
-        if budget < math.inf:
-            training.clip_budget.remember(graph.shape, KeptBefore(gradients.evicted, gradients.nbytes))
+        backward.run_pass(gradients, retain_graph=False, cut=cut)
         gradients.check()
         training.state.finish_norm(self._settings.clip_grad_norm)
-        if gradients.evicted and kept is None:
-            training.repeat_check.check_clipping(graph, training.state, backward.norm_only_pass)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
+        if budget < math.inf:
+            training.clip_budget.remember(graph.shape, Fitting(fits.evicted, gradients.nbytes))
         update = self._update_pass(backward.scale, factors_only_if_smaller=True)
-        if gradients.evicted:  # first, because the layers between them and the loss must have their old weights
-            backward.run_pass(update, retain_graph=False, only=gradients.evicted)
+        if fits.evicted:  # first, because the layers between them and the loss must have their old weights
+            backward.run_pass(update, retain_graph=False, only=fits.evicted)
             gradients.check()
         gradients.apply(update)
-        if retain_graph:
-            release_graph(graph.loss)
+        self._finish(backward.scale)
+
+    def _measure(self, backward: Backward, budget: float) -> None:
+        """A step in two backwards, which keeps nothing and finds out what would fit into `budget` bytes."""
+        training = self._training
+        training.state.zero_slots()
+        norm = MeasurePass(training.state.devices, training.fused_params, scaled=backward.scaled, budget=budget)
+        backward.run_pass(norm, retain_graph=True)
+        training.state.finish_norm(self._settings.clip_grad_norm)
+        training.repeat_check.check_clipping(backward.graph, training.state, backward.norm_only_pass)
+        self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
+        training.clip_budget.remember(backward.graph.shape, Fitting(norm.evicted, norm.nbytes))
+        update = self._update_pass(backward.scale, factors_only_if_smaller=True)
+        backward.run_pass(update, retain_graph=False)
         self._finish(backward.scale)
 
     def _find_norm(self, backward: Backward) -> None:
