@@ -200,8 +200,8 @@ class Lomo(torch.optim.Optimizer):
 
     @as_step(lambda self, *_, **__: not self._training.accumulating)
     def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
-        """lomo_optim's name for `backward`, with the learning rate of all groups for this step. After `grad_norm` it runs
-        one backward. An old norm is never used."""
+        """lomo_optim's name for `backward`, with the learning rate of all groups for this step. After `grad_norm` it
+        runs one backward. An old norm is never used."""
         self._run(lambda step: step.fused_backward(loss, lr))
 
     def summary(self) -> str:
