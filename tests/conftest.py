@@ -83,18 +83,21 @@ def ranks():
 def run_python():
     """Runs Python code in a fresh process, where this folder can be imported and no LOMO_KERNELS_* is set but `env`.
 
-    Returns the finished process: `returncode`, `stdout`, `stderr`.
+    Returns the finished process: `returncode`, `stdout`, `stderr`. torch is imported already, unless `env` has what
+    counts before that: LD_PRELOAD.
     """
+    from fresh import Server
+
+    server = Server()
 
     def run(code, *arguments, **env):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("LOMO_KERNELS_")}
         paths = [str(TESTS), *filter(None, [clean.get("PYTHONPATH")])]
-        return subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            env={**clean, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **env},
-            capture_output=True,
-            text=True,
-            timeout=580,
-        )
+        env = {**clean, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **env}
+        if "LD_PRELOAD" not in env:
+            return server.run(code, *arguments, env=env)
+        whole = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(whole, env=env, capture_output=True, text=True, timeout=580)
 
-    return run
+    yield run
+    server.close()

@@ -6,10 +6,10 @@ import ast
 import os
 import re
 import runpy
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,7 +112,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=name)
-def test_programs_run(page: Path, tmp_path: Path) -> None:
+def test_programs_run(page: Path, tmp_path: Path, run_python: Any) -> None:
     """One after the other in one process, as a reader would. Those that are not run are compiled."""
     before, after = AROUND.get(name(page), ("", ""))
     run = [code for reason, code in blocks(page) if not reason]
@@ -123,8 +123,8 @@ def test_programs_run(page: Path, tmp_path: Path) -> None:
         return
     script = tmp_path / "page.py"
     script.write_text("\n".join(["import os", before, *run, after]))
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))}
-    done = subprocess.run([sys.executable, script], env=paths, capture_output=True, text=True, timeout=300)
+    start = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = run_python(start, str(script), PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), *sys.path])))
     assert done.returncode == 0, done.stdout + done.stderr
 
 

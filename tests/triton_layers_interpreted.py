@@ -95,13 +95,14 @@ def test_every_tile_is_done_once(shape):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("by_address", [False, True], ids=["numbers", "addresses"])
 def test_linear_sgd_with_every_argument(arguments, by_address, rule, monkeypatch):
+    """In one tile and one step of tokens: more of them are for the test of every shape."""
     monkeypatch.setattr(launch, "by_address", by_address)
-    factors = factors_of((40, 130, 20), torch.bfloat16)
+    factors = factors_of((5, 120, 20), torch.bfloat16)
     gradient = linear_gradient(*factors)
     arguments = ARGUMENTS[arguments]
     for weight_dtype in DTYPES:
         for rounding in ROUNDINGS:
-            before = matrix(130, 20, weight_dtype, 2)
+            before = matrix(120, 20, weight_dtype, 2)
             weight = before.clone()
             ops.linear_sgd_(weight, *factors, **arguments, rounding=rounding, step=5, rule=rule)
             stochastic = {"stochastic": rounding == "stochastic", "step": 5, "rule": rule}
