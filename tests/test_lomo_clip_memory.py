@@ -177,6 +177,48 @@ def test_a_weight_that_both_ends_share_is_updated_last() -> None:
     assert_same_bits(weights_of(model), weights_of(twin))
 
 
+def test_equal_models_in_turn() -> None:
+    """Their graphs differ only in their parameters."""
+    results = []
+    for budget in (0, 3 * LAYER):
+        models = nn.ModuleList([Stack(), Stack()])
+        optimizer = Lomo(models, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget)
+        for step in range(6):
+            optimizer.backward(models[step % 2](inputs()))
+        results.append(weights_of(models))
+    assert_same_bits(*results)
+
+
+class Pair(torch.autograd.Function):
+    """Two outputs, of which the graph may use one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return x * 2, x * 3
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor | None, second: Tensor | None) -> Tensor | None:
+        return sum((grad * n for grad, n in ((first, 2), (second, 3)) if grad is not None), start=torch.zeros(()))
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+def test_the_part_that_runs_twice_ends_at_a_node_of_several_outputs(used: tuple[int, ...]) -> None:
+    results = []
+    for budget in range(LAYERS + 1):
+        model = Stack()
+        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget * LAYER)
+        for _ in range(3):
+            x = inputs()
+            for layer in model.layers:
+                outputs = Pair.apply(layer(x))
+                x = sum(outputs[which] for which in used).tanh()
+            optimizer.backward(x.square().sum())
+        results.append(weights_of(model))
+    for weights in results[1:]:
+        assert_same_bits(weights, results[0])
+
+
 # ---- Bytes and backwards --------------------------------------------------------------------------------------------
 
 

@@ -72,18 +72,18 @@ class ClipBudget:
     def __init__(self, clip_memory: float | str) -> None:
         self.clip_memory = clip_memory
         self._share = 1.0  # of what is free; halved when memory ran out
-        self._fitting: dict[int, Fitting] = {}  # by shape of the graph
+        self._fitting: dict[int, Fitting] = {}  # by kind of graph
         self.evicted: list[ManagedParameter] = []  # in the last step
 
-    def fitting(self, shape: int, budget: float) -> Fitting | None:
+    def fitting(self, kind: int, budget: float) -> Fitting | None:
         """What fitted in the last step with such a graph. None if there was none, or if it took more than `budget`."""
-        fitting = self._fitting.get(shape)
+        fitting = self._fitting.get(kind)
         return fitting if fitting is not None and fitting.nbytes <= budget else None
 
-    def remember(self, shape: int, fitting: Fitting) -> None:
+    def remember(self, kind: int, fitting: Fitting) -> None:
         if len(self._fitting) >= _GRAPHS:
             self._fitting.clear()
-        self._fitting[shape] = fitting
+        self._fitting[kind] = fitting
         self.evicted = fitting.evicted
 
     def of_step(self, managed_params: Sequence[ManagedParameter]) -> float:

@@ -12,7 +12,7 @@ from ..rules import RULES
 from .backward import Backward
 from .clip_memory import Fitting
 from .engines.base import ParallelEngine
-from .graph import check_fused_weights, check_loss
+from .graph import Graph, check_fused_weights, check_loss
 from .hyperparameters import check_group
 from .passes import DeferPass, MeasurePass, NormPass, UpdatePass
 from .scaling import check_no_grad_scaler
@@ -118,7 +118,7 @@ class TrainingStep:
         fits: Fitting | None = Fitting([], 0)
         if budget < math.inf:
             known = training.repeat_check.is_known(graph)
-            fits = training.clip_budget.fitting(graph.shape, budget) if known else None
+            fits = training.clip_budget.fitting(self._kind_of(graph), budget) if known else None
         if fits is None:
             self._measure(backward, budget)
             return
@@ -136,7 +136,7 @@ class TrainingStep:
         training.state.finish_norm(self._settings.clip_grad_norm)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
         if budget < math.inf:
-            training.clip_budget.remember(graph.shape, Fitting(fits.evicted, gradients.nbytes))
+            training.clip_budget.remember(self._kind_of(graph), Fitting(fits.evicted, gradients.nbytes))
         update = self._update_pass(backward.scale, factors_only_if_smaller=True)
         if fits.evicted:  # first, because the layers between them and the loss must have their old weights
             backward.run_pass(update, retain_graph=False, only=fits.evicted)
@@ -153,10 +153,15 @@ class TrainingStep:
         training.state.finish_norm(self._settings.clip_grad_norm)
         training.repeat_check.check_clipping(backward.graph, training.state, backward.norm_only_pass)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
-        training.clip_budget.remember(backward.graph.shape, Fitting(norm.evicted, norm.nbytes))
+        training.clip_budget.remember(self._kind_of(backward.graph), Fitting(norm.evicted, norm.nbytes))
         update = self._update_pass(backward.scale, factors_only_if_smaller=True)
         backward.run_pass(update, retain_graph=False)
         self._finish(backward.scale)
+
+    def _kind_of(self, graph: Graph) -> int:
+        """A hash of the graph's shape and its parameters: one optimizer may train several equal models."""
+        index_of = {id(managed.param): managed.index for managed in self._training.managed_params}
+        return hash((graph.shape, *(index_of.get(id(leaf)) for leaf in graph.leaves)))
 
     def _find_norm(self, backward: Backward) -> None:
         training = self._training
