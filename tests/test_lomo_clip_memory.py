@@ -489,10 +489,24 @@ def test_auto_takes_what_every_gpu_has_free(
     free: dict[int, int], sizes: list[tuple[str, int]], expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clip_memory, "_free", lambda device: free[device.index] if device.type == "cuda" else math.inf)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     managed: Any = [Managed(*size) for size in sizes]
     assert ClipBudget("auto").of_step(managed) == pytest.approx(expected)
     frozen: Any = [*managed, Managed("cuda:0", 10**9, trained=False)]
     assert ClipBudget("auto").of_step(frozen) == pytest.approx(expected), "a frozen parameter has no gradient"
+
+
+def test_a_capture_has_the_budget_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free then is not asked for."""
+    free = [400, 100]
+    monkeypatch.setattr(clip_memory, "_free", lambda device: free.pop(0))
+    managed: Any = [Managed("cuda:0", 600)]
+    budget = ClipBudget("auto")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert budget.of_step(managed) == 400
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert budget.of_step(managed) == 400
+    assert free == [100]
 
 
 def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

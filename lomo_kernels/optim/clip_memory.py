@@ -71,6 +71,7 @@ class ClipBudget:
 
     def __init__(self, clip_memory: float | str) -> None:
         self.clip_memory = clip_memory
+        self._last = math.inf
         self._share = 1.0  # of what is free; halved when memory ran out
         self._fitting: dict[int, Fitting] = {}  # by kind of graph
         self.evicted: list[ManagedParameter] = []  # in the last step
@@ -95,11 +96,14 @@ class ClipBudget:
                 by_device[managed.device] = by_device.get(managed.device, 0) + managed.bytes
         total = sum(by_device.values())
         if isinstance(self.clip_memory, str):
+            if any(device.type == "cuda" for device in by_device) and torch.cuda.is_current_stream_capturing():
+                return self._last  # a capture repeats the step before it
             share = min((_free(device) / max(need, 1) for device, need in by_device.items()), default=math.inf)
             limit = total * share * self._share if share < math.inf else math.inf
         else:
             limit = self.clip_memory
-        return math.inf if limit >= total else limit
+        self._last = math.inf if limit >= total else limit
+        return self._last
 
     def halve(self) -> bool:
         """Memory ran out: "auto" takes half as much from the next step on. Returns whether that changes anything."""

@@ -82,10 +82,11 @@ class RepeatCheck:
         engine = state.engine
         if engine is not None and engine.same_graphs and not first:
             return
-        # A step whose norm is not finite changes nothing, and its norms cannot be compared.
-        if not _can_compare(list(state.devices.values())) or state.primary.found_inf.item():
-            return
-        self._compare(graph, state, norm_pass, engine if first else None, _TWO_PASSES)
+        if _can_compare(list(state.devices.values())):
+            # A step whose norm is not finite changes nothing, and its norms cannot be compared.
+            if state.primary.found_inf.item():
+                return
+            self._compare(graph, state, norm_pass, engine if first else None, _TWO_PASSES)
         self._shapes.add(graph.shape)
         self._kinds |= graph.kinds
 
