@@ -273,6 +273,69 @@ def test_with_reentrant_checkpoints_everything_is_kept_or_nothing(budget: int) -
     assert stepped(Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=6 * LAYER), model)[-1] == 1
 
 
+class Hidden(torch.autograd.Function):
+    """A reentrant checkpoint as other libraries have it, under a name of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
+        ctx.x, ctx.block = x.detach(), block
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        x = ctx.x.requires_grad_()
+        x.grad = None
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.block(x), grad)
+        return x.grad, None
+
+
+@pytest.mark.parametrize("hidden", [(0,), (3,), (5,), (0, 3), tuple(range(LAYERS))], ids=str)
+def test_layers_that_the_graph_hides(hidden: tuple[int, ...]) -> None:
+    results = []
+    for budget in range(LAYERS + 1):
+        model = Stack()
+        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget * LAYER)
+        for _ in range(3):
+            x = inputs()
+            for index, layer in enumerate(model.layers):
+                x = (Hidden.apply(x, layer) if index in hidden else layer(x)).tanh()
+            optimizer.backward(x.square().sum())
+        results.append(weights_of(model))
+    for weights in results[1:]:
+        assert_same_bits(weights, results[0])
+
+
+def test_a_hidden_layer_that_is_unfrozen_later() -> None:
+    """The graph looks the same, and its layer would be updated twice."""
+    model = Stack()
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=3 * LAYER)
+    hidden = model.layers[4].weight.requires_grad_(False)
+
+    def step() -> None:
+        x = inputs()
+        for index, layer in enumerate(model.layers):
+            x = (Hidden.apply(x, layer) if index == 4 else layer(x)).tanh()
+        optimizer.backward(x.square().sum())
+
+    for _ in range(3):
+        step()
+    hidden.requires_grad_(True)
+    before = weights_of(model)
+    with pytest.raises(RuntimeError, match=r"does not show layers\.4\.weight.*run this batch again"):
+        step()
+    assert_same_bits(weights_of(model), before)
+    twin = copy.deepcopy(model)
+    reference = Lomo(twin, lr=1e-3, clip_grad_norm=0.1, clip_memory=0)
+    for _ in range(2):
+        step()
+    model, optimizer, trained = twin, reference, weights_of(model)
+    for _ in range(2):
+        step()
+    assert_same_bits(weights_of(model), trained)
+
+
 @pytest.mark.parametrize("budget", [2 * LAYER, 10 * LAYER])
 def test_the_graph_dies_with_the_step(budget: int) -> None:
     """A part of it was retained and not run again. The loss itself often lives until the next one is there."""

@@ -87,6 +87,10 @@ class ClipBudget:
         self._fitting[kind] = fitting
         self.evicted = fitting.evicted
 
+    def forget(self, kind: int) -> None:
+        """The next step with such a graph finds out anew what fits."""
+        self._fitting.pop(kind, None)
+
     def of_step(self, managed_params: Sequence[ManagedParameter]) -> float:
         """Bytes that may be kept in a step that begins now. Infinite if all gradients fit: one backward will do. Waits
         for no device."""

@@ -14,7 +14,8 @@ from .clip_memory import Fitting
 from .engines.base import ParallelEngine
 from .graph import Graph, check_fused_weights, check_loss
 from .hyperparameters import check_group
-from .passes import DeferPass, MeasurePass, NormPass, UpdatePass
+from .managed_parameter import ManagedParameter
+from .passes import DeferPass, MeasurePass, NormPass, Pass, UpdatePass
 from .scaling import check_no_grad_scaler
 from .step import Step
 from .training import Training
@@ -133,6 +134,14 @@ class TrainingStep:
         )
         backward.run_pass(gradients, retain_graph=False, cut=cut)
         gradients.check()
+        hidden = self._hidden(graph, gradients) if fits.evicted else []
+        if hidden:
+            training.clip_budget.forget(self._kind_of(graph))
+            raise RuntimeError(
+                f"Lomo: the graph does not show {hidden[0].name}, and did not use it in an earlier step with an equal "
+                "graph (a checkpoint that hides its block, of which a parameter was unfrozen?). No weight was changed. "
+                "The next step runs through all layers twice: run this batch again"
+            )
         training.state.finish_norm(self._settings.clip_grad_norm)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
         if budget < math.inf:
@@ -150,13 +159,25 @@ class TrainingStep:
         training.state.zero_slots()
         norm = MeasurePass(training.state.devices, training.fused_params, scaled=backward.scaled, budget=budget)
         backward.run_pass(norm, retain_graph=True)
+        hidden = self._hidden(backward.graph, norm)
         training.state.finish_norm(self._settings.clip_grad_norm)
         training.repeat_check.check_clipping(backward.graph, training.state, backward.norm_only_pass)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
-        training.clip_budget.remember(self._kind_of(backward.graph), Fitting(norm.evicted, norm.nbytes))
+        if not hidden:
+            training.clip_budget.remember(self._kind_of(backward.graph), Fitting(norm.evicted, norm.nbytes))
         update = self._update_pass(backward.scale, factors_only_if_smaller=True)
         backward.run_pass(update, retain_graph=False)
         self._finish(backward.scale)
+
+    def _hidden(self, graph: Graph, sink: Pass) -> list[ManagedParameter]:
+        """Parameters whose gradients came and which are no leaves of the graph: a checkpoint of another library hides
+        their layers, and no second backward could go through some of them only."""
+        leaves = {id(leaf) for leaf in graph.leaves}
+        return [
+            managed
+            for managed in self._training.managed_params
+            if managed.last_pass == sink.serial and id(managed.param) not in leaves
+        ]
 
     def _kind_of(self, graph: Graph) -> int:
         """A hash of the graph's shape and its parameters: one optimizer may train several equal models."""
