@@ -408,6 +408,57 @@ def test_another_gradient_is_as_after_one_backward() -> None:
 # ---- Steps that change nothing, or break off ------------------------------------------------------------------------
 
 
+def test_batches_of_two_lengths_share_one_budget() -> None:
+    """What fits for the longer ones fits for the shorter ones, and is not found out anew in every step."""
+    model = Stack()
+    budget = 160_000
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget, fused_layers=True)
+    for tokens in (8, 8, 60, 8, 60, 8, 60):
+        model.backwards = [0] * LAYERS
+        with kept_bytes() as kept:
+            optimizer.backward(model(inputs(tokens)))
+    assert 0 < max(kept) <= budget
+    assert model.backwards[0] == 1
+    assert model.backwards[-1] == 2
+
+
+def test_parameters_frozen_after_the_forward() -> None:
+    results = []
+    for budget in (0, 3 * LAYER, None):
+        model = Stack()
+        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget)
+        stepped(optimizer, model)
+        loss = model(inputs())
+        model.layers[4].weight.requires_grad_(False)
+        optimizer.backward(loss)
+        results.append(weights_of(model))
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+def test_a_cast_finds_out_anew_what_fits() -> None:
+    model = Stack().bfloat16()
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=3 * LAYER)
+    for _ in range(2):
+        optimizer.backward(model(inputs().bfloat16()))
+    model.float()
+    for _ in range(3):
+        with kept_bytes() as kept:
+            optimizer.backward(model(inputs()))
+        assert max(kept, default=0) <= 3 * LAYER
+
+
+def test_summary_is_of_the_last_step() -> None:
+    model = Stack()
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=0.5 * LAYER)
+    stepped(optimizer, model)
+    assert "6 gradients did not fit" in optimizer.summary()
+    model = Stack("reentrant")
+    optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=3 * LAYER)
+    stepped(optimizer, model)
+    assert "6 gradients did not fit" in optimizer.summary()
+
+
 @pytest.mark.parametrize("budget", [0, 3 * LAYER, None], ids=str)
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 def test_a_gradient_that_is_not_finite_changes_nothing(nonfinite: str, budget: Any) -> None:
@@ -544,8 +595,8 @@ class Managed:
         ({0: 1000}, [("cuda:0", 600), ("cuda:0", 300)], math.inf),
         ({0: 1000}, [("cuda:0", 600), ("cuda:0", 900)], 1000.0),
         ({0: 1000}, [("cuda:0", 600), ("cpu", 9000)], math.inf),
-        ({0: 1000, 1: 100}, [("cuda:0", 600), ("cuda:1", 200)], 400.0),
-        ({0: 0}, [("cuda:0", 600)], 0.0),
+        ({0: 1000, 1: 100}, [("cuda:0", 600), ("cuda:1", 200)], 100.0),  # which may all be of the second one
+        ({0: 0}, [("cuda:0", 600)], 1.0),  # not zero, with which fused layers take another way
     ],
 )
 def test_auto_takes_what_every_gpu_has_free(
@@ -557,6 +608,16 @@ def test_auto_takes_what_every_gpu_has_free(
     assert ClipBudget("auto").of_step(managed) == pytest.approx(expected)
     frozen: Any = [*managed, Managed("cuda:0", 10**9, trained=False)]
     assert ClipBudget("auto").of_step(frozen) == pytest.approx(expected), "a frozen parameter has no gradient"
+
+
+def test_half_of_enough_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip_memory, "_free", lambda device: 2000)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    managed: Any = [Managed("cuda:0", 600)]
+    budget = ClipBudget("auto")
+    assert budget.of_step(managed) == math.inf
+    budget.halve()
+    assert budget.of_step(managed) == 300
 
 
 def test_a_capture_has_the_budget_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,7 +215,7 @@ def summary(results: list[Result]) -> str:
         f"{lomo.method}: the peak above the weights is {times(lomo, lambda result: result.peak_bytes)}; the time of a "
         f"step is {times(lomo, lambda result: result.step_seconds)}."
         for lomo in results
-        if lomo not in others
+        if lomo.method.startswith("Lomo")
     )
 
     best = min(results, key=lambda result: result.loss_after if math.isfinite(result.loss_after) else math.inf)

@@ -82,10 +82,14 @@ class ClipBudget:
         return fitting if fitting is not None and fitting.nbytes <= budget else None
 
     def remember(self, kind: int, fitting: Fitting) -> None:
+        """What fits of the gradients of such a graph."""
         if len(self._fitting) >= _GRAPHS:
             self._fitting.clear()
         self._fitting[kind] = fitting
-        self.evicted = fitting.evicted
+
+    def clear(self) -> None:
+        """Parameters were moved, cast or added."""
+        self._fitting.clear()
 
     def forget(self, kind: int) -> None:
         """The next step with such a graph finds out anew what fits."""
@@ -99,13 +103,18 @@ class ClipBudget:
             if managed.supported and managed.param.requires_grad:
                 by_device[managed.device] = by_device.get(managed.device, 0) + managed.bytes
         total = sum(by_device.values())
-        if isinstance(self.clip_memory, str):
+        if self.clip_memory == AUTO:
             if any(device.type == "cuda" for device in by_device) and torch.cuda.is_current_stream_capturing():
                 return self._last  # a capture repeats the step before it
-            share = min((_free(device) / max(need, 1) for device, need in by_device.items()), default=math.inf)
-            limit = total * share * self._share if share < math.inf else math.inf
+            free = {device: _free(device) for device in by_device}
+            # Gradients are kept by their distance from the loss. They may all be on the device that has least room.
+            lacking = [free[device] for device, need in by_device.items() if free[device] < need]
+            limit = min(lacking) if lacking else math.inf
+            if self._share < 1.0:
+                limit = min(limit, total) * self._share
+            limit = max(limit, 1.0)
         else:
-            limit = self.clip_memory
+            limit = float(self.clip_memory)
         self._last = math.inf if limit >= total else limit
         return self._last
 

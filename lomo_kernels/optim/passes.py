@@ -211,30 +211,37 @@ class DeferredGradient(NamedTuple):
         return _tensors(self.grad, self.saved)
 
 
-class _Memory:
-    """Bytes of the memory that gradients and factors take. Layers that share an input share its memory."""
+class _Window:
+    """The last gradients of a backward, as many as fit into a budget of bytes. Layers that share an input share its
+    memory. Nothing is kept alive.
 
-    def __init__(self) -> None:
+    `evicted`: the parameters whose gradients do not fit. `nbytes`: of those that do.
+    """
+
+    def __init__(self, budget: float) -> None:
+        self.evicted: list[ManagedParameter] = []
         self.nbytes = 0
+        self._budget = budget
+        self._entries: deque[tuple[ManagedParameter, list[tuple[int, int]]]] = deque()
         self._users: Counter[int] = Counter()  # by address of the storage
         self._weak: dict[int, StorageWeakRef] = {}  # so that no new storage gets the address of one that was freed
 
-    def add(self, tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-        """Counts memory that is kept. Returns what `remove` takes."""
+    def add(self, managed: ManagedParameter, tensors: Iterable[Tensor]) -> None:
         pieces = []
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._weak.setdefault(storage._cdata, StorageWeakRef(storage))
             pieces.append((storage._cdata, storage.nbytes()))
+        self._entries.append((managed, pieces))
         for address, nbytes in pieces:
             self.nbytes += 0 if self._users[address] else nbytes
             self._users[address] += 1
-        return pieces
-
-    def remove(self, pieces: Iterable[tuple[int, int]]) -> None:
-        for address, nbytes in pieces:
-            self._users[address] -= 1
-            self.nbytes -= 0 if self._users[address] else nbytes
+        while self.nbytes > self._budget:
+            evicted, pieces = self._entries.popleft()
+            self.evicted.append(evicted)
+            for address, nbytes in pieces:
+                self._users[address] -= 1
+                self.nbytes -= 0 if self._users[address] else nbytes
 
 
 class MeasurePass(NormPass):
@@ -243,8 +250,6 @@ class MeasurePass(NormPass):
     Args:
         budget: bytes that may be kept. Gradients that came first, of the layers nearest to the loss, make room for
             later ones.
-
-    `evicted`: the parameters whose gradients do not fit. `nbytes`: of those that do.
     """
 
     keeps = True  # takes the same factors as a pass that does
@@ -253,23 +258,22 @@ class MeasurePass(NormPass):
         self, devices: Iterable[torch.device], params: Iterable[Tensor] = (), *, scaled: bool, budget: float
     ) -> None:
         super().__init__(devices, params, scaled=scaled)
-        self._budget = budget
-        self._memory = _Memory()
-        self._window: deque[tuple[ManagedParameter, list[tuple[int, int]]]] = deque()
-        self.evicted: list[ManagedParameter] = []
+        self._window = _Window(budget)
+
+    @property
+    def evicted(self) -> list[ManagedParameter]:
+        """The parameters whose gradients do not fit."""
+        return self._window.evicted
 
     @property
     def nbytes(self) -> int:
-        return self._memory.nbytes
+        """Of the gradients that fit."""
+        return self._window.nbytes
 
     def add(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
         super().add(managed, grad, saved)
         with self._lock:
-            self._window.append((managed, self._memory.add(_tensors(grad, saved))))
-            while self.nbytes > self._budget:
-                evicted, pieces = self._window.popleft()
-                self._memory.remove(pieces)
-                self.evicted.append(evicted)
+            self._window.add(managed, _tensors(grad, saved))
 
 
 def _tensors(grad: Tensor | None, saved: Sequence[SavedFactors]) -> list[Tensor]:
@@ -282,8 +286,6 @@ class DeferPass(NormPass):
 
     Args:
         evicted: the parameters whose gradients are not kept.
-
-    `nbytes`: of what is kept.
     """
 
     keeps = True
@@ -303,12 +305,13 @@ class DeferPass(NormPass):
         self._deferred: list[DeferredGradient] = []
         self._evicted = {managed.index for managed in evicted}
 
-    @property
-    def nbytes(self) -> int:
-        memory = _Memory()
+    def beyond(self, budget: float) -> tuple[list[ManagedParameter], int]:
+        """The parameters whose gradients a later pass must not keep, or more than `budget` bytes would be kept, and the
+        bytes of the others. None if batches have not grown since it was found out what fits."""
+        window = _Window(budget)
         for deferred in self._deferred:
-            memory.add(deferred.tensors())
-        return memory.nbytes
+            window.add(deferred.managed, deferred.tensors())
+        return window.evicted, window.nbytes
 
     def add(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors] = ()) -> None:
         super().add(managed, grad, saved)
@@ -320,11 +323,11 @@ class DeferPass(NormPass):
         for observer in self.observers:
             observer(deferred)
 
-    def check(self) -> None:
-        """Raises RuntimeError where a factor was altered since it was kept."""
+    def check(self, outcome: str) -> None:
+        """Raises RuntimeError, which says `outcome`, if a factor was altered since it was kept."""
         for kept in self._deferred:
             for held in kept.saved:
-                held.check(kept.managed.name, "No weight was changed")
+                held.check(kept.managed.name, outcome)
 
     def apply(self, update: UpdatePass) -> None:
         """Hands every gradient to `update`, on the caller's streams, and frees it."""

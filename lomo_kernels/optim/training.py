@@ -18,7 +18,6 @@ from .attachment import Attachment
 from .clip_memory import ClipBudget
 from .engines.base import ParallelEngine
 from .engines.choose import choose_engine
-from .graph import Graph
 from .hyperparameters import numbers_of, unused_momentum
 from .managed_parameter import ManagedParameter
 from .owners import other_owners
@@ -95,18 +94,16 @@ class Training:
         """Whether gradients may be kept until the norm is known."""
         return self.settings.clip_memory != 0 and self.norm_comes_first
 
-    def budget(self, graph: Graph) -> float:
+    def budget(self) -> float:
         """Bytes that a step which needs the norm may keep: infinite: all gradients; 0: none.
 
-        A second backward through some layers only is not possible with reentrant checkpoints, whose graph is hidden. It
-        is not possible over several ranks either: FSDP2 and ZeRO-3 bring gradients to other tensors than the graph's
-        leaves. All ranks decide alike, once.
+        Over several ranks a second backward through some layers only is not possible: FSDP2 and ZeRO-3 bring gradients
+        to other tensors than the graph's leaves. There it is all or nothing. All ranks decide alike, once.
         """
         if not self.keeps_gradients:
             return 0.0
         if self.engine is None:
-            limit = self.clip_budget.of_step(self.managed_params)
-            return 0.0 if 0 < limit < math.inf and graph.has_reentrant_checkpoints else limit
+            return self.clip_budget.of_step(self.managed_params)
         if self._ranks_keep_all is None:
             lacking = torch.tensor(
                 float(self.clip_budget.of_step(self.managed_params) < math.inf),
@@ -204,6 +201,7 @@ class Training:
             managed.supported = is_supported(managed.param)
         self.drop_norm()
         self._ranks_keep_all = None
+        self.clip_budget.clear()
         self._stale = True
         loss_scale = self.settings.loss_scale
         self.state = TrainingState(self.managed_params, self.groups, loss_scale, engine=self.engine, before=self.state)

@@ -21,6 +21,7 @@ from .step import Step
 from .training import Training
 
 _NOTHING_CHANGED = "no weight was changed"
+_NO_WEIGHT = "No weight was changed"
 
 
 class TrainingStep:
@@ -53,17 +54,18 @@ class TrainingStep:
             return
         backward = Backward(training, self._step, loss)
         backward.start_scale()
-        if training.norm_comes_first and not known and (budget := training.budget(backward.graph)):
+        if training.norm_comes_first and not known and (budget := training.budget()):
             try:
                 self._backward_within(backward, budget)
             except torch.OutOfMemoryError:
-                if training.clip_budget.halve():
+                if training.engine is None and training.clip_budget.halve():
                     warnings.warn(
                         'Lomo: memory ran out. clip_memory="auto" keeps half as many bytes from the next step on',
-                        stacklevel=7,
+                        stacklevel=9,
                     )
                 raise
             return
+        training.clip_budget.evicted = training.managed_params if training.keeps_gradients else []
         if training.norm_comes_first:
             if not known:
                 self._find_norm(backward)
@@ -116,27 +118,30 @@ class TrainingStep:
         The first step of a graph keeps nothing. It finds out what fits.
         """
         training, graph = self._training, backward.graph
-        fits: Fitting | None = Fitting([], 0)
+        kind, fits = 0, Fitting([], 0)
         if budget < math.inf:
-            known = training.repeat_check.is_known(graph)
-            fits = training.clip_budget.fitting(self._kind_of(graph), budget) if known else None
-        if fits is None:
-            self._measure(backward, budget)
-            return
-        cut = graph.cut([managed.param for managed in fits.evicted]) if fits.evicted else None
+            kind = self._kind_of(graph)
+            known = training.clip_budget.fitting(kind, budget) if training.repeat_check.is_known(graph) else None
+            if known is None:
+                self._measure(backward, kind, budget)
+                return
+            fits = known
+        evicted = [managed for managed in fits.evicted if managed.param.requires_grad]
+        training.clip_budget.evicted = evicted
+        cut = graph.cut([managed.param for managed in evicted]) if evicted else None
         training.state.zero_slots()
         gradients = DeferPass(
             training.state.devices,
             training.fused_params,
             scaled=backward.scaled,
             engine=training.engine,
-            evicted=fits.evicted,
+            evicted=evicted,
         )
         backward.run_pass(gradients, retain_graph=False, cut=cut)
-        gradients.check()
-        hidden = self._hidden(graph, gradients) if fits.evicted else []
+        gradients.check(_NO_WEIGHT)
+        hidden = self._hidden(graph, gradients) if evicted else []
         if hidden:
-            training.clip_budget.forget(self._kind_of(graph))
+            training.clip_budget.forget(kind)
             raise RuntimeError(
                 f"Lomo: the graph does not show {hidden[0].name}, and did not use it in an earlier step with an equal "
                 "graph (a checkpoint that hides its block, of which a parameter was unfrozen?). No weight was changed. "
@@ -145,26 +150,28 @@ class TrainingStep:
         training.state.finish_norm(self._settings.clip_grad_norm)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
         if budget < math.inf:
-            training.clip_budget.remember(self._kind_of(graph), Fitting(fits.evicted, gradients.nbytes))
+            more, nbytes = gradients.beyond(budget)
+            training.clip_budget.remember(kind, Fitting([*fits.evicted, *more], nbytes))
         update = self._update_pass(backward.scale, factors_only_if_smaller=True)
-        if fits.evicted:  # first, because the layers between them and the loss must have their old weights
-            backward.run_pass(update, retain_graph=False, only=fits.evicted)
-            gradients.check()
+        if evicted:  # first, because the layers between them and the loss must have their old weights
+            backward.run_pass(update, retain_graph=False, only=evicted)
+            gradients.check(update.outcome)
         gradients.apply(update)
         self._finish(backward.scale)
 
-    def _measure(self, backward: Backward, budget: float) -> None:
+    def _measure(self, backward: Backward, kind: int, budget: float) -> None:
         """A step in two backwards, which keeps nothing and finds out what would fit into `budget` bytes."""
         training = self._training
         training.state.zero_slots()
         norm = MeasurePass(training.state.devices, training.fused_params, scaled=backward.scaled, budget=budget)
         backward.run_pass(norm, retain_graph=True)
+        training.clip_budget.evicted = training.managed_params
         hidden = self._hidden(backward.graph, norm)
         training.state.finish_norm(self._settings.clip_grad_norm)
         training.repeat_check.check_clipping(backward.graph, training.state, backward.norm_only_pass)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
         if not hidden:
-            training.clip_budget.remember(self._kind_of(backward.graph), Fitting(norm.evicted, norm.nbytes))
+            training.clip_budget.remember(kind, Fitting(norm.evicted, norm.nbytes))
         update = self._update_pass(backward.scale, factors_only_if_smaller=True)
         backward.run_pass(update, retain_graph=False)
         self._finish(backward.scale)
