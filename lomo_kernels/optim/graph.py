@@ -46,16 +46,16 @@ def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool, leaves:
     except RuntimeError as error:
         if "donated buffer" in str(error):
             raise RuntimeError(
-                "Lomo: clipping or dynamic loss scaling runs backward twice. torch.compile reuses the memory of saved "
-                "tensors (donated buffers), which allows one backward. Set "
+                "Lomo: clip_memory has no room for all gradients, so backward runs twice. torch.compile reuses the "
+                "memory of saved tensors (donated buffers), which allows one backward. Set "
                 "torch._functorch.config.donated_buffer = False before the model is compiled, or use "
-                'clip_passes="one", which runs backward once. No weight was changed'
+                'clip_memory=None (clip_passes="one"), with which backward runs once. No weight was changed'
             ) from error
         if "under selective activation checkpoint" in str(error):
             raise RuntimeError(
-                "Lomo: clipping or dynamic loss scaling runs backward twice, and a selective activation checkpoint "
-                '(context_fn) allows one backward. Use clip_passes="one". optimizer.last_step_outcome says whether a '
-                "weight was changed"
+                "Lomo: clip_memory has no room for all gradients, so backward runs twice, and a selective activation "
+                'checkpoint (context_fn) allows one backward. Use clip_memory=None (clip_passes="one"). '
+                "optimizer.last_step_outcome says whether a weight was changed"
             ) from error
         if "Direct calls to tensor.backward()" in str(error):
             raise RuntimeError(

@@ -48,8 +48,8 @@ class Lomo(torch.optim.Optimizer):
         weight_decay: decoupled.
         clip_memory: bytes of gradients or factors that may wait for the norm (of clipping, of dynamic loss scaling): a
             number, or a text such as "2GiB". Layers nearest to the loss whose gradients do not fit go through backward
-            twice. 0: all do; least memory. None: none does; fastest. "auto": on a GPU what is free, less a tenth of its
-            memory; on a CPU all, as torch's SGD keeps. Over several ranks, and with reentrant checkpoints, all or
+            twice. 0: all do; least memory. None: none does; fastest. "auto": on a GPU what is free, less a tenth of the
+            GPU's memory; on a CPU all, as torch's SGD keeps. Over several ranks, and with reentrant checkpoints, all or
             nothing. The result is the same (`docs/choosing.md`).
         clip_passes: "one" is another name for ``clip_memory=None``, and "two" for 0.
         loss_scale: None, a number, "dynamic", or "auto". "auto" is dynamic if a parameter is float16, or if the first
@@ -119,7 +119,7 @@ class Lomo(torch.optim.Optimizer):
 
     @as_step(lambda self, *_, **__: not self._training.accumulating)
     def backward(self, loss: Tensor) -> None:
-        """One step of training: runs backward, and applies and frees every gradient as soon as it exists.
+        """One step of training: runs backward, applies and frees every gradient; without clipping as soon as it exists.
 
         With `clip_grad_norm` or dynamic loss scaling, weights change when the norm is known. If there is no room to
         keep all gradients until then, a part of backward, or all of it, runs twice (see `clip_memory`).

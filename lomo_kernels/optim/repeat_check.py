@@ -29,8 +29,8 @@ from .state import TrainingState
 _SHAPES = 64
 
 _TWO_PASSES = (
-    'clip_grad_norm and dynamic loss scaling run backward twice. Use clip_passes="one", which runs it once. No weight '
-    "was changed"
+    "clip_memory has no room for all gradients, so a part of backward runs twice for the norm. Use clip_memory=None "
+    '(clip_passes="one"), with which backward runs once. No weight was changed'
 )
 _CHECKPOINTS = (
     "With reentrant checkpoints, backward runs twice: the first one changes nothing. Use torch.utils.checkpoint with "
