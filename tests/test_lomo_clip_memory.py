@@ -370,6 +370,110 @@ def test_hooks_that_change_gradients_count_once(which: str) -> None:
         assert_same_bits(weights, results[0])
 
 
+class Matmul(torch.autograd.Function):
+    """A linear layer that may give no gradient for its input, or none for its weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, of_input: bool, of_weight: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.gives = of_input, of_weight
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_input, of_weight = ctx.gives
+        return grad @ weight if of_input else None, grad.T @ x if of_weight else None, None, None
+
+
+class InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.mul_(-0.5)
+
+
+class Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 1
+
+
+def hooked(x: Tensor) -> Tensor:
+    x.register_hook(lambda grad: grad.mul_(-0.5))
+    return x
+
+
+def unmanaged_and_frozen(x: Tensor, late: list[Tensor]) -> Tensor:
+    late.append(torch.ones(WIDTH, requires_grad=True))
+    return x * late[-1]
+
+
+#: What stands between two layers, and what the upper layer is.
+BETWEEN: dict[str, Any] = {
+    "a hook that works in place": lambda layer, x, step, late: layer(hooked(x)),
+    "a backward that works in place": lambda layer, x, step, late: layer(InPlace.apply(x)),
+    "no gradient for the input": lambda layer, x, step, late: Matmul.apply(x, layer.weight, step != 2, True),
+    "and zeros in its place": lambda layer, x, step, late: Matmul.apply(
+        Identity.apply(x), layer.weight, step != 2, True
+    ),
+    "no gradient for the weight": lambda layer, x, step, late: Matmul.apply(
+        x, layer.weight, True, step != 2 or not layer.is_upper
+    ),
+    "a checkpoint": lambda layer, x, step, late: layer(checkpoint(torch.tanh, x, use_reentrant=True)),
+    "a leaf": lambda layer, x, step, late: layer(unmanaged_and_frozen(x, late)),
+    "a module hook": lambda layer, x, step, late: layer(x),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_what_stands_where_the_second_backward_ends(between: str) -> None:
+    """Between each two layers, so that it is there at every budget. Leaves are frozen before backward begins."""
+    results = []
+    for budget in [*range(LAYERS + 1), None]:
+        model = Stack()
+        if between == "a module hook":
+            for layer in model.layers:
+                layer.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * -0.5,))
+        memory = budget if budget is None else budget * LAYER
+        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, weight_decay=0.1, clip_memory=memory)
+        for step in range(4):
+            x, late = inputs(), []
+            for index, layer in enumerate(model.layers):
+                layer.is_upper = index > 0
+                x = BETWEEN[between](layer, x, step, late).tanh()
+            loss = x.square().sum()
+            for leaf in late:
+                leaf.requires_grad_(False)
+            optimizer.backward(loss)
+        results.append(weights_of(model))
+    for weights in results[1:]:
+        assert_same_bits(weights, results[0])
+
+
+def test_biases_frozen_after_the_forward() -> None:
+    results = []
+    for budget in (0, 3 * LAYER, None):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget)
+        for step in range(3):
+            loss = model(inputs()).square().sum()
+            if step == 2:
+                model[4].bias.requires_grad_(False)
+            optimizer.backward(loss)
+        results.append(weights_of(model))
+    for weights in results[1:]:
+        assert_same_bits(weights, results[0])
+
+
 def test_memory_grows_with_the_budget_to_that_of_standard_training() -> None:
     """The part of the graph that runs once is freed as backward goes through it, as ever."""
     peaks = []

@@ -64,7 +64,7 @@ class Backward:
         step.leave()
         sink.flush()
         step.sink = None
-        if not any(managed.last_pass == sink.serial for managed in self._training.managed_params):
+        if only is None and not any(managed.last_pass == sink.serial for managed in self._training.managed_params):
             raise RuntimeError(
                 "Lomo: no gradient came. The loss depends on none of the optimizer's parameters, or only on copies of "
                 "them (model and optimizer were pickled apart?). Make the optimizer after fully_shard, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ def clip_memory_of(value: Any, passes: Any) -> float | str:
         TypeError, ValueError: one of them is not as `Lomo` describes it, or they contradict each other.
     """
     if passes is not None:
-        if passes not in _PASSES:
+        if not isinstance(passes, str) or passes not in _PASSES:
             raise ValueError(f'Lomo: clip_passes is {passes!r}, expected "two" or "one"')
         if value != AUTO:
             raise ValueError(
@@ -48,11 +49,14 @@ def clip_memory_of(value: Any, passes: Any) -> float | str:
         if parts is None or parts[2].upper() not in _UNITS:
             raise ValueError(f"Lomo: clip_memory is {value!r}, {expected}")
         return float(parts[1]) * _UNITS[parts[2].upper()]
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"Lomo: clip_memory is a {type(value).__name__}, {expected}")
-    if not value >= 0:
+    if not value >= 0:  # type: ignore[operator]
         raise ValueError(f"Lomo: clip_memory is {value!r}, {expected}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # more than any memory
+        return math.inf
 
 
 class Fitting(NamedTuple):

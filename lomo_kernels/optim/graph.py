@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .placement import local_of
@@ -77,16 +78,21 @@ class Cut(NamedTuple):
         with _prehooks(self.below, grads.__setitem__):
             # Naming an edge to a node makes autograd call the node, with its gradients, and go no further.
             run_backward(loss, scale, True, [*self.leaves, *(GradientEdge(node, 0) for node in self.below)])
-        edges = [
-            (GradientEdge(self.below[index], number), grad)
-            for index, given in grads.items()
-            for number, grad in enumerate(given)
-            if grad is not None
-        ]
-        if edges:
-            # Autograd calls hooks of these tensors again. What they made of the gradients the first time counts.
+        starts = [(index, *_start(self.below[index], given)) for index, given in grads.items()]
+        if starts:
+            edges = [GradientEdge(self.below[index], number) for index, number, _ in starts]
+            # Autograd calls hooks of these tensors again, on copies. What they made of the gradients at first counts.
             with _prehooks(self.below, lambda index, _: grads.pop(index)):
-                torch.autograd.backward([edge for edge, _ in edges], [grad for _, grad in edges])
+                torch.autograd.backward(edges, [start for _, _, start in starts])
+
+
+def _start(node: Any, grads: Sequence[Tensor | None]) -> tuple[int, Tensor]:
+    """The number of an output of `node`, and a tensor to start a backward with, which `grads` take the place of."""
+    for number, grad in enumerate(grads):
+        if grad is not None:
+            return number, grad.clone()
+    output = node._input_metadata[0]  # autograd runs a node whose gradients are all undefined
+    return 0, torch.zeros(output.shape, dtype=output.dtype, device=output.device)
 
 
 @contextmanager
@@ -152,7 +158,8 @@ class Graph:
 
     def cut(self, leaves: Sequence[Tensor]) -> Cut:
         """Divides the graph in two. The upper part has all nodes that lead to `leaves`. What the lower part takes over
-        has its whole gradient from the upper part. So a skip connection belongs to one part."""
+        has its whole gradient from the upper part. So a skip connection belongs to one part. The lower part begins with
+        nodes of torch's own, which may be called twice."""
         above: dict[int, list[Any]] = {}  # by id of a node: those that give it a gradient
         nodes = nodes_of(self.loss)
         for node in nodes:
@@ -161,22 +168,25 @@ class Graph:
                     above.setdefault(id(after), []).append(node)
         wanted = {id(leaf) for leaf in leaves}
         upper: dict[int, Any] = {}
+        border: dict[int, Any] = {}
         waiting = [node for node in nodes if id(getattr(node, "variable", None)) in wanted]
         while waiting:
-            while waiting:
-                node = waiting.pop()
-                if id(node) not in upper:
-                    upper[id(node)] = node
-                    waiting.extend(above.get(id(node), ()))
-            border = {
-                id(after): after
-                for node in upper.values()
-                for after, _ in node.next_functions
-                if after is not None and id(after) not in upper
-            }
-            waiting = [node for key in border for node in above[key] if id(node) not in upper]
-        ends = [leaf for node in border.values() if (leaf := getattr(node, "variable", None)) is not None]
-        below = [node for node in border.values() if getattr(node, "variable", None) is None]
+            node = waiting.pop()
+            if id(node) in upper:
+                continue
+            upper[id(node)] = node
+            border.pop(id(node), None)
+            waiting.extend(above.get(id(node), ()))
+            for after, _ in node.next_functions:
+                if after is None or id(after) in upper or id(after) in border:
+                    continue
+                border[id(after)] = after
+                waiting.extend(above[id(after)])
+                if isinstance(after, BackwardCFunction):  # its backward is somebody's, and must not be called twice
+                    waiting.append(after)
+        leaf_of = {key: getattr(node, "variable", None) for key, node in border.items()}
+        ends = [leaf for leaf in leaf_of.values() if leaf is not None and leaf.requires_grad]
+        below = [node for key, node in border.items() if leaf_of[key] is None]
         return Cut([*leaves, *ends], below)
 
     @property

@@ -60,7 +60,8 @@ class Training:
             self, self.managed_params, given_model if fused_model is None else weakref.ref(fused_model)
         )
         self.clip_budget = ClipBudget(settings.clip_memory)
-        self._ranks_keep_all: bool | None = None  # over several ranks: whether all gradients fit on every one
+        # Over several ranks: the number of trained parameters, and whether all their gradients fit on every rank.
+        self._ranks_keep_all: tuple[int, bool] | None = None
         self.accumulating = False  # inside `Lomo.accumulate`
         self.norm_is_known = False  # grad_norm() was called and fused_backward() not yet
         self.passed_over = False  # another optimizer's backward dropped a gradient of ours
@@ -98,21 +99,23 @@ class Training:
         """Bytes that a step which needs the norm may keep: infinite: all gradients; 0: none.
 
         Over several ranks a second backward through some layers only is not possible: FSDP2 and ZeRO-3 bring gradients
-        to other tensors than the graph's leaves. There it is all or nothing. All ranks decide alike, once.
+        to other tensors than the graph's leaves. There it is all or nothing. All ranks decide alike, once for each set
+        of trained parameters.
         """
         if not self.keeps_gradients:
             return 0.0
         if self.engine is None:
             return self.clip_budget.of_step(self.managed_params)
-        if self._ranks_keep_all is None:
+        trained = sum(managed.param.requires_grad for managed in self.managed_params)
+        if self._ranks_keep_all is None or self._ranks_keep_all[0] != trained:
             lacking = torch.tensor(
                 float(self.clip_budget.of_step(self.managed_params) < math.inf),
                 dtype=torch.float64,
                 device=self.state.norm.device,
             )
             self.engine.sum_(lacking)
-            self._ranks_keep_all = lacking.item() == 0
-        return math.inf if self._ranks_keep_all else 0.0
+            self._ranks_keep_all = trained, lacking.item() == 0
+        return math.inf if self._ranks_keep_all[1] else 0.0
 
     @property
     def fused_params(self) -> list[Tensor]:

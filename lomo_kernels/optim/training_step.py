@@ -170,7 +170,7 @@ class TrainingStep:
         training.state.finish_norm(self._settings.clip_grad_norm)
         training.repeat_check.check_clipping(backward.graph, training.state, backward.norm_only_pass)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
-        if not hidden:
+        if not (hidden or backward.graph.has_reentrant_checkpoints):  # which refuse a backward through a part
             training.clip_budget.remember(kind, Fitting(norm.evicted, norm.nbytes))
         update = self._update_pass(backward.scale, factors_only_if_smaller=True)
         backward.run_pass(update, retain_graph=False)
