@@ -161,7 +161,7 @@ class Training:
             self._scale_float16(loss)
         if not self._warned_of_momentum and (text := unused_momentum(groups)):
             self._warned_of_momentum = True
-            warnings.warn(text, stacklevel=8)
+            warnings.warn(text, stacklevel=10)
         self.state.refresh(groups, lr)
 
     def check_unchanged(self) -> None:
@@ -181,7 +181,7 @@ class Training:
             warnings.warn(
                 "Lomo: backward computes in float16 (autocast?) without a loss scale, so small gradients become zero. "
                 'Over several processes, pass loss_scale="dynamic" (or None) to Lomo',
-                stacklevel=9,
+                stacklevel=11,
             )
             return
         self.set_loss_scale("dynamic")
