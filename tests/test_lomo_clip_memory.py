@@ -8,7 +8,7 @@ import math
 import pickle
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Options, assert_same_bits, loss_of, on_gradient_pass, transformer, weights_of
-from test_lomo_graphs import RandomGraph, instructions, loss_on
+from test_lomo_graphs import Doubled, RandomGraph, instructions, loss_on
 from textbook import Textbook
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -66,6 +66,30 @@ def stepped(optimizer: Lomo, model: Stack, steps: int = 2) -> list[int]:
         model.backwards = [0] * LAYERS
         optimizer.backward(model(inputs()))
     return model.backwards
+
+
+def assert_budgets_agree(
+    loss_of: Callable[[Any, int], Tensor],
+    *,
+    make: Callable[[], nn.Module] = Stack,
+    layers: Sequence[int | None] = range(LAYERS + 1),
+    steps: int = 3,
+    **options: Any,
+) -> None:
+    """Trains a model from `make` with budgets of so many layers (None: all), and compares the weights bit for bit.
+
+    `loss_of`: of the model and the number of the step.
+    """
+    results = []
+    for number in layers:
+        model = make()
+        memory = None if number is None else number * LAYER
+        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=memory, **options)
+        for step in range(steps):
+            optimizer.backward(loss_of(model, step))
+        results.append(weights_of(model))
+    for weights in results[1:]:
+        assert_same_bits(weights, results[0])
 
 
 @contextmanager
@@ -179,14 +203,12 @@ def test_a_weight_that_both_ends_share_is_updated_last() -> None:
 
 def test_equal_models_in_turn() -> None:
     """Their graphs differ only in their parameters."""
-    results = []
-    for budget in (0, 3 * LAYER):
-        models = nn.ModuleList([Stack(), Stack()])
-        optimizer = Lomo(models, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget)
-        for step in range(6):
-            optimizer.backward(models[step % 2](inputs()))
-        results.append(weights_of(models))
-    assert_same_bits(*results)
+    assert_budgets_agree(
+        lambda models, step: models[step % 2](inputs()),
+        make=lambda: nn.ModuleList([Stack(), Stack()]),
+        layers=(0, 3),
+        steps=6,
+    )
 
 
 class Pair(torch.autograd.Function):
@@ -204,19 +226,14 @@ class Pair(torch.autograd.Function):
 
 @pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
 def test_the_part_that_runs_twice_ends_at_a_node_of_several_outputs(used: tuple[int, ...]) -> None:
-    results = []
-    for budget in range(LAYERS + 1):
-        model = Stack()
-        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget * LAYER)
-        for _ in range(3):
-            x = inputs()
-            for layer in model.layers:
-                outputs = Pair.apply(layer(x))
-                x = sum(outputs[which] for which in used).tanh()
-            optimizer.backward(x.square().sum())
-        results.append(weights_of(model))
-    for weights in results[1:]:
-        assert_same_bits(weights, results[0])
+    def loss(model: Stack, _: int) -> Tensor:
+        x = inputs()
+        for layer in model.layers:
+            outputs = Pair.apply(layer(x))
+            x = sum(outputs[which] for which in used).tanh()
+        return x.square().sum()
+
+    assert_budgets_agree(loss)
 
 
 # ---- Bytes and backwards --------------------------------------------------------------------------------------------
@@ -293,18 +310,15 @@ class Hidden(torch.autograd.Function):
 
 @pytest.mark.parametrize("hidden", [(0,), (3,), (5,), (0, 3), tuple(range(LAYERS))], ids=str)
 def test_layers_that_the_graph_hides(hidden: tuple[int, ...]) -> None:
-    results = []
-    for budget in range(LAYERS + 1):
-        model = Stack()
-        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget * LAYER)
-        for _ in range(3):
-            x = inputs()
-            for index, layer in enumerate(model.layers):
-                x = (Hidden.apply(x, layer) if index in hidden else layer(x)).tanh()
-            optimizer.backward(x.square().sum())
-        results.append(weights_of(model))
-    for weights in results[1:]:
-        assert_same_bits(weights, results[0])
+    assert_budgets_agree(lambda model, _: hiding(model, hidden))
+
+
+def hiding(model: Stack, hidden: Sequence[int]) -> Tensor:
+    """The loss, some of whose layers the graph does not show."""
+    x = inputs()
+    for index, layer in enumerate(model.layers):
+        x = (Hidden.apply(x, layer) if index in hidden else layer(x)).tanh()
+    return x.square().sum()
 
 
 def test_a_hidden_layer_that_is_unfrozen_later() -> None:
@@ -314,10 +328,7 @@ def test_a_hidden_layer_that_is_unfrozen_later() -> None:
     hidden = model.layers[4].weight.requires_grad_(False)
 
     def step() -> None:
-        x = inputs()
-        for index, layer in enumerate(model.layers):
-            x = (Hidden.apply(x, layer) if index == 4 else layer(x)).tanh()
-        optimizer.backward(x.square().sum())
+        optimizer.backward(hiding(model, [4]))
 
     for _ in range(3):
         step()
@@ -341,6 +352,7 @@ def test_the_graph_dies_with_the_step(budget: int) -> None:
     """A part of it was retained and not run again. The loss itself often lives until the next one is there."""
     model = Stack()
     optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget)
+    stepped(optimizer, model, 1)  # which finds out what fits
     alive: list[weakref.ref[Tensor]] = []
     model.layers[1].register_forward_hook(lambda _, __, output: alive.append(weakref.ref(output.untyped_storage())))
     loss = model(inputs())
@@ -352,22 +364,18 @@ def test_the_graph_dies_with_the_step(budget: int) -> None:
 @pytest.mark.parametrize("which", ["tensor", "node"])
 def test_hooks_that_change_gradients_count_once(which: str) -> None:
     """Also if a hook's tensor is where the part that runs again ends: autograd calls it once more there."""
-    results = []
-    for budget in range(0, LAYERS + 1):
-        model = Stack()
-        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget * LAYER)
-        for _ in range(3):
-            x = inputs()
-            for layer in model.layers:
-                x = layer(x).tanh()
-                if which == "tensor":
-                    x.register_hook(lambda grad: grad * -0.5)
-                else:
-                    x.grad_fn.register_prehook(lambda grads: (grads[0] * -0.5,))
-            optimizer.backward(x.square().sum())
-        results.append(weights_of(model))
-    for weights in results[1:]:
-        assert_same_bits(weights, results[0])
+
+    def loss(model: Stack, _: int) -> Tensor:
+        x = inputs()
+        for layer in model.layers:
+            x = layer(x).tanh()
+            if which == "tensor":
+                x.register_hook(lambda grad: grad * -0.5)
+            else:
+                x.grad_fn.register_prehook(lambda grads: (grads[0] * -0.5,))
+        return x.square().sum()
+
+    assert_budgets_agree(loss)
 
 
 class Matmul(torch.autograd.Function):
@@ -396,16 +404,6 @@ class InPlace(torch.autograd.Function):
         return grad.mul_(-0.5)
 
 
-class Identity(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * 1
-
-
 def hooked(x: Tensor) -> Tensor:
     x.register_hook(lambda grad: grad.mul_(-0.5))
     return x
@@ -422,7 +420,7 @@ BETWEEN: dict[str, Any] = {
     "a backward that works in place": lambda layer, x, step, late: layer(InPlace.apply(x)),
     "no gradient for the input": lambda layer, x, step, late: Matmul.apply(x, layer.weight, step != 2, True),
     "and zeros in its place": lambda layer, x, step, late: Matmul.apply(
-        Identity.apply(x), layer.weight, step != 2, True
+        Doubled.apply(x), layer.weight, step != 2, True
     ),
     "no gradient for the weight": lambda layer, x, step, late: Matmul.apply(
         x, layer.weight, True, step != 2 or not layer.is_upper
@@ -436,42 +434,39 @@ BETWEEN: dict[str, Any] = {
 @pytest.mark.parametrize("between", BETWEEN)
 def test_what_stands_where_the_second_backward_ends(between: str) -> None:
     """Between each two layers, so that it is there at every budget. Leaves are frozen before backward begins."""
-    results = []
-    for budget in [*range(LAYERS + 1), None]:
+
+    def make() -> Stack:
         model = Stack()
         if between == "a module hook":
             for layer in model.layers:
                 layer.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * -0.5,))
-        memory = budget if budget is None else budget * LAYER
-        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, weight_decay=0.1, clip_memory=memory)
-        for step in range(4):
-            x, late = inputs(), []
-            for index, layer in enumerate(model.layers):
-                layer.is_upper = index > 0
-                x = BETWEEN[between](layer, x, step, late).tanh()
-            loss = x.square().sum()
-            for leaf in late:
-                leaf.requires_grad_(False)
-            optimizer.backward(loss)
-        results.append(weights_of(model))
-    for weights in results[1:]:
-        assert_same_bits(weights, results[0])
+        return model
+
+    def loss(model: Stack, step: int) -> Tensor:
+        x, late = inputs(), []
+        for index, layer in enumerate(model.layers):
+            layer.is_upper = index > 0
+            x = BETWEEN[between](layer, x, step, late).tanh()
+        for leaf in late:
+            leaf.requires_grad_(False)
+        return x.square().sum()
+
+    assert_budgets_agree(loss, make=make, layers=[*range(LAYERS + 1), None], steps=4, weight_decay=0.1)
 
 
 def test_biases_frozen_after_the_forward() -> None:
-    results = []
-    for budget in (0, 3 * LAYER, None):
+
+    def make() -> nn.Module:
         torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
-        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget)
-        for step in range(3):
-            loss = model(inputs()).square().sum()
-            if step == 2:
-                model[4].bias.requires_grad_(False)
-            optimizer.backward(loss)
-        results.append(weights_of(model))
-    for weights in results[1:]:
-        assert_same_bits(weights, results[0])
+        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+
+    def loss(model: nn.Sequential, step: int) -> Tensor:
+        loss = model(inputs()).square().sum()
+        if step == 2:
+            model[4].bias.requires_grad_(False)
+        return loss
+
+    assert_budgets_agree(loss, make=make, layers=(0, 3, None))
 
 
 def test_memory_grows_with_the_budget_to_that_of_standard_training() -> None:
@@ -527,17 +522,14 @@ def test_batches_of_two_lengths_share_one_budget() -> None:
 
 
 def test_parameters_frozen_after_the_forward() -> None:
-    results = []
-    for budget in (0, 3 * LAYER, None):
-        model = Stack()
-        optimizer = Lomo(model, lr=1e-3, clip_grad_norm=0.1, clip_memory=budget)
-        stepped(optimizer, model)
+
+    def loss(model: Stack, step: int) -> Tensor:
         loss = model(inputs())
-        model.layers[4].weight.requires_grad_(False)
-        optimizer.backward(loss)
-        results.append(weights_of(model))
-    assert_same_bits(results[1], results[0])
-    assert_same_bits(results[2], results[0])
+        if step == 2:
+            model.layers[4].weight.requires_grad_(False)
+        return loss
+
+    assert_budgets_agree(loss, layers=(0, 3, None))
 
 
 def test_a_cast_finds_out_anew_what_fits() -> None:

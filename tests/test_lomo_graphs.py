@@ -100,7 +100,7 @@ def check_step(
 # ---- Random graphs --------------------------------------------------------------------------------------------------
 
 
-class _Doubled(torch.autograd.Function):
+class Doubled(torch.autograd.Function):
     """Twice its input, with a backward of its own."""
 
     @staticmethod
@@ -183,7 +183,7 @@ class RandomGraph(nn.Module):
         return self.norm(a) * b.sigmoid()
 
     def do_custom(self, a: Tensor, b: Tensor, linear: nn.Module, index: Tensor) -> Tensor:
-        return linear(_Doubled.apply(a)).tanh() + _Doubled.apply(linear(b)).tanh()
+        return linear(Doubled.apply(a)).tanh() + Doubled.apply(linear(b)).tanh()
 
     def do_undefined(self, a: Tensor, b: Tensor, linear: nn.Module, index: Tensor) -> Tensor:
         return _Undefined.apply(linear(a)).tanh() + _Undefined.apply(self.padded(index))

@@ -206,7 +206,8 @@ def peak_bytes(model: ByteLlama, method: Method | None, batches: Iterable[torch.
 
 def summary(results: list[Result]) -> str:
     """What the table shows, in words. Lomo's results are beside those of the others."""
-    others = [result for result in results if not result.method.startswith("Lomo")]
+    ours = [result for result in results if result.method.startswith("Lomo")]
+    others = [result for result in results if result not in ours]
 
     def times(lomo: Result, value: Callable[[Result], float]) -> str:
         return " and ".join(f"{value(lomo) / value(other):.2f} times that of {other.method}" for other in others)
@@ -214,8 +215,7 @@ def summary(results: list[Result]) -> str:
     beside = " ".join(
         f"{lomo.method}: the peak above the weights is {times(lomo, lambda result: result.peak_bytes)}; the time of a "
         f"step is {times(lomo, lambda result: result.step_seconds)}."
-        for lomo in results
-        if lomo.method.startswith("Lomo")
+        for lomo in ours
     )
 
     best = min(results, key=lambda result: result.loss_after if math.isfinite(result.loss_after) else math.inf)

@@ -102,6 +102,8 @@ class ClipBudget:
     def of_step(self, managed_params: Sequence[ManagedParameter]) -> float:
         """Bytes that may be kept in a step that begins now. Infinite if all gradients fit: one backward will do. Waits
         for no device."""
+        if self.clip_memory == math.inf:
+            return math.inf
         by_device: dict[torch.device, int] = {}
         for managed in managed_params:
             if managed.supported and managed.param.requires_grad:

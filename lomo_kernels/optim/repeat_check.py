@@ -87,8 +87,7 @@ class RepeatCheck:
             if state.primary.found_inf.item():
                 return
             self._compare(graph, state, norm_pass, engine if first else None, _TWO_PASSES)
-        self._shapes.add(graph.shape)
-        self._kinds |= graph.kinds
+        self._remember(graph)
 
     def check_checkpoints(
         self, graph: Graph, state: TrainingState, norm_pass: Callable[[ParallelEngine | None], None]
@@ -114,8 +113,7 @@ class RepeatCheck:
             norm_pass(engine)
         if not self.is_known(graph) and _can_compare(list(state.devices.values())):
             self._compare(graph, state, norm_pass, engine, _CHECKPOINTS)
-            self._shapes.add(graph.shape)
-            self._kinds |= graph.kinds
+            self._remember(graph)
 
     def _may_have_checkpoints(self, graph: Graph) -> bool:
         """Whether a graph has reentrant checkpoints. A graph of as many nodes as the last one counts as equal to it: to
@@ -126,13 +124,17 @@ class RepeatCheck:
         return self._has_reentrant_checkpoints
 
     def end_step(self) -> None:
-        """Called when a step has ended: nodes that are made from here on belong to the next graph."""
+        """Called when a step without clipping ends: nodes that are made from here on belong to the next graph."""
         with torch.inference_mode(False), torch.enable_grad():
             self._sequence_number = Graph(self._marker.view(())).sequence_number
 
     def is_known(self, graph: Graph) -> bool:
         """Whether a second backward through such a graph has given the gradients of the first."""
         return graph.shape in self._shapes or (len(self._shapes) >= _SHAPES and graph.kinds <= self._kinds)
+
+    def _remember(self, graph: Graph) -> None:
+        self._shapes.add(graph.shape)
+        self._kinds |= graph.kinds
 
     def _compare(
         self,

@@ -21,7 +21,6 @@ from .step import Step
 from .training import Training
 
 _NOTHING_CHANGED = "no weight was changed"
-_NO_WEIGHT = "No weight was changed"
 
 
 class TrainingStep:
@@ -54,7 +53,7 @@ class TrainingStep:
             return
         backward = Backward(training, self._step, loss)
         backward.start_scale()
-        if training.norm_comes_first and not known and (budget := training.budget()):
+        if not known and (budget := training.budget()):
             try:
                 self._backward_within(backward, budget)
             except torch.OutOfMemoryError:
@@ -138,7 +137,7 @@ class TrainingStep:
             evicted=evicted,
         )
         backward.run_pass(gradients, retain_graph=False, cut=cut)
-        gradients.check(_NO_WEIGHT)
+        gradients.check(gradients.outcome)
         hidden = self._hidden(graph, gradients) if evicted else []
         if hidden:
             training.clip_budget.forget(kind)
@@ -258,6 +257,7 @@ class TrainingStep:
         self._step.applied = True
         if not self._training.norm_comes_first:
             self._training.state.finish_norm(None)
+            self._training.repeat_check.end_step()
             outcome = (
                 "elements whose gradient is not finite were kept, the others were updated (with clip_grad_norm or "
                 "dynamic loss scaling, all would have been kept)"
@@ -276,5 +276,4 @@ class TrainingStep:
 
     def _end(self, scale: Tensor | None) -> None:
         self._training.count_step(scaled=scale is not None)
-        self._training.repeat_check.end_step()
         self._step.ended = True
