@@ -45,6 +45,9 @@ class Lomo(torch.optim.Optimizer):
         clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. The norm is
             known only after a backward pass: see `clip_memory`.
         clip_grad_value: bound on each element of the gradient, applied before the norm's coefficient.
+        clip_tensor: AdaGC: each parameter's gradient is clipped to so many times (1.04 in the paper) a running mean of
+            its norm, in one backward. `clip_grad_norm` then holds for the first 100 steps, in which the means are
+            found. `lomo_kernels.optim.tensor_clip` states the rule.
         weight_decay: decoupled.
         clip_memory: bytes of gradients or factors that may wait for the norm (of clipping, of dynamic loss scaling): a
             number, or a text such as "2GiB". Layers nearest to the loss whose gradients do not fit go through backward
@@ -64,8 +67,7 @@ class Lomo(torch.optim.Optimizer):
             the model here. `summary` says which weights are fused.
         process_group: False: none. A `torch.distributed.ProcessGroup`: data parallel without a wrapper. Gradients are
             averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
-            DTensor parameters (FSDP2, tensor parallel): make the optimizer after ``fully_shard`` or
-            ``parallelize_module``, without this argument. If you pass parameters or groups of DeepSpeed's engine, pass
+            DTensor parameters (FSDP2, tensor parallel). If you pass parameters or groups of DeepSpeed's engine, pass
             the engine here. See `docs/distributed/README.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
         rule: "sgd", or "sign" (SignSGD): each element of the clipped gradient counts as 1 or -1, or 0 if it is zero. A
@@ -85,6 +87,7 @@ class Lomo(torch.optim.Optimizer):
         clip_grad_value: float | Tensor | None = None,
         *,
         weight_decay: float | Tensor = 0.0,
+        clip_tensor: float | None = None,
         clip_memory: float | str | None = "auto",
         clip_passes: str | None = None,
         loss_scale: float | str | None = "auto",
@@ -101,9 +104,8 @@ class Lomo(torch.optim.Optimizer):
             engine: Any = model_or_params
             model_or_params, process_group = engine.module, engine
         model = model_to_fuse(model_or_params, fused_layers)
-        settings = Settings.checked(
-            clip_grad_norm, clip_memory, clip_passes, loss_scale, rounding, nonfinite, seed, process_group, rule
-        )
+        clips = clip_grad_norm, clip_memory, clip_passes, clip_tensor
+        settings = Settings.checked(*clips, loss_scale, rounding, nonfinite, seed, process_group, rule)
         is_model = isinstance(model_or_params, nn.Module)
         given_model: Callable[[], Any] = weakref.ref(model_or_params) if is_model else lambda: None
         self._itself = weakref.ref(self)  # not so through a wrapper made of this class, as Lightning makes
@@ -230,14 +232,12 @@ class Lomo(torch.optim.Optimizer):
         """Norm of each parameter's gradient in the last step: unscaled, before clipping of any kind.
 
         The host does not wait for the device. Over several ranks the norms are of whole parameters and averaged
-        gradients. With sharded parameters (FSDP2, tensor parallel, DeepSpeed) this is one all-reduce: every rank has to
-        call it.
+        gradients. With sharded parameters this is one all-reduce: every rank has to call it.
 
         Returns:
             A dict by name, in the order of ``param_groups``. Norms are copies: float64, no dimensions, on the first
             parameter's device. A norm is zero if the parameter got no gradient; all are zero after a step that broke
-            off. The fourth parameter is "parameter 3" if it was given without a name. If its name occurs twice, the
-            second one gets "(parameter 3)" added.
+            off. Without a name the fourth parameter is "parameter 3". A second use of a name gets that added.
         """
         return self._training.grad_norms()
 
@@ -256,9 +256,9 @@ class Lomo(torch.optim.Optimizer):
         - ``"unchanged"``: no weight was changed: `grad_norm`, `accumulate`, or a step that broke off early.
         - ``"partial"``: the step broke off, and some weights may have been updated. The others have their old values.
 
-        After an exception the next step starts from the weights as they are. It uses nothing of the broken step, whose
-        gradients and norm are dropped. Gradients that were in ``.grad`` before the broken step stay if the step has
-        not added to them and has changed no weight. Otherwise they are dropped, with a warning.
+        After an exception the next step starts from the weights as they are, and uses nothing of the broken step.
+        Gradients that were in ``.grad`` before it stay if it has not added to them and has changed no weight. Otherwise
+        they are dropped, with a warning.
         """
         return self._training.steps.outcome
 

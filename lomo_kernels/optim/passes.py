@@ -78,6 +78,7 @@ class Pass:
         self.serial = next(_serials)
         self._streams = Streams(devices)
         self._buffers: dict[tuple[GroupScalars, torch.cuda.Stream | None], _Buffer] = {}
+        self._batch = 0  # if not zero: all gradients wait until there are so many
         self._lock = threading.Lock()  # backward runs the hooks of each device in a thread of its own
         self._store = FactorStore(
             params, until_the_end=self.keeps, only_if_smaller=self.keeps or factors_only_if_smaller
@@ -139,7 +140,7 @@ class Pass:
             self._handle_factors(managed, grad, saved)
             return
         assert grad is not None
-        if not managed.small:
+        if not (managed.small or self._batch):
             self._handle(managed, grad)
             return
         key = managed.scalars, stream
@@ -150,7 +151,7 @@ class Pass:
             buffer.managed_params.append(managed)
             buffer.grads.append(grad)
             buffer.bytes += managed.bytes
-            if buffer.bytes < BUFFER_BYTES:
+            if len(buffer.grads) < self._batch if self._batch else buffer.bytes < BUFFER_BYTES:
                 return
             del self._buffers[key]
         self._handle_list(buffer.managed_params, buffer.grads)
@@ -349,6 +350,7 @@ class UpdatePass(Pass):
             the norms.
         rule: its number in `lomo_kernels.rules.RULES`.
         stochastic, seed: of the rounding.
+        vector_of: gives the scalars of a parameter's update; None: they are its group's.
     """
 
     changes_weights = True
@@ -368,8 +370,10 @@ class UpdatePass(Pass):
         seed: int,
         engine: ParallelEngine | None = None,
         factors_only_if_smaller: bool = False,
+        vector_of: Callable[[ManagedParameter], Tensor] | None = None,
     ) -> None:
         super().__init__(devices, params, scaled=scaled, engine=engine, factors_only_if_smaller=factors_only_if_smaller)
+        self._vector_of = vector_of
         self.norm_known = norm_known
         self.rule = rule
         self.stochastic = stochastic
@@ -380,7 +384,7 @@ class UpdatePass(Pass):
         torch.ops.lomo_kernels.update_.default(
             [managed.local],
             [grad],
-            managed.scalars.vector,
+            managed.scalars.vector if self._vector_of is None else self._vector_of(managed),
             [] if self.norm_known else [managed.slot],
             self.rule,
             self.stochastic,
@@ -397,7 +401,7 @@ class UpdatePass(Pass):
         self.changed = True
         WeightGradient(map(_factors, saved), grad).update_(
             param,
-            managed.scalars.vector,
+            managed.scalars.vector if self._vector_of is None else self._vector_of(managed),
             None if self.norm_known else managed.slot,
             self.rule,
             self.stochastic,
@@ -408,6 +412,10 @@ class UpdatePass(Pass):
         torch.autograd.graph.increment_version(param)
 
     def _handle_list(self, managed_params: Sequence[ManagedParameter], grads: list[Tensor]) -> None:
+        if self._vector_of is not None:  # a list has one vector of scalars
+            for managed, grad in zip(managed_params, grads, strict=True):
+                UpdatePass._handle(self, managed, grad)
+            return
         params = [managed.local for managed in managed_params]
         sharded = managed_params[0].shard is not None
         self.changed = True

@@ -16,6 +16,8 @@ from .hyperparameters import check_group, check_seed
 from .managed_parameter import ManagedParameter
 from .placement import shape_of
 from .scaling import GROWTH_INTERVAL, KINDS, LARGEST_SCALE, SMALLEST_SCALE
+from .settings import Settings
+from .state import CLIP_MEANS
 
 KEY = "lomo"  # of the library's entry in a state dict
 VERSION = 1  # of that entry; raised if a reader of this version would misread a newer entry
@@ -63,7 +65,7 @@ def read(
     groups: Sequence[dict[str, Any]],
     defaults: dict[str, Any],
     kinds: Sequence[str],
-    rule: str,
+    settings: Settings,
 ) -> Resumed:
     """Checks a state dict completely, and changes nothing.
 
@@ -71,7 +73,7 @@ def read(
         state_dict: from `Lomo.state_dict`, from `torch.distributed.checkpoint`'s helpers, or from `torch.optim.SGD`.
         managed_params, groups, defaults: of the optimizer that loads it.
         kinds: the kinds of loss scaling that the optimizer can continue; the first is its present one.
-        rule: of the optimizer.
+        settings: the optimizer's.
 
     Raises:
         TypeError, ValueError: a key is missing or unknown, a value has another type or is out of range, or a parameter
@@ -82,18 +84,19 @@ def read(
     if KEY in state_dict:
         numbers = _of_entry(state_dict[KEY], managed_params)
     elif any(isinstance(some, dict) and "scaling" in some for some in state_dict["state"].values()):
-        numbers = _of_parameters(state_dict["state"])
+        numbers = _of_parameters(state_dict["state"], [number for group in theirs for number in group["params"]])
     elif all({"momentum", "nesterov"} <= group.keys() for group in theirs):
         dropped = _of_sgd(state_dict["state"], theirs, managed_params)
     else:
         raise ValueError(f"Lomo: the state dict has no {KEY!r} entry; {_FROM} or torch.optim.SGD")
     if numbers is not None:
         _check_numbers(numbers, kinds)
-        if numbers["rule"] != rule:
+        if numbers["rule"] != settings.rule:
             raise ValueError(
-                f"Lomo: the state dict was saved with rule {numbers['rule']!r}, this optimizer has {rule!r}; construct "
-                "it with the same rule"
+                f"Lomo: the state dict was saved with rule {numbers['rule']!r}, this optimizer has {settings.rule!r}; "
+                "construct it with the same rule"
             )
+        _check_means(numbers.get(CLIP_MEANS), len(managed_params), settings.clip_tensor)
     return Resumed(_options(theirs, groups, defaults, dropped is not None), numbers, dropped or [])
 
 
@@ -126,18 +129,23 @@ def _of_entry(entry: Any, managed_params: Sequence[ManagedParameter]) -> dict[st
             f"Lomo: the state dict has version {version}; this lomo_kernels reads versions up to {VERSION}. Update "
             "lomo_kernels to the release that saved it, or a later one"
         )
-    _check_keys(entry, (*_NUMBERS, "parameters"), optional=("version", "rule"))
+    _check_keys(entry, (*_NUMBERS, "parameters"), optional=("version", "rule", CLIP_MEANS))
     _check_layout(entry["parameters"], managed_params)
-    return {name: entry[name] for name in _NUMBERS} | {"rule": entry.get("rule", "sgd")}  # older ones have no rule
+    numbers = {name: entry[name] for name in (*_NUMBERS, CLIP_MEANS) if name in entry}
+    return numbers | {"rule": entry.get("rule", "sgd")}  # older ones have no rule
 
 
-def _of_parameters(state: dict[Any, Any]) -> dict[str, Any]:
-    """The numbers that `torch.distributed.checkpoint` keeps with every parameter. It has compared names and shapes."""
+def _of_parameters(state: dict[Any, Any], order: Sequence[Any]) -> dict[str, Any]:
+    """The numbers that `torch.distributed.checkpoint` keeps with every parameter. It has compared names and shapes.
+
+    Args:
+        order: the keys of `state` in the order of the parameters.
+    """
     first: dict[str, Any] | None = None
     for name, numbers in state.items():
         if not isinstance(numbers, dict):
             raise TypeError(f"Lomo: the state of {name} is a {type(numbers).__name__}, expected a dict")
-        _check_keys(numbers, (*_NUMBERS, "rule"))
+        _check_keys(numbers, (*_NUMBERS, "rule"), optional=(CLIP_MEANS,))
         if first is None:
             first = numbers
         different = [key for key in (*_NUMBERS, "rule") if not _same(numbers[key], first[key])]
@@ -151,7 +159,28 @@ def _of_parameters(state: dict[Any, Any]) -> dict[str, Any]:
     if type(scaling) is not int or not 0 <= scaling < len(KINDS):
         raise ValueError(f"Lomo: the state dict's scaling is {scaling!r}, expected 0 to {len(KINDS) - 1}")
     names = {number: name for name, number in RULES.items()}
-    return first | {"scaling": KINDS[scaling], "rule": names.get(first["rule"], first["rule"])}
+    numbers = first | {"scaling": KINDS[scaling], "rule": names.get(first["rule"], first["rule"])}
+    if CLIP_MEANS in first:
+        means = [state.get(key, {}).get(CLIP_MEANS) for key in order]
+        if not all(isinstance(mean, Tensor) and mean.numel() == 1 for mean in means):
+            raise ValueError(f"Lomo: the state dict has {CLIP_MEANS} of some parameters only; expected it of all")
+        numbers[CLIP_MEANS] = torch.cat([mean.reshape(1).cpu() for mean in means])
+    return numbers
+
+
+def _check_means(means: Any, count: int, clip_tensor: float | None) -> None:
+    """Raises ValueError unless `means` are those of `count` parameters, or None if the optimizer has none."""
+    if (means is None) != (clip_tensor is None):
+        saved, ours = ("without", f"has {clip_tensor}") if means is None else ("with", "has none")
+        raise ValueError(
+            f"Lomo: the state dict was saved {saved} clip_tensor, this optimizer {ours}; construct it alike"
+        )
+    if means is None:
+        return
+    if not isinstance(means, Tensor) or means.dtype != torch.float64 or means.shape != (count,):
+        raise ValueError(f"Lomo: the state dict's {CLIP_MEANS} is not a float64 tensor of {count} elements")
+    if not bool((means > 0).all()):
+        raise ValueError(f"Lomo: the state dict's {CLIP_MEANS} has an element that is not above zero")
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -294,7 +323,7 @@ def load(optimizer: Any, state_dict: Any) -> None:
     kind = training.state.scale.kind
     kinds = (kind, "dynamic") if training.scale_is_open else (kind,)
     loaded = read(
-        state_dict, training.managed_params, optimizer.param_groups, optimizer.defaults, kinds, training.settings.rule
+        state_dict, training.managed_params, optimizer.param_groups, optimizer.defaults, kinds, training.settings
     )
     if loaded.numbers is None:
         warnings.warn(

@@ -18,6 +18,7 @@ class Settings:
 
     clip_grad_norm: float | None
     clip_memory: float | str
+    clip_tensor: float | None
     loss_scale: float | str | None
     stochastic: bool
     raise_nonfinite: bool
@@ -30,6 +31,7 @@ class Settings:
         clip_grad_norm: Any,
         clip_memory: Any,
         clip_passes: Any,
+        clip_tensor: Any,
         loss_scale: Any,
         rounding: Any,
         nonfinite: Any,
@@ -41,6 +43,8 @@ class Settings:
         clip_memory = clip_memory_of(clip_memory, clip_passes)
         if clip_grad_norm is not None:
             check_positive("clip_grad_norm", clip_grad_norm)
+        if clip_tensor is not None:
+            check_positive("clip_tensor", clip_tensor)
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f'Lomo: nonfinite is {nonfinite!r}, expected "skip" or "raise"')
         LossScale.check(loss_scale)
@@ -48,13 +52,14 @@ class Settings:
         seed = check_seed(seed, "Lomo: seed")
         rule_number(rule, "Lomo")
         raises = nonfinite == "raise"
-        return Settings(clip_grad_norm, clip_memory, loss_scale, stochastic, raises, seed, group, rule)
+        return Settings(clip_grad_norm, clip_memory, clip_tensor, loss_scale, stochastic, raises, seed, group, rule)
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments that give these settings."""
         return {
             "clip_grad_norm": self.clip_grad_norm,
             "clip_memory": self.clip_memory,
+            "clip_tensor": self.clip_tensor,
             "loss_scale": self.loss_scale,
             "rounding": "stochastic" if self.stochastic else "nearest",
             "nonfinite": "raise" if self.raise_nonfinite else "skip",
@@ -65,4 +70,4 @@ class Settings:
 
     def same_everywhere(self) -> tuple[Any, ...]:
         """What has to be equal on every rank, besides the seed."""
-        return self.clip_grad_norm, self.clip_memory, self.loss_scale, self.stochastic, self.raise_nonfinite, self.rule
+        return tuple(value for name, value in self.arguments().items() if name not in ("process_group", "seed"))

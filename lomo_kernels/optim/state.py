@@ -13,6 +13,10 @@ from .engines.base import ParallelEngine
 from .hyperparameters import GroupScalars, check_group
 from .managed_parameter import DeviceState, ManagedParameter
 from .scaling import KINDS, LossScale
+from .tensor_clip import TensorClip
+
+#: The name of `TensorClip.means` in a state dict.
+CLIP_MEANS = "clip_norm_mean"
 
 
 def _send(number: Tensor, to: Tensor) -> None:
@@ -27,6 +31,7 @@ class TrainingState:
         managed_params: all parameters, in the order of the groups.
         groups: torch parameter groups.
         loss_scale: as `Lomo` takes it.
+        clip_tensor: as `Lomo` takes it.
         engine: of several processes, which has placed the parameters; None: there is one process.
         before: the state that this one continues, on other devices or for more parameters.
     """
@@ -37,6 +42,7 @@ class TrainingState:
         groups: Sequence[dict[str, Any]],
         loss_scale: Any,
         *,
+        clip_tensor: float | None = None,
         engine: ParallelEngine | None = None,
         before: TrainingState | None = None,
     ) -> None:
@@ -47,6 +53,7 @@ class TrainingState:
         self.primary = self.devices[devices[0]]
         self.scalars: list[dict[torch.device, GroupScalars]] = []
         remaining = iter(managed_params)
+        group_of = []
         for row, group in enumerate(groups):
             by_device: dict[torch.device, GroupScalars] = {}
             for _, managed in zip(group["params"], remaining, strict=False):
@@ -54,6 +61,7 @@ class TrainingState:
                 if device not in by_device:
                     by_device[device] = GroupScalars(self.devices[device].vectors[row])
                 managed.bind(self.devices[device], by_device[device])
+                group_of.append(row)
             self.scalars.append(by_device)
         if any(managed.weight != 1.0 for managed in managed_params):
             weights = torch.tensor([managed.weight for managed in managed_params], dtype=torch.float64, device="cpu")
@@ -65,6 +73,9 @@ class TrainingState:
         self.skipped = torch.zeros((), dtype=torch.int64, device=devices[0])
         self.norm = torch.zeros((), dtype=torch.float64, device=devices[0])
         self._measuring = False  # the slots are those of a step that has not ended
+        self.tensor_clip = (
+            None if clip_tensor is None else TensorClip(clip_tensor, managed_params, group_of, self.devices)
+        )
         if before is not None:
             self.load(before.export())
 
@@ -122,9 +133,20 @@ class TrainingState:
             self.norm.zero_()
             self._measuring = False
 
-    def end_step(self, scaled: bool) -> None:
-        """Counts the step and, where its gradients carried the loss scale, moves that."""
+    def end_step(self, scaled: bool, *, norm_known: bool, clipped: bool) -> None:
+        """Counts the step and, where its gradients carried the loss scale, moves that.
+
+        Args:
+            norm_known: the norm was known before the update, which was skipped if it was not finite.
+            clipped: the update used `clip_coef`.
+        """
         self._measuring = False
+        if self.tensor_clip is not None:
+            primary = self.primary
+            self.tensor_clip.update_means(
+                self.squares(), primary.clip_coef if clipped else None, primary.found_inf if norm_known else None
+            )
+            self.tensor_clip.count_step()
         for device_state in self.devices.values():
             device_state.step.add_(1)
         self.skipped.add_(self.primary.found_inf.to(torch.int64))
@@ -145,18 +167,19 @@ class TrainingState:
         self.skipped.add_(overflowed)
         self.scale.back_off(self.primary.found_inf)
 
-    def norms(self) -> Tensor:
-        """Norm of every parameter's gradient in the last step, on `primary`: float64, [parameters]. Over several ranks
-        they are of whole parameters, and every rank has to call this."""
+    def squares(self) -> Tensor:
+        """Sum of squares of every parameter's gradient in the last step, on `primary`: float64, [parameters]. Over
+        several ranks they are of whole parameters, and every rank has to call this."""
         totals = [device_state.squares().to(self.norm.device) for device_state in self.devices.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
         if self.engine is not None:
             self.engine.sum_(total)
-        return total.sqrt()
+        return total
 
     def export(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
-        return {"step": self.primary.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export()
+        means = {} if self.tensor_clip is None else {CLIP_MEANS: self.tensor_clip.means.clone()}
+        return {"step": self.primary.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export() | means
 
     def export_norms(self) -> dict[str, Tensor]:
         """Copies of the last step's norms, which a copy of the optimizer has too."""
@@ -168,15 +191,17 @@ class TrainingState:
         self.norm.copy_(exported["norm"])
         self.primary.slots.copy_(exported["slots"])
 
-    def by_parameter(self) -> dict[str, Any]:
+    def by_parameter(self, index: int) -> dict[str, Any]:
         """The same numbers, live, as `torch.distributed.checkpoint` can keep them with a parameter: no string, and at
-        least one dimension."""
+        least one dimension. Only the parameter's mean of norms is its own."""
         tensors = {
             "step": self.primary.step,
             "skipped_steps": self.skipped,
             "loss_scale": self.scale.scale,
             "growth_tracker": self.scale.growth_tracker,
         }
+        if self.tensor_clip is not None:
+            tensors[CLIP_MEANS] = self.tensor_clip.means[index]
         return {name: tensor.view(1) for name, tensor in tensors.items()} | {"scaling": KINDS.index(self.scale.kind)}
 
     def load(self, exported: dict[str, Any]) -> None:
@@ -184,6 +209,8 @@ class TrainingState:
         for device_state in self.devices.values():
             device_state.step.copy_(exported["step"].reshape(()))
         self.skipped.copy_(exported["skipped_steps"].reshape(()))
+        if self.tensor_clip is not None:
+            self.tensor_clip.load(exported[CLIP_MEANS])
         if exported["scaling"] == self.scale.kind:
             self.scale.scale.copy_(exported["loss_scale"].reshape(()))
             self.scale.growth_tracker.copy_(exported["growth_tracker"].reshape(()))

@@ -62,6 +62,7 @@ class Training:
         self.clip_budget = ClipBudget(settings.clip_memory)
         # Over several ranks: the number of trained parameters, and whether all their gradients fit on every rank.
         self._ranks_keep_all: tuple[int, bool] | None = None
+        self.clips_tensors = False  # this step clips each gradient by its own norm
         self.accumulating = False  # inside `Lomo.accumulate`
         self.norm_is_known = False  # grad_norm() was called and fused_backward() not yet
         self.passed_over = False  # another optimizer's backward dropped a gradient of ours
@@ -86,9 +87,14 @@ class Training:
         return groups
 
     @property
+    def clip_grad_norm(self) -> float | None:
+        """The bound on the norm of all gradients, if this step has one."""
+        return None if self.clips_tensors else self.settings.clip_grad_norm
+
+    @property
     def norm_comes_first(self) -> bool:
         """Whether an update needs the norm of all gradients."""
-        return self.settings.clip_grad_norm is not None or self.state.scale.kind == "dynamic"
+        return self.clip_grad_norm is not None or self.state.scale.kind == "dynamic"
 
     @property
     def keeps_gradients(self) -> bool:
@@ -125,7 +131,7 @@ class Training:
     def start(self) -> None:
         """Makes the state, and puts hooks on all parameters."""
         self.engine = self.join_engine(self.managed_params, self.groups)
-        self.state = TrainingState(self.managed_params, self.groups, self.settings.loss_scale, engine=self.engine)
+        self.state = self._new_state()
         self.show_state()
         model = self.attachment.model
         ids = {id(managed.param) for managed in self.managed_params}
@@ -163,6 +169,8 @@ class Training:
             self._warned_of_momentum = True
             warnings.warn(text, stacklevel=10)
         self.state.refresh(groups, lr)
+        clip = self.state.tensor_clip
+        self.clips_tensors = clip is not None and not clip.warms_up(self.state.primary.step, self.state.skipped)
 
     def check_unchanged(self) -> None:
         """In the first step: raises RuntimeError if parameters were exchanged since the optimizer was made."""
@@ -206,10 +214,20 @@ class Training:
         self._ranks_keep_all = None
         self.clip_budget.clear()
         self._stale = True
-        loss_scale = self.settings.loss_scale
-        self.state = TrainingState(self.managed_params, self.groups, loss_scale, engine=self.engine, before=self.state)
+        self.state = self._new_state(self.state)
         self.show_state()
         self._stale = False
+
+    def _new_state(self, before: TrainingState | None = None) -> TrainingState:
+        settings = self.settings
+        return TrainingState(
+            self.managed_params,
+            self.groups,
+            settings.loss_scale,
+            clip_tensor=settings.clip_tensor,
+            engine=self.engine,
+            before=before,
+        )
 
     def show_state(self) -> None:
         """Puts the optimizer's numbers into its ``state``, where torch looks for a parameter's state.
@@ -219,7 +237,7 @@ class Training:
         optimizer = self.optimizer()
         assert optimizer is not None
         for managed in self.managed_params:
-            optimizer.state[managed.param] = self.state.by_parameter() | {
+            optimizer.state[managed.param] = self.state.by_parameter(managed.index) | {
                 "seed": self.settings.seed,
                 "rule": RULES[self.settings.rule],
             }
@@ -280,7 +298,7 @@ class Training:
     def grad_norms(self) -> dict[str, Tensor]:
         """See `Lomo.grad_norms`."""
         norms: dict[str, Tensor] = {}
-        for managed, norm in zip(self.managed_params, self.state.norms().unbind(), strict=True):
+        for managed, norm in zip(self.managed_params, self.state.squares().sqrt().unbind(), strict=True):
             name = managed.name if managed.name not in norms else f"{managed.name} (parameter {managed.index})"
             norms[name] = norm
         return norms
@@ -289,7 +307,7 @@ class Training:
         """Ends a step: counts it, updates the loss scale, and informs the ranks' engine, schedulers and autocast."""
         if self.engine is not None:
             self.engine.end()
-        self.state.end_step(scaled)
+        self.state.end_step(scaled, norm_known=self.norm_comes_first, clipped=self.clip_grad_norm is not None)
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
         self.trained = True
         self.unpickled = False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from .managed_parameter import ManagedParameter
 from .passes import DeferPass, MeasurePass, NormPass, Pass, UpdatePass
 from .scaling import check_no_grad_scaler
 from .step import Step
+from .tensor_clip_pass import TensorClipPass
 from .training import Training
 
 _NOTHING_CHANGED = "no weight was changed"
@@ -146,7 +149,7 @@ class TrainingStep:
                 "graph (a checkpoint that hides its block, of which a parameter was unfrozen?). No weight was changed. "
                 "The next step runs through all layers twice: run this batch again"
             )
-        training.state.finish_norm(self._settings.clip_grad_norm)
+        training.state.finish_norm(training.clip_grad_norm)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
         if budget < math.inf:
             more, nbytes = gradients.beyond(budget)
@@ -166,7 +169,7 @@ class TrainingStep:
         backward.run_pass(norm, retain_graph=True)
         training.clip_budget.evicted = training.managed_params
         hidden = self._hidden(backward.graph, norm)
-        training.state.finish_norm(self._settings.clip_grad_norm)
+        training.state.finish_norm(training.clip_grad_norm)
         training.repeat_check.check_clipping(backward.graph, training.state, backward.norm_only_pass)
         self._raise_if_not_finite(backward.scale, _NOTHING_CHANGED)
         if not (hidden or backward.graph.has_reentrant_checkpoints):  # which refuse a backward through a part
@@ -193,7 +196,7 @@ class TrainingStep:
     def _find_norm(self, backward: Backward) -> None:
         training = self._training
         backward.norm_only_pass(training.engine)
-        training.state.finish_norm(self._settings.clip_grad_norm)
+        training.state.finish_norm(training.clip_grad_norm)
         training.repeat_check.check_clipping(backward.graph, training.state, backward.norm_only_pass)
 
     def _apply_grads(self, *, keep: bool) -> None:
@@ -213,7 +216,7 @@ class TrainingStep:
             for managed, grad in kept:
                 norm.add(managed, grad)
             norm.flush()
-            training.state.finish_norm(self._settings.clip_grad_norm)
+            training.state.finish_norm(training.clip_grad_norm)
             self._raise_if_not_finite(scale, _NOTHING_CHANGED)
         update = self._update_pass(scale)
         while kept:
@@ -238,14 +241,22 @@ class TrainingStep:
         self, scale: Tensor | None, engine: ParallelEngine | None = None, *, factors_only_if_smaller: bool = False
     ) -> UpdatePass:
         training = self._training
-        scaled, norm_known = scale is not None or training.state.has_divisor, training.norm_comes_first
-        training.state.prepare_update(scaled=scaled, norm_known=norm_known)
-        self._step.update = UpdatePass(
-            training.state.devices,
+        state = training.state
+        scaled, norm_known = scale is not None or state.has_divisor, training.norm_comes_first
+        state.prepare_update(scaled=scaled, norm_known=norm_known)
+        kind: Callable[..., UpdatePass] = partial(UpdatePass, norm_known=norm_known)
+        if training.clips_tensors:
+            assert state.tensor_clip is not None
+            state.tensor_clip.begin_update()
+            kind = partial(TensorClipPass, tensor_clip=state.tensor_clip)
+            if norm_known:
+                state.tensor_clip.clip_all(state.squares())
+                kind = partial(UpdatePass, norm_known=True, vector_of=state.tensor_clip.vector)
+        self._step.update = kind(
+            state.devices,
             training.fused_params,
             scaled=scaled,
             engine=engine,
-            norm_known=norm_known,
             rule=RULES[self._settings.rule],
             stochastic=self._settings.stochastic,
             seed=self._settings.seed,
@@ -258,8 +269,9 @@ class TrainingStep:
         if not self._training.norm_comes_first:
             self._training.state.finish_norm(None)
             self._training.repeat_check.end_step()
+            kept = "parameters" if self._training.clips_tensors else "elements"
             outcome = (
-                "elements whose gradient is not finite were kept, the others were updated (with clip_grad_norm or "
+                f"{kept} whose gradient is not finite were kept, the others were updated (with clip_grad_norm or "
                 "dynamic loss scaling, all would have been kept)"
             )
             self._raise_if_not_finite(scale, outcome)

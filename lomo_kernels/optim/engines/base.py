@@ -38,6 +38,8 @@ class ParallelEngine:
     grad_divisor = 1
     #: Whether every rank's graph has the same parts, so that what one rank finds in its own, all find.
     same_graphs = True
+    #: Whether a local gradient is the whole one, so that its norm is known without the other ranks.
+    has_whole_grads = False
     #: All ranks, as groups over which something is done in turn to reach everyone: one, or one per mesh dimension.
     groups: Sequence[dist.ProcessGroup] = ()
 

@@ -36,6 +36,7 @@ class DataParallel(ParallelEngine):
     """
 
     same_graphs = False
+    has_whole_grads = True
 
     def __init__(self, group: dist.ProcessGroup, managed_params: Sequence[ManagedParameter]) -> None:
         devices = {managed.param.device for managed in managed_params if managed.supported}
