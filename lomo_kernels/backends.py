@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .composite import tiled
+from .composite import factored, tiled
 from .ops._arguments import choose_kernels, library
 
 VARIABLE = "LOMO_KERNELS_BACKEND"
@@ -63,12 +63,13 @@ def _load_cpu() -> str:
 
 
 def _load_tiled(key: str, reason: str) -> dict[str, Choice]:
-    """Those of the layers' operators that nothing serves yet: made of torch's operators and of our others."""
+    """Operators that nothing serves yet, of layers and with factors: made of torch's operators and of our others."""
     choice = Choice(key, "tiled", "torch's operators, and update_ or sq_norm_ tile by tile", reason)
     served = torch._C._dispatch_has_kernel_for_dispatch_key
-    names = [name for name in tiled.IMPLEMENTATIONS if not served(f"lomo_kernels::{name}", key)]
+    composite = tiled.IMPLEMENTATIONS | factored.IMPLEMENTATIONS
+    names = [name for name in composite if not served(f"lomo_kernels::{name}", key)]
     for name in names:
-        library.impl(name, tiled.IMPLEMENTATIONS[name], key)
+        library.impl(name, composite[name], key)
     return dict.fromkeys(names, choice)
 
 
@@ -119,7 +120,8 @@ def _choose_for_cpu(forced: str | None) -> Choice:
     if forced == "reference":
         return Choice("CPU", "reference", _load_reference("CPU"), f"{VARIABLE}=reference")
     if forced == "triton" and _interpreted():
-        return Choice("CPU", "triton", _load_triton("CPU"), f"{VARIABLE}=triton with TRITON_INTERPRET=1")
+        reason = f"{VARIABLE}=triton with TRITON_INTERPRET=1"
+        return Choice("CPU", "triton", _load_triton("CPU"), reason, _load_tiled("CPU", "Triton has no kernel for it"))
     isa = os.environ.get("LOMO_KERNELS_ISA")
     reason = f"LOMO_KERNELS_ISA={isa}" if isa else "the best this processor has"
     return Choice("CPU", "cpu", _load_cpu(), reason, _load_tiled("CPU", "the compiled library has no kernel for it"))
@@ -139,7 +141,10 @@ def _choose_for_cuda(forced: str | None) -> Choice:
         reason = f"{VARIABLE}=cuda"
         return Choice("CUDA", "cuda", _load_cuda(), reason, _load_tiled("CUDA", reason))
     if forced == "triton":
-        return Choice("CUDA", "triton", _load_triton("CUDA"), f"{VARIABLE}=triton")
+        reason = f"{VARIABLE}=triton"
+        return Choice(
+            "CUDA", "triton", _load_triton("CUDA"), reason, _load_tiled("CUDA", "Triton has no kernel for it")
+        )
     try:
         detail = _load_cuda()
     except ImportError as error:
@@ -147,7 +152,8 @@ def _choose_for_cuda(forced: str | None) -> Choice:
     else:
         return Choice("CUDA", "cuda", detail, "the compiled library has code for this GPU", _choose_layers())
     try:
-        return Choice("CUDA", "triton", _load_triton("CUDA"), why_not_cuda)
+        detail = _load_triton("CUDA")
+        return Choice("CUDA", "triton", detail, why_not_cuda, _load_tiled("CUDA", "Triton has no kernel for it"))
     except ImportError as error:
         return Choice("CUDA", "none", str(error), why_not_cuda)
 
@@ -159,7 +165,7 @@ def _choose_layers() -> dict[str, Choice]:
         choice = Choice("CUDA", "triton", _load_triton("CUDA", names), "the compiled library has no kernel for it")
     except ImportError as error:
         return _load_tiled("CUDA", str(error))
-    return dict.fromkeys(names, choice)
+    return dict.fromkeys(names, choice) | _load_tiled("CUDA", "no backend has a kernel for it")
 
 
 def _no_gpu(forced: str | None, reason: str, remedy: str) -> Choice:

@@ -30,6 +30,7 @@ from torch import Tensor
 from .numbers import mix64, stream_key
 from .ops import scalars as vectors
 from .ops._overlap import Access, check_no_overlap, regions
+from .ops.factored import check_factors
 from .rules import RULES
 
 MASK32 = 0xFFFFFFFF
@@ -216,6 +217,32 @@ DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def factored_gradient(
+    grad: Tensor,
+    row_factors: Tensor,
+    column_factors: Tensor,
+    *,
+    inv_scale: float = 1.0,
+    clip_value: float = float("inf"),
+    clip_coef: float = 1.0,
+) -> Tensor:
+    """The factored gradient of `lomo_kernels.ops.factored`: float32 [rows, columns].
+
+    Args:
+        grad: [rows, columns].
+        row_factors: float32 [rows], or empty.
+        column_factors: float32 [matrices, columns], or empty.
+    """
+    scaled = scaled_gradient(grad, inv_scale)
+    limit = _float32(clip_value)
+    f = torch.minimum(torch.maximum(scaled, -limit), limit) * _float32(clip_coef)
+    if row_factors.numel():
+        f = f * row_factors[:, None]
+    if column_factors.numel():
+        f = f * column_factors.repeat_interleave(len(grad) // len(column_factors), dim=0)
+    return torch.where(scaled.isfinite(), f, torch.nan)
+
+
 def updated(
     param: Tensor,
     grad: Tensor,
@@ -294,6 +321,47 @@ def _update_(
         param.detach().copy_(updated(param, grad, **numbers, rule=name, stochastic=stochastic, **keys))
 
 
+def _of_the_gradient(scalars: Tensor) -> dict[str, float]:
+    numbers = vectors.numbers_of(scalars)
+    return {name: numbers[name] for name in ("inv_scale", "clip_value", "clip_coef")}
+
+
+def _factor_sums_(row_sums: Tensor, column_sums: Tensor, grad: Tensor, scalars: Tensor) -> None:
+    check_factors("factor_sums_", grad, row_sums, column_sums, torch.float64)
+    none = torch.empty(0, dtype=torch.float32, device=grad.device)
+    squares = factored_gradient(grad, none, none, **_of_the_gradient(scalars)).double().square()
+    row_sums += squares.sum(1)
+    if len(column_sums):
+        column_sums += squares.view(len(column_sums), -1, grad.shape[1]).sum(1)
+
+
+def _factored_sq_norm_(
+    slot: Tensor, grad: Tensor, row_factors: Tensor, column_factors: Tensor, scalars: Tensor
+) -> None:
+    check_factors("factored_sq_norm_", grad, row_factors, column_factors, torch.float32)
+    f = factored_gradient(grad, row_factors, column_factors, **_of_the_gradient(scalars))
+    _sq_norm_([slot], [f], None)
+
+
+def _factored_update_(
+    param: Tensor,
+    grad: Tensor,
+    row_factors: Tensor,
+    column_factors: Tensor,
+    scalars: Tensor,
+    new_sq_norm: Tensor | None,
+    *rest: Any,
+) -> None:
+    check_factors("factored_update_", grad, row_factors, column_factors, torch.float32)
+    f = factored_gradient(grad, row_factors, column_factors, **_of_the_gradient(scalars))
+    neutral = scalars.clone()
+    for name in ("inv_scale", "clip_value", "clip_coef"):
+        neutral[vectors.NAMES.index(name)] = vectors.FIELDS[name].neutral
+    _update_layer(param, f, neutral, None, *rest)
+    if new_sq_norm is not None:
+        _sq_norm_([new_sq_norm], [param], None)
+
+
 def _linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
     _sq_norm_([slot], [linear_gradient(inputs, grad_outputs)], inv_scale)
 
@@ -344,6 +412,9 @@ def _update_layer(
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
     "sq_norm_": _sq_norm_,
     "update_": _update_,
+    "factor_sums_": _factor_sums_,
+    "factored_sq_norm_": _factored_sq_norm_,
+    "factored_update_": _factored_update_,
     "linear_sq_norm_": _linear_sq_norm_,
     "linear_update_": _linear_update_,
     "embedding_sq_norm_": _embedding_sq_norm_,

@@ -19,6 +19,7 @@ namespace lomo {
 #define LOMO_DECLARE(ELEMENTS, PRODUCTS) \
   namespace ELEMENTS {                   \
   void install_embedding(Kernels&);      \
+  void install_factored(Kernels&);       \
   void install_update(Kernels&);         \
   void install_sq_norm(Kernels&);        \
   }                                      \
@@ -45,6 +46,7 @@ namespace {
   [](Kernels& k) {                       \
     k.isa = #PRODUCTS;                   \
     ELEMENTS::install_embedding(k);      \
+    ELEMENTS::install_factored(k);       \
     ELEMENTS::install_update(k);         \
     ELEMENTS::install_sq_norm(k);        \
     PRODUCTS::install_gram(k);           \

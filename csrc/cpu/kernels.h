@@ -40,6 +40,9 @@ struct GramSums {
   double sum, variance, common;
 };
 
+// Rows whose columns' squares are added up at a time: each is a stream of memory that the processor reads ahead.
+constexpr int kFactorRows = 8;
+
 struct Kernels {
   const char* isa;
 
@@ -52,6 +55,14 @@ struct Kernels {
   // The update of numerics.h on n elements: [rule][parameter dtype][gradient dtype][0 nearest, 1 stochastic].
   void (*update[Rules::kCount][kDTypes][kDTypes][2])(void* param, const void* grad, int64_t n, const Scalars& scalars,
                                                      Stream stream);
+
+  // Factored gradients, see lomo_kernels/ops/factored.py. Adds the squares of a block of clipped rows, at most
+  // kFactorRows of them, `stride` elements from one to the next, to the sums of its rows and columns.
+  void (*factor_sums[kDTypes])(double* column_sums, double* row_sums, const void* grad, int64_t stride, int64_t rows,
+                               int64_t columns, const Scalars& scalars);
+  // out = the factored gradient of consecutive rows. Factors that are null are ones.
+  void (*factored[kDTypes])(float* out, const void* grad, int64_t rows, int64_t columns, const Scalars& scalars,
+                            const float* row_factors, const float* column_factors);
 
   // With A = a a^T and B = b b^T: sums over the entries of the block that begins at row i and column j >= i, and of its
   // mirror image. a_lengths, b_lengths: the norms of all rows.

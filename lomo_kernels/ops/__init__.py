@@ -24,4 +24,7 @@ OPERATORS = (
     "linear_sq_norm_",
     "embedding_update_",
     "embedding_sq_norm_",
+    "factor_sums_",
+    "factored_sq_norm_",
+    "factored_update_",
 )

@@ -1,0 +1,218 @@
+// factor_sums_, factored_sq_norm_ and factored_update_ on CPU tensors. What they do is documented in
+// lomo_kernels/ops/factored.py.
+#include <torch/csrc/stable/library.h>
+
+#include "../update.h"
+#include "step.h"
+#include "traverse.h"
+
+namespace lomo {
+namespace {
+
+// A gradient's rows and columns, and the matrices that lie below each other in it.
+struct Shape {
+  int64_t rows, columns, matrices;
+  int64_t rows_of_matrix() const { return rows / matrices; }
+};
+
+void check_vector(const Tensor& tensor, ScalarType dtype, const char* op, const char* name) {
+  check_device(tensor, kCPU, op, name);
+  LOMO_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous(), op, ": ", name, " has dtype ",
+             toString(tensor.scalar_type()), ", expected contiguous ", toString(dtype));
+}
+
+// `rows`: [rows]; `columns`: [matrices, columns]. An empty tensor of factors stands for ones.
+Shape matrices_of(const Tensor& grad, const Tensor& rows, const Tensor& columns, ScalarType dtype, const char* op) {
+  LOMO_CHECK(grad.dim() == 2, op, ": grad has shape ", shape_of(grad), ", expected a matrix");
+  check_vector(rows, dtype, op, "rows");
+  check_vector(columns, dtype, op, "columns");
+  Shape shape{grad.size(0), grad.size(1), 1};
+  const bool factors = dtype == ScalarType::Float;
+  LOMO_CHECK((factors && rows.numel() == 0) || (rows.dim() == 1 && rows.size(0) == shape.rows), op, ": rows has shape ",
+             shape_of(rows), ", grad has shape ", shape_of(grad));
+  if (factors && columns.numel() == 0) return shape;
+  LOMO_CHECK(columns.dim() == 2 && columns.size(1) == shape.columns, op, ": columns has shape ", shape_of(columns),
+             ", grad has shape ", shape_of(grad));
+  shape.matrices = columns.size(0);
+  LOMO_CHECK(shape.matrices > 0 && shape.rows % shape.matrices == 0, op, ": ", shape.matrices, " matrices in ",
+             shape.rows, " rows, expected a divisor");
+  return shape;
+}
+
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return tensor.numel() ? static_cast<T*>(const_cast<void*>(tensor.const_data_ptr())) : nullptr;
+}
+
+Region written(const Tensor& tensor, const char* name) {
+  const char* begin = data_of<const char>(tensor);
+  return {begin, begin + tensor.numel() * 8, nullptr, Access::kWritten, name};
+}
+
+// Gradient, parameter, factors and product of a piece stay in the first-level cache together.
+constexpr int64_t kPiece = 1024;
+
+// Elements [row * columns + column, ... + rows * columns_of_piece): whole rows of one matrix, or a part of one row.
+struct Piece {
+  int64_t row, rows, column, columns;
+};
+
+// Calls visit(piece) -> double for pieces of at most kPiece elements, in order, and returns the sum of the results.
+// Partial sums belong to fixed chunks of rows, so the sum has the same bits for any number of threads.
+template <class Visit>
+double sum_over_pieces(const Shape& shape, const Visit& visit) {
+  constexpr int64_t kChunk = 16 * kTile;
+  if (!shape.rows || !shape.columns) return 0.0;
+  const int64_t of_chunk = std::max<int64_t>(1, kChunk / shape.columns), of_matrix = shape.rows_of_matrix();
+  const int64_t chunks = (shape.rows + of_chunk - 1) / of_chunk;
+  std::vector<double> partial(chunks);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t end = std::min(shape.rows, (chunk + 1) * of_chunk);
+      for (int64_t row = chunk * of_chunk, rows; row < end; row += rows) {
+        rows = std::min({std::max<int64_t>(1, kPiece / shape.columns), end - row, of_matrix - row % of_matrix});
+        for (int64_t column = 0; column < shape.columns; column += kPiece) {
+          partial[chunk] += visit(Piece{row, rows, column, std::min(shape.columns - column, kPiece)});
+        }
+      }
+    }
+  });
+  double sum = 0.0;
+  for (const double p : partial) sum += p;
+  return sum;
+}
+
+struct Factors {
+  const float *rows, *columns;  // null: ones
+
+  void multiply(float* out, const View& grad, const Shape& shape, const Piece& piece, const Scalars& s) const {
+    Tile g(grad, piece.row * shape.columns + piece.column, piece.rows * piece.columns);
+    const int64_t matrix = piece.row / shape.rows_of_matrix();
+    kernels().factored[grad.dtype](out, g.data(), piece.rows, piece.columns, s, rows ? rows + piece.row : nullptr,
+                                   columns ? columns + matrix * shape.columns + piece.column : nullptr);
+  }
+};
+
+void factor_sums_(const Tensor& row_sums, const Tensor& column_sums, const Tensor& grad, const Tensor& scalars) {
+  const char* op = "factor_sums_";
+  const Scalars s = step_from(scalars, 0, false, 0, op).scalars;
+  const Shape shape = matrices_of(grad, row_sums, column_sums, ScalarType::Double, op);
+  const View g = view_of(grad, const_cast<void*>(grad.const_data_ptr()), kCPU, op, "grad");
+  if (!g.numel) return;
+  check_no_overlap(
+      {written(row_sums, "row_sums"), written(column_sums, "column_sums"), region_of(g, Access::kRead, "grad")}, op);
+  auto* of_rows = data_of<double>(row_sums);
+  auto* of_columns = data_of<double>(column_sums);
+  // Each chunk of rows has column sums of its own. So many chunks at most, whatever the number of threads.
+  constexpr int64_t kChunks = 64, kLeast = 16 * kTile;
+  const int64_t of_matrix = shape.rows_of_matrix();
+  const int64_t least = std::max({kLeast / shape.columns, (of_matrix + kChunks - 1) / kChunks, int64_t{1}});
+  const int64_t of_chunk = (least + kFactorRows - 1) / kFactorRows * kFactorRows;
+  const int64_t chunks = (of_matrix + of_chunk - 1) / of_chunk;  // of a matrix
+  std::vector<double> partial(chunks > 1 ? chunks * shape.columns : 0);
+  const auto chunk_sums = [&](int64_t matrix, int64_t chunk, double* columns) {
+    const int64_t begin = matrix * of_matrix + chunk * of_chunk;
+    const int64_t end = matrix * of_matrix + std::min(of_matrix, (chunk + 1) * of_chunk);
+    for (int64_t row = begin, rows; row < end; row += rows) {
+      rows = g.contiguous ? std::min<int64_t>(kFactorRows, end - row) : 1;
+      const int64_t width = g.contiguous ? shape.columns : kTile;  // what a strided tensor is copied by
+      for (int64_t column = 0; column < shape.columns; column += width) {
+        const int64_t n = std::min(width, shape.columns - column), first = row * shape.columns + column;
+        if (g.contiguous) {
+          kernels().factor_sums[g.dtype](columns + column, of_rows + row, g.at(first), shape.columns, rows, n, s);
+        } else {
+          Tile tile(g, first, n);
+          kernels().factor_sums[g.dtype](columns + column, of_rows + row, tile.data(), n, 1, n, s);
+        }
+      }
+    }
+  };
+  if (chunks == 1) {
+    torch::stable::parallel_for(0, shape.matrices, 16, [&](int64_t first, int64_t last) {
+      for (int64_t matrix = first; matrix < last; ++matrix) {
+        chunk_sums(matrix, 0, of_columns + matrix * shape.columns);
+      }
+    });
+    return;
+  }
+  for (int64_t matrix = 0; matrix < shape.matrices; ++matrix) {
+    std::fill(partial.begin(), partial.end(), 0.0);
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        chunk_sums(matrix, chunk, partial.data() + chunk * shape.columns);
+      }
+    });
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      for (int64_t i = 0; i < shape.columns; ++i) {
+        of_columns[matrix * shape.columns + i] += partial[chunk * shape.columns + i];
+      }
+    }
+  }
+}
+
+void factored_sq_norm_(const Tensor& slot, const Tensor& grad, const Tensor& row_factors, const Tensor& column_factors,
+                       const Tensor& scalars) {
+  const char* op = "factored_sq_norm_";
+  const Scalars s = step_from(scalars, 0, false, 0, op).scalars;
+  const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, op);
+  const View g = view_of(grad, const_cast<void*>(grad.const_data_ptr()), kCPU, op, "grad");
+  double* sum = slot_of(slot, kCPU, op, "slot");
+  std::vector<Region> regions{region_of(sum, "slot")};
+  if (g.numel) regions.push_back(region_of(g, Access::kRead, "grad"));
+  check_no_overlap(std::move(regions), op);
+  const Factors factors{data_of<const float>(row_factors), data_of<const float>(column_factors)};
+  *sum += sum_over_pieces(shape, [&](const Piece& piece) {
+    alignas(64) float f[kPiece];
+    factors.multiply(f, g, shape, piece, s);
+    return kernels().sum_squares[kFloat32](f, piece.rows * piece.columns, 1.0f);
+  });
+}
+
+void factored_update_(const Tensor& param, const Tensor& grad, const Tensor& row_factors, const Tensor& column_factors,
+                      const Tensor& scalars, const std::optional<Tensor>& new_sq_norm, int64_t rule, bool stochastic,
+                      int64_t seed, int64_t parameter_id, const std::vector<int64_t>& shard) {
+  const char* op = "factored_update_";
+  const Step step = step_from(scalars, rule, stochastic, seed, op);
+  const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, op);
+  const Update update = update_of(param, grad, new_sq_norm ? &*new_sq_norm : nullptr, parameter_id,
+                                  shard_of(shard.data(), shard.size(), op), kCPU, op);
+  std::vector<Region> regions;
+  add_regions(update, regions);
+  check_no_overlap(std::move(regions), op);
+  const Factors factors{data_of<const float>(row_factors), data_of<const float>(column_factors)};
+  Scalars applied = step.scalars;  // what is left when the factored gradient is there
+  applied.inv_scale = applied.clip_coef = 1.0f;
+  applied.clip_value = __builtin_inff();
+  const Kernels& k = kernels();
+  const View& p = update.param;
+  const auto update_run = k.update[step.rule][p.dtype][kFloat32][step.stochastic];
+  const uint64_t key = step.stochastic ? stream_key(step.seed, parameter_id, step.step) : 0;
+  const double sum = sum_over_pieces(shape, [&](const Piece& piece) {
+    const int64_t begin = piece.row * shape.columns + piece.column, n = piece.rows * piece.columns;
+    Tile tile(p, begin, n);
+    if (!step.found_inf) {
+      alignas(64) float f[kPiece];
+      factors.multiply(f, update.grad, shape, piece, step.scalars);
+      if (step.stochastic) {
+        for_each_run(update.shard, begin, n, [&](int64_t first, int64_t length, uint64_t index) {
+          const int64_t i = first - begin;
+          update_run(static_cast<char*>(tile.data()) + i * p.element_size(), f + i, length, applied, {key, index});
+        });
+      } else {
+        update_run(tile.data(), f, n, applied, {});
+      }
+      tile.store();
+    }
+    return update.slot ? k.sum_squares[p.dtype](tile.data(), n, 1.0f) : 0.0;
+  });
+  if (update.slot) *update.slot += sum;
+}
+
+}  // namespace
+}  // namespace lomo
+
+STABLE_TORCH_LIBRARY_IMPL(lomo_kernels, CPU, m) {
+  m.impl("factor_sums_", TORCH_BOX(&lomo::factor_sums_));
+  m.impl("factored_sq_norm_", TORCH_BOX(&lomo::factored_sq_norm_));
+  m.impl("factored_update_", TORCH_BOX(&lomo::factored_update_));
+}

@@ -1,0 +1,95 @@
+"""Updates with a factor for each row and each column of a gradient, and the sums that such factors are made of.
+
+A gradient is a matrix [rows, columns] here. With g what `update_` makes of an element, scaled, clamped and multiplied
+by ``clip_coef``, the *factored gradient* is ``f = g * row_factor * column_factor``, in float32, in this order, each
+product rounded. An element whose scaled gradient is not finite has f = NaN.
+
+- ``factor_sums_`` adds the sums of g² along rows and along columns; one read of the gradient.
+- ``factored_sq_norm_`` adds the sum of f²; one read.
+- ``factored_update_`` updates the parameter with f as its gradient. An element whose f is not finite is kept.
+
+Factors that depend on the sums, and a coefficient that depends on the sum of f², need three reads: the sums of all
+elements come before any element's factor, and the coefficient before any element's update. The factors of one row
+depend on its columns' sums, so no order of rows avoids a read.
+
+Several matrices may lie below each other, as the slices of a tensor of more than two dimensions: then there is a row
+factor for each row of all of them, and a column factor for each column of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._arguments import check_pair, check_slot, library
+from .scalars import check_vector
+
+library.define("factor_sums_(Tensor(a!) row_sums, Tensor(b!) column_sums, Tensor grad, Tensor scalars) -> ()")
+library.define(
+    "factored_sq_norm_(Tensor(a!) slot, Tensor grad, Tensor row_factors, Tensor column_factors, Tensor scalars) -> ()"
+)
+library.define(
+    "factored_update_(Tensor(a!) param, Tensor grad, Tensor row_factors, Tensor column_factors, Tensor scalars, "
+    "Tensor(b!)? new_sq_norm, int rule, bool stochastic, int seed, int parameter_id, int[] shard) -> ()"
+)
+
+
+def check_factors(op: str, grad: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError unless `rows` and `columns` fit `grad`, [rows, columns].
+
+    Args:
+        rows: [rows], or, for factors, empty: then all are 1.
+        columns: [matrices, columns], or, for factors, empty.
+        dtype: that both must have.
+    """
+    if grad.dim() != 2:
+        raise ValueError(f"{op}: grad has shape {list(grad.shape)}, expected a matrix")
+    may_be_empty = dtype is torch.float32
+    for name, given, expected in (("rows", rows, grad.shape[0]), ("columns", columns, grad.shape[1])):
+        if given.dtype is not dtype or given.device != grad.device or not given.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} has dtype {given.dtype} on {given.device}, expected contiguous {dtype} on {grad.device}"
+            )
+        if may_be_empty and given.numel() == 0:
+            continue
+        fits = given.shape == (expected,) if name == "rows" else given.dim() == 2 and given.shape[1] == expected
+        if not fits:
+            raise ValueError(f"{op}: {name} has shape {list(given.shape)}, grad has shape {list(grad.shape)}")
+    if columns.numel() and (grad.shape[0] % columns.shape[0]):
+        raise ValueError(f"{op}: {columns.shape[0]} matrices in {grad.shape[0]} rows, expected a divisor")
+
+
+@torch.library.register_fake("lomo_kernels::factor_sums_")
+def _(row_sums: Tensor, column_sums: Tensor, grad: Tensor, scalars: Tensor) -> None:
+    check_factors("factor_sums_", grad, row_sums, column_sums, torch.float64)
+    check_vector("factor_sums_", scalars, grad.device)
+
+
+@torch.library.register_fake("lomo_kernels::factored_sq_norm_")
+def _(slot: Tensor, grad: Tensor, row_factors: Tensor, column_factors: Tensor, scalars: Tensor) -> None:
+    check_slot("factored_sq_norm_", "slot", slot, grad.device)
+    check_factors("factored_sq_norm_", grad, row_factors, column_factors, torch.float32)
+    check_vector("factored_sq_norm_", scalars, grad.device)
+
+
+@torch.library.register_fake("lomo_kernels::factored_update_")
+def _(
+    param: Tensor,
+    grad: Tensor,
+    row_factors: Tensor,
+    column_factors: Tensor,
+    scalars: Tensor,
+    new_sq_norm: Tensor | None,
+    rule: int,
+    stochastic: bool,
+    seed: int,
+    parameter_id: int,
+    shard: Sequence[int],
+) -> None:
+    check_pair("factored_update_", param, grad)
+    check_factors("factored_update_", grad, row_factors, column_factors, torch.float32)
+    check_vector("factored_update_", scalars, param.device)
+    if new_sq_norm is not None:
+        check_slot("factored_update_", "new_sq_norm", new_sq_norm, param.device)
