@@ -23,6 +23,8 @@ from .ops._arguments import choose_kernels, library
 VARIABLE = "LOMO_KERNELS_BACKEND"
 NAMES = ("cpu", "cuda", "triton", "reference")
 
+COMPOSITE = tiled.IMPLEMENTATIONS | factored.IMPLEMENTATIONS
+
 _HERE = Path(__file__).parent
 CPU_LIBRARY, CUDA_LIBRARY = _HERE / "_cpu.so", _HERE / "_cuda.so"
 
@@ -62,14 +64,13 @@ def _load_cpu() -> str:
     return str(name.decode())
 
 
-def _load_tiled(key: str, reason: str) -> dict[str, Choice]:
-    """Operators that nothing serves yet, of layers and with factors: made of torch's operators and of our others."""
+def _load_tiled(key: str, reason: str, names: Collection[str] = tuple(COMPOSITE)) -> dict[str, Choice]:
+    """Those operators of layers and with factors that nothing serves yet: made of torch's operators and our others."""
     choice = Choice(key, "tiled", "torch's operators, and update_ or sq_norm_ tile by tile", reason)
     served = torch._C._dispatch_has_kernel_for_dispatch_key
-    composite = tiled.IMPLEMENTATIONS | factored.IMPLEMENTATIONS
-    names = [name for name in composite if not served(f"lomo_kernels::{name}", key)]
+    names = [name for name in names if not served(f"lomo_kernels::{name}", key)]
     for name in names:
-        library.impl(name, composite[name], key)
+        library.impl(name, COMPOSITE[name], key)
     return dict.fromkeys(names, choice)
 
 
@@ -120,8 +121,7 @@ def _choose_for_cpu(forced: str | None) -> Choice:
     if forced == "reference":
         return Choice("CPU", "reference", _load_reference("CPU"), f"{VARIABLE}=reference")
     if forced == "triton" and _interpreted():
-        reason = f"{VARIABLE}=triton with TRITON_INTERPRET=1"
-        return Choice("CPU", "triton", _load_triton("CPU"), reason, _load_tiled("CPU", "Triton has no kernel for it"))
+        return _with_triton("CPU", f"{VARIABLE}=triton with TRITON_INTERPRET=1")
     isa = os.environ.get("LOMO_KERNELS_ISA")
     reason = f"LOMO_KERNELS_ISA={isa}" if isa else "the best this processor has"
     return Choice("CPU", "cpu", _load_cpu(), reason, _load_tiled("CPU", "the compiled library has no kernel for it"))
@@ -141,10 +141,7 @@ def _choose_for_cuda(forced: str | None) -> Choice:
         reason = f"{VARIABLE}=cuda"
         return Choice("CUDA", "cuda", _load_cuda(), reason, _load_tiled("CUDA", reason))
     if forced == "triton":
-        reason = f"{VARIABLE}=triton"
-        return Choice(
-            "CUDA", "triton", _load_triton("CUDA"), reason, _load_tiled("CUDA", "Triton has no kernel for it")
-        )
+        return _with_triton("CUDA", f"{VARIABLE}=triton")
     try:
         detail = _load_cuda()
     except ImportError as error:
@@ -152,8 +149,7 @@ def _choose_for_cuda(forced: str | None) -> Choice:
     else:
         return Choice("CUDA", "cuda", detail, "the compiled library has code for this GPU", _choose_layers())
     try:
-        detail = _load_triton("CUDA")
-        return Choice("CUDA", "triton", detail, why_not_cuda, _load_tiled("CUDA", "Triton has no kernel for it"))
+        return _with_triton("CUDA", why_not_cuda)
     except ImportError as error:
         return Choice("CUDA", "none", str(error), why_not_cuda)
 
@@ -165,7 +161,13 @@ def _choose_layers() -> dict[str, Choice]:
         choice = Choice("CUDA", "triton", _load_triton("CUDA", names), "the compiled library has no kernel for it")
     except ImportError as error:
         return _load_tiled("CUDA", str(error))
-    return dict.fromkeys(names, choice) | _load_tiled("CUDA", "no backend has a kernel for it")
+    return dict.fromkeys(names, choice) | _load_tiled("CUDA", "no kernel for it", factored.IMPLEMENTATIONS)
+
+
+def _with_triton(key: str, reason: str) -> Choice:
+    """Triton for all operators for which it has a kernel. Raises ImportError if it cannot be had."""
+    detail = _load_triton(key)
+    return Choice(key, "triton", detail, reason, _load_tiled(key, "Triton has no kernel", factored.IMPLEMENTATIONS))
 
 
 def _no_gpu(forced: str | None, reason: str, remedy: str) -> Choice:

@@ -12,7 +12,7 @@ import torch
 import lomo_kernels
 import lomo_kernels.__main__
 from lomo_kernels import backends, ops
-from lomo_kernels.composite import tiled
+from lomo_kernels.composite import factored, tiled
 
 SHOW = "from lomo_kernels import backends; print([(c.key, c.backend, c.reason) for c in backends.choices()])"
 
@@ -100,8 +100,10 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
     def load_cuda():
         if torch.version.cuda is None:
             raise ImportError("torch is built without CUDA")
-        plain = set(ops.OPERATORS) - set(tiled.IMPLEMENTATIONS)
+        plain = set(ops.OPERATORS) - set(backends.COMPOSITE)
         return load(LIBRARY, "no code for this GPU" if BROKEN in there else "no library", plain)()
+
+    kernels = [name for name in ops.OPERATORS if name not in factored.IMPLEMENTATIONS]
 
     class Library:
         def impl(self, name, function, key):
@@ -111,7 +113,7 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
     monkeypatch.setattr(torch.version, "hip", "7.0" if ROCM in there else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: GPU in there)
     monkeypatch.setattr(backends, "_load_cuda", load_cuda)
-    monkeypatch.setattr(backends, "_load_triton", load(TRITON, "no Triton", ops.OPERATORS))
+    monkeypatch.setattr(backends, "_load_triton", load(TRITON, "no Triton", kernels))
     monkeypatch.setattr(backends, "library", Library())
     file = tmp_path / "_cuda.so"
     monkeypatch.setattr(backends, "CUDA_LIBRARY", file)
