@@ -12,6 +12,7 @@ from ..numbers import clip_coefficient
 from .engines.base import ParallelEngine
 from .hyperparameters import GroupScalars, check_group
 from .managed_parameter import DeviceState, ManagedParameter
+from .parameter_scalars import ParameterScalars
 from .scaling import KINDS, LossScale
 from .tensor_clip import TensorClip
 
@@ -73,9 +74,10 @@ class TrainingState:
         self.skipped = torch.zeros((), dtype=torch.int64, device=devices[0])
         self.norm = torch.zeros((), dtype=torch.float64, device=devices[0])
         self._measuring = False  # the slots are those of a step that has not ended
-        self.tensor_clip = (
-            None if clip_tensor is None else TensorClip(clip_tensor, managed_params, group_of, self.devices)
-        )
+        self.tensor_clip: TensorClip | None = None
+        if clip_tensor is not None:
+            scalars = ParameterScalars(managed_params, group_of, self.devices)
+            self.tensor_clip = TensorClip(clip_tensor, scalars, self.devices, len(managed_params))
         if before is not None:
             self.load(before.export())
 

@@ -14,40 +14,19 @@ first 100 steps, its norm becomes the mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..ops.scalars import NAMES
 from .engines.base import ParallelEngine
-from .managed_parameter import DeviceState, ManagedParameter
+from .managed_parameter import ManagedParameter
+from .parameter_scalars import ParameterScalars
 
 #: Steps, those that were skipped not counted, in which the means are found.
 WARM_UP = 100
 DECAY = 0.99
-
-_COEF, _FOUND_INF = NAMES.index("clip_coef"), NAMES.index("found_inf")
-
-
-class _Cells(NamedTuple):
-    """What one parameter's update reads, on its device."""
-
-    vector: Tensor  # its scalars (`lomo_kernels.ops.scalars`), of which the next two are elements
-    coef: Tensor
-    found_inf: Tensor
-    bound: Tensor
-
-
-class _Table(NamedTuple):
-    """The same of all parameters on one device, a row or an element for each."""
-
-    device_state: DeviceState
-    group_of: Tensor
-    vectors: Tensor
-    bounds: Tensor
 
 
 class TensorClip:
@@ -55,31 +34,18 @@ class TensorClip:
 
     Args:
         factor: `clip_tensor`.
-        managed_params: all parameters.
-        group_of: each one's group.
+        scalars: of each parameter's update, which this changes.
         devices: those of the parameters; the means are on the first one.
+        parameters: how many there are.
     """
 
     def __init__(
-        self,
-        factor: float,
-        managed_params: Sequence[ManagedParameter],
-        group_of: Sequence[int],
-        devices: Mapping[torch.device, DeviceState],
+        self, factor: float, scalars: ParameterScalars, devices: Iterable[torch.device], parameters: int
     ) -> None:
         self._factor = factor
-        self._tables: dict[torch.device, _Table] = {}
-        for device, device_state in devices.items():
-            index = torch.tensor(group_of, dtype=torch.int64, device="cpu").to(device)
-            vectors = device_state.vectors.index_select(0, index)
-            self._tables[device] = _Table(device_state, index, vectors, torch.zeros_like(vectors[:, 0]))
-        first = next(iter(self._tables.values()))
-        self.means = torch.full_like(first.bounds, math.inf)
-        self._cells = []
-        for managed in managed_params:
-            _, _, vectors, bounds = self._tables.get(managed.device, first)
-            row = vectors[managed.index]
-            self._cells.append(_Cells(row, row[_COEF], row[_FOUND_INF], bounds[managed.index]))
+        self.scalars = scalars
+        self._bounds = {device: torch.zeros(parameters, dtype=torch.float64, device=device) for device in devices}
+        self.means = torch.full_like(next(iter(self._bounds.values())), math.inf)
         self._left: int | None = None  # steps of the warm-up; None: the device has to be asked
 
     # ---- The warm-up ------------------------------------------------------------------------------------------------
@@ -118,21 +84,20 @@ class TensorClip:
 
     def begin_update(self) -> None:
         """Gives each parameter its group's scalars, and its bound."""
+        self.scalars.begin_update()
         bounds = self.means * self._factor
-        for device_state, group_of, vectors, bound in self._tables.values():
-            torch.index_select(device_state.vectors, 0, group_of, out=vectors)
+        for bound in self._bounds.values():
             bound.copy_(bounds, non_blocking=bound.is_cuda)
 
-    def vector(self, managed: ManagedParameter) -> Tensor:
-        """The scalars of one parameter's update."""
-        return self._cells[managed.index].vector
+    def _bound(self, managed: ManagedParameter) -> Tensor:
+        return self._bounds[managed.device][managed.index]
 
     def clip(self, managed: ManagedParameter) -> None:
         """Finds the coefficient of one parameter, whose slot has the sum of squares of its gradient. A parameter whose
         norm is not finite keeps its weights."""
-        _, coef, found_inf, bound = self._cells[managed.index]
+        _, coef, found_inf = self.scalars.cells(managed)
         torch.sqrt(managed.slot, out=coef)
-        torch.div(bound, coef, out=coef)
+        torch.div(self._bound(managed), coef, out=coef)
         coef.clamp_(max=1.0)
         torch.mul(managed.slot, 0.0, out=found_inf)  # NaN, which is not zero, of infinity and of NaN
 
@@ -140,11 +105,12 @@ class TensorClip:
         """`clip` of several parameters of one device, whose slots have the sums of this rank's parts."""
         squares = torch.stack([managed.slot * managed.weight for managed in managed_params])
         engine.sum_(squares)
-        cells = [self._cells[managed.index] for managed in managed_params]
-        coefs = (torch.stack([one.bound for one in cells]) / squares.sqrt()).clamp_(max=1.0)
-        for one, coef, found_inf in zip(cells, coefs.unbind(), (squares * 0.0).unbind(), strict=True):
-            one.coef.copy_(coef)
-            one.found_inf.copy_(found_inf)
+        bounds = torch.stack([self._bound(managed) for managed in managed_params])
+        coefs = (bounds / squares.sqrt()).clamp_(max=1.0)
+        for managed, coef, found_inf in zip(managed_params, coefs.unbind(), (squares * 0.0).unbind(), strict=True):
+            cells = self.scalars.cells(managed)
+            cells.clip_coef.copy_(coef)
+            cells.found_inf.copy_(found_inf)
 
     def clip_all(self, squares: Tensor) -> None:
         """`clip` of all parameters, whose norms are known, as they are with dynamic loss scaling. Whether the step is
@@ -153,9 +119,7 @@ class TensorClip:
         Args:
             squares: sums of squares of whole gradients, float64 [parameters], on the first device.
         """
-        norms = squares.sqrt()
-        for _, _, vectors, bounds in self._tables.values():
-            vectors[:, _COEF].copy_((bounds / norms.to(bounds.device)).clamp_(max=1.0))
+        self.scalars.set_coefs((self.means * self._factor / squares.sqrt()).clamp_(max=1.0))
 
     # ---- Its end ----------------------------------------------------------------------------------------------------
 

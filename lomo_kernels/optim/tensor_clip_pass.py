@@ -23,7 +23,7 @@ class TensorClipPass(UpdatePass, NormPass):
     """
 
     def __init__(self, *args: Any, tensor_clip: TensorClip, **options: Any) -> None:
-        super().__init__(*args, vector_of=tensor_clip.vector, norm_known=True, **options)
+        super().__init__(*args, vector_of=tensor_clip.scalars.vector, norm_known=True, **options)
         self._clip = tensor_clip
         if self._engine is not None and not self._engine.has_whole_grads:
             self._batch = BATCH  # a count, because parts have different sizes and ranks must send alike

@@ -251,7 +251,7 @@ class TrainingStep:
             kind = partial(TensorClipPass, tensor_clip=state.tensor_clip)
             if norm_known:
                 state.tensor_clip.clip_all(state.squares())
-                kind = partial(UpdatePass, norm_known=True, vector_of=state.tensor_clip.vector)
+                kind = partial(UpdatePass, norm_known=True, vector_of=state.tensor_clip.scalars.vector)
         self._step.update = kind(
             state.devices,
             training.fused_params,
