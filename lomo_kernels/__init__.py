@@ -4,11 +4,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import backends as backends  # registers the kernels
 from . import ops as ops
-from .optim import Lomo
+from .optim import AdaLomo, Lomo
 
 try:
     __version__ = version("lomo_kernels")
 except PackageNotFoundError:  # imported from a source folder that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["Lomo", "__version__", "ops"]
+__all__ = ["AdaLomo", "Lomo", "__version__", "ops"]

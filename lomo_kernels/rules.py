@@ -1,19 +1,28 @@
-"""The rules: what is done with a gradient after it was clipped. A rule is a function of one element, ``direction(g)``,
-in ``param = param * decay - lr * direction(g)``.
+"""The rules: what is done with a gradient after it was clipped.
 
-The function itself stands in `lomo_kernels.reference`, ``csrc/numerics.h`` and ``lomo_kernels/triton/numerics.py``.
+A rule of one element, ``direction(g)`` in ``param = param * decay - lr * direction(g)``, stands in
+`lomo_kernels.reference`, ``csrc/numerics.h`` and ``lomo_kernels/triton/numerics.py``. A rule with factors needs sums of
+the whole gradient first: `lomo_kernels.optim.factored_rules`.
 """
 
 from __future__ import annotations
 
-#: Name: number by which the operators know the rule.
+from collections.abc import Iterable
+
+#: Rules of one element. Name: number by which the operators know the rule.
 #: sgd: g. sign (SignSGD): 1, -1, or 0 where g is zero.
 RULES = {"sgd": 0, "sign": 1}
 
+#: Rules with factors. Name: number by which a checkpoint knows the rule.
+FACTORED_RULES = {"tensor": 100, "rows": 101, "adalomo": 102}
 
-def rule_number(rule: str, who: str) -> int:
-    """The rule's number. Raises ValueError, in the name of `who`, if there is no such rule."""
+
+def rule_number(rule: str, who: str, others: Iterable[str] = ()) -> int:
+    """The number of a rule of one element. Raises ValueError, in the name of `who`, if there is no such rule.
+
+    `others`: names that the error adds.
+    """
     number = RULES.get(rule) if isinstance(rule, str) else None
     if number is None:
-        raise ValueError(f"{who}: rule is {rule!r}, expected one of {', '.join(map(repr, RULES))}")
+        raise ValueError(f"{who}: rule is {rule!r}, expected one of {', '.join(map(repr, (*RULES, *others)))}")
     return number

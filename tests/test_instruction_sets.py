@@ -30,6 +30,7 @@ import test_instruction_sets
 from lomo_kernels import backends
 assert backends.choice("CPU").backend == "cpu", backends.choices()
 made = test_instruction_sets.digests() | {"embeddings": test_instruction_sets.embedding_digests()}
+made |= {"factored": test_instruction_sets.factored_digests()}
 print(json.dumps([backends.choice("CPU").detail, made]))
 """
 
@@ -97,6 +98,35 @@ def digests():
                 ops.sq_norm_(slot, grad, inv_scale=0.3)
                 norms.append(torch.where(slot.isfinite(), slot, math.inf))
     return result | {"norms": digest(norms)}
+
+
+def factored(operators):
+    """Parameters updated with factors, and the sums, by operators of these names."""
+    updated, sums = [], []
+    for i, (p, g) in enumerate(itertools.product(DTYPES, DTYPES)):
+        for rows, columns in ((1, 1), (9, 65), (40, 4097), (300, 63)):
+            param = oracle.param_of(rows * columns, p, i).view(rows, columns).clone()
+            grad = oracle.ordinary(rows * columns, g, i).view(rows, columns)
+            factors = oracle.ordinary(rows, torch.float32).abs(), oracle.ordinary(columns, torch.float32).abs()[None]
+            scalars = vector("test", param.device, {"lr": 0.1, "clip_value": 0.9, "step": 3})
+            slot = torch.zeros(1, dtype=torch.float64)
+            lines = torch.zeros(rows, dtype=torch.float64), torch.zeros(1, columns, dtype=torch.float64)
+            operators["factored_update_"](param, grad, *factors, scalars, None, 0, bool(i % 2), 1, 2, [])
+            operators["factored_sq_norm_"](slot, grad, *factors, scalars)
+            operators["factor_sums_"](*lines, grad, scalars)
+            updated.append(param)
+            sums += [slot, *lines]
+    return digest(updated), digest(sums)
+
+
+def expected_factored_digest():
+    return factored(reference.IMPLEMENTATIONS)[0]
+
+
+def factored_digests():
+    names = ("factored_update_", "factored_sq_norm_", "factor_sums_")
+    updates, sums = factored({name: getattr(torch.ops.lomo_kernels, name) for name in names})
+    return {"updates": updates, "sums": sums}
 
 
 def embeddings():
@@ -204,12 +234,14 @@ def digests_of(run_python):
 @pytest.mark.parametrize("isa", ISAS)
 def test_updates_equal_the_reference(digests_of, isa):
     made = digests_of(isa)
-    norms, embeddings = made.pop("norms"), made.pop("embeddings")
+    norms, embeddings, factored = (made.pop(name) for name in ("norms", "embeddings", "factored"))
     assert made == expected_digests()
     assert embeddings["updates"] == expected_embedding_digest()
+    assert factored["updates"] == expected_factored_digest()
     baseline = digests_of("baseline")
-    wanted = baseline["norms"], baseline["embeddings"]["norms"]
-    assert (norms, embeddings["norms"]) == wanted, "the norms' bits depend on the instruction set"
+    wanted = baseline["norms"], baseline["embeddings"]["norms"], baseline["factored"]["sums"]
+    found = norms, embeddings["norms"], factored["sums"]
+    assert found == wanted, "the norms' bits depend on the instruction set"
 
 
 def test_the_baseline_is_never_missing(run_python):

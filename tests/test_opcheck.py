@@ -83,6 +83,51 @@ CASES = {
         OPS.linear_update_,
         (tensor(10).view(2, 5), [GRAD, GRAD], [GRAD[..., :2]] * 2, scalars(), slot(), 1, False, 0, 0, [3, 5, 7]),
     ),
+    "factor_sums_": lambda: (
+        OPS.factor_sums_,
+        (
+            torch.zeros(6, dtype=torch.float64),
+            torch.zeros(2, 5, dtype=torch.float64),
+            tensor(30, torch.bfloat16).view(5, 6).t(),
+            scalars(),
+        ),
+    ),
+    "factored_sq_norm_": lambda: (
+        OPS.factored_sq_norm_,
+        (slot(), tensor(30).view(6, 5), tensor(6), tensor(10).view(2, 5), scalars(**EVERY_SCALAR)),
+    ),
+    "factored_update_": lambda: (
+        OPS.factored_update_,
+        (
+            tensor(30).view(6, 5),
+            tensor(30, seed=1).view(6, 5),
+            tensor(0),
+            tensor(0),
+            scalars(),
+            None,
+            0,
+            False,
+            0,
+            0,
+            [],
+        ),
+    ),
+    "factored_update_ with everything": lambda: (
+        OPS.factored_update_,
+        (
+            tensor(30, torch.bfloat16).view(5, 6).t().requires_grad_(),
+            tensor(30, seed=1).view(6, 5),
+            tensor(6),
+            tensor(10).view(2, 5),
+            scalars(**EVERY_SCALAR),
+            slot(),
+            0,
+            True,
+            1,
+            2,
+            [3, 5, 7],
+        ),
+    ),
     "embedding_sq_norm_": lambda: (OPS.embedding_sq_norm_, (slot(), [INDEX], [GRAD], [-1], None)),
     "embedding_sq_norm_ of two": lambda: (
         OPS.embedding_sq_norm_,
@@ -125,7 +170,12 @@ def test_opcheck(name):
 @pytest.mark.parametrize("name", ops.OPERATORS)
 def test_the_schema_tells_what_is_mutated(name):
     mutated = [a.name for a in getattr(OPS, name).default._schema.arguments if a.alias_info and a.alias_info.is_write]
-    written = {"sq_norm_": ["slots"], "update_": ["params", "sq_norm"]}
+    written = {
+        "sq_norm_": ["slots"],
+        "update_": ["params", "sq_norm"],
+        "factor_sums_": ["row_sums", "column_sums"],
+        "factored_update_": ["param", "new_sq_norm"],
+    }
     assert mutated == written.get(name, ["slot"] if "norm" in name else ["weight", "sq_norm"])
 
 

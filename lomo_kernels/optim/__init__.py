@@ -1,5 +1,6 @@
 """The optimizer: hooks, groups, scaling, clipping. The arithmetic is in the kernels."""
 
+from .adalomo import AdaLomo
 from .lomo import Lomo
 
-__all__ = ["Lomo"]
+__all__ = ["AdaLomo", "Lomo"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import copies, resume
 from .engines.choose import is_engine
+from .factored_rules import FactoredRule
 from .groups import add_group
 from .parameters import model_to_fuse, named_groups
 from .plain_steps import PlainSteps
@@ -70,8 +71,8 @@ class Lomo(torch.optim.Optimizer):
             DTensor parameters (FSDP2, tensor parallel). If you pass parameters or groups of DeepSpeed's engine, pass
             the engine here. See `docs/distributed/README.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
-        rule: "sgd", or "sign" (SignSGD): each element of the clipped gradient counts as 1 or -1, or 0 if it is zero. A
-            bound on the norm then only decides, by zero and underflow, which elements are zero.
+        rule: "sgd"; "sign" (SignSGD): each element of the clipped gradient counts as 1 or -1, or 0 if it is zero. Or,
+            without `fused_layers` and on whole gradients: "tensor", "rows", "adalomo" (`optim.factored_rules`).
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
@@ -96,7 +97,7 @@ class Lomo(torch.optim.Optimizer):
         fused_layers: bool | nn.Module = False,
         process_group: Any = False,
         seed: int = 0,
-        rule: str = "sgd",
+        rule: str | FactoredRule = "sgd",
     ) -> None:
         if is_engine(model_or_params):
             if process_group is not False:
@@ -165,10 +166,8 @@ class Lomo(torch.optim.Optimizer):
     @as_step(lambda self, closure=None: closure is not None or self._training.accumulation.has_gradients())
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Applies the gradients that plain backwards left in ``.grad``. They stay there. If there are none, as after
-        `backward`, this does nothing and calls no step hooks.
-
-        Args:
-            closure: called first, with gradients enabled; its result is returned.
+        `backward`, this does nothing and calls no step hooks. `closure` is called first, with gradients enabled; its
+        result is returned.
         """
         return self._plain_steps.run(self, closure)
 

@@ -66,6 +66,7 @@ class ManagedParameter:
         self.index = index
         self.name = name
         self.supported = True  # the kernels can update it; False: frozen, and of a kind that they do not take
+        self.is_embedding = False  # of an `nn.Embedding`, as far as the model is known
         self.hooked = False  # a frozen parameter has no hook
         self.attributes: dict[str, Any] | None = None  # the parameter's __dict__; swap_tensors exchanges it
         self.fused = False  # some of its layers hand over factors in place of its gradient

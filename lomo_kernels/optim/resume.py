@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rules import RULES
+from ..rules import FACTORED_RULES, RULES
+from .factored_rules import AdaLomoRule
 from .hyperparameters import check_group, check_seed
 from .managed_parameter import ManagedParameter
 from .placement import shape_of
+from .rule_state import RuleState
 from .scaling import GROWTH_INTERVAL, KINDS, LARGEST_SCALE, SMALLEST_SCALE
 from .settings import Settings
-from .state import CLIP_MEANS
+from .state import CLIP_MEANS, RULE_STATE
 
 KEY = "lomo"  # of the library's entry in a state dict
 VERSION = 1  # of that entry; raised if a reader of this version would misread a newer entry
@@ -50,9 +52,11 @@ def add_entry(optimizer: Any, state: dict[str, Any]) -> None:
         index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in numbers.items()}
         for index, numbers in state["state"].items()  # the optimizer's own dicts: nothing may be put into them
     }
+    numbers = optimizer._training.state.export()
+    numbers.pop(RULE_STATE, None)  # which is with the parameters
     state[KEY] = {
         "version": VERSION,
-        **optimizer._training.state.export(),
+        **numbers,
         "seed": optimizer._training.settings.seed,
         "rule": optimizer._training.settings.rule,
         "parameters": layout(optimizer._training.managed_params),
@@ -66,6 +70,7 @@ def read(
     defaults: dict[str, Any],
     kinds: Sequence[str],
     settings: Settings,
+    rule_state: RuleState | None,
 ) -> Resumed:
     """Checks a state dict completely, and changes nothing.
 
@@ -73,7 +78,7 @@ def read(
         state_dict: from `Lomo.state_dict`, from `torch.distributed.checkpoint`'s helpers, or from `torch.optim.SGD`.
         managed_params, groups, defaults: of the optimizer that loads it.
         kinds: the kinds of loss scaling that the optimizer can continue; the first is its present one.
-        settings: the optimizer's.
+        settings, rule_state: the optimizer's.
 
     Raises:
         TypeError, ValueError: a key is missing or unknown, a value has another type or is out of range, or a parameter
@@ -81,10 +86,11 @@ def read(
     """
     theirs = _groups_of(state_dict)
     numbers = dropped = None
+    order = [number for group in theirs for number in group["params"]]
     if KEY in state_dict:
         numbers = _of_entry(state_dict[KEY], managed_params)
     elif any(isinstance(some, dict) and "scaling" in some for some in state_dict["state"].values()):
-        numbers = _of_parameters(state_dict["state"], [number for group in theirs for number in group["params"]])
+        numbers = _of_parameters(state_dict["state"], order)
     elif all({"momentum", "nesterov"} <= group.keys() for group in theirs):
         dropped = _of_sgd(state_dict["state"], theirs, managed_params)
     else:
@@ -97,6 +103,8 @@ def read(
                 "construct it with the same rule"
             )
         _check_means(numbers.get(CLIP_MEANS), len(managed_params), settings.clip_tensor)
+        if rule_state is not None:
+            numbers[RULE_STATE] = _rule_state_of(state_dict["state"], order, managed_params, rule_state)
     return Resumed(_options(theirs, groups, defaults, dropped is not None), numbers, dropped or [])
 
 
@@ -145,7 +153,7 @@ def _of_parameters(state: dict[Any, Any], order: Sequence[Any]) -> dict[str, Any
     for name, numbers in state.items():
         if not isinstance(numbers, dict):
             raise TypeError(f"Lomo: the state of {name} is a {type(numbers).__name__}, expected a dict")
-        _check_keys(numbers, (*_NUMBERS, "rule"), optional=(CLIP_MEANS,))
+        _check_keys(numbers, (*_NUMBERS, "rule"), optional=(CLIP_MEANS, *AdaLomoRule.states))
         if first is None:
             first = numbers
         different = [key for key in (*_NUMBERS, "rule") if not _same(numbers[key], first[key])]
@@ -158,7 +166,7 @@ def _of_parameters(state: dict[Any, Any], order: Sequence[Any]) -> dict[str, Any
     scaling = first["scaling"]
     if type(scaling) is not int or not 0 <= scaling < len(KINDS):
         raise ValueError(f"Lomo: the state dict's scaling is {scaling!r}, expected 0 to {len(KINDS) - 1}")
-    names = {number: name for name, number in RULES.items()}
+    names = {number: name for name, number in (RULES | FACTORED_RULES).items()}
     numbers = first | {"scaling": KINDS[scaling], "rule": names.get(first["rule"], first["rule"])}
     if CLIP_MEANS in first:
         means = [state.get(key, {}).get(CLIP_MEANS) for key in order]
@@ -166,6 +174,26 @@ def _of_parameters(state: dict[Any, Any], order: Sequence[Any]) -> dict[str, Any
             raise ValueError(f"Lomo: the state dict has {CLIP_MEANS} of some parameters only; expected it of all")
         numbers[CLIP_MEANS] = torch.cat([mean.reshape(1).cpu() for mean in means])
     return numbers
+
+
+def _rule_state_of(
+    state: dict[Any, Any], order: Sequence[Any], managed_params: Sequence[ManagedParameter], rule_state: RuleState
+) -> list[dict[str, Tensor]]:
+    """Each parameter's state of the rule. Raises ValueError unless it is of the shapes that the optimizer has."""
+    found = []
+    for key, managed in zip(order, managed_params, strict=True):
+        theirs = state.get(key, {})
+        expected = rule_state.by_parameter(managed.index)
+        for name, ours in expected.items():
+            given = theirs.get(name)
+            if not isinstance(given, Tensor) or given.shape != ours.shape or given.dtype != ours.dtype:
+                was = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else repr(given)
+                raise ValueError(
+                    f"Lomo: the state dict's {name} of {managed.name} is {was}, expected {ours.dtype} "
+                    f"{list(ours.shape)}"
+                )
+        found.append({name: theirs[name] for name in expected})
+    return found
 
 
 def _check_means(means: Any, count: int, clip_tensor: float | None) -> None:
@@ -323,7 +351,13 @@ def load(optimizer: Any, state_dict: Any) -> None:
     kind = training.state.scale.kind
     kinds = (kind, "dynamic") if training.scale_is_open else (kind,)
     loaded = read(
-        state_dict, training.managed_params, optimizer.param_groups, optimizer.defaults, kinds, training.settings
+        state_dict,
+        training.managed_params,
+        optimizer.param_groups,
+        optimizer.defaults,
+        kinds,
+        training.settings,
+        training.state.rule_state,
     )
     if loaded.numbers is None:
         warnings.warn(

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ops.update import is_stochastic
-from ..rules import rule_number
+from ..rules import FACTORED_RULES, RULES, rule_number
 from .clip_memory import clip_memory_of
+from .factored_rules import FactoredRule, factored_rule
 from .hyperparameters import check_positive, check_seed
 from .scaling import LossScale
 
@@ -25,6 +26,7 @@ class Settings:
     seed: int
     process_group: Any
     rule: str
+    factored_rule: FactoredRule | None
 
     @staticmethod
     def checked(
@@ -50,9 +52,21 @@ class Settings:
         LossScale.check(loss_scale)
         stochastic = is_stochastic("Lomo", rounding)
         seed = check_seed(seed, "Lomo: seed")
-        rule_number(rule, "Lomo")
+        factored = factored_rule(rule)
+        if factored is None:
+            rule_number(rule, "Lomo", FACTORED_RULES)
+        elif clip_tensor is not None:
+            raise ValueError(f"Lomo: clip_tensor bounds a gradient that the rule {factored.name!r} scales anyway")
         raises = nonfinite == "raise"
-        return Settings(clip_grad_norm, clip_memory, clip_tensor, loss_scale, stochastic, raises, seed, group, rule)
+        name = rule if factored is None else factored.name
+        return Settings(
+            clip_grad_norm, clip_memory, clip_tensor, loss_scale, stochastic, raises, seed, group, name, factored
+        )
+
+    @property
+    def kernel_rule(self) -> int:
+        """The rule's number for kernels. What factors have made of a gradient is applied as by SGD."""
+        return RULES["sgd" if self.factored_rule is not None else self.rule]
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments that give these settings."""
@@ -65,7 +79,7 @@ class Settings:
             "nonfinite": "raise" if self.raise_nonfinite else "skip",
             "process_group": self.process_group,
             "seed": self.seed,
-            "rule": self.rule,
+            "rule": self.factored_rule or self.rule,
         }
 
     def same_everywhere(self) -> tuple[Any, ...]:

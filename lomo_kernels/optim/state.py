@@ -10,14 +10,18 @@ from torch import Tensor
 
 from ..numbers import clip_coefficient
 from .engines.base import ParallelEngine
+from .factored_rules import FactoredRule
 from .hyperparameters import GroupScalars, check_group
 from .managed_parameter import DeviceState, ManagedParameter
 from .parameter_scalars import ParameterScalars
+from .rule_state import RuleState
 from .scaling import KINDS, LossScale
 from .tensor_clip import TensorClip
 
 #: The name of `TensorClip.means` in a state dict.
 CLIP_MEANS = "clip_norm_mean"
+#: The name of all parameters' states of a rule among the exported numbers. A state dict has them with the parameters.
+RULE_STATE = "rule_state"
 
 
 def _send(number: Tensor, to: Tensor) -> None:
@@ -33,6 +37,7 @@ class TrainingState:
         groups: torch parameter groups.
         loss_scale: as `Lomo` takes it.
         clip_tensor: as `Lomo` takes it.
+        rule: if it has factors.
         engine: of several processes, which has placed the parameters; None: there is one process.
         before: the state that this one continues, on other devices or for more parameters.
     """
@@ -44,6 +49,7 @@ class TrainingState:
         loss_scale: Any,
         *,
         clip_tensor: float | None = None,
+        rule: FactoredRule | None = None,
         engine: ParallelEngine | None = None,
         before: TrainingState | None = None,
     ) -> None:
@@ -75,9 +81,13 @@ class TrainingState:
         self.norm = torch.zeros((), dtype=torch.float64, device=devices[0])
         self._measuring = False  # the slots are those of a step that has not ended
         self.tensor_clip: TensorClip | None = None
-        if clip_tensor is not None:
+        self.rule_state: RuleState | None = None
+        if clip_tensor is not None or rule is not None:
             scalars = ParameterScalars(managed_params, group_of, self.devices)
-            self.tensor_clip = TensorClip(clip_tensor, scalars, self.devices, len(managed_params))
+            if clip_tensor is not None:
+                self.tensor_clip = TensorClip(clip_tensor, scalars, self.devices, len(managed_params))
+            if rule is not None:
+                self.rule_state = RuleState(rule, managed_params, scalars, self.devices)
         if before is not None:
             self.load(before.export())
 
@@ -180,8 +190,12 @@ class TrainingState:
 
     def export(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
-        means = {} if self.tensor_clip is None else {CLIP_MEANS: self.tensor_clip.means.clone()}
-        return {"step": self.primary.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export() | means
+        numbers = {"step": self.primary.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export()
+        if self.tensor_clip is not None:
+            numbers[CLIP_MEANS] = self.tensor_clip.means.clone()
+        if self.rule_state is not None:
+            numbers[RULE_STATE] = self.rule_state.export()
+        return numbers
 
     def export_norms(self) -> dict[str, Tensor]:
         """Copies of the last step's norms, which a copy of the optimizer has too."""
@@ -204,7 +218,9 @@ class TrainingState:
         }
         if self.tensor_clip is not None:
             tensors[CLIP_MEANS] = self.tensor_clip.means[index]
-        return {name: tensor.view(1) for name, tensor in tensors.items()} | {"scaling": KINDS.index(self.scale.kind)}
+        numbers = {name: tensor.view(1) for name, tensor in tensors.items()}
+        own = {} if self.rule_state is None else self.rule_state.by_parameter(index)
+        return numbers | own | {"scaling": KINDS.index(self.scale.kind)}
 
     def load(self, exported: dict[str, Any]) -> None:
         """Takes over what `export` or `resume.read` gave: the loss scale only from the same kind of scaling."""
@@ -213,6 +229,8 @@ class TrainingState:
         self.skipped.copy_(exported["skipped_steps"].reshape(()))
         if self.tensor_clip is not None:
             self.tensor_clip.load(exported[CLIP_MEANS])
+        if self.rule_state is not None:
+            self.rule_state.load(exported[RULE_STATE])
         if exported["scaling"] == self.scale.kind:
             self.scale.scale.copy_(exported["loss_scale"].reshape(()))
             self.scale.growth_tracker.copy_(exported["growth_tracker"].reshape(()))

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rules import RULES
+from ..rules import FACTORED_RULES, RULES
 from .accumulation import Accumulation
 from .attachment import Attachment
 from .clip_memory import ClipBudget
 from .engines.base import ParallelEngine
 from .engines.choose import choose_engine
+from .factored_rules import FactoredRule
 from .hyperparameters import numbers_of, unused_momentum
 from .managed_parameter import ManagedParameter
 from .owners import other_owners
@@ -131,6 +132,8 @@ class Training:
     def start(self) -> None:
         """Makes the state, and puts hooks on all parameters."""
         self.engine = self.join_engine(self.managed_params, self.groups)
+        if self.settings.factored_rule is not None:
+            self._prepare_rule(self.settings.factored_rule)
         self.state = self._new_state()
         self.show_state()
         model = self.attachment.model
@@ -141,9 +144,29 @@ class Training:
         self.attachment.attach()
         self.started = True
 
+    def _prepare_rule(self, rule: FactoredRule) -> None:
+        """Finds the embeddings' weights. Raises ValueError if a gradient's sums cannot be had."""
+        if self.attachment.model is not None:
+            raise ValueError(
+                f"Lomo: rule {rule.name!r} needs sums of each gradient, and with fused_layers there is none. Use "
+                "fused_layers=False"
+            )
+        if self.engine is not None and not self.engine.has_whole_grads:
+            raise NotImplementedError(
+                f"Lomo: rule {rule.name!r} needs sums along a whole gradient's rows and columns, and each rank has a "
+                "part of it (FSDP2, tensor parallel, ZeRO-3). Use data parallel (process_group=), or rule='sgd'"
+            )
+        model = self._given_model() if self._given_model is not None else None
+        modules = () if model is None else model.modules()
+        weights = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+        for managed in self.managed_params:
+            managed.is_embedding = managed.is_embedding or id(managed.param) in weights
+
     def extend(self, managed_params: Sequence[ManagedParameter], engine: ParallelEngine | None) -> None:
         """Attaches `managed_params`, which were added to the others, to all of which `engine` belongs."""
         self.engine = engine
+        if self.settings.factored_rule is not None:
+            self._prepare_rule(self.settings.factored_rule)
         self.make_state()
         self._replace_owners(managed_params)
         self.attachment.attach()
@@ -225,6 +248,7 @@ class Training:
             self.groups,
             settings.loss_scale,
             clip_tensor=settings.clip_tensor,
+            rule=settings.factored_rule,
             engine=self.engine,
             before=before,
         )
@@ -239,7 +263,7 @@ class Training:
         for managed in self.managed_params:
             optimizer.state[managed.param] = self.state.by_parameter(managed.index) | {
                 "seed": self.settings.seed,
-                "rule": RULES[self.settings.rule],
+                "rule": (RULES | FACTORED_RULES)[self.settings.rule],
             }
 
     def join_engine(

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..rules import RULES
 from .backward import Backward
 from .clip_memory import Fitting
 from .engines.base import ParallelEngine
+from .factored_pass import FactoredPass
 from .graph import Graph, check_fused_weights, check_loss
 from .hyperparameters import check_group
 from .managed_parameter import ManagedParameter
@@ -252,12 +252,15 @@ class TrainingStep:
             if norm_known:
                 state.tensor_clip.clip_all(state.squares())
                 kind = partial(UpdatePass, norm_known=True, vector_of=state.tensor_clip.scalars.vector)
+        if state.rule_state is not None:
+            state.rule_state.begin_update(state.primary.step, state.skipped)
+            kind = partial(FactoredPass, norm_known=norm_known, rule_state=state.rule_state)
         self._step.update = kind(
             state.devices,
             training.fused_params,
             scaled=scaled,
             engine=engine,
-            rule=RULES[self._settings.rule],
+            rule=self._settings.kernel_rule,
             stochastic=self._settings.stochastic,
             seed=self._settings.seed,
             factors_only_if_smaller=factors_only_if_smaller,
@@ -269,7 +272,8 @@ class TrainingStep:
         if not self._training.norm_comes_first:
             self._training.state.finish_norm(None)
             self._training.repeat_check.end_step()
-            kept = "parameters" if self._training.clips_tensors else "elements"
+            whole = self._training.clips_tensors or self._settings.factored_rule is not None
+            kept = "parameters" if whole else "elements"
             outcome = (
                 f"{kept} whose gradient is not finite were kept, the others were updated (with clip_grad_norm or "
                 "dynamic loss scaling, all would have been kept)"

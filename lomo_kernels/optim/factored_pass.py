@@ -1,0 +1,85 @@
+"""The pass of rules with factors: see `factored_rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .factor_store import SavedFactors
+from .factored_rules import Sums, shape_of_matrices
+from .managed_parameter import ManagedParameter
+from .passes import UpdatePass
+from .rule_state import RuleState
+
+
+class FactoredPass(UpdatePass):
+    """Finds the sums of a gradient, the factors that follow from them, and the size of the result, then updates.
+
+    Args:
+        rule_state: the rule, its state, and the scalars of each parameter's update.
+    """
+
+    def __init__(self, *args: Any, rule_state: RuleState, **options: Any) -> None:
+        super().__init__(*args, vector_of=rule_state.scalars.vector, **options)
+        self._rule_state = rule_state
+
+    def _handle(self, managed: ManagedParameter, grad: Tensor) -> None:
+        if not grad.numel():
+            return
+        state, rule = self._rule_state, self._rule_state.rule
+        cells = state.scalars.cells(managed)
+        if not self.norm_known:
+            inv_scale = managed.device_state.inv_scale if self.scaled else None
+            torch.ops.lomo_kernels.sq_norm_.default([managed.slot], [grad], inv_scale)
+        local = managed.local.detach()
+        weight = local.reshape(-1, local.shape[-1]) if local.dim() else local.view(1, 1)
+        matrices, rows, columns = shape_of_matrices(local.shape)
+        matrix = grad.reshape(matrices * rows, columns)
+        sums = Sums(
+            torch.zeros(matrices * rows, dtype=torch.float64, device=grad.device),
+            torch.zeros(matrices, columns, dtype=torch.float64, device=grad.device),
+        )
+        torch.ops.lomo_kernels.factor_sums_.default(*sums, matrix, managed.scalars.vector)
+        factors = rule.factors(managed, sums, state.of(managed), state.step(managed.device))
+        coef = factors.coef
+        weight_squares: Tensor | None = None
+        if rule.needs_scale:
+            size = torch.zeros(1, dtype=torch.float64, device=grad.device)
+            torch.ops.lomo_kernels.factored_sq_norm_.default(
+                size, matrix, factors.rows, factors.columns, managed.scalars.vector
+            )
+            weight_squares = state.weight_squares(managed)
+            coef = rule.scale(size[0], weight_squares[0], local.numel())
+            weight_squares.zero_()
+        if coef is not None:
+            cells.clip_coef.mul_(coef)
+        cells.found_inf.add_(sums.rows.sum() * 0.0)  # NaN, which is not zero, of infinity and of NaN
+        state.take(managed, factors.state, cells.found_inf)
+        self.changed = True
+        torch.ops.lomo_kernels.factored_update_.default(
+            weight,
+            matrix,
+            factors.rows,
+            factors.columns,
+            cells.vector,
+            weight_squares,
+            self.rule,
+            self.stochastic,
+            self.seed,
+            managed.index,
+            [],
+        )
+        if weight.data_ptr() != local.data_ptr():  # a memory format in which rows do not follow each other
+            local.copy_(weight.view(local.shape))
+        torch.autograd.graph.increment_version(managed.local)
+        state.note_weight(managed)
+
+    def _handle_list(self, managed_params: Sequence[ManagedParameter], grads: list[Tensor]) -> None:
+        for managed, grad in zip(managed_params, grads, strict=True):
+            self._handle(managed, grad)
+
+    def _handle_factors(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
+        raise AssertionError("no layer is fused")

@@ -1,0 +1,192 @@
+"""Rules that scale a gradient by factors of its rows and columns, and so need no norm of other gradients.
+
+With u the scaled gradient: ``p = (1 - lr * weight_decay) * p - lr * u``.
+
+===========  ===========================================================================================================
+"tensor"     u = g / (RMS(g) + 1e-12)
+"rows"       SCALE without momentum (arXiv 2506.16659): u = g / (RMS of its row + 1e-12), of its column in an embedding;
+             vectors as "tensor"
+"adalomo"    AdaLomo (arXiv 2310.10195): see `AdaLomoRule`
+===========  ===========================================================================================================
+
+A tensor of more than two dimensions is matrices of its last two. A gradient of zeros gives u = 0. A parameter whose
+gradient is not finite is left as it is, with its state.
+
+A step reads a gradient three times: for the sums; with "adalomo", for the size of u; for the update
+(`lomo_kernels.ops.factored` says why no fewer are enough).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rules import FACTORED_RULES
+from .hyperparameters import check_positive
+from .managed_parameter import ManagedParameter
+
+_TINY = 1e-12
+
+
+class Sums(NamedTuple):
+    """Sums of squares of a clipped gradient: [matrices * rows] and [matrices, columns], float64."""
+
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Matrices, rows of each, columns."""
+        matrices, columns = self.columns.shape
+        return matrices, self.rows.shape[0] // matrices, columns
+
+
+class Factors(NamedTuple):
+    """u = g * coef * rows * columns, times what `FactoredRule.scale` adds. Empty factors are ones."""
+
+    rows: Tensor  # float32 [matrices * rows]
+    columns: Tensor  # float32 [matrices, columns]
+    coef: Tensor | None = None  # float64, no dimensions
+    state: tuple[Tensor, ...] = ()  # what becomes of the parameter's state
+
+
+class FactoredRule:
+    """A rule with factors. Its methods compute on the parameter's device; the host reads nothing."""
+
+    name = ""
+    #: Names of what it keeps for each parameter, in ``optimizer.state``: float32 tensors.
+    states: tuple[str, ...] = ()
+    #: Whether the size of u, and that of the parameter, are needed.
+    needs_scale = False
+
+    def new_state(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
+        """The state of a parameter that had no step."""
+        return ()
+
+    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
+        """What u is made of.
+
+        Args:
+            step: counts from 1 the steps that were not skipped; float64, no dimensions.
+        """
+        raise NotImplementedError
+
+    def scale(self, u_squares: Tensor, param_squares: Tensor, elements: int) -> Tensor:
+        """By what u is multiplied, from the sums of squares of u and of the parameter."""
+        raise NotImplementedError
+
+
+def shape_of_matrices(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Matrices, rows and columns of a parameter: those of its last two dimensions. A vector is one row."""
+    if len(shape) < 2:
+        return 1, 1, shape[0] if len(shape) else 1
+    matrices = 1
+    for size in shape[:-2]:
+        matrices *= size
+    return matrices, shape[-2], shape[-1]
+
+
+def _none(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=device)
+
+
+def _inverse_rms(squares: Tensor, elements: int) -> Tensor:
+    """1 / (RMS + 1e-12), float32; 0 if it is not a number, as of nothing."""
+    return (1.0 / ((squares / max(elements, 1)).sqrt() + _TINY)).float()
+
+
+class TensorRule(FactoredRule):
+    """Each tensor's gradient over its RMS (arXiv 2502.06742, one iteration)."""
+
+    name = "tensor"
+
+    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
+        none = _none(sums.rows.device)
+        return Factors(none, none, 1.0 / ((sums.rows.sum() / max(managed.param.numel(), 1)).sqrt() + _TINY))
+
+
+class RowsRule(TensorRule):
+    """Each row's gradient over its RMS; each column's in an embedding; vectors as `TensorRule`."""
+
+    name = "rows"
+
+    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
+        if managed.param.dim() < 2:
+            return super().factors(managed, sums, state, step)
+        none = _none(sums.rows.device)
+        _, rows, columns = sums.shape
+        if managed.is_embedding:
+            return Factors(none, _inverse_rms(sums.columns, rows))
+        return Factors(_inverse_rms(sums.rows, columns), none)
+
+
+class AdaLomoRule(FactoredRule):
+    """AdaLomo: Adafactor's second moments of rows and columns, without momentum, and an update of bounded size.
+
+    With S = g² + eps[0] and beta = 1 - t^decay_rate: rows and columns are running means of the means of S along columns
+    and rows; u = g * (rows / mean(rows))^-1/2 * columns^-1/2; then u is divided by max(1, RMS(u) / clip_threshold) and
+    multiplied by max(eps[1], RMS(p)). A vector has a running mean of each element of S.
+
+    Args:
+        eps: of the squares, and of the parameter's RMS.
+        clip_threshold: bound on the RMS of u.
+        decay_rate: below 0.
+    """
+
+    name = "adalomo"
+    states = ("row", "column")
+    needs_scale = True
+
+    def __init__(
+        self, eps: tuple[float, float] = (1e-30, 1e-3), clip_threshold: float = 1.0, decay_rate: float = -0.8
+    ) -> None:
+        if not isinstance(eps, Sequence) or len(eps) != 2:
+            raise ValueError(f"Lomo: eps is {eps!r}, expected two numbers")
+        for index, value in enumerate(eps):
+            check_positive(f"eps[{index}]", value)
+        check_positive("clip_threshold", clip_threshold)
+        check_positive("-decay_rate", -decay_rate)
+        self.eps, self.clip_threshold, self.decay_rate = (float(eps[0]), float(eps[1])), clip_threshold, decay_rate
+
+    def __repr__(self) -> str:
+        return f"AdaLomoRule(eps={self.eps}, clip_threshold={self.clip_threshold}, decay_rate={self.decay_rate})"
+
+    def new_state(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
+        matrices, rows, columns = shape_of_matrices(managed.local.shape)
+        row = (matrices, rows) if managed.local.dim() > 1 else (0,)
+        return tuple(
+            torch.zeros(shape, dtype=torch.float32, device=managed.local.device) for shape in (row, (matrices, columns))
+        )
+
+    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
+        row, column = state
+        matrices, rows, columns = sums.shape
+        beta = (1.0 - step**self.decay_rate).float()
+
+        def moved(mean: Tensor, squares: Tensor, elements: int) -> Tensor:
+            return torch.lerp((squares / max(elements, 1) + self.eps[0]).float(), mean, beta)
+
+        column = moved(column, sums.columns, rows)
+        if not row.numel():
+            return Factors(row, column.rsqrt(), state=(row, column))
+        row = moved(row, sums.rows.view(matrices, rows), columns)
+        of_rows = (row / row.mean(dim=1, keepdim=True)).rsqrt()
+        return Factors(of_rows.view(-1), column.rsqrt(), state=(row, column))
+
+    def scale(self, u_squares: Tensor, param_squares: Tensor, elements: int) -> Tensor:
+        size, of_param = (squares.div(max(elements, 1)).sqrt() for squares in (u_squares, param_squares))
+        return of_param.clamp(min=self.eps[1]) / (size / self.clip_threshold).clamp(min=1.0)
+
+
+#: Those that need no arguments, by name.
+_RULES = {rule.name: rule for rule in (TensorRule(), RowsRule(), AdaLomoRule())}
+
+
+def factored_rule(rule: object) -> FactoredRule | None:
+    """The rule of this name, or the rule itself. None: it is no rule with factors."""
+    if isinstance(rule, FactoredRule):
+        return rule
+    return _RULES.get(rule) if isinstance(rule, str) and rule in FACTORED_RULES else None

@@ -1,0 +1,90 @@
+"""What a rule with factors keeps between steps: its own state, and the size of each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .factored_rules import FactoredRule
+from .managed_parameter import ManagedParameter
+from .parameter_scalars import ParameterScalars
+
+
+class RuleState:
+    """The state of one rule.
+
+    Args:
+        scalars: of each parameter's update, which the rule changes.
+        devices: those of the parameters.
+    """
+
+    def __init__(
+        self,
+        rule: FactoredRule,
+        managed_params: Sequence[ManagedParameter],
+        scalars: ParameterScalars,
+        devices: Iterable[torch.device],
+    ) -> None:
+        self.rule = rule
+        self._managed_params = tuple(managed_params)  # without those that are added later
+        self.scalars = scalars
+        self._states = [rule.new_state(managed) if managed.supported else () for managed in managed_params]
+        self._steps: dict[torch.device, Tensor] = {}
+        self._weight_squares = {
+            device: torch.zeros(len(managed_params), dtype=torch.float64, device=device) for device in devices
+        }
+        self._versions = [-1] * len(managed_params)  # of the parameters when their squares were added up
+
+    def begin_update(self, step: Tensor, skipped: Tensor) -> None:
+        """An update begins, after so many steps of which some were skipped."""
+        self.scalars.begin_update()
+        number = (step - skipped + 1).double()
+        self._steps = {device: number.to(device, non_blocking=True) for device in self._weight_squares}
+
+    def step(self, device: torch.device) -> Tensor:
+        """The number of this step among those that were not skipped, from 1: float64, no dimensions."""
+        return self._steps[device]
+
+    def of(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
+        return self._states[managed.index]
+
+    def take(self, managed: ManagedParameter, new: tuple[Tensor, ...], found_inf: Tensor) -> None:
+        """Replaces a parameter's state, unless `found_inf` is not zero."""
+        for state, changed in zip(self._states[managed.index], new, strict=True):
+            state.copy_(torch.where(found_inf == 0, changed, state))
+
+    def weight_squares(self, managed: ManagedParameter) -> Tensor:
+        """The parameter's sum of squares, float64 [1]. It is known from the last update, unless something else has
+        changed the parameter since (autograd's version counter says so)."""
+        squares = self._weight_squares[managed.device][managed.index : managed.index + 1]
+        if self._versions[managed.index] != managed.local._version:
+            squares.zero_()
+            torch.ops.lomo_kernels.sq_norm_.default([squares], [managed.local.detach()], None)
+        return squares
+
+    def note_weight(self, managed: ManagedParameter) -> None:
+        """The update has added up the parameter's squares."""
+        self._versions[managed.index] = managed.local._version
+
+    def by_parameter(self, index: int) -> dict[str, Tensor]:
+        """A parameter's state by name, live."""
+        return dict(zip(self.rule.states, self._states[index], strict=False))
+
+    def export(self) -> list[dict[str, Any]]:
+        """Copies of all parameters' states, and what a copy of the optimizer, which has no model, cannot find out."""
+        return [
+            {name: state.clone() for name, state in self.by_parameter(managed.index).items()}
+            | {"is_embedding": managed.is_embedding}
+            for managed in self._managed_params
+        ]
+
+    def load(self, exported: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over the states of the first parameters. The others have had no step."""
+        for managed, states in zip(self._managed_params, exported, strict=False):
+            managed.is_embedding = managed.is_embedding or states.get("is_embedding", False)
+            for name, state in self.by_parameter(managed.index).items():
+                if name in states:  # not of a parameter that could not be trained before
+                    state.copy_(states[name])

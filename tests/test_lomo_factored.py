@@ -1,0 +1,361 @@
+"""Rules with factors: "tensor", "rows" and "adalomo", against a plain statement in float64."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from models import Options, assert_same_bits, loss_of, on_gradient_pass, transformer, vector, weights_of
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from lomo_kernels import AdaLomo, Lomo
+
+RULES = ["tensor", "rows", "adalomo"]
+
+
+class Textbook:
+    """The rules in float64, on a copy of a model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: str,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+    ) -> None:
+        self.model = copy.deepcopy(model).double()
+        self.rule, self.lr, self.weight_decay = rule, lr, weight_decay
+        self.clip_grad_norm = math.inf if clip_grad_norm is None else clip_grad_norm
+        self.clip_grad_value = math.inf if clip_grad_value is None else clip_grad_value
+        modules = self.model.modules()
+        self.embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+        self.state: dict[int, tuple[Any, Any]] = {}
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> None:
+        with torch.enable_grad():
+            loss.backward()
+        self.steps += 1
+        params = [param for param in self.model.parameters() if param.grad is not None]
+        norm = math.sqrt(sum(param.grad.square().sum().item() for param in params))
+        for param in params:
+            g = param.grad.clamp(-self.clip_grad_value, self.clip_grad_value)
+            g = g * min(1.0, self.clip_grad_norm / (norm + 1e-6))
+            u = getattr(self, self.rule)(param, g)
+            param.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * u)
+            param.grad = None
+
+    def tensor(self, param: Tensor, g: Tensor) -> Tensor:
+        return g / (g.square().mean().sqrt() + 1e-12)
+
+    def rows(self, param: Tensor, g: Tensor) -> Tensor:
+        if g.dim() < 2:
+            return self.tensor(param, g)
+        dim = -2 if id(param) in self.embeddings else -1
+        return g / (g.square().mean(dim, keepdim=True).sqrt() + 1e-12)
+
+    def adalomo(self, param: Tensor, g: Tensor) -> Tensor:
+        beta = 1 - self.steps**-0.8
+        squares = g.square() + 1e-30
+        if g.dim() < 2:
+            mean = beta * self.state.get(id(param), (0.0,))[0] + (1 - beta) * squares
+            self.state[id(param)] = (mean, None)
+            u = g * mean.rsqrt()
+        else:
+            row, column = self.state.get(id(param), (0.0, 0.0))
+            row = beta * row + (1 - beta) * squares.mean(-1)
+            column = beta * column + (1 - beta) * squares.mean(-2)
+            self.state[id(param)] = row, column
+            u = g * (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
+        u = u / max(1.0, u.square().mean().sqrt().item())
+        return u * max(1e-3, param.square().mean().sqrt().item())
+
+
+def assert_equal(model: nn.Module, book: Textbook, atol: float = 2e-6) -> None:
+    for (name, param), expected in zip(model.named_parameters(), book.model.parameters(), strict=True):
+        assert (param.double() - expected).abs().max().item() <= atol, name
+
+
+class Kinds(nn.Module):
+    """Parameters of zero to four dimensions, some larger than what waits in lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(30, 150)
+        self.convolution = nn.Conv1d(1, 6, 3, bias=False)
+        self.images = nn.Conv2d(6, 4, (3, 1), bias=True)
+        self.wide = nn.Linear(148, 150)
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens).unsqueeze(1)
+        x = self.convolution(x).tanh()
+        x = self.images(x.unsqueeze(-1).transpose(2, 3).repeat(1, 1, 3, 1)).squeeze(2)
+        return (self.wide(x) * self.scale).tanh().square().sum() + self.scale
+
+
+def tokens(step: int) -> Tensor:
+    return torch.randint(30, (8,), generator=torch.Generator().manual_seed(step))
+
+
+# ---- The rules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_decay": 0.1},
+        {"clip_grad_norm": 0.5, "clip_memory": 0},
+        {"clip_grad_norm": 0.5, "clip_memory": None},
+        {"clip_grad_norm": 0.5, "clip_memory": 50_000},
+        {"clip_grad_value": 0.01},
+        {"loss_scale": 64.0},
+        {"loss_scale": "dynamic", "clip_grad_value": 0.01, "clip_grad_norm": 0.5},
+    ],
+    ids=str,
+)
+def test_steps_are_those_of_the_rule(options: dict[str, Any], rule: str) -> None:
+    model = Kinds()
+    shared = {name: value for name, value in options.items() if name not in ("loss_scale", "clip_memory")}
+    book = Textbook(model, rule, lr=0.003, **shared)
+    optimizer = Lomo(model, lr=0.003, rule=rule, **options)
+    for step in range(6):
+        optimizer.backward(model(tokens(step)))
+        book.step(book.model(tokens(step)))
+        assert all(param.grad is None for param in model.parameters())
+    assert_equal(model, book)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_other_layouts(rule: str) -> None:
+    """Channels last, and a transposed weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
+    model.weight = nn.Parameter(torch.randn(7, 4).T)
+    book = Textbook(model, rule, lr=0.01)
+    optimizer = Lomo(model, lr=0.01, rule=rule)
+    for step in range(4):
+        x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(step))
+        for net, train in ((model, optimizer.backward), (book.model, book.step)):
+            train((net(x.to(net.weight.dtype)).mean((2, 3)) @ net.weight).square().sum())
+    assert_equal(model, book)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_way_to_a_step_gives_the_same_bits(dtype: torch.dtype, rule: str) -> None:
+    weights = []
+    for way in ("backward", "step", "accumulate", "grad_norm"):
+        model = transformer(Options(width=144, dtype=dtype))
+        optimizer = Lomo(model, lr=0.01, rule=rule, rounding="stochastic", loss_scale=None)
+        for step in range(4):
+            if way == "step":
+                loss_of(model, step).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            elif way == "accumulate":
+                with optimizer.accumulate():
+                    optimizer.backward(loss_of(model, step))
+                optimizer.backward(loss_of(model, step) * 0.0)
+            elif way == "grad_norm":
+                loss = loss_of(model, step)
+                optimizer.grad_norm(loss)
+                optimizer.fused_backward(loss, 0.01)
+            else:
+                optimizer.backward(loss_of(model, step))
+        weights.append(weights_of(model))
+    for others in weights[1:]:
+        assert_same_bits(others, weights[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_backward_and_nothing_read(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = transformer(Options(width=144))
+    optimizer = Lomo(model, lr=0.01, rule=rule)
+    backwards: list[int] = []
+    on_gradient_pass(model.head.weight, lambda number, grad: backwards.append(number))
+    monkeypatch.setattr(Tensor, "item", lambda _: pytest.fail("the host waited"))
+    for step in range(3):
+        optimizer.backward(loss_of(model, step))
+    assert backwards == [0, 1, 2]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_zero_gradient_changes_nothing(rule: str) -> None:
+    params = [vector(1.0, 2.0), nn.Parameter(torch.ones(3, 4))]
+    optimizer = Lomo(params, lr=0.1, rule=rule)
+    for _ in range(2):
+        optimizer.backward(sum((param * 0.0).sum() for param in params))
+    assert params[0].tolist() == [1.0, 2.0]
+    assert torch.equal(params[1], torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_parameter_whose_gradient_is_not_finite_is_kept(bad: float, rule: str) -> None:
+    params = [vector(1.0, 2.0), nn.Parameter(torch.ones(3, 4))]
+    book = [param.detach().clone() for param in params]
+    optimizer = Lomo(params, lr=0.1, rule=rule, weight_decay=0.1)
+    optimizer.backward(sum(param.square().sum() for param in params))
+    before = [param.detach().clone() for param in params]
+    state = copy.deepcopy({index: dict(optimizer.state[param]) for index, param in enumerate(params)})
+    optimizer.backward(params[0].square().sum() + (params[1] * torch.tensor([bad, 1.0, 1.0, 1.0])).sum())
+    assert not torch.equal(params[0], before[0])
+    assert torch.equal(params[1], before[1])
+    assert not torch.equal(book[1], before[1])
+    for name in ("row", "column"):
+        if name in state[1]:
+            assert torch.equal(optimizer.state[params[1]][name], state[1][name])
+    assert optimizer.skipped_steps.item() == 1
+
+
+def test_a_skipped_step_does_not_count() -> None:
+    model = Kinds()
+    book = Textbook(model, "adalomo", lr=0.003, clip_grad_norm=1.0)
+    optimizer = Lomo(model, lr=0.003, rule="adalomo", clip_grad_norm=1.0)
+    for step in range(5):
+        if step == 2:
+            before = weights_of(model)
+            optimizer.backward(model(tokens(step)) * math.inf)
+            assert_same_bits(weights_of(model), before)
+        optimizer.backward(model(tokens(step)))
+        book.step(book.model(tokens(step)))
+    assert_equal(model, book)
+
+
+def test_a_weight_that_somebody_changes_has_another_size() -> None:
+    """The update is scaled by the weight's size, which the last update knows unless the weight was changed since."""
+    model = Kinds()
+    book = Textbook(model, "adalomo", lr=0.003)
+    optimizer = Lomo(model, lr=0.003, rule="adalomo")
+    for step in range(4):
+        if step == 2:
+            for net in (model, book.model):
+                with torch.no_grad():
+                    net.wide.weight.mul_(3.0)
+        optimizer.backward(model(tokens(step)))
+        book.step(book.model(tokens(step)))
+    assert_equal(model, book)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lomo_optim") is None, reason="needs lomo_optim")
+def test_steps_are_those_of_lomo_optim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step number is wrong in the first step only: beta is 1 - 0**0.8, which is 1 as ours for t = 0, and it counts
+    its steps before the backward, as we do."""
+    from lomo_optim import AdaLomo as Original
+
+    monkeypatch.setattr(Tensor, "cuda", lambda tensor, *_: tensor)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5))
+    twin = copy.deepcopy(model)
+    ours, theirs = AdaLomo(model, lr=0.01), Original(twin, lr=0.01, loss_scale=None)
+    for step in range(5):
+        x = torch.randn(8, 20, generator=torch.Generator().manual_seed(step))
+        ours.fused_backward(model(x).square().sum(), 0.01)
+        theirs.fused_backward(twin(x).square().sum(), 0.01)
+    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-6)
+
+
+# ---- State ----------------------------------------------------------------------------------------------------------
+
+
+def test_state_is_a_number_for_each_row_and_column() -> None:
+    model = Kinds()
+    optimizer = Lomo(model, rule="adalomo")
+    shapes = {
+        name: [list(optimizer.state[param][part].shape) for part in ("row", "column")]
+        for name, param in model.named_parameters()
+    }
+    assert shapes["wide.weight"] == [[1, 150], [1, 148]]
+    assert shapes["wide.bias"] == [[0], [1, 150]]
+    assert shapes["images.weight"] == [[24, 3], [24, 1]]
+    assert shapes["scale"] == [[0], [1, 1]]
+    assert all("row" not in state for state in Lomo(model, rule="rows").state.values())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("how", ["state_dict", "checkpoint", "deepcopy", "pickle"])
+def test_resumed_twice_it_goes_on_bit_for_bit(how: str, rule: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"lr": 0.01, "rounding": "stochastic", "rule": rule}
+    model, twin = (transformer(Options(dtype=torch.bfloat16)) for _ in range(2))
+    optimizer, other = Lomo(model, **options), Lomo(twin, **options)
+    for step in range(7):
+        if step in (2, 4):
+            if how == "state_dict":
+                twin.load_state_dict(model.state_dict())
+                other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            elif how == "checkpoint":
+                state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+                dcp.save(state, checkpoint_id=str(tmp_path / str(step)))
+                state = dict(zip(("model", "optimizer"), get_state_dict(twin, other), strict=True))
+                dcp.load(state, checkpoint_id=str(tmp_path / str(step)))
+                set_state_dict(twin, other, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+            elif how == "deepcopy":
+                twin, other = copy.deepcopy((model, optimizer))
+            else:
+                twin, other = pickle.loads(pickle.dumps((model, optimizer)))
+        optimizer.backward(loss_of(model, step))
+        if step >= 2:
+            other.backward(loss_of(twin, step))
+    assert_same_bits(weights_of(twin), weights_of(model))
+
+
+def test_other_state_dicts_are_refused() -> None:
+    model = nn.Linear(3, 2)
+    saved = {rule: Lomo(model, rule=rule).state_dict() for rule in ("sgd", *RULES)}
+    for rule, other in (("adalomo", "sgd"), ("sgd", "adalomo"), ("rows", "tensor"), ("adalomo", "rows")):
+        with pytest.raises(ValueError, match=f"saved with rule '{other}', this optimizer has '{rule}'"):
+            Lomo(model, rule=rule).load_state_dict(saved[other])
+    optimizer = Lomo(model, rule="adalomo")
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    for wrong in (torch.zeros(3), torch.zeros(1, 2, dtype=torch.float64), None):
+        changed = copy.deepcopy(saved["adalomo"])
+        changed["state"][0]["row"] = wrong
+        with pytest.raises(ValueError, match="row of weight is"):
+            optimizer.load_state_dict(changed)
+    assert str(optimizer.state_dict()["state"]) == str(before)
+
+
+def test_added_and_cast_parameters() -> None:
+    model = transformer()
+    optimizer = Lomo(model.blocks, lr=0.01, rule="adalomo")
+    optimizer.backward(loss_of(model, 0))
+    state = optimizer.state[model.blocks[0].up.weight]["row"].clone()
+    optimizer.add_param_group({"params": [("head.weight", model.head.weight)]})
+    model.bfloat16()
+    optimizer.backward(loss_of(model, 1))
+    assert optimizer.state[model.head.weight]["row"].shape == (1, 19)
+    assert not torch.equal(optimizer.state[model.blocks[0].up.weight]["row"], state)
+    assert (optimizer.state[model.blocks[0].up.weight]["row"] / state).max() < 100
+
+
+# ---- What is refused ------------------------------------------------------------------------------------------------
+
+
+def test_refused_options() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="expected one of 'sgd', 'sign', 'tensor', 'rows', 'adalomo'"):
+        Lomo(model, rule="adam")
+    with pytest.raises(ValueError, match="needs sums of each gradient, and with fused_layers there is none"):
+        Lomo(model, rule="adalomo", fused_layers=True)
+    with pytest.raises(ValueError, match="clip_tensor bounds a gradient"):
+        Lomo(model, rule="rows", clip_tensor=1.04)
+    for wrong in ({"eps": 1e-3}, {"eps": (1e-30, 0.0)}, {"clip_threshold": -1.0}, {"decay_rate": 0.8}):
+        with pytest.raises((TypeError, ValueError)):
+            AdaLomo(model, **wrong)
