@@ -218,8 +218,10 @@ def begin_hash(block, counter):
 @triton.jit
 def finish_hash(block, begun):
     x = begun * 0x21F0AAAD
-    # (x + key) * factor, the key times the factor being the same for all: one instruction instead of two.
-    x = (x ^ (x >> 15)) * 0xD35A2D97 + (block >> 32).to(tl.uint32) * 0xD35A2D97
+    # (x + key) * factor, the key times the factor being the same for all: one instruction instead of two. That product
+    # is the high half of one of 64 bits: in a product of 32 the compiler sees the common factor, and adds first.
+    addend = (((block >> 32 << 32) * 0xD35A2D97) >> 32).to(tl.uint32)
+    x = (x ^ (x >> 15)) * 0xD35A2D97 + addend
     return x ^ (x >> 15)
 
 
