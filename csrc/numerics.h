@@ -300,14 +300,18 @@ LOMO_FN Floats splat(float x) {
   }
 }
 
-// Floats: float, or a vector of floats. Compilers do not see that clamping a vector to infinity changes nothing.
+// Floats: float, or a vector of floats. Compilers do not see that clamping a vector to infinity changes nothing. On a
+// GPU a NaN is dropped, whose parameter is kept anyway. limit > 0.
 template <class Floats>
 LOMO_FN Floats clamped(Floats x, float limit) {
-#if defined(__CUDA_ARCH__)
-  return fminf(fmaxf(x, -limit), limit);  // one instruction each. They drop a NaN, whose parameter is kept anyway.
-#elif defined(LOMO_EMULATION)             // the same
-  x = x < -limit || is_nan(x) ? -limit : x;
-  return x > limit ? limit : x;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+  // The lesser magnitude, and the product of the signs: one instruction instead of two.
+  asm("min.xorsign.abs.f32 %0, %0, %1;" : "+f"(x) : "f"(limit));
+  return x;
+#elif defined(__CUDA_ARCH__)
+  return fminf(fmaxf(x, -limit), limit);
+#elif defined(LOMO_EMULATION)  // as from sm_86 on
+  return __builtin_copysignf(__builtin_fminf(__builtin_fabsf(x), limit), x);
 #else
   if (sizeof(Floats) > sizeof limit && limit == __builtin_inff()) return x;
   const Floats bound = splat<Floats>(limit);

@@ -12,21 +12,22 @@ from bench.results import ROOT
 pytestmark = pytest.mark.timeout(1800)
 
 #: Instructions per element at most, without and with the sum of squares of the same pass: 3 percent above what nvcc
-#: 13.0.88 and Triton 3.9.0 need. "16": bf16 or fp16. What needs fewer for good is to be lowered, in the same commit.
+#: 13.0.88 and Triton 3.9.0 need, and in CUDA without a norm no more than 25. "16": bf16 or fp16. What needs fewer for
+#: good is to be lowered, in the same commit.
 INSTRUCTIONS = """
 kernel                    cuda-80     cuda-90     cuda-100    cuda-120    triton-90
-sgd_ fp32 by fp32         12.5 15.4   13.3 16.2   14.4 16.3   14.0 16.3   13.7 20.6
-sgd_ fp32 by 16           13.4 16.9   14.2 17.6   14.5 17.0   14.2 17.0   16.2 23.3
-sgd_ bf16 by fp32         13.8 16.7   14.5 17.4   14.9 16.9   14.7 17.0   23.6 29.4
-sgd_ bf16 by 16           15.0 18.1   15.5 18.5   16.0 18.2   15.6 18.2   25.5 31.7
-sgd_ bf16 by fp32, st     23.0 26.0   24.4 27.3   24.9 26.9   24.6 27.0   23.6 34.8
-sgd_ bf16 by 16, st       23.0 26.0   24.1 27.0   24.1 26.5   23.8 26.5   25.4 36.7
-sgd_ fp16 by fp32         13.8 16.7   14.5 17.4   14.9 16.9   14.7 17.0   16.3 22.6
-sgd_ fp16 by 16           15.0 18.1   15.5 18.5   16.0 18.2   15.6 18.2   17.8 24.5
-sgd_ fp16 by fp32, st     25.2 28.1   26.5 29.4   27.2 29.3   26.9 29.3   35.9 42.1
-sgd_ fp16 by 16, st       24.4 27.4   25.5 28.5   26.4 28.6   25.9 28.5   38.1 43.9
-sq_norm_ fp32             - 6.6       - 6.8       - 6.5       - 6.6       - 9.4
-sq_norm_ 16               - 6.0       - 6.2       - 6.3       - 6.4       - 9.4
+sgd_ fp32 by fp32         12.5 15.3   12.3 15.0   13.2 15.1   12.6 14.8   10.5 17.9
+sgd_ fp32 by 16           13.4 16.8   13.2 16.5   13.5 15.9   13.2 16.0   13.0 20.2
+sgd_ bf16 by fp32         13.7 16.6   13.5 16.3   13.8 15.9   13.6 16.0   20.8 26.4
+sgd_ bf16 by 16           14.9 18.0   14.4 17.5   14.8 17.1   14.4 17.1   22.9 28.7
+sgd_ bf16 by fp32, st     22.9 25.8   23.3 26.1   23.7 25.8   23.5 25.8   21.5 31.3
+sgd_ bf16 by 16, st       22.9 26.0   23.0 26.0   23.1 25.4   22.8 25.4   23.4 33.8
+sgd_ fp16 by fp32         13.7 16.6   13.5 16.3   13.8 15.9   13.6 16.0   13.4 19.8
+sgd_ fp16 by 16           14.9 18.0   14.4 17.5   14.8 17.1   14.4 17.1   15.0 21.3
+sgd_ fp16 by fp32, st     25.0 28.0   25.0 28.2   25.0 27.7   25.0 27.8   32.0 38.1
+sgd_ fp16 by 16, st       24.3 27.4   24.4 27.4   25.0 27.3   24.6 27.2   34.1 40.2
+sq_norm_ fp32             - 6.5       - 6.7       - 6.4       - 6.5       - 9.3
+sq_norm_ 16               - 6.0       - 6.1       - 6.3       - 6.4       - 9.4
 """
 
 #: Threads on a multiprocessor at least, which bounds the registers of each.
@@ -34,10 +35,8 @@ THREADS = {"cuda": 768, "triton": 384}
 #: KiB that a multiprocessor of sm_90 has asked for at least before it waits. By Little's law an H200 at 4.3 TB/s moves
 #: 22 in the 0.7 us that an access is assumed to take. Triton's norms of 16-bit gradients have two blocks and 16.
 IN_FLIGHT = {"cuda": 32, "triton": 16}
-#: The modelled share of a copy's speed that an update's instructions allow at least, and a norm's.
-UPDATE_SHARE, NORM_SHARE = 0.95, 0.90
-#: That of an update with a norm in a list or with a clamp.
-LISTED_NORM_SHARE = 0.87
+#: The modelled share of a copy's speed that a kernel's instructions allow at least.
+SHARE = 0.95
 
 
 def budgets():
@@ -113,8 +112,7 @@ def test_instructions_allow_the_speed_of_a_copy(measured):
     for kernel, facts in measured[2]:
         for card in (H100, H200):
             share, limit = share_of_copy(facts, kernel.bytes_moved, card)
-            least = NORM_SHARE if kernel.norm else UPDATE_SHARE
-            assert share >= least, f"{name_of(kernel)} on {card.name}: {share:.0%}, by {limit}"
+            assert share >= SHARE, f"{name_of(kernel)} on {card.name}: {share:.0%}, by {limit}"
 
 
 @pytest.mark.parametrize("clamp", [False, True], ids=["", "clamp"])
@@ -126,8 +124,7 @@ def test_lists_and_clamps_allow_it_too(clamp):
             assert facts.stack == 0, f"{name_of(kernel)}: registers are spilled"
             for card in (H100, H200):
                 share, limit = share_of_copy(facts, kernel.bytes_moved, card)
-                least = LISTED_NORM_SHARE if kernel.norm else UPDATE_SHARE
-                assert share >= least, f"{name_of(kernel)}, listed: {listed}, {card.name}: {share:.0%}, by {limit}"
+                assert share >= SHARE, f"{name_of(kernel)}, listed: {listed}, {card.name}: {share:.0%}, by {limit}"
 
 
 def assert_committed(section, backend):

@@ -176,7 +176,7 @@ def test_elements_beyond_32_bits(dtype, far):
     sgd.sgd_kernel[(2,)](
         *(None, None, 0),
         *step.arguments,
-        step.kinds,
+        step.on_device,
         *(0, 0, 0, 0, 0),
         torch.tensor([*row, 0, 0]),
         launch.COLUMNS.value,
@@ -480,7 +480,7 @@ def test_a_vector_is_read_by_the_host_or_by_its_address(monkeypatch):
     assert launch.step_scalars("", vector("", cpu, {"lr": 0.1, "weight_decay": 1.0}), cpu).decays
     monkeypatch.setattr(launch, "by_address", True)
     addresses = [given.data_ptr() + 8 * i for i in range(7)]
-    assert launch.step_scalars("", given, cpu) == (addresses, 0b01_01_01_01_01_01_01, True, True)
+    assert launch.step_scalars("", given, cpu) == (addresses, 1, True, True)
     number = torch.tensor(0.5)
     assert launch.inv_scale("", number, cpu) == (number.data_ptr(), 2)
     assert launch.inv_scale("", number.double(), cpu)[1] == 1

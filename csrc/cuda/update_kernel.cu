@@ -70,12 +70,12 @@ LOMO_DEVICE uint32_t word_of(uint32_t begun, uint32_t addend) {
 
 // Random words for the block's elements [x, x + kCount). bfloat16: one word for two elements, the even one has the low
 // half. float16: one word for each, without end_hash. Returns false if the elements are not neighbours in the whole
-// parameter, or do not share the block's key.
+// parameter, or do not share the block's key. `plain_counter`: the first one's, if the block is plain.
 template <class P, int kCount>
-LOMO_DEVICE bool draw(uint32_t* words, const Shared& shared, uint32_t x) {
+LOMO_DEVICE bool draw(uint32_t* words, const Shared& shared, uint32_t x, uint32_t plain_counter) {
   constexpr int kWords = kCount / P::kPerHash;
   if (shared.plain) {
-    const uint32_t begun = begin_hash(shared.key, shared.counter + x / P::kPerHash);
+    const uint32_t begun = begin_hash(shared.key, plain_counter);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) words[w] = word_of<P>(begun ^ w, shared.addend);
     return true;
@@ -120,13 +120,15 @@ LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCoun
                                  const Shared& shared, uint32_t x, typename P::Storage* own) {
   Share<P, kCount> updates;
   float scaled[kShare];
+  [[maybe_unused]] const uint32_t counter = shared.counter + x / P::kPerHash;  // once for all of the draws
 #pragma unroll
   for (int begin = 0; begin < kShare; begin += 8) {
     [[maybe_unused]] uint32_t random[8 / P::kPerHash];
     if constexpr (kStochastic) {
 #pragma unroll
       for (int i = 0; i < 8; i += kCount) {
-        if (!draw<P, kCount>(random + i / P::kPerHash, shared, x + distance<kCount>(begin + i))) return false;
+        const uint32_t past = distance<kCount>(begin + i);
+        if (!draw<P, kCount>(random + i / P::kPerHash, shared, x + past, counter + past / P::kPerHash)) return false;
       }
     }
     float results[8];

@@ -19,11 +19,11 @@ from .numerics import (
     add_to_slot,
     draw,
     elements,
-    float64_of,
-    int64_of,
+    factor_of,
     load,
     mix64,
     nearest,
+    scalar,
     slot_at,
     step_scalars,
     stochastic,
@@ -68,7 +68,7 @@ def is_first(keys, position, key):
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "columns", "stride", "nowhere", *SCALARS, "kinds", "seed_key", *INDICES, "slot"]
+    do_not_specialize=["tokens", "columns", "stride", "nowhere", *SCALARS, "on_device", "seed_key", *INDICES, "slot"]
 )
 def embedding_sgd_kernel(
     weight,
@@ -86,7 +86,7 @@ def embedding_sgd_kernel(
     clip_coef: tl.int64,
     found_inf: tl.int64,
     step: tl.int64,
-    kinds: tl.int32,
+    on_device: tl.int32,
     seed_key: tl.int64,
     offset: tl.int64,
     row_length: tl.int64,
@@ -119,7 +119,9 @@ def embedding_sgd_kernel(
     position = program // across
     first = program % across * BLOCK
     left = tl.minimum(columns - first, BLOCK).to(tl.int32)
-    rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
+    rate, decay, unscale, limit, coef = step_scalars(
+        lr, weight_decay, inv_scale, clip_value, clip_coef, on_device, CLAMP
+    )
     if DECAY:
         row = position
         active = (tl.load(touched + row) == 0) & (decay != 1.0)
@@ -137,7 +139,7 @@ def embedding_sgd_kernel(
         p_bits = load(there, left, BLOCK)
         p = updated(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
         if STOCHASTIC:
-            stream = mix64((seed_key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
+            stream = mix64((seed_key.to(tl.int64) ^ scalar(step, on_device, tl.int64)).to(tl.uint64, bitcast=True))
             random = draw(
                 stream,
                 start,
@@ -153,7 +155,7 @@ def embedding_sgd_kernel(
             rounded = stochastic(p, random, P)
         else:
             rounded = nearest(p, P)
-        if float64_of(found_inf, kinds, 5) == 0.0:
+        if scalar(found_inf, on_device, tl.float64) == 0.0:
             store(there, tl.where(tl.abs(scaled) < float("inf"), rounded, p_bits), left, BLOCK)
         if NORM:
             total = sum_of_squares(scaled, BLOCK)
@@ -161,7 +163,7 @@ def embedding_sgd_kernel(
         add_to_slot(total, slot_at(slot), partials, counter, program, tl.num_programs(0))
 
 
-@triton.jit(do_not_specialize=["tokens", "columns", "stride", "nowhere", "inv_scale", "kinds", "slot"])
+@triton.jit(do_not_specialize=["tokens", "columns", "stride", "nowhere", "inv_scale", "kind", "slot"])
 def embedding_sq_norm_kernel(
     slot: tl.int64,
     gy,
@@ -172,7 +174,7 @@ def embedding_sq_norm_kernel(
     stride: tl.int64,
     nowhere: tl.int64,
     inv_scale: tl.int64,
-    kinds: tl.int32,
+    kind: tl.int32,
     partials,
     counter,
     G: tl.constexpr,
@@ -192,7 +194,7 @@ def embedding_sq_norm_kernel(
     if (row != nowhere) & is_first(keys, position, row):
         left = tl.minimum(columns - first, BLOCK).to(tl.int32)
         g = sum_of_run(keys, order, position, tokens, row, elements(gy, G) + first, stride, left, G, BLOCK, U)
-        total = sum_of_squares(g * float64_of(inv_scale, kinds, 0).to(tl.float32), BLOCK)
+        total = sum_of_squares(g * factor_of(inv_scale, kind), BLOCK)
     add_to_slot(total, slot_at(slot), partials, counter, program, tl.num_programs(0))
 
 
@@ -312,7 +314,7 @@ def embedding_update_(
                 gy.stride(0),
                 nowhere,
                 *step.arguments,
-                step.kinds,
+                step.on_device,
                 launch.parameter_key(seed, parameter_id) if stochastic else 0,
                 where.offset,
                 where.row_length,

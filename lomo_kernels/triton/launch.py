@@ -90,7 +90,7 @@ class StepScalars(NamedTuple):
     """The vector of scalars as kernels take it."""
 
     arguments: list[int]  # bits of the numbers, or their addresses
-    kinds: int  # which of the two, see `numerics.float64_of`
+    on_device: int  # which of the two: 1 for addresses
     clamps: bool  # whether there may be a bound on gradients
     decays: bool  # whether there may be a weight decay
 
@@ -103,10 +103,7 @@ def step_scalars(op: str, vector: Tensor, device: torch.device) -> StepScalars:
         return StepScalars(vector.view(torch.int64).tolist(), 0, clamps, decays)
     size = vector.element_size()
     addresses = [vector.data_ptr() + i * size for i in range(len(vectors.NAMES))]
-    return StepScalars(addresses, _EVERY_FLOAT64, True, True)
-
-
-_EVERY_FLOAT64 = sum(1 << 2 * i for i in range(len(vectors.NAMES)))
+    return StepScalars(addresses, 1, True, True)
 
 
 def inv_scale(op: str, tensor: Tensor | None, device: torch.device) -> tuple[int, int]:

@@ -27,11 +27,11 @@ from .numerics import (
     bits_of,
     draw_at,
     elements,
-    float64_of,
+    factor_of,
     float_of,
-    int64_of,
     mix64,
     nearest,
+    scalar,
     slot_at,
     step_scalars,
     stochastic,
@@ -214,7 +214,7 @@ def multiples_of_16(a, b, c, d):
     return a // 16 * 16, b // 16 * 16, c // 16 * 16, d // 16 * 16
 
 
-@triton.jit(do_not_specialize=[*SIZES, *SCALARS, "kinds", "key", "slot"])
+@triton.jit(do_not_specialize=[*SIZES, *SCALARS, "on_device", "key", "slot"])
 def linear_sgd_kernel(
     weight,
     gy,
@@ -231,7 +231,7 @@ def linear_sgd_kernel(
     clip_coef: tl.int64,
     found_inf: tl.int64,
     step: tl.int64,
-    kinds: tl.int32,
+    on_device: tl.int32,
     key: tl.int64,
     slot: tl.int64,
     partials,
@@ -261,10 +261,12 @@ def linear_sgd_kernel(
     next_bits = tl.load(*weights_of(weight, rows - row, columns - column, columns, 0, BM, WIDTH), other=0)
     tile = product(gy, x, tokens, rows, columns, gy_stride, x_stride, row, column, G, BM, BN, BK, WIDEN, TOKENS)
 
-    rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
-    skip = float64_of(found_inf, kinds, 5) != 0.0
+    rate, decay, unscale, limit, coef = step_scalars(
+        lr, weight_decay, inv_scale, clip_value, clip_coef, on_device, CLAMP
+    )
+    skip = scalar(found_inf, on_device, tl.float64) != 0.0
     if STOCHASTIC:
-        stream = mix64((key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
+        stream = mix64((key.to(tl.int64) ^ scalar(step, on_device, tl.int64)).to(tl.uint64, bitcast=True))
     STEP: tl.constexpr = 2 if PAIRS and tl.bfloat16 == P else 1
     for part in tl.static_range(PARTS):
         pointer, inside = weights_of(weight, rows - row, columns - column, columns, part * WIDTH, BM, WIDTH)
@@ -288,7 +290,7 @@ def linear_sgd_kernel(
         add_to_slot(total, slot_at(slot), partials, counter, tl.program_id(0), tl.num_programs(0))
 
 
-@triton.jit(do_not_specialize=[*SIZES, "inv_scale", "kinds", "slot"])
+@triton.jit(do_not_specialize=[*SIZES, "inv_scale", "kind", "slot"])
 def linear_sq_norm_kernel(
     slot: tl.int64,
     gy,
@@ -299,7 +301,7 @@ def linear_sq_norm_kernel(
     gy_stride: tl.int32,
     x_stride: tl.int32,
     inv_scale: tl.int64,
-    kinds: tl.int32,
+    kind: tl.int32,
     done,
     partials,
     counter,
@@ -322,7 +324,7 @@ def linear_sq_norm_kernel(
             rows, columns, gy_stride, x_stride = multiples_of_16(rows, columns, gy_stride, x_stride)
         row, column = corner(tl.program_id(0), rows, columns, BM, BN)
         tile = product(gy, x, tokens, rows, columns, gy_stride, x_stride, row, column, G, BM, BN, BK, WIDEN, TOKENS)
-        total = sum_of_tile(tile, float64_of(inv_scale, kinds, 0).to(tl.float32), BM * BN)
+        total = sum_of_tile(tile, factor_of(inv_scale, kind), BM * BN)
         add_to_slot(total, slot_at(slot), partials, counter, tl.program_id(0), tl.num_programs(0))
 
 
@@ -386,7 +388,7 @@ def scaled_lengths(lengths, token, tokens):
     return lengths * scale, scale
 
 
-@triton.jit(do_not_specialize=[*SIZES, "inv_scale", "kinds", "slot"])
+@triton.jit(do_not_specialize=[*SIZES, "inv_scale", "kind", "slot"])
 def gram_kernel(
     slot: tl.int64,
     gy,
@@ -397,7 +399,7 @@ def gram_kernel(
     gy_stride: tl.int32,
     x_stride: tl.int32,
     inv_scale: tl.int64,
-    kinds: tl.int32,
+    kind: tl.int32,
     lengths,
     done,
     partials,
@@ -451,7 +453,7 @@ def gram_kernel(
     if tl.atomic_add(counter, 1, sem="acq_rel") == blocks - 1:
         tl.store(counter, 0)
         s, squares = add_up(partials, blocks), add_up(partials + blocks, blocks)
-        unscale = float64_of(inv_scale, kinds, 0).to(tl.float32).to(tl.float64)
+        unscale = factor_of(inv_scale, kind).to(tl.float64)
         total = s * unscale * unscale
         # Above 2**250 an element of the gradient may not fit float32: the product shows whether it does.
         largest = 1.8092513943330656e75
@@ -656,7 +658,7 @@ def linear_update_(
             w,
             *factors,
             *step.arguments,
-            step.kinds,
+            step.on_device,
             launch.parameter_key(seed, parameter_id) if stochastic else 0,
             slot,
             partials,

@@ -134,44 +134,42 @@ def ordinary(x, random, dtype: tl.constexpr):
     return bits
 
 
-# ---- Scalars: one-element tensors on the device, or numbers, in arguments of one type, so one kernel serves all. -----
-
-NUMBER, FLOAT64, FLOAT32 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# ---- Scalars: numbers, or in the device's memory, in arguments of one type, so one kernel serves all. ----------------
 
 
 @triton.jit
-def float64_of(argument, kinds, PLACE: tl.constexpr):
-    """The scalar at this place of the arguments: the bits of a float64, or the address of a float64 or float32."""
-    kind = (kinds >> (2 * PLACE)) & 3
-    argument = argument.to(tl.int64)
+def scalar(argument, on_device, dtype: tl.constexpr):
+    """A scalar of a step, of 64 bits: these bits, or their address."""
+    value = argument.to(tl.int64)
     # Predicated loads: branches would cost more than all the rest of the scalars.
+    value = tl.load(value.to(tl.pointer_type(tl.int64), bitcast=True), mask=on_device != 0, other=value)
+    return value.to(dtype, bitcast=True)
+
+
+@triton.jit
+def step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, on_device, CLAMP: tl.constexpr):
+    """The scalars of a step in float32, as `updated` takes them, and the factor that unscales a gradient."""
+    rate = scalar(lr, on_device, tl.float64)
+    decay = (1.0 - rate * scalar(weight_decay, on_device, tl.float64)).to(tl.float32)
+    unscale = scalar(inv_scale, on_device, tl.float64).to(tl.float32)
+    limit = float("inf")
+    if CLAMP:
+        limit = scalar(clip_value, on_device, tl.float64).to(tl.float32)
+    coef = scalar(clip_coef, on_device, tl.float64).to(tl.float32)
+    return rate.to(tl.float32), decay, unscale, limit, coef
+
+
+FLOAT64, FLOAT32 = tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def factor_of(argument, kind):
+    """A norm's factor in float32: the bits of a float64, or the address of a float64 or float32."""
+    argument = argument.to(tl.int64)
     value = argument.to(tl.float64, bitcast=True)
     value = tl.load(argument.to(tl.pointer_type(tl.float64), bitcast=True), mask=kind == FLOAT64, other=value)
     short = tl.load(argument.to(tl.pointer_type(tl.float32), bitcast=True), mask=kind == FLOAT32, other=0.0)
-    value = tl.where(kind == FLOAT32, short.to(tl.float64), value)
-    return value
-
-
-@triton.jit
-def int64_of(argument, kinds, PLACE: tl.constexpr):
-    """As `float64_of`, of an int64."""
-    value = argument.to(tl.int64)
-    there = ((kinds >> (2 * PLACE)) & 3) != NUMBER
-    value = tl.load(value.to(tl.pointer_type(tl.int64), bitcast=True), mask=there, other=value)
-    return value
-
-
-@triton.jit
-def step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP: tl.constexpr):
-    """The scalars of a step in float32, as `updated` takes them, and the factor that unscales a gradient."""
-    rate = float64_of(lr, kinds, 0)
-    decay = (1.0 - rate * float64_of(weight_decay, kinds, 1)).to(tl.float32)
-    unscale = float64_of(inv_scale, kinds, 2).to(tl.float32)
-    limit = float("inf")
-    if CLAMP:
-        limit = float64_of(clip_value, kinds, 3).to(tl.float32)
-    coef = float64_of(clip_coef, kinds, 4).to(tl.float32)
-    return rate.to(tl.float32), decay, unscale, limit, coef
+    return tl.where(kind == FLOAT32, short, value.to(tl.float32))
 
 
 # The rules, by number: see lomo_kernels/rules.py.
@@ -218,8 +216,10 @@ def begin_hash(block, counter):
 @triton.jit
 def finish_hash(block, begun):
     x = begun * 0x21F0AAAD
-    # (x + key) * factor, the key times the factor being the same for all: one instruction instead of two.
-    x = (x ^ (x >> 15)) * 0xD35A2D97 + (block >> 32).to(tl.uint32) * 0xD35A2D97
+    # (x + key) * factor, the key times the factor being the same for all: one instruction instead of two. That product
+    # is the high half of one of 64 bits: in a product of 32 the compiler sees the common factor, and adds first.
+    addend = (((block >> 32 << 32) * 0xD35A2D97) >> 32).to(tl.uint32)
+    x = (x ^ (x >> 15)) * 0xD35A2D97 + addend
     return x ^ (x >> 15)
 
 

@@ -21,13 +21,12 @@ from .numerics import (
     add_to_slot,
     draw,
     elements,
-    float64_of,
-    int64_of,
     is_ordinary,
     load,
     mix64,
     nearest,
     ordinary,
+    scalar,
     share_a_key,
     slot_at,
     step_scalars,
@@ -42,7 +41,7 @@ SCALARS = vectors.NAMES
 INDICES = ("offset", "row_length", "row_stride")
 
 
-@triton.jit(do_not_specialize=[*SCALARS, "kinds", "numel", "key", *INDICES, "slot", "owners", "first_block"])
+@triton.jit(do_not_specialize=[*SCALARS, "on_device", "numel", "key", *INDICES, "slot", "owners", "first_block"])
 def sgd_kernel(
     param,
     grad,
@@ -54,7 +53,7 @@ def sgd_kernel(
     clip_coef: tl.int64,
     found_inf: tl.int64,
     step: tl.int64,
-    kinds: tl.int32,
+    on_device: tl.int32,
     key: tl.int64,
     offset: tl.int64,
     row_length: tl.int64,
@@ -100,7 +99,9 @@ def sgd_kernel(
     TOGETHER: tl.constexpr = 4 if tl.float32 == P else 16
     p_bits = load(param, left, BLOCK)
     g_bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK, TOGETHER)
-    rate, decay, unscale, limit, coef = step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, kinds, CLAMP)
+    rate, decay, unscale, limit, coef = step_scalars(
+        lr, weight_decay, inv_scale, clip_value, clip_coef, on_device, CLAMP
+    )
     scaled = widen(g_bits, G) * unscale
     p = updated(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
     finite = tl.abs(scaled) < float("inf")
@@ -111,7 +112,7 @@ def sgd_kernel(
     if SUM_FIRST:
         total = sum_of_squares(scaled, BLOCK)
     if STOCHASTIC:
-        stream = mix64((key.to(tl.int64) ^ int64_of(step, kinds, 6)).to(tl.uint64, bitcast=True))
+        stream = mix64((key.to(tl.int64) ^ scalar(step, on_device, tl.int64)).to(tl.uint64, bitcast=True))
         offset, row_length, row_stride = offset.to(tl.int64), row_length.to(tl.int64), row_stride.to(tl.int64)
         if ROWS:
             random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK)
@@ -130,7 +131,7 @@ def sgd_kernel(
                 rounded = tl.where(finite, stochastic(p, random, P), p_bits)
     else:
         rounded = tl.where(finite, nearest(p, P), p_bits)
-    if float64_of(found_inf, kinds, 5) == 0.0:
+    if scalar(found_inf, on_device, tl.float64) == 0.0:
         store(param, rounded, left, BLOCK)
     if NORM:
         if not SUM_FIRST:
@@ -141,7 +142,7 @@ def sgd_kernel(
 def options(gpu: int, param: torch.dtype, stochastic: bool, rows: bool, norm: bool, clamp: bool) -> dict[str, Any]:
     """How a variant is compiled. Rounding bfloat16 stochastically is work for the arithmetic units as much as for the
     memory: with half the threads, 32 elements each, what is done once per thread weighs half: counted in Hopper's
-    machine code, 31 instructions per element instead of 36. Norms and rows would then take all 255 registers. On AMD's
+    machine code, 23 instructions per element instead of 27. Norms and rows would then take all 255 registers. On AMD's
     GPUs it would spill six scalar registers.
 
     Two programs or more share a multiprocessor of Hopper's: one loads while another computes. Left to itself the
@@ -210,7 +211,7 @@ def _alone(
             g,
             numel,
             *scalars.arguments,
-            scalars.kinds,
+            scalars.on_device,
             key,
             where.offset,
             where.row_length,
@@ -343,7 +344,7 @@ def update_(
                     arguments = (
                         *(None, None, 0),  # tensors are in the table
                         *step.arguments,
-                        step.kinds,
+                        step.on_device,
                         *(0, 0, 0, 0, 0),
                         table,
                         owners,

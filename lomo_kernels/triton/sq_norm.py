@@ -20,7 +20,7 @@ from .numerics import (
     add_to_slot,
     blocks_per_program,
     elements,
-    float64_of,
+    factor_of,
     load,
     slot_at,
     sum_of_squares,
@@ -28,13 +28,13 @@ from .numerics import (
 )
 
 
-@triton.jit(do_not_specialize=["numel", "slot", "inv_scale", "kinds", "owners", "first_program"])
+@triton.jit(do_not_specialize=["numel", "slot", "inv_scale", "kind", "owners", "first_program"])
 def sq_norm_kernel(
     grad,
     numel: tl.int64,
     slot: tl.int64,
     inv_scale: tl.int64,
-    kinds: tl.int32,
+    kind: tl.int32,
     table,
     owners: tl.int64,
     first_program: tl.int64,
@@ -58,7 +58,7 @@ def sq_norm_kernel(
         counters += owner
     numel = numel.to(tl.int64)
     grad = elements(grad, G, ALIGNED)
-    unscale = float64_of(inv_scale, kinds, 0).to(tl.float32)
+    unscale = factor_of(inv_scale, kind)
     several = blocks_per_program(tl.cdiv(numel, BLOCK))
     start = program * several * BLOCK
     end = tl.minimum(start + several * BLOCK, numel)
