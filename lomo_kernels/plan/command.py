@@ -7,7 +7,6 @@ import argparse
 import functools
 import math
 import os
-import re
 import sys
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from ..demo.model import Config
+from ..numbers import bytes_of
 from . import paper
 from .extrapolate import Parts, largest, peak_of
 from .methods import LOMO_OPTIM_NEEDS, METHODS, SHARDED, lacking
@@ -128,10 +128,10 @@ def check(args: argparse.Namespace) -> tuple[Model, int, list[str]]:
         raise ValueError(f"--gpus {args.gpus} are more than the {MOST_GPUS} that can be simulated")
     if args.group and args.gpus == 1:
         raise ValueError(f"--group {args.group} is of FSDP2: it needs --gpus of 2 or more")
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", args.memory)
-    if match is None or match[2].upper() not in _UNITS:
+    nbytes = bytes_of(args.memory, _UNITS)
+    if nbytes is None:
         raise ValueError(f"--memory {args.memory} is not like 24GB, 24GiB or 500MB")
-    memory = int(float(match[1]) * _UNITS[match[2].upper()])
+    memory = int(nbytes)
     if not memory:
         raise ValueError(f"--memory {args.memory} is none")
     if memory > MOST_MEMORY:
