@@ -87,6 +87,11 @@ class Recorder(LiveBytes):
         self._category_changes: list[tuple[int, int, str]] = []  # (events so far, key, category)
         self._marks: list[tuple[int, Mark]] = []
 
+    def begin_step(self) -> None:
+        """What came before is no part of the peak: it made the model and its optimizer, or was an earlier step."""
+        self._marks.clear()
+        self.mark("forward")
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -146,8 +151,7 @@ class Recorder(LiveBytes):
         self._category_changes += [(len(self._log), key, category) for key in self._keys(tensors)]
 
     def mark(self, name: str, block: int | None = None) -> None:
-        """What follows, up to the next mark, is this part of a step. What comes before the first one made the model
-        and its optimizer, and is no part of the peak."""
+        """What follows, up to the next mark, is this part of a step."""
         self._marks.append((len(self._log), (name, block)))
 
     @contextmanager

@@ -28,7 +28,7 @@ def simulate(
     *,
     kernels: str = "gpu",
 ) -> Peak:
-    """Peak of live bytes of a few steps. No memory is used, and nothing is computed.
+    """Peak of live bytes of a method's last step. No memory is used, and nothing is computed.
 
     Args:
         build: makes the model on the CPU, in its final dtype (see `default_dtype`): a simulated module cannot be cast.
@@ -121,7 +121,7 @@ def _recorded(build: Callable[[], nn.Module], loss: Any, method: Method, workspa
                     attached.update(torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True))
             with _marked(recorder, model):
                 for _ in range(method.steps):
-                    recorder.mark("forward")
+                    recorder.begin_step()
                     with recorder.making(ACTIVATIONS):
                         value = loss(model)
                     recorder.mark("update")
