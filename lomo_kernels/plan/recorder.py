@@ -30,7 +30,8 @@ _COPIES = ("aten.clone.default", "aten.new_empty_strided.default")
 
 #: Bytes that an operator takes and gives back within one call, from its arguments.
 Workspaces = Mapping[Any, Callable[..., int]]
-
+#: Floating-point operations that an operator's products take, from its arguments and its result, which is ``out_val``.
+Formulas = Mapping[Any, Callable[..., int]]
 
 #: What a part of a step is called, and which block's it is, if one's.
 Mark = tuple[str, int | None]
@@ -75,12 +76,19 @@ class Recorder(LiveBytes):
 
     Args:
         workspaces: see `Workspaces`. A dispatch mode does not see inside an operator.
+        formulas: see `Formulas`; without them `flops` stays zero.
+
+    `flops` and `kept` are those of the step that began last: what its products took, and the bytes of the gradients and
+    factors that waited for the norm.
     """
 
-    def __init__(self, workspaces: Workspaces | None = None) -> None:
+    def __init__(self, workspaces: Workspaces | None = None, formulas: Formulas | None = None) -> None:
         self._log: list[Event] = []
         super().__init__(self._log)
         self._workspaces = workspaces or {}
+        self._formulas = formulas or {}
+        self.flops = 0
+        self.kept = 0
         self._purpose = PARAMETERS
         self._forwards = 0  # modules whose forward is running
         self._is: dict[int, str] = {}  # by key; from the storage's first byte on
@@ -90,6 +98,7 @@ class Recorder(LiveBytes):
     def begin_step(self) -> None:
         """What came before is no part of the peak: it made the model and its optimizer, or was an earlier step."""
         self._marks.clear()
+        self.flops = self.kept = 0
         self.mark("forward")
 
     def __torch_dispatch__(
@@ -100,6 +109,9 @@ class Recorder(LiveBytes):
             return result
         if func in self._workspaces:
             self._take_and_give_back(self._workspaces[func](*args, **(kwargs or {})), str(func))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
     def _allocate(self, storage: torch.UntypedStorage, operator: str) -> None:
