@@ -13,7 +13,7 @@ from .products import formulas
 from .recorder import Peak
 from .simulate import simulation
 
-#: The first step of a graph keeps nothing: it finds out what fits. The second may find that a little less does.
+#: The first step of a graph keeps nothing: it finds out what fits. A third has, as all that follow, what the second left.
 STEPS = 3
 
 
