@@ -13,7 +13,8 @@ from .products import formulas
 from .recorder import Peak
 from .simulate import simulation
 
-#: The first step of a graph keeps nothing: it finds out what fits. A third has, as all that follow, what the second left.
+#: The first step of a graph keeps nothing: it finds out what fits. The third, as all later ones, also has what graphs
+#: before it left.
 STEPS = 3
 
 
