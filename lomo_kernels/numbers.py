@@ -1,9 +1,13 @@
-"""Formulas of numbers, not of elements: the coefficient of clipping by norm, and the key of a parameter's random bits.
+"""Formulas of numbers, not of elements: the coefficient of clipping by norm, the key of a parameter's random bits, and
+sizes in bytes.
 
 ``csrc/numerics.h`` states the keys once more for C++.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -31,3 +35,14 @@ def parameter_key(seed: int, parameter_id: int) -> int:
 def stream_key(seed: int, parameter_id: int, step: int) -> int:
     """The 64-bit key of one parameter's random bits in one step."""
     return mix64(parameter_key(seed, parameter_id) ^ (step & MASK64))
+
+
+def bytes_of(text: str, units: Mapping[str, int]) -> float | None:
+    """Bytes that a text such as "2GiB" or "1.5 GB" names. None if it names none.
+
+    Args:
+        units: bytes of each unit, in capitals. A number without a unit is accepted if ``""`` is one of them.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = units.get(match[2].upper()) if match else None
+    return None if match is None or unit is None else float(match[1]) * unit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import re
@@ -17,7 +18,8 @@ import pytest
 
 from lomo_kernels.demo.model import Config
 from lomo_kernels.plan import METHODS, command, llama, loss_of, simulate
-from lomo_kernels.plan.command import STEP, Setting
+from lomo_kernels.plan.budgets import simulate_budget
+from lomo_kernels.plan.command import GIB, STEP, Setting
 from lomo_kernels.plan.extrapolate import Parts, largest
 from lomo_kernels.plan.models import of_shape
 
@@ -169,6 +171,26 @@ def test_a_sequence_between_two_steps_that_fits_is_not_more_than_the_largest(pla
     assert (fits, batch, sequence) == ("yes", "1", "200")
 
 
+def test_the_budgets(plan: Plan, cores: Callable[[int], None]) -> None:
+    """What two processes print, against each line's ends and one budget between them."""
+    cores(2)
+    config = dataclasses.replace(CONFIG, layers=2, d_model=1024, ffn=4096)
+    sizes = [*SIZES, "--layers", "2", "--d-model", "1024", "--ffn", "4096"]
+    status, text, said = plan(*sizes, "--seq", "512", "--checkpointing", "--budgets")
+    assert status == 0, said
+    assert "Lomo with clipping at sequence 512, batch 1, checkpoints, on 1 GPU" in text and "modelled" in text
+    rows = [line.split() for line in text.splitlines() if " layers " in line]
+    assert [row[0] for row in rows] == ["fused"] * 5 + ["plain"] * 5
+    build, loss = llama(config, checkpointing=True), loss_of(1, 512)
+    for fused, (none, _, half, _, everything) in ((True, rows[:5]), (False, rows[5:])):
+        every = simulate_budget(build, loss, None, fused=fused)
+        for budget, row in ((0, none), (every.kept // 2, half), (None, everything)):
+            step = simulate_budget(build, loss, budget, fused=fused)
+            asked = "all" if budget is None else f"{budget / GIB:.2f}"
+            figures = [step.kept / GIB, step.peak.peak / GIB, step.flops / every.flops]
+            assert row[2:] == [asked, *(f"{figure:.2f}" for figure in figures)]
+
+
 @pytest.fixture
 def of_transformers(tmp_path: Path) -> Callable[..., str]:
     """Makes the folder of a Hugging Face config."""
@@ -228,6 +250,8 @@ def test_a_hugging_face_config(plan: Plan, of_transformers: Callable[..., str], 
         ([*SIZES, "--memory", "99999999GB"], "--memory 99999999GB is more than 1048576GB"),
         ([*SIZES, "--seq", "10000000000000"], "--batch 1 of --seq 10000000000000 are more than"),
         ([*SIZES, "--group", "block"], "--group block is of FSDP2: it needs --gpus of 2 or more"),
+        ([*SIZES, "--budgets", "--gpus", "2"], "--budgets is of one GPU: over several ranks all gradients are kept or"),
+        ([*SIZES, "--budgets", "--method", "lomo"], "--budgets is of Lomo with clipping, fused layers and plain ones"),
         ([*SIZES, "--d-model", "24"], "the head is 6 wide, expected"),
     ],
 )

@@ -21,6 +21,8 @@ library.define("_gram(Tensor input, Tensor grad_output) -> Tensor")
 #: Inner products of tokens are taken where they need at most this part of the gradient's multiplications. They run at
 #: the same speed, and are worth nothing where the error turns out too large.
 GRAM_COST = 0.75
+#: On GPUs: how many times cheaper they must be. They come in few programs, each with a long way to go.
+GRAM_MARGIN = 4
 #: Four standard deviations of the sum are then 2e-5 of it, of the norm 1e-5.
 GRAM_ERROR = 5e-6
 #: Sums of squares of gradients of which no element overflows in float32, and mean squares of those that lose nothing to
@@ -69,14 +71,18 @@ class Estimate(NamedTuple):
         return True
 
 
+def is_cheaper(tokens: int, rows: int, columns: int) -> bool:
+    """Whether a CPU takes inner products of so many tokens for a gradient [rows, columns]."""
+    return tokens * (rows + columns) <= GRAM_COST * 2 * rows * columns
+
+
 def estimate(input: Tensor, grad_output: Tensor) -> Estimate | None:
     """Of ``grad_output.T @ input``, [..., features]; None where product tiles are cheaper, there is no kernel,
     or nothing in the factors to read (a simulation)."""
     if not (input.is_cpu and compiled()) or isinstance(input, FakeTensor):
         return None
     x, gy = flat(input, contiguous_rows=True), flat(grad_output, contiguous_rows=True)
-    tokens, rows, columns = x.shape[0], gy.shape[1], x.shape[1]
-    if tokens * (rows + columns) > GRAM_COST * 2 * rows * columns:
+    if not is_cheaper(x.shape[0], gy.shape[1], x.shape[1]):
         return None
     return Estimate(*torch.ops.lomo_kernels._gram.default(x, gy).tolist())
 

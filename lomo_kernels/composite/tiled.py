@@ -48,6 +48,14 @@ GPU_TILE_BYTES = 16 * 1024 * 1024
 #: Rows of a tile at least, however wide the weight is: one block of `_product_`. bfloat16 4096 x 4096, 2048 tokens:
 #: 1.21 with 128 rows, 1.08 with 256.
 LEAST_ROWS = 256
+#: From so many tokens on, tiles serve 16-bit factors on GPUs that Triton's kernels would serve: cuBLAS is then faster
+#: than Triton's `product` by more than the buffer costs. Modelled, not measured. For a weight 11008 x 4096
+#: on an H100, milliseconds with cuBLAS and with `product`: 0.22 and 0.16 to 0.19 for 1024 tokens, 0.62 and 0.62 to 0.75
+#: for 4096, 2.2 and 2.5 to 3.0 for 16384. The first measurement replaces it.
+#:
+#: `weight.addmm_` would need no buffer, but a gradient that is not finite would destroy the weight, and alpha and beta
+#: are numbers, which the host would have to read from the device.
+CROSSOVER = 2048
 
 
 class _Buffer(threading.local):

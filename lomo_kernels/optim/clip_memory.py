@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 
+from ..numbers import bytes_of
 from .managed_parameter import ManagedParameter
 
 #: As much as the device has free, and never more than all gradients take.
@@ -45,10 +45,10 @@ def clip_memory_of(value: Any, passes: Any) -> float | str:
         return AUTO
     expected = 'expected "auto", None, a number of bytes >= 0, or a text such as "512MiB" or "2GiB"'
     if isinstance(value, str):
-        parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", value)
-        if parts is None or parts[2].upper() not in _UNITS:
+        nbytes = bytes_of(value, _UNITS)
+        if nbytes is None:
             raise ValueError(f"Lomo: clip_memory is {value!r}, {expected}")
-        return float(parts[1]) * _UNITS[parts[2].upper()]
+        return nbytes
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"Lomo: clip_memory is a {type(value).__name__}, {expected}")
     if not value >= 0:  # type: ignore[operator]

@@ -7,22 +7,25 @@ import argparse
 import functools
 import math
 import os
-import re
 import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..demo.model import Config
+from ..numbers import bytes_of
 from . import paper
 from .extrapolate import Parts, largest, peak_of
 from .methods import LOMO_OPTIM_NEEDS, METHODS, SHARDED, lacking
 from .models import SHAPES, Model, of_shape, of_transformers
 from .recorder import CATEGORIES, Peak
 from .simulate import step_of_blocks
+
+if TYPE_CHECKING:
+    from .budgets import BudgetStep
 
 GIB = 2**30
 #: Tensors of more bytes than a 64-bit integer holds cannot be simulated.
@@ -34,6 +37,11 @@ _UNITS = {"MB": 2**20, "MIB": 2**20, "GB": GIB, "GIB": GIB, "": GIB}
 GROUPS = ("block", "attention-mlp", "linear")
 #: Sequences are tried in steps of so many tokens.
 STEP = 128
+BUDGET_HEAD = ["", "clip_memory", "kept", "peak", "modelled time"]
+#: Of the bytes that all gradients take: budgets between none and all.
+SHARES = (0.25, 0.5, 0.75)
+#: Whether layers are fused, and `clip_memory`.
+Budget = tuple[bool, int | None]
 _SIZES = ("layers", "d_model", "heads", "kv_heads", "ffn", "vocab")
 
 
@@ -63,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = "with several GPUs, what FSDP2 gathers at a time (default: linear, the least memory)"
     parser.add_argument("--group", choices=GROUPS, help=group)
+    line = "what Lomo's clip_memory buys instead: bytes kept, peak and modelled time, from two passes to one; one GPU"
+    parser.add_argument("--budgets", action="store_true", help=line)
     parser.add_argument("--paper", action="store_true", help="the memory columns of the paper's Tables 1 and 2 instead")
 
 
@@ -128,10 +138,14 @@ def check(args: argparse.Namespace) -> tuple[Model, int, list[str]]:
         raise ValueError(f"--gpus {args.gpus} are more than the {MOST_GPUS} that can be simulated")
     if args.group and args.gpus == 1:
         raise ValueError(f"--group {args.group} is of FSDP2: it needs --gpus of 2 or more")
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", args.memory)
-    if match is None or match[2].upper() not in _UNITS:
+    if args.budgets and args.gpus > 1:
+        raise ValueError("--budgets is of one GPU: over several ranks all gradients are kept or none")
+    if args.budgets and args.method:
+        raise ValueError("--budgets is of Lomo with clipping, fused layers and plain ones: leave --method out")
+    nbytes = bytes_of(args.memory, _UNITS)
+    if nbytes is None:
         raise ValueError(f"--memory {args.memory} is not like 24GB, 24GiB or 500MB")
-    memory = int(float(match[1]) * _UNITS[match[2].upper()])
+    memory = int(nbytes)
     if not memory:
         raise ValueError(f"--memory {args.memory} is none")
     if memory > MOST_MEMORY:
@@ -169,16 +183,20 @@ def main(args: argparse.Namespace) -> int:
     try:
         model, memory, names = check(args)
         setting = setting_of(args, model)
-        rows = rows_of(setting, args, memory, names)
+        rows = budget_rows(setting, args) if args.budgets else rows_of(setting, args, memory, names)
     except (ValueError, NotImplementedError) as error:
         print(f"python -m lomo_kernels plan: {error}", file=sys.stderr)
         return 2
     where = f"{args.gpus} GPUs, FSDP2 by {setting.group}" if args.gpus > 1 else "1 GPU"
     how = ", checkpoints" if args.checkpointing else ""
     how += f", loss by {args.chunk} tokens" if args.chunk else ""
-    title = f"Peak per GPU at sequence {args.seq}, batch {args.batch}{how}, on {where} of {memory / GIB:g} GiB; in GiB"
+    at = f"at sequence {args.seq}, batch {args.batch}{how}, on {where}"
+    if args.budgets:
+        print_table(f"Lomo with clipping {at}; in GiB, time relative to keeping all", BUDGET_HEAD, rows)
+        print("The time is modelled: operations of matrix products and attention, no memory traffic.")
+        return 0
     head = ["", *CATEGORIES, "peak", "fits", f"batch at {args.seq}", f"sequence at batch {args.batch}"]
-    print_table(title, head, rows)
+    print_table(f"Peak per GPU {at} of {memory / GIB:g} GiB; in GiB", head, rows)
     print("Beside it a GPU holds the CUDA context, cuBLAS's and NCCL's buffers and what fragmentation wastes.")
     return 0
 
@@ -188,23 +206,48 @@ def setting_of(args: argparse.Namespace, model: Model) -> Setting:
 
 
 def rows_of(setting: Setting, args: argparse.Namespace, memory: int, names: list[str]) -> list[list[str]]:
-    """The table's cells, by as many processes as there are cores, each of at least two methods: until it has imported
-    torch one has passed."""
+    """The table's cells."""
+    return side_by_side(lambda name: row(setting, args, memory, name), _row, names, args)
+
+
+def budget_rows(setting: Setting, args: argparse.Namespace) -> list[list[str]]:
+    """The cells of the table of budgets: for fused layers, then for plain ones, from two passes to one."""
+
+    def steps_of(budgets: list[Budget]) -> dict[Budget, BudgetStep]:
+        steps = side_by_side(lambda budget: step_of_budget(setting, args, budget), _step_of_budget, budgets, args)
+        return dict(zip(budgets, steps, strict=True))
+
+    steps = steps_of([(fused, clip_memory) for fused in (True, False) for clip_memory in (0, None)])
+    steps |= steps_of([(fused, int(share * steps[fused, None].kept)) for fused in (True, False) for share in SHARES])
+    rows = []
+    for fused, clip_memory in sorted(steps, key=lambda budget: (not budget[0], budget[1] is None, budget[1])):
+        step, everything = steps[fused, clip_memory], steps[fused, None]
+        cells = ["all" if clip_memory is None else f"{clip_memory / GIB:.2f}"]
+        cells += [f"{step.kept / GIB:.2f}", f"{step.peak.peak / GIB:.2f}", f"{step.flops / everything.flops:.2f}"]
+        rows.append(["fused layers" if fused else "plain layers", *cells])
+    return rows
+
+
+def side_by_side(
+    here: Callable[[Any], Any], there: Callable[[Any], Any], items: list[Any], args: argparse.Namespace
+) -> list[Any]:
+    """`here` of each item, or `there` by as many processes as there are cores, each of at least two items: until it has
+    imported torch one has passed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, len(names) // 2)
-    with closing(progress(names, "simulating")) as shown:  # an error is printed when the bar has gone
+    workers = min(cores, len(items) // 2)
+    with closing(progress(items, "simulating")) as shown:  # an error is printed when the bar has gone
         if workers < 2:
-            return [row(setting, args, memory, name) for name in shown]
+            return [here(item) for item in shown]
         with ProcessPoolExecutor(workers, get_context("spawn"), _start, (args,)) as pool:
-            return [cells for _, cells in zip(shown, pool.map(_row, names), strict=True)]
+            return [result for _, result in zip(shown, pool.map(there, items), strict=True)]
 
 
-#: What a process of `rows_of` calls `row` with.
+#: What a process of `side_by_side` calls `row` and `step_of_budget` with.
 _asked: tuple[Setting, argparse.Namespace, int]
 
 
 def _start(args: argparse.Namespace) -> None:
-    """A process of `rows_of` makes the model itself: one of transformers cannot be sent."""
+    """A process of `side_by_side` makes the model itself: one of transformers cannot be sent."""
     global _asked
     model, memory, _ = check(args)
     _asked = setting_of(args, model), args, memory
@@ -212,6 +255,19 @@ def _start(args: argparse.Namespace) -> None:
 
 def _row(name: str) -> list[str]:
     return row(*_asked, name)
+
+
+def _step_of_budget(budget: Budget) -> BudgetStep:
+    setting, args, _ = _asked
+    return step_of_budget(setting, args, budget)
+
+
+def step_of_budget(setting: Setting, args: argparse.Namespace, budget: Budget) -> BudgetStep:
+    from .budgets import simulate_budget  # only here: torch's counter of operations takes a third of a second to import
+
+    model = setting.model
+    build, loss = model.build(model.blocks, setting.checkpointing), model.loss(args.batch, args.seq, setting.chunk)
+    return simulate_budget(build, loss, budget[1], fused=budget[0])
 
 
 def row(setting: Setting, args: argparse.Namespace, memory: int, name: str) -> list[str]:

@@ -27,7 +27,7 @@ class Method(NamedTuple):
     """A way to train any model."""
 
     attach: Callable[[nn.Module], Attached]
-    steps: int = 1  # they show all there is to see
+    steps: int = 1  # of which the last is like all that would follow
     makes_states: bool = False  # in its first step, from ``.grad``
 
 

@@ -30,7 +30,8 @@ _COPIES = ("aten.clone.default", "aten.new_empty_strided.default")
 
 #: Bytes that an operator takes and gives back within one call, from its arguments.
 Workspaces = Mapping[Any, Callable[..., int]]
-
+#: Floating-point operations that an operator's products take, from its arguments and its result, which is ``out_val``.
+Formulas = Mapping[Any, Callable[..., int]]
 
 #: What a part of a step is called, and which block's it is, if one's.
 Mark = tuple[str, int | None]
@@ -75,17 +76,30 @@ class Recorder(LiveBytes):
 
     Args:
         workspaces: see `Workspaces`. A dispatch mode does not see inside an operator.
+        formulas: see `Formulas`; without them `flops` stays zero.
+
+    `flops` and `kept` are those of the step that began last: what its products took, and the bytes of the gradients and
+    factors that waited for the norm.
     """
 
-    def __init__(self, workspaces: Workspaces | None = None) -> None:
+    def __init__(self, workspaces: Workspaces | None = None, formulas: Formulas | None = None) -> None:
         self._log: list[Event] = []
         super().__init__(self._log)
         self._workspaces = workspaces or {}
+        self._formulas = formulas or {}
+        self.flops = 0
+        self.kept = 0
         self._purpose = PARAMETERS
         self._forwards = 0  # modules whose forward is running
         self._is: dict[int, str] = {}  # by key; from the storage's first byte on
         self._category_changes: list[tuple[int, int, str]] = []  # (events so far, key, category)
         self._marks: list[tuple[int, Mark]] = []
+
+    def begin_step(self) -> None:
+        """What came before is no part of the peak: it made the model and its optimizer, or was an earlier step."""
+        self._marks.clear()
+        self.flops = self.kept = 0
+        self.mark("forward")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -95,6 +109,9 @@ class Recorder(LiveBytes):
             return result
         if func in self._workspaces:
             self._take_and_give_back(self._workspaces[func](*args, **(kwargs or {})), str(func))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
     def _allocate(self, storage: torch.UntypedStorage, operator: str) -> None:
@@ -146,8 +163,7 @@ class Recorder(LiveBytes):
         self._category_changes += [(len(self._log), key, category) for key in self._keys(tensors)]
 
     def mark(self, name: str, block: int | None = None) -> None:
-        """What follows, up to the next mark, is this part of a step. What comes before the first one made the model
-        and its optimizer, and is no part of the peak."""
+        """What follows, up to the next mark, is this part of a step."""
         self._marks.append((len(self._log), (name, block)))
 
     @contextmanager

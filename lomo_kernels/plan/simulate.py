@@ -18,7 +18,7 @@ from .blocks import blocks_of
 from .extrapolate import Parts, extrapolate, peak_of
 from .kernels import KERNELS
 from .methods import Method
-from .recorder import ACTIVATIONS, FACTORS, STATES, TEMPORARIES, Peak, Recorder, Workspaces
+from .recorder import ACTIVATIONS, FACTORS, STATES, TEMPORARIES, Formulas, Peak, Recorder, Workspaces
 
 
 def simulate(
@@ -28,7 +28,7 @@ def simulate(
     *,
     kernels: str = "gpu",
 ) -> Peak:
-    """Peak of live bytes of a few steps. No memory is used, and nothing is computed.
+    """Peak of live bytes of a method's last step. No memory is used, and nothing is computed.
 
     Args:
         build: makes the model on the CPU, in its final dtype (see `default_dtype`): a simulated module cannot be cast.
@@ -40,7 +40,7 @@ def simulate(
     Raises:
         KeyError: another name of kernels.
     """
-    return _simulated(build, loss, method, kernels).peak_of_parts()
+    return simulation(build, loss, method, kernels).peak_of_parts()
 
 
 def simulate_blocks(
@@ -73,8 +73,8 @@ def step_of_blocks(
     """The samples behind `simulate_blocks`."""
     few = 2 * edge
     if blocks <= few + 1:
-        return _by_place(_simulated(build(blocks), loss, method, "gpu"), blocks, edge)
-    less, more = (_by_place(_simulated(build(n), loss, method, "gpu"), n, edge) for n in (few, few + 1))
+        return _by_place(simulation(build(blocks), loss, method, "gpu"), blocks, edge)
+    less, more = (_by_place(simulation(build(n), loss, method, "gpu"), n, edge) for n in (few, few + 1))
     return extrapolate(less, more, blocks - few)
 
 
@@ -87,13 +87,15 @@ def _by_place(recorder: Recorder, blocks: int, edge: int) -> Parts:
     return parts
 
 
-def _simulated(build: Callable[[], nn.Module], loss: Any, method: Method, kernels: str) -> Recorder:
+def simulation(
+    build: Callable[[], nn.Module], loss: Any, method: Method, kernels: str, formulas: Formulas | None = None
+) -> Recorder:
     chosen = KERNELS[kernels]
     fill = [name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")]
     nothing: dict[str, Any] = dict.fromkeys(fill, _untouched)
     unset = patch.multiple(nn.init, **nothing)  # filling weights is half of the time otherwise
     with tiled.simulated(chosen.device), unset, FakeTensorMode(allow_non_fake_inputs=True), chosen.in_force():
-        return _recorded(build, loss, method, chosen.workspaces)
+        return _recorded(build, loss, method, Recorder(chosen.workspaces, formulas))
 
 
 def record(
@@ -105,11 +107,10 @@ def record(
 ) -> Peak:
     """As `simulate`, but the steps are taken, with whatever tensors `build` makes: on the CPU every byte outside of
     operators is counted."""
-    return _recorded(build, loss, method, workspaces).peak_of_parts()
+    return _recorded(build, loss, method, Recorder(workspaces)).peak_of_parts()
 
 
-def _recorded(build: Callable[[], nn.Module], loss: Any, method: Method, workspaces: Workspaces | None) -> Recorder:
-    recorder = Recorder(workspaces)
+def _recorded(build: Callable[[], nn.Module], loss: Any, method: Method, recorder: Recorder) -> Recorder:
     with recorder:
         model = build()
         with recorder.observe(model), _kept_factors(recorder), _sharding(recorder, model):
@@ -121,7 +122,7 @@ def _recorded(build: Callable[[], nn.Module], loss: Any, method: Method, workspa
                     attached.update(torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True))
             with _marked(recorder, model):
                 for _ in range(method.steps):
-                    recorder.mark("forward")
+                    recorder.begin_step()
                     with recorder.making(ACTIVATIONS):
                         value = loss(model)
                     recorder.mark("update")
@@ -177,12 +178,18 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _kept_factors(recorder: Recorder) -> Iterator[None]:
-    """Tells the recorder which tensors wait, as a gradient's factors, for the end of backward, and when it has come."""
+    """Tells the recorder which tensors wait for the end of backward, which of them are a gradient's factors, and when
+    the end has come."""
+    waiting: dict[int, int] = {}  # bytes, by address of the storage: layers with one input share it
 
     def noted(gradient: DeferredGradient | None) -> None:
         if gradient is None:
             recorder.mark("apply")
+            recorder.kept = sum(waiting.values())
+            waiting.clear()
         else:
+            storages = [tensor.untyped_storage() for tensor in gradient.tensors()]
+            waiting.update((storage._cdata, storage.nbytes()) for storage in storages)
             recorder.set_category((tensor for held in gradient.saved for tensor in held.factors[:2]), FACTORS)
 
     DeferPass.observers.append(noted)

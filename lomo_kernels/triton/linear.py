@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..composite import tiled
+from ..composite.gram import GRAM_MARGIN
+from ..composite.tiled import CROSSOVER
 from ..ops._overlap import Access, check_no_overlap, overlaps_itself, regions
 from ..ops._pairs import check_linear, check_weight
 from . import launch
@@ -468,17 +470,6 @@ def gram_kernel(
 
 #: Strides and sizes that kernels multiply by up to 128 in 32 bits; what is larger goes by tiles.
 LARGEST = 2**23
-#: From so many tokens on, torch multiplies 16-bit factors tile by tile into a buffer, and `sgd_` or `sq_norm_` follows:
-#: cuBLAS is then faster than `product` by more than the buffer costs. Modelled, not measured. For a weight 11008 x 4096
-#: on an H100, milliseconds with cuBLAS and with `product`: 0.22 and 0.16 to 0.19 for 1024 tokens, 0.62 and 0.62 to 0.75
-#: for 4096, 2.2 and 2.5 to 3.0 for 16384. The first measurement replaces it.
-#:
-#: `weight.addmm_` would need no buffer, but a gradient that is not finite would destroy the weight, and alpha and beta
-#: are numbers, which the host would have to read from the device.
-CROSSOVER = 2048
-#: How many times cheaper, in multiplications, inner products of tokens must be than the product of the factors: they
-#: come in few programs, each with a long way to go.
-GRAM_MARGIN = 4
 
 _lengths = launch.Workspaces(torch.float32, zeroed=False)
 _done = launch.Workspaces(torch.int64, zeroed=False)

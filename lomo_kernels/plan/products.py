@@ -1,0 +1,59 @@
+"""How many floating-point operations the matrix products and the attention of a step take.
+
+torch's formulas (`torch.utils.flop_counter`) are of its own operators; here are those of ours. They count what runs:
+a norm may come from inner products of tokens, and a weight's product is formed once for its norm and once for its
+update. Attention counts as if no mask left out a token. What is no product counts nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from ..composite import gram, tiled
+from .recorder import Formulas
+
+
+def formulas(device: str) -> Formulas:
+    """By operator. `device`: whose kernels run, "cpu" or "cuda"."""
+    ours, aten = torch.ops.lomo_kernels, torch.ops.aten
+    return {
+        **flop_registry,
+        aten.addmm_: flop_registry[aten.addmm],
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+            aten._scaled_dot_product_flash_attention_backward
+        ],
+        ours.linear_update_: _update,
+        ours.linear_sq_norm_: partial(_norm, device=device),
+        ours._product_: _tile,
+    }
+
+
+def _update(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest: Any, **_: Any) -> int:
+    return sum(2 * x.numel() * gy.shape[-1] for x, gy in zip(inputs, grad_outputs, strict=True))
+
+
+def _norm(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest: Any, device: str, **_: Any) -> int:
+    columns, rows = inputs[0].shape[-1], grad_outputs[0].shape[-1]
+    tokens = inputs[0].numel() // max(columns, 1)
+    if len(inputs) == 1 and _takes_inner_products(tokens, rows, columns, inputs[0].dtype, device):
+        return tokens * tokens * (rows + columns)  # of tokens i <= j only
+    return _update(slot, inputs, grad_outputs)
+
+
+def _takes_inner_products(tokens: int, rows: int, columns: int, dtype: torch.dtype, device: str) -> bool:
+    """As `composite.gram` on a CPU, and Triton's kernels on a GPU, if the estimate turns out good enough."""
+    if device == "cpu":
+        return gram.is_cheaper(tokens, rows, columns)
+    if tokens >= tiled.CROSSOVER and dtype is not torch.float32:
+        return False
+    return gram.GRAM_MARGIN * tokens * (rows + columns) < 2 * rows * columns
+
+
+def _tile(out: Tensor, grad_output: Tensor, *rest: Any, **_: Any) -> int:
+    return 2 * grad_output.shape[0] * out.numel()
