@@ -176,7 +176,8 @@ def test_the_budgets(plan: Plan, cores: Callable[[int], None]) -> None:
     cores(2)
     config = dataclasses.replace(CONFIG, layers=2, d_model=1024, ffn=4096)
     sizes = [*SIZES, "--layers", "2", "--d-model", "1024", "--ffn", "4096"]
-    status, text, said = plan(*sizes, "--seq", "512", "--checkpointing", "--budgets")
+    memory = 130 * 2**20
+    status, text, said = plan(*sizes, "--seq", "512", "--checkpointing", "--budgets", "--memory", "130MB")
     assert status == 0, said
     assert "Lomo with clipping at sequence 512, batch 1, checkpoints, on 1 GPU" in text and "modelled" in text
     rows = [line.split() for line in text.splitlines() if " layers " in line]
@@ -188,7 +189,9 @@ def test_the_budgets(plan: Plan, cores: Callable[[int], None]) -> None:
             step = simulate_budget(build, loss, budget, fused=fused)
             asked = "all" if budget is None else f"{budget / GIB:.2f}"
             figures = [step.kept / GIB, step.peak.peak / GIB, step.flops / every.flops]
-            assert row[2:] == [asked, *(f"{figure:.2f}" for figure in figures)]
+            fits = "yes" if step.peak.peak <= memory else "no"
+            assert row[2:] == [asked, *(f"{figure:.2f}" for figure in figures), fits]
+    assert {row[-1] for row in rows} == {"yes", "no"}
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ _UNITS = {"MB": 2**20, "MIB": 2**20, "GB": GIB, "GIB": GIB, "": GIB}
 GROUPS = ("block", "attention-mlp", "linear")
 #: Sequences are tried in steps of so many tokens.
 STEP = 128
-BUDGET_HEAD = ["", "clip_memory", "kept", "peak", "modelled time"]
+BUDGET_HEAD = ["", "clip_memory", "kept", "peak", "modelled time", "fits"]
 #: Of the bytes that all gradients take: budgets between none and all.
 SHARES = (0.25, 0.5, 0.75)
 #: Whether layers are fused, and `clip_memory`.
@@ -72,8 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = "with several GPUs, what FSDP2 gathers at a time (default: linear, the least memory)"
     parser.add_argument("--group", choices=GROUPS, help=group)
     line = "what Lomo's clip_memory buys instead: bytes kept, peak and modelled time, from two passes to one; one GPU"
-    parser.add_argument("--budgets", action="store_true", help=line)
-    parser.add_argument("--paper", action="store_true", help="the memory columns of the paper's Tables 1 and 2 instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--budgets", action="store_true", help=line)
+    instead.add_argument(
+        "--paper", action="store_true", help="the memory columns of the paper's Tables 1 and 2 instead"
+    )
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         model, memory, names = check(args)
         setting = setting_of(args, model)
-        rows = budget_rows(setting, args) if args.budgets else rows_of(setting, args, memory, names)
+        rows = budget_rows(setting, args, memory) if args.budgets else rows_of(setting, args, memory, names)
     except (ValueError, NotImplementedError) as error:
         print(f"python -m lomo_kernels plan: {error}", file=sys.stderr)
         return 2
@@ -192,7 +195,8 @@ def main(args: argparse.Namespace) -> int:
     how += f", loss by {args.chunk} tokens" if args.chunk else ""
     at = f"at sequence {args.seq}, batch {args.batch}{how}, on {where}"
     if args.budgets:
-        print_table(f"Lomo with clipping {at}; in GiB, time relative to keeping all", BUDGET_HEAD, rows)
+        title = f"Lomo with clipping {at} of {memory / GIB:g} GiB; in GiB, time relative to keeping all"
+        print_table(title, BUDGET_HEAD, rows)
         print("The time is modelled: operations of matrix products and attention, no memory traffic.")
         return 0
     head = ["", *CATEGORIES, "peak", "fits", f"batch at {args.seq}", f"sequence at batch {args.batch}"]
@@ -210,7 +214,7 @@ def rows_of(setting: Setting, args: argparse.Namespace, memory: int, names: list
     return side_by_side(lambda name: row(setting, args, memory, name), _row, names, args)
 
 
-def budget_rows(setting: Setting, args: argparse.Namespace) -> list[list[str]]:
+def budget_rows(setting: Setting, args: argparse.Namespace, memory: int) -> list[list[str]]:
     """The cells of the table of budgets: for fused layers, then for plain ones, from two passes to one."""
 
     def steps_of(budgets: list[Budget]) -> dict[Budget, BudgetStep]:
@@ -224,6 +228,7 @@ def budget_rows(setting: Setting, args: argparse.Namespace) -> list[list[str]]:
         step, everything = steps[fused, clip_memory], steps[fused, None]
         cells = ["all" if clip_memory is None else f"{clip_memory / GIB:.2f}"]
         cells += [f"{step.kept / GIB:.2f}", f"{step.peak.peak / GIB:.2f}", f"{step.flops / everything.flops:.2f}"]
+        cells.append("yes" if step.peak.peak <= memory else "no")
         rows.append(["fused layers" if fused else "plain layers", *cells])
     return rows
 
