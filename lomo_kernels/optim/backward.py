@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .autograd import Cut, run_backward, start_of
 from .engines.base import ParallelEngine
-from .graph import Cut, Graph, run_backward
+from .graph import Graph
 from .managed_parameter import ManagedParameter
 from .owners import OptimizerBackward, unmanaged_leaves
 from .passes import NormPass, Pass
@@ -57,9 +58,9 @@ class Backward:
         step.enter(OptimizerBackward(self._training))
         leaves = None if only is None else [managed.param for managed in only]
         if cut is not None:
-            cut.run_backward(self.graph.loss, self.scale)
+            cut.run_backward(start_of(self.graph.loss, self.scale))
         else:
-            run_backward(self.graph.loss, self.scale, retain_graph, leaves)
+            run_backward(start_of(self.graph.loss, self.scale), retain_graph, leaves)
         step.rejoin(self.scale, wanted=not retain_graph)
         step.leave()
         sink.flush()
@@ -85,7 +86,7 @@ class Backward:
         step.isolate([] if scale is None else self._unmanaged_leaves())
         step.adds_scaled = scale is not None
         step.enter(OptimizerBackward(training))
-        run_backward(loss, scale, retain_graph=False)
+        run_backward(start_of(loss, scale), retain_graph=False)
         step.adds_scaled = False
         step.rejoin(scale, wanted=True)
         step.leave()
