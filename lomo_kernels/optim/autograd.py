@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -18,7 +19,8 @@ class Start(NamedTuple):
     """Where a backward begins."""
 
     root: Tensor | GradientEdge
-    grad: Tensor | None  # of the root; None: one
+    grad: Tensor | None  # of the root; None: one if this is the loss, else backward reaches nothing
+    last: bool = True  # whether `grad`, if this is an edge's, may be freed
 
 
 def start_of(loss: Tensor, scale: Tensor | None) -> Start:
@@ -35,12 +37,42 @@ def run_backward(start: Start, retain_graph: bool, leaves: Sequence[Any] | None 
 
     `leaves`: tensors (or edges of the graph) that get a gradient; backward ends where it needs no more for them.
     """
-    with _errors_explained():
-        torch.autograd.backward(start.root, start.grad, retain_graph=retain_graph, inputs=leaves)
+    root, grad, last = start
+    with errors_explained():
+        if not isinstance(root, GradientEdge):
+            torch.autograd.backward(root, grad, retain_graph=retain_graph, inputs=leaves)
+        elif grad is None:
+            return
+        elif type(grad) is not Tensor or grad.layout is not torch.strided:
+            torch.autograd.backward(root, grad.clone(), retain_graph=retain_graph, inputs=leaves)
+        else:
+            # Until a backward ends, autograd holds what it was given to begin with. It is given two gradients here, so
+            # it computes their sum, which is freed once it is used. A hook may keep it or change it in place. Nothing
+            # but -0.0 can be added without changing a bit.
+            nothing = grad.new_full((), -0.0).expand(grad.shape)
+            with _prehooks([root.node] if last else [], lambda *_: _free(grad)):
+                torch.autograd.backward([root, root], [grad, nothing], retain_graph=retain_graph, inputs=leaves)
+
+
+def _free(grad: Tensor) -> None:
+    """Frees the memory of a tensor that autograd holds and no longer reads."""
+    grad.data = grad.new_zeros(()).expand(grad.shape)
 
 
 @contextmanager
-def _errors_explained() -> Iterator[None]:
+def shared_recomputation(wanted: bool) -> Iterator[None]:
+    """Inside, if `wanted`, a checkpoint recomputes once for several backwards. They must go through different parts of
+    a graph."""
+    group: Any = getattr(torch.utils.checkpoint, "GraphExecGroup", None)  # of new versions of torch
+    if not wanted or group is None or torch._C._get_graph_exec_group() is not None:
+        yield
+        return
+    with group():
+        yield
+
+
+@contextmanager
+def errors_explained() -> Iterator[None]:
     """Says what to do about errors of a graph that allows one backward, or none."""
     try:
         yield
@@ -66,19 +98,25 @@ def _errors_explained() -> Iterator[None]:
         raise
 
 
+Grads = dict[int, tuple[Tensor | None, ...]]
+
+
 class Cut(NamedTuple):
     """Two parts of a graph, which a backward goes through in turn: the upper one is retained, the lower one is not."""
 
     leaves: list[Tensor]  # that the upper part gives gradients
     below: list[Any]  # the lower part's nodes that have gradients from the upper part
 
-    def run_backward(self, start: Start) -> None:
-        """As the function `run_backward`, for all leaves of both parts."""
-        grads: dict[int, tuple[Tensor | None, ...]] = {}
+    def run_upper(self, start: Start) -> Grads:
+        """One backward through the upper part. Returns the gradients of the nodes below it, by their index."""
+        grads: Grads = {}
         with _prehooks(self.below, grads.__setitem__):
             # Naming an edge to a node makes autograd call the node, with its gradients, and go no further.
             run_backward(start, True, [*self.leaves, *(GradientEdge(node, 0) for node in self.below)])
-        del start
+        return grads
+
+    def run_lower(self, grads: Grads) -> None:
+        """One backward through the lower part, which begins with what `run_upper` has returned."""
         starts = [(index, *_start(self.below[index], given)) for index, given in grads.items()]
         if starts:
             edges = [GradientEdge(self.below[index], number) for index, number, _ in starts]
