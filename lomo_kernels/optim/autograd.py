@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd.graph import GradientEdge
 
 from .placement import local_of
@@ -43,7 +44,7 @@ def run_backward(start: Start, retain_graph: bool, leaves: Sequence[Any] | None 
             torch.autograd.backward(root, grad, retain_graph=retain_graph, inputs=leaves)
         elif grad is None:
             return
-        elif type(grad) is not Tensor or grad.layout is not torch.strided:
+        elif not _is_plain(grad):
             torch.autograd.backward(root, grad.clone(), retain_graph=retain_graph, inputs=leaves)
         else:
             # Until a backward ends, autograd holds what it was given to begin with. It is given two gradients here, so
@@ -54,6 +55,10 @@ def run_backward(start: Start, retain_graph: bool, leaves: Sequence[Any] | None 
                 torch.autograd.backward([root, root], [grad, nothing], retain_graph=retain_graph, inputs=leaves)
 
 
+def _is_plain(grad: Tensor) -> bool:
+    return type(grad) in (Tensor, FakeTensor) and grad.layout is torch.strided and grad.is_floating_point()
+
+
 def _free(grad: Tensor) -> None:
     """Frees the memory of a tensor that autograd holds and no longer reads."""
     grad.data = grad.new_zeros(()).expand(grad.shape)
@@ -61,14 +66,18 @@ def _free(grad: Tensor) -> None:
 
 @contextmanager
 def shared_recomputation(wanted: bool) -> Iterator[None]:
-    """Inside, if `wanted`, a checkpoint recomputes once for several backwards. They must go through different parts of
-    a graph."""
+    """Inside, if `wanted`, a checkpoint recomputes once for several backwards through different parts of a graph."""
     group: Any = getattr(torch.utils.checkpoint, "GraphExecGroup", None)  # of new versions of torch
-    if not wanted or group is None or torch._C._get_graph_exec_group() is not None:
+    if group is None:
         yield
         return
-    with group():
+    # A hook of another optimizer's backward, which has a group of its own, may have called this one.
+    around = torch._C._get_graph_exec_group()
+    torch._C._set_graph_exec_group(group() if wanted else None)
+    try:
         yield
+    finally:
+        torch._C._set_graph_exec_group(around)
 
 
 @contextmanager
