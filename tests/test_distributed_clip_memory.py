@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 from models import assert_same_bits, loss_of, transformer, transformer_of_vectors, whole_weights
 from test_distributed_sharded import fsdp
+from test_lomo_loss import Model, batch, ran
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo
@@ -49,6 +50,23 @@ def kept_alike(rank: int, engine: str, share: float) -> None:
 @pytest.mark.parametrize("engine", ["fsdp", "group"])
 def test_ranks_keep_alike(ranks: Any, engine: str, share: float) -> None:
     ranks(2).call(kept_alike, engine, share)
+
+
+def overwriting(rank: int) -> None:
+    results = []
+    for budget in (0, None):
+        model = Model()
+        optimizer = Lomo(model, lr=0.1, clip_grad_norm=0.3, clip_memory=budget, process_group=dist.group.WORLD)
+        for step in range(3):
+            ran.clear()
+            optimizer.backward(model(*batch(10 * rank + step)))
+            assert ran == ["in place"]
+        results.append(whole_weights(model))
+    assert_same_bits(*results)
+
+
+def test_a_loss_that_overwrites_what_it_saved_runs_once(ranks: Any) -> None:
+    ranks(2).call(overwriting)
 
 
 def other_budgets(rank: int) -> None:
