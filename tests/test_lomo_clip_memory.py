@@ -48,7 +48,7 @@ class Stack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for index, layer in enumerate(self.layers):
             x = checkpoint(layer, x, use_reentrant=self.kind == "reentrant") if self.kind != "none" else layer(x)
-            x.register_hook(lambda _, index=index: self.count(index))
+            x.grad_fn.register_hook(lambda *_, index=index: self.count(index))
             x = x.tanh()
         return x.square().sum()
 
@@ -275,9 +275,9 @@ def test_factors_that_layers_share_count_once() -> None:
     backwards: list[int] = []
     for _ in range(2):
         backwards.clear()
-        loss = sum(layer(x).tanh().sum() for layer in layers)
-        loss.register_hook(lambda _: backwards.append(1))
-        optimizer.backward(loss)
+        total = sum(layer(x).tanh() for layer in layers)
+        total.register_hook(lambda _: backwards.append(1))
+        optimizer.backward(total.sum())
     assert backwards == [1], "all fit, so no backward followed the first"
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .autograd import Cut, Start, run_backward, shared_recomputation, start_of
 from .engines.base import ParallelEngine
-from .graph import Cut, Graph, run_backward
+from .graph import Graph
+from .loss_chain import loss_chain_of
 from .managed_parameter import ManagedParameter
 from .owners import OptimizerBackward, unmanaged_leaves
 from .passes import NormPass, Pass
@@ -23,6 +25,10 @@ class Backward:
         self._step = step
         self.graph = Graph(loss)
         self.scale: Tensor | None = None  # that backward starts with
+        engine = training.engine
+        #: Whether the first of several passes runs the loss's own nodes for all of them. False: each pass runs them.
+        self.runs_loss_once = engine is None or engine.may_skip_loss
+        self._rest: Start | None = None  # of a pass after the first
 
     def start_scale(self) -> None:
         """Finds the loss scale, and tells the kernels to divide by it."""
@@ -56,10 +62,17 @@ class Backward:
         step.sink = sink
         step.enter(OptimizerBackward(self._training))
         leaves = None if only is None else [managed.param for managed in only]
+        last = cut is None and not retain_graph
+        grads = {}
+        with shared_recomputation(self.runs_loss_once and not last and self._rest is None):
+            start = self._begin(sink, last=last)
+            if cut is not None:
+                grads = cut.run_upper(start)
+            else:
+                run_backward(start, retain_graph, leaves)
+        del start
         if cut is not None:
-            cut.run_backward(self.graph.loss, self.scale)
-        else:
-            run_backward(self.graph.loss, self.scale, retain_graph, leaves)
+            cut.run_lower(grads)
         step.rejoin(self.scale, wanted=not retain_graph)
         step.leave()
         sink.flush()
@@ -71,6 +84,43 @@ class Backward:
                 "parallelize_module, deepcopy and all else that replaces parameters. Use fully_shard, not FSDP1 "
                 "(FullyShardedDataParallel). Under set_requires_gradient_sync(False) use optimizer.accumulate()"
             )
+
+    def _begin(self, sink: Pass, *, last: bool) -> Start:
+        """Where a pass begins. `last`: no pass follows."""
+        rest, self._rest = self._rest, None
+        if rest is None and self.runs_loss_once and not last:
+            rest = self._run_loss(sink)
+        if rest is None:
+            return start_of(self.graph.loss, self.scale)
+        if last or not self.runs_loss_once:
+            return rest._replace(last=True)
+        self._rest = rest
+        return rest
+
+    def _run_loss(self, sink: Pass) -> Start | None:
+        """Runs the loss's own nodes, inside a pass, and returns where the pass goes on. None: they did not run."""
+        chains = self._training.repeat_check.loss_chains
+        chain = loss_chain_of(self.graph.loss)
+        if chain is None or not chains.may_run_once(chain):
+            self.runs_loss_once = False
+            return None
+        trusted = chains.is_trusted(chain)
+        grad = chain.run(start_of(self.graph.loss, self.scale), retain_graph=not trusted)
+        hidden = [managed.name for managed in self._training.managed_params if managed.last_pass == sink.serial]
+        if not hidden and not self._step.isolated_grads:
+            chains.trust(chain)
+        else:
+            chains.distrust(chain)
+            self.runs_loss_once = False  # the next pass needs these gradients again
+            if trusted:
+                self._training.clip_budget.clear()
+                raise RuntimeError(
+                    f"Lomo: the graph does not show {hidden[0] if hidden else 'a parameter'}, which the loss uses, and "
+                    "did not use in an earlier step with an equal loss (a layer inside the loss function, of which a "
+                    "parameter was unfrozen?). No weight was changed. The next step runs the loss in every backward: "
+                    "run this batch again"
+                )
+        return Start(chain.rest, grad, last=False)
 
     def norm_only_pass(self, engine: ParallelEngine | None) -> None:
         """A backward that sets the slots to zero, adds up norms in them, and keeps the graph for another backward."""
@@ -85,7 +135,7 @@ class Backward:
         step.isolate([] if scale is None else self._unmanaged_leaves())
         step.adds_scaled = scale is not None
         step.enter(OptimizerBackward(training))
-        run_backward(loss, scale, retain_graph=False)
+        run_backward(start_of(loss, scale), retain_graph=False)
         step.adds_scaled = False
         step.rejoin(scale, wanted=True)
         step.leave()

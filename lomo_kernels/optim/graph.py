@@ -1,4 +1,4 @@
-"""Runs autograd for the optimizer, and answers questions about its graph."""
+"""Answers questions about the graph of a loss."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import atexit
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
-from .placement import local_of
+from .autograd import Cut
 
 
 def check_loss(loss: Tensor) -> None:
@@ -31,79 +29,6 @@ def check_loss(loss: Tensor) -> None:
         raise RuntimeError(
             "Lomo: loss does not depend on any trainable parameter; was it computed under torch.no_grad(), or detached?"
         )
-
-
-def run_backward(loss: Tensor, scale: Tensor | None, retain_graph: bool, leaves: Sequence[Any] | None = None) -> None:
-    """``(loss * scale).backward()``, with the scale (of no dimensions) as the gradient that backward starts from.
-
-    `leaves`: tensors (or edges of the graph) that get a gradient; backward ends where it needs no more for them.
-    """
-    start = None
-    if scale is not None:
-        start = torch.ones_like(loss)  # where the loss is a DTensor, as with loss_parallel(), this is one too
-        local_of(start).mul_(scale.to(device=loss.device, dtype=loss.dtype))
-    try:
-        torch.autograd.backward(loss, start, retain_graph=retain_graph, inputs=leaves)
-    except RuntimeError as error:
-        if "donated buffer" in str(error):
-            raise RuntimeError(
-                "Lomo: clip_memory has no room for all gradients, so backward runs twice. torch.compile reuses the "
-                "memory of saved tensors (donated buffers), which allows one backward. Set "
-                "torch._functorch.config.donated_buffer = False before the model is compiled, or use "
-                'clip_memory=None (clip_passes="one"), with which backward runs once. No weight was changed'
-            ) from error
-        if "under selective activation checkpoint" in str(error):
-            raise RuntimeError(
-                "Lomo: clip_memory has no room for all gradients, so backward runs twice, and a selective activation "
-                'checkpoint (context_fn) allows one backward. Use clip_memory=None (clip_passes="one"). '
-                "optimizer.last_step_outcome says whether a weight was changed"
-            ) from error
-        if "Direct calls to tensor.backward()" in str(error):
-            raise RuntimeError(
-                "Lomo: the loss comes from calling DeepSpeed's engine, whose backward needs DeepSpeed's own optimizer. "
-                "Call engine.module(...) in place of engine(...). No weight was changed"
-            ) from error
-        raise
-
-
-class Cut(NamedTuple):
-    """Two parts of a graph, which a backward goes through in turn: the upper one is retained, the lower one is not."""
-
-    leaves: list[Tensor]  # that the upper part gives gradients
-    below: list[Any]  # the lower part's nodes that have gradients from the upper part
-
-    def run_backward(self, loss: Tensor, scale: Tensor | None) -> None:
-        """As the function `run_backward`, for all leaves of both parts."""
-        grads: dict[int, tuple[Tensor | None, ...]] = {}
-        with _prehooks(self.below, grads.__setitem__):
-            # Naming an edge to a node makes autograd call the node, with its gradients, and go no further.
-            run_backward(loss, scale, True, [*self.leaves, *(GradientEdge(node, 0) for node in self.below)])
-        starts = [(index, *_start(self.below[index], given)) for index, given in grads.items()]
-        if starts:
-            edges = [GradientEdge(self.below[index], number) for index, number, _ in starts]
-            # Autograd calls hooks of these tensors again, on copies. What they made of the gradients at first counts.
-            with _prehooks(self.below, lambda index, _: grads.pop(index)):
-                torch.autograd.backward(edges, [start for _, _, start in starts])
-
-
-def _start(node: Any, grads: Sequence[Tensor | None]) -> tuple[int, Tensor]:
-    """The number of an output of `node`, and a tensor to start a backward with, which `grads` take the place of."""
-    for number, grad in enumerate(grads):
-        if grad is not None:
-            return number, grad.clone()
-    output = node._input_metadata[0]  # autograd runs a node whose gradients are all undefined
-    return 0, torch.zeros(output.shape, dtype=output.dtype, device=output.device)
-
-
-@contextmanager
-def _prehooks(nodes: Sequence[Any], hook: Callable[[int, Any], Any]) -> Iterator[None]:
-    """While inside, calls `hook` with each node's index and gradients before the node is run."""
-    handles = [node.register_prehook(partial(hook, index)) for index, node in enumerate(nodes)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Graph:

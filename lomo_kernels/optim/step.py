@@ -73,6 +73,11 @@ class Step:
                 leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
         self._isolated = []
 
+    @property
+    def isolated_grads(self) -> bool:
+        """Whether an unmanaged leaf has got a gradient since `isolate`."""
+        return any(leaf.grad is not None for leaf, _ in self._isolated)
+
     def enter(self, backward: OptimizerBackward) -> None:
         """`backward` is the backward that runs, from here on until `leave`."""
         self._backward = backward

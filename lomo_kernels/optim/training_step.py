@@ -92,6 +92,7 @@ class TrainingStep:
                 "or zero_grad(), which drops them"
             )
         backward = Backward(training, self._step, loss)
+        backward.runs_loss_once = False  # a second backward comes with `fused_backward`, perhaps of another loss
         backward.start_scale()
         self._find_norm(backward)
         training.norm_is_known = True

@@ -40,6 +40,9 @@ class ParallelEngine:
     same_graphs = True
     #: Whether a local gradient is the whole one, so that its norm is known without the other ranks.
     has_whole_grads = False
+    #: Whether a backward may begin after the loss's own nodes, which then run in a backward of their own. It may not if
+    #: module hooks have something called when a backward ends.
+    may_skip_loss = False
     #: All ranks, as groups over which something is done in turn to reach everyone: one, or one per mesh dimension.
     groups: Sequence[dist.ProcessGroup] = ()
 

@@ -37,6 +37,8 @@ class DataParallel(ParallelEngine):
 
     same_graphs = False
     has_whole_grads = True
+    # No module has hooks. Reductions begin in the parameters' hooks, and `drain` ends them when a pass has ended.
+    may_skip_loss = True
 
     def __init__(self, group: dist.ProcessGroup, managed_params: Sequence[ManagedParameter]) -> None:
         devices = {managed.param.device for managed in managed_params if managed.supported}

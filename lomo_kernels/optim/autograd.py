@@ -1,0 +1,154 @@
+"""Runs autograd for the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd.graph import GradientEdge
+
+from .placement import local_of
+
+
+class Start(NamedTuple):
+    """Where a backward begins."""
+
+    root: Tensor | GradientEdge
+    grad: Tensor | None  # of the root; None: one if this is the loss, else backward reaches nothing
+    last: bool = True  # whether `grad`, if this is an edge's, may be freed
+
+
+def start_of(loss: Tensor, scale: Tensor | None) -> Start:
+    """The start of ``(loss * scale).backward()``, with the scale (of no dimensions) as the gradient."""
+    if scale is None:
+        return Start(loss, None)
+    grad = torch.ones_like(loss)  # where the loss is a DTensor, as with loss_parallel(), this is one too
+    local_of(grad).mul_(scale.to(device=loss.device, dtype=loss.dtype))
+    return Start(loss, grad)
+
+
+def run_backward(start: Start, retain_graph: bool, leaves: Sequence[Any] | None = None) -> None:
+    """One backward from `start`.
+
+    `leaves`: tensors (or edges of the graph) that get a gradient; backward ends where it needs no more for them.
+    """
+    root, grad, last = start
+    with errors_explained():
+        if not isinstance(root, GradientEdge):
+            torch.autograd.backward(root, grad, retain_graph=retain_graph, inputs=leaves)
+        elif grad is None:
+            return
+        elif not _is_plain(grad):
+            torch.autograd.backward(root, grad.clone(), retain_graph=retain_graph, inputs=leaves)
+        else:
+            # Until a backward ends, autograd holds what it was given to begin with. It is given two gradients here, so
+            # it computes their sum, which is freed once it is used. A hook may keep it or change it in place. Nothing
+            # but -0.0 can be added without changing a bit.
+            nothing = grad.new_full((), -0.0).expand(grad.shape)
+            with _prehooks([root.node] if last else [], lambda *_: _free(grad)):
+                torch.autograd.backward([root, root], [grad, nothing], retain_graph=retain_graph, inputs=leaves)
+
+
+def _is_plain(grad: Tensor) -> bool:
+    return type(grad) in (Tensor, FakeTensor) and grad.layout is torch.strided and grad.is_floating_point()
+
+
+def _free(grad: Tensor) -> None:
+    """Frees the memory of a tensor that autograd holds and no longer reads."""
+    grad.data = grad.new_zeros(()).expand(grad.shape)
+
+
+@contextmanager
+def shared_recomputation(wanted: bool) -> Iterator[None]:
+    """Inside, if `wanted`, a checkpoint recomputes once for several backwards through different parts of a graph."""
+    group: Any = getattr(torch.utils.checkpoint, "GraphExecGroup", None)  # of new versions of torch
+    if group is None:
+        yield
+        return
+    # A hook of another optimizer's backward, which has a group of its own, may have called this one.
+    around = torch._C._get_graph_exec_group()
+    torch._C._set_graph_exec_group(group() if wanted else None)
+    try:
+        yield
+    finally:
+        torch._C._set_graph_exec_group(around)
+
+
+@contextmanager
+def errors_explained() -> Iterator[None]:
+    """Says what to do about errors of a graph that allows one backward, or none."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffer" in str(error):
+            raise RuntimeError(
+                "Lomo: clip_memory has no room for all gradients, so backward runs twice. torch.compile reuses the "
+                "memory of saved tensors (donated buffers), which allows one backward. Set "
+                "torch._functorch.config.donated_buffer = False before the model is compiled, or use "
+                'clip_memory=None (clip_passes="one"), with which backward runs once. No weight was changed'
+            ) from error
+        if "under selective activation checkpoint" in str(error):
+            raise RuntimeError(
+                "Lomo: clip_memory has no room for all gradients, so backward runs twice, and a selective activation "
+                'checkpoint (context_fn) allows one backward. Use clip_memory=None (clip_passes="one"). '
+                "optimizer.last_step_outcome says whether a weight was changed"
+            ) from error
+        if "Direct calls to tensor.backward()" in str(error):
+            raise RuntimeError(
+                "Lomo: the loss comes from calling DeepSpeed's engine, whose backward needs DeepSpeed's own optimizer. "
+                "Call engine.module(...) in place of engine(...). No weight was changed"
+            ) from error
+        raise
+
+
+Grads = dict[int, tuple[Tensor | None, ...]]
+
+
+class Cut(NamedTuple):
+    """Two parts of a graph, which a backward goes through in turn: the upper one is retained, the lower one is not."""
+
+    leaves: list[Tensor]  # that the upper part gives gradients
+    below: list[Any]  # the lower part's nodes that have gradients from the upper part
+
+    def run_upper(self, start: Start) -> Grads:
+        """One backward through the upper part. Returns the gradients of the nodes below it, by their index."""
+        grads: Grads = {}
+        with _prehooks(self.below, grads.__setitem__):
+            # Naming an edge to a node makes autograd call the node, with its gradients, and go no further.
+            run_backward(start, True, [*self.leaves, *(GradientEdge(node, 0) for node in self.below)])
+        return grads
+
+    def run_lower(self, grads: Grads) -> None:
+        """One backward through the lower part, which begins with what `run_upper` has returned."""
+        starts = [(index, *_start(self.below[index], given)) for index, given in grads.items()]
+        if starts:
+            edges = [GradientEdge(self.below[index], number) for index, number, _ in starts]
+            # Autograd calls hooks of these tensors again, on copies. What they made of the gradients at first counts.
+            with _prehooks(self.below, lambda index, _: grads.pop(index)):
+                torch.autograd.backward(edges, [grad for _, _, grad in starts])
+
+
+def _start(node: Any, grads: Sequence[Tensor | None]) -> tuple[int, Tensor]:
+    """The number of an output of `node`, and a tensor to start a backward with, which `grads` take the place of."""
+    for number, grad in enumerate(grads):
+        if grad is not None:
+            return number, grad.clone()
+    output = node._input_metadata[0]  # autograd runs a node whose gradients are all undefined
+    return 0, torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+
+
+@contextmanager
+def _prehooks(nodes: Sequence[Any], hook: Callable[[int, Any], Any]) -> Iterator[None]:
+    """While inside, calls `hook` with each node's index and gradients before the node is run."""
+    handles = [node.register_prehook(partial(hook, index)) for index, node in enumerate(nodes)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
