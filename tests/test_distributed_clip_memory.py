@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from models import assert_same_bits, loss_of, transformer, transformer_of_vectors, whole_weights
+from support.models import assert_same_bits, loss_of, transformer, transformer_of_vectors, whole_weights
 from test_distributed_sharded import fsdp
 from torch import nn
 

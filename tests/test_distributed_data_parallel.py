@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import Options, Planted, assert_close, assert_same_bits, loss_of, same_bits, transformer, weights_of
-from processes import lowest_peak
-from textbook import Textbook
+from support.models import Options, Planted, assert_close, assert_same_bits, loss_of, same_bits, transformer, weights_of
+from support.processes import lowest_peak
+from support.textbook import Textbook
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 

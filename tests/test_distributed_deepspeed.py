@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from models import (
+from support.models import (
     Options,
     assert_close,
     assert_same_bits,
@@ -23,8 +23,8 @@ from models import (
     transformer_of_vectors,
     weights_of,
 )
-from processes import Collectives, Processes, by_world, lowest_peak
-from textbook import Textbook
+from support.processes import Collectives, Processes, by_world, lowest_peak
+from support.textbook import Textbook
 from torch import Tensor, nn
 from torch.nn import functional as F
 

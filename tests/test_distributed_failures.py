@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from models import loss_of, transformer, transformer_of_vectors
-from processes import Failed, Processes
+from support.models import loss_of, transformer, transformer_of_vectors
+from support.processes import Failed, Processes
 from test_distributed_sharded import fsdp
 
 from lomo_kernels import Lomo

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import loss_of, same_bits, transformer_of_vectors, weights_of, whole_weights
-from textbook import Textbook
+from support.models import loss_of, same_bits, transformer_of_vectors, weights_of, whole_weights
+from support.textbook import Textbook
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from models import (
+from support.models import (
     VOCAB,
     Options,
     Planted,
@@ -26,8 +26,8 @@ from models import (
     whole,
     whole_weights,
 )
-from processes import Collectives, lowest_peak
-from textbook import Textbook
+from support.processes import Collectives, lowest_peak
+from support.textbook import Textbook
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard

@@ -103,7 +103,7 @@ def test_the_interpreted_kernels_pass_the_contract(run_python, part):
 
 @pytest.mark.parametrize("part", ["keys or rows", "not (keys or rows)"])
 def test_the_interpreted_kernels_pass_their_own_tests(run_python, part):
-    process = run_python(PYTEST, str(HERE / "triton_interpreted.py"), "-k", part, **INTERPRETED)
+    process = run_python(PYTEST, str(HERE / "support" / "triton_interpreted.py"), "-k", part, **INTERPRETED)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr
 
 

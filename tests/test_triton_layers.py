@@ -37,7 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.mark.parametrize("part", ["linear_sgd", "embedding", "not linear_sgd and not embedding"])
 def test_the_interpreted_kernels_pass_their_own_tests(run_python, part):
-    process = run_python(PYTEST, str(HERE / "triton_layers_interpreted.py"), "-k", part, **INTERPRETED)
+    process = run_python(PYTEST, str(HERE / "support" / "triton_layers_interpreted.py"), "-k", part, **INTERPRETED)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr
 
 

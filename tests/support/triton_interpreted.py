@@ -3,18 +3,18 @@
 import itertools
 import math
 
-import oracle
 import pytest
 import torch
 import triton
 import triton.language as tl
-from oracle import DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 
 from lomo_kernels import backends, ops, reference
 from lomo_kernels.ops.scalars import vector
 from lomo_kernels.rules import RULES
 from lomo_kernels.triton import launch, numerics, sgd, sq_norm
 from lomo_kernels.triton.numerics import BLOCK, add_to_slot, float_of, fold, is_ordinary, nearest, ordinary, stochastic
+from support import oracle
+from support.oracle import DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 
 assert backends.choice("CPU").backend == "triton" and launch.INTERPRETED
 WIDTH = 1024  # partial sums that are added at a time
