@@ -64,7 +64,7 @@ def test_only_the_interpreter_serves_cpu_tensors(run_python):
 
 # The interpreter computes with numpy, which warns of overflows that are meant.
 PYTEST = """
-import sys, pytest
+import sys, pytest, support.interpreter
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::RuntimeWarning", *sys.argv[1:]]))
 """
 TOO_LARGE = (
@@ -109,6 +109,7 @@ def test_the_interpreted_kernels_pass_their_own_tests(run_python, part):
 
 DIGESTS = """
 import json, warnings
+import support.interpreter
 import test_instruction_sets
 from lomo_kernels import backends
 warnings.simplefilter("ignore", RuntimeWarning)
