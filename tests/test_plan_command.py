@@ -228,7 +228,7 @@ def test_a_hugging_face_config(plan: Plan, of_transformers: Callable[..., str], 
         ([*SIZES, "--memory", "99999999GB"], "--memory 99999999GB is more than 1048576GB"),
         ([*SIZES, "--seq", "10000000000000"], "--batch 1 of --seq 10000000000000 are more than"),
         ([*SIZES, "--group", "block"], "--group block is of FSDP2: it needs --gpus of 2 or more"),
-        ([*SIZES, "--d-model", "24"], "the head is 6 wide, expected"),
+        ([*SIZES, "--method", "sgd", "--d-model", "24"], "the head is 6 wide, expected"),
     ],
 )
 def test_bad_options_get_one_sentence(plan: Plan, arguments: list[str], message: str) -> None:
