@@ -56,7 +56,7 @@ def build_cuda() -> str:
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
         f"-DPYTHON={sys.executable}",
         "-DLOMO_CUDA=1",
-        f"-DCMAKE_CUDA_COMPILER_LAUNCHER={ROOT / 'tests' / 'keep_output.sh'}",
+        f"-DCMAKE_CUDA_COMPILER_LAUNCHER={ROOT / 'tests' / 'support' / 'keep_output.sh'}",
         "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
     ]
     BUILD.mkdir(parents=True, exist_ok=True)

@@ -73,8 +73,8 @@ def threads():
 
 @pytest.fixture(scope="session")
 def ranks():
-    """ranks(world): `processes.Processes` that stay for the session."""
-    from processes import by_world
+    """ranks(world): `Processes` that stay for the session."""
+    from support.processes import by_world
 
     yield from by_world()
 
@@ -86,7 +86,7 @@ def run_python():
     Returns the finished process: `returncode`, `stdout`, `stderr`. torch is imported already, unless `env` has what
     counts before that: LD_PRELOAD.
     """
-    from fresh import Server
+    from support.fresh import Server
 
     server = Server()
 

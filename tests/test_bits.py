@@ -9,9 +9,9 @@ import hashlib
 import json
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
+from support import oracle
 
 from lomo_kernels import backends, ops
 

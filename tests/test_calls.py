@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
+from support.processes import Processes
 from torch import Tensor, nn
 
 import lomo_kernels

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.textbook import Textbook
 from test_lomo_fused_memory import allocated, scratch_of_products
-from textbook import Textbook
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -10,10 +10,10 @@ import shutil
 from pathlib import Path
 
 import lomo_kernels_testing
-import oracle
 import pytest
 import torch
-from oracle import DTYPES, ROUNDINGS, assert_close_sum, assert_same_bits, name_of, reference_arguments
+from support import oracle
+from support.oracle import DTYPES, ROUNDINGS, assert_close_sum, assert_same_bits, name_of, reference_arguments
 
 import lomo_kernels
 from lomo_kernels import reference

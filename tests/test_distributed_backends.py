@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import assert_same_bits, weights_of, whole_weights
-from processes import Processes
+from support.models import assert_same_bits, weights_of, whole_weights
+from support.processes import Processes
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import assert_same_bits, loss_of, weights_of
-from test_distributed_sharded import Planted, fsdp, transformer_of_vectors, whole_weights
-from textbook import Textbook
+from support.engines import fsdp
+from support.models import Planted, assert_same_bits, loss_of, transformer_of_vectors, weights_of, whole_weights
+from support.textbook import Textbook
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard

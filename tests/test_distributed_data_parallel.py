@@ -4,53 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from models import Options, Planted, assert_close, assert_same_bits, loss_of, same_bits, transformer, weights_of
-from processes import lowest_peak
-from textbook import Textbook
+from support.engines import CLIPPED, LR, DataParallel, equals_one_process
+from support.models import (
+    Options,
+    assert_close,
+    assert_same_bits,
+    loss_of,
+    same_bits,
+    transformer,
+    weights_of,
+    whole_weights,
+)
+from support.processes import lowest_peak
+from support.textbook import Textbook
+from test_lomo_loss import Model, ran
+from test_lomo_loss import batch as batch_of_model
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 
 from lomo_kernels import Lomo
 from lomo_kernels.optim.engines import data_parallel, in_flight
 
-LR = 0.3
+LARGE = DataParallel.options
 
 
-def train(rank: int, options: Options, settings: dict[str, Any], members: list[int] | None = None) -> None:
+def train(rank: int, options: Options, members: list[int] | None = None) -> None:
     group = dist.group.WORLD if members is None else dist.new_group(members)
+    engine = DataParallel(group)
+    model = engine.make(options)
     if members is not None and rank not in members:
         with pytest.raises(TypeError, match="that this process belongs to"):
-            Lomo(transformer(options), lr=LR, process_group=group)
+            engine.lomo(model, lr=LR)
         return
-    world, mine = dist.get_world_size(group), dist.get_rank(group)
-    model = transformer(options, seed=mine)
-    book = Textbook(transformer(options, seed=0), lr=LR, **settings)
-    optimizer = Lomo(model, lr=LR, process_group=group, **settings)
-    assert_same_bits(weights_of(model), weights_of(book.model))
-    for step in range(5):
-        book.step(sum(loss_of(book.model, world * step + n) for n in range(world)) / world)
-        optimizer.backward(loss_of(model, world * step + mine))
-        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
-        assert all(param.grad is None for param in model.parameters())
-    assert_close(weights_of(model), book.model)
-    assert optimizer.step_count.item() == 5 and optimizer.skipped_steps.item() == 0
-
-
-CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01, "clip_passes": "two"}
-LARGE = Options(width=128, layers=1)  # with gradients that travel alone
+    equals_one_process(engine, CLIPPED, model)
 
 
 @pytest.mark.parametrize(
     "options",
     [
         Options(),
-        LARGE,
         Options(tied=True),
         Options(frozen=("embedding", "blocks.0")),
         Options(checkpoint="reentrant"),
@@ -59,38 +56,11 @@ LARGE = Options(width=128, layers=1)  # with gradients that travel alone
     ids=str,
 )
 def test_models(ranks: Any, options: Options) -> None:
-    ranks(2).call(train, options, CLIPPED)
+    ranks(2).call(train, options)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"clip_grad_norm": 0.3, "clip_passes": "one"}, {"clip_grad_value": 1e-2}, {"loss_scale": 1024.0}],
-    ids=str,
-)
-def test_settings(ranks: Any, settings: dict[str, Any]) -> None:
-    ranks(2).call(train, LARGE, settings)
-
-
-def test_more_ranks(ranks: Any) -> None:
-    ranks(4).call(train, LARGE, CLIPPED)
-    ranks(4).call(train, Options(), CLIPPED, [0, 1, 3])  # the kernels divide by three
-
-
-def norms(rank: int) -> None:
-    """Those of the averaged gradients."""
-    world = dist.get_world_size()
-    model, alone = transformer(LARGE), transformer(LARGE)
-    optimizer = Lomo(model, lr=LR, process_group=dist.group.WORLD)
-    optimizer.backward(loss_of(model, rank))
-    (sum(loss_of(alone, n) for n in range(world)) / world).backward()
-    actual = {name: norm.item() for name, norm in optimizer.grad_norms().items()}
-    assert actual == pytest.approx(
-        {name: p.grad.double().norm().item() for name, p in alone.named_parameters()}, rel=1e-5
-    )
-
-
-def test_norms(ranks: Any) -> None:
-    ranks(2).call(norms)
+def test_a_part_of_the_ranks(ranks: Any) -> None:
+    ranks(4).call(train, Options(), [0, 1, 3])  # the kernels divide by three
 
 
 # ---- Order and absence ----------------------------------------------------------------------------------------------
@@ -161,29 +131,6 @@ def test_a_gradient_that_shares_its_memory(ranks: Any) -> None:
     ranks(2).call(shared_memory)
 
 
-def same_bits_as_one_process(rank: int, dtype: torch.dtype) -> None:
-    model, alone = Planted(dtype), Planted(dtype)
-    options = {
-        "lr": 1e-3,
-        "rounding": "stochastic",
-        "seed": 3,
-        "loss_scale": None,
-        "clip_grad_norm": 1e6,
-        "clip_passes": "two",
-    }
-    ours, theirs = Lomo(model, process_group=dist.group.WORLD, **options), Lomo(alone, **options)
-    for step in range(3):
-        ours.backward(model(step))
-        theirs.backward(alone(step))
-    assert_same_bits(weights_of(model), weights_of(alone))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits(ranks: Any, dtype: torch.dtype) -> None:
-    for world in (2, 4):
-        ranks(world).call(same_bits_as_one_process, dtype)
-
-
 def layouts(rank: int) -> None:
     """Parameters that are not contiguous, of no elements, of one, and of two dtypes; buffers of rank 0."""
     model = nn.Module()
@@ -214,61 +161,6 @@ def test_layouts(ranks: Any) -> None:
 
 
 # ---- Steps ----------------------------------------------------------------------------------------------------------
-
-
-def all_skip(rank: int, clip: float | None, dtype: torch.dtype, bad: float) -> None:
-    model = transformer(Options(dtype=dtype))
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip, process_group=dist.group.WORLD, clip_passes="two")
-    optimizer.backward(loss_of(model, rank))
-    before = weights_of(model)
-    optimizer.backward(loss_of(model, rank) * (bad if rank == 1 else 1.0))
-    assert optimizer.skipped_steps.item() == 1 and not optimizer.last_grad_norm.isfinite()
-    if clip is not None or dtype is torch.float16:
-        assert_same_bits(weights_of(model), before)
-    assert all(weight.isfinite().all() for weight in weights_of(model).values())
-    optimizer.backward(loss_of(model, rank))
-    assert optimizer.skipped_steps.item() == 1 and optimizer.step_count.item() == 3
-    others: list[Any] = [None, None]
-    dist.all_gather_object(others, weights_of(model))
-    assert_same_bits(*others)
-
-
-@pytest.mark.parametrize("clip", [None, 0.3])
-def test_one_rank_with_a_nan(ranks: Any, clip: float | None) -> None:
-    for dtype, bad in ((torch.float32, math.nan), (torch.float32, math.inf), (torch.float16, math.inf)):
-        ranks(2).call(all_skip, clip, dtype, bad)
-
-
-def accumulation(rank: int, how: str, clip: float | None) -> None:
-    model = transformer(LARGE)
-    book = Textbook(model, lr=0.1, clip_grad_norm=clip)  # with 0.3 rounding alone comes to more than 1e-6
-    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip, process_group=dist.group.WORLD, clip_passes="two")
-    for step in range(5):
-        for part in range(3):
-            first = 6 * step + 2 * part
-            book.backward(sum(loss_of(book.model, first + n) for n in range(2)) / 2)
-            loss = loss_of(model, first + rank)
-            if how == "accumulate":
-                with optimizer.accumulate() if part < 2 else nullcontext():
-                    optimizer.backward(loss)
-            else:
-                loss.backward()
-        book.apply()
-        book.zero_grad()
-        if how == "step":
-            kept = {name: param.grad.clone() for name, param in model.named_parameters()}
-            optimizer.step()
-            assert_same_bits({name: param.grad for name, param in model.named_parameters()}, kept)
-            optimizer.zero_grad()
-        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
-        assert all(param.grad is None for param in model.parameters())
-    assert_close(weights_of(model), book.model)
-
-
-@pytest.mark.parametrize("clip", [None, 0.3])
-def test_accumulation(ranks: Any, clip: float | None) -> None:
-    for how in ("accumulate", "step"):
-        ranks(2).call(accumulation, how, clip)
 
 
 def parameters_that_come_later(rank: int) -> None:
@@ -372,11 +264,6 @@ def wrapped(rank: int) -> None:
         Lomo(nn.Sequential(replicate(nn.Linear(3, 3))), lr=LR)
 
 
-def fused(rank: int) -> None:
-    with pytest.raises(ValueError, match="has to be summed first"):
-        Lomo(transformer(), lr=LR, fused_layers=True, process_group=dist.group.WORLD)
-
-
 def sparse(rank: int) -> None:
     model = nn.Embedding(5, 3, sparse=True)
     optimizer = Lomo(model, lr=LR, process_group=dist.group.WORLD)
@@ -402,13 +289,7 @@ def differing(rank: int) -> None:
     with pytest.raises(ValueError, match="hyperparameters on rank 1 and on rank 0 differ"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "weight_decay": 0.1 * rank})
     with pytest.raises(ValueError, match="options on rank 1 and on rank 0 differ"):
-        Lomo(
-            transformer(),
-            lr=LR,
-            clip_grad_norm=None if rank else 1.0,
-            process_group=dist.group.WORLD,
-            clip_passes="two",
-        )
+        Lomo(transformer(), lr=LR, clip_grad_norm=None if rank else 1.0, process_group=dist.group.WORLD)
 
 
 def devices(rank: int) -> None:
@@ -438,9 +319,7 @@ def grad_scaler(rank: int) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    "check", [wrapped, fused, sparse, differing, devices, grad_scaler], ids=lambda check: check.__name__
-)
+@pytest.mark.parametrize("check", [wrapped, sparse, differing, devices, grad_scaler], ids=lambda check: check.__name__)
 def test_refused(ranks: Any, check: Callable[[int], None]) -> None:
     ranks(2).call(check)
 
@@ -460,3 +339,20 @@ def alone(rank: int) -> None:
         theirs.backward(loss_of(b, step))
     assert same_bits(ours.last_grad_norm, theirs.last_grad_norm)
     assert_same_bits(weights_of(a), weights_of(b))
+
+
+def overwriting(rank: int) -> None:
+    results = []
+    for budget in (0, None):
+        model = Model()
+        optimizer = Lomo(model, lr=0.1, clip_grad_norm=0.3, clip_memory=budget, process_group=dist.group.WORLD)
+        for step in range(3):
+            ran.clear()
+            optimizer.backward(model(*batch_of_model(10 * rank + step)))
+            assert ran == ["in place"]
+        results.append(whole_weights(model))
+    assert_same_bits(*results)
+
+
+def test_a_loss_that_overwrites_what_it_saved_runs_once(ranks: Any) -> None:
+    ranks(2).call(overwriting)

@@ -10,23 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import loss_of, same_bits, transformer_of_vectors, weights_of, whole_weights
-from textbook import Textbook
+from support.engines import LR, fsdp
+from support.models import loss_of, same_bits, transformer_of_vectors, weights_of, whole_weights
+from support.textbook import Textbook
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lomo_kernels import Lomo
 
-LR = 0.3
 RULES: dict[str, dict[str, Any]] = {"hook": {}, "two": {"clip_grad_norm": 0.3, "clip_passes": "two"}}
 BY_RULE = pytest.mark.parametrize("rule", RULES)
-
-
-def fsdp(model: nn.Module) -> None:
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
 
 
 MOVES: dict[str, Callable[[nn.Module], Any]] = {

@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from models import assert_close, loss_of, transformer_of_vectors, whole_weights
-from processes import Processes, by_world
+from support.models import assert_close, loss_of, transformer_of_vectors, whole_weights
+from support.processes import Processes, by_world
 from test_distributed_sharded import WAYS
 from test_lomo_tensor_clip import FACTOR, WARM, AdaGC, means_of
 from torch import Tensor, nn

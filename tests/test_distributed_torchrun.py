@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import assert_close, loss_of, transformer_of_vectors
-from textbook import Textbook
+from support.models import assert_close, loss_of, transformer_of_vectors
+from support.textbook import Textbook
 
 DOCUMENTS = Path(__file__).parent.parent / "docs" / "distributed"
 RANKS, STEPS, LR = 2, 3, 3e-2  # ranks of a node
@@ -22,7 +22,7 @@ BEFORE = """
 import os
 import sys
 import torch
-import models
+from support import models
 from lomo_kernels import Lomo
 
 def build():

@@ -5,12 +5,12 @@ import functools
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import ARGUMENTS, DTYPES, KEYS, ROUNDINGS, assert_same_bits, name_of, reference_arguments
+from support import oracle
+from support.oracle import ARGUMENTS, DTYPES, KEYS, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 from test_sgd import refused
 
 from lomo_kernels import backends, ops, reference

@@ -6,12 +6,12 @@ import itertools
 import math
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_same_bits
+from support import oracle
+from support.oracle import assert_same_bits
 from torch import Tensor
 
 from lomo_kernels import reference

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import Options, TinyTransformer, assert_same_bits, loss_of, transformer, weights_of
+from support.models import Options, TinyTransformer, assert_same_bits, loss_of, transformer, weights_of
+from support.textbook import Textbook
 from test_lomo import MODELS, RULES, scale_for
-from textbook import Textbook
 from torch import Tensor, nn
 
 from bench.measure import SCRATCH, memory_of

@@ -129,7 +129,7 @@ def walked(machine: Path) -> subprocess.CompletedProcess[str]:
     """The pretended run, ended: its budget is a hard limit."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "LOMO_"))}
     env |= {"LOMO_COMMIT": "c" * 40, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{results.ROOT}{os.pathsep}{TESTS}"}
-    command = [sys.executable, TESTS / "pretended_run.py", machine, "--budget", "300"]
+    command = [sys.executable, TESTS / "support" / "pretended_run.py", machine, "--budget", "300"]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=310)
 
 

@@ -10,10 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
-from oracle import ARGUMENTS, DTYPES, ROUNDINGS, reference_arguments
+from support import oracle
+from support.oracle import ARGUMENTS, DTYPES, ROUNDINGS, reference_arguments
 from test_embedding import gradient as embedding_gradient
 
 from lomo_kernels import ops, reference

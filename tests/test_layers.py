@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Options, assert_same_bits, loss_of, same_bits, transformer, weights_of
+from support.models import Options, assert_same_bits, loss_of, same_bits, transformer, weights_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode

@@ -3,12 +3,12 @@ make of the gradient in float64; and the two kernels under them, on every instru
 
 import math
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import ARGUMENTS, DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
+from support import oracle
+from support.oracle import ARGUMENTS, DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 from torch.library import opcheck
 
 from lomo_kernels import backends, ops, reference

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import Options, assert_same_bits, batch, gives, loss_of, transformer, vector, weights_of
-from textbook import Textbook, Textbook64
+from support.models import Options, assert_same_bits, batch, gives, loss_of, transformer, vector, weights_of
+from support.textbook import Textbook, Textbook64
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo

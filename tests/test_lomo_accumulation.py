@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Options, assert_same_bits, gives, loss_of, transformer, vector, weights_of
-from textbook import Textbook
+from support.models import Options, assert_same_bits, gives, loss_of, transformer, vector, weights_of
+from support.textbook import Textbook
 from torch import nn
 
 from lomo_kernels import Lomo

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Options, assert_same_bits, loss_of, on_gradient_pass, transformer, weights_of
+from support.models import Options, assert_same_bits, loss_of, on_gradient_pass, transformer, weights_of
+from support.textbook import Textbook
 from test_lomo_graphs import Doubled, RandomGraph, instructions, loss_on
-from textbook import Textbook
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

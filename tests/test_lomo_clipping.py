@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import Options, assert_same_bits, gives, loss_of, same_bits, transformer, vector, weights_of
-from textbook import Textbook
+from support.models import Options, assert_same_bits, gives, loss_of, same_bits, transformer, vector, weights_of
+from support.textbook import Textbook
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Options, assert_same_bits, loss_of, transformer, vector, weights_of
+from support.models import Options, assert_same_bits, loss_of, transformer, vector, weights_of
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo

@@ -8,7 +8,7 @@ PRELUDE = """
 import gc, sys, threading, torch
 from torch import nn
 from lomo_kernels import Lomo
-from textbook import Textbook64
+from support.textbook import Textbook64
 
 def chain(w, n):
     for _ in range(n // 2):

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import Options, loss_of, transformer
-from oracle import assert_same_bits
+from support.models import Options, loss_of, transformer
+from support.oracle import assert_same_bits
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo

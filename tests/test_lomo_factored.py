@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from models import Options, assert_same_bits, loss_of, on_gradient_pass, transformer, vector, weights_of
+from support.models import Options, assert_same_bits, loss_of, on_gradient_pass, transformer, vector, weights_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same_bits, weights_of
-from textbook import Textbook
+from support.models import assert_same_bits, weights_of
+from support.textbook import Textbook
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Options, assert_same_bits, loss_of, same_bits, transformer, weights_of
+from support.models import Options, assert_same_bits, loss_of, same_bits, transformer, weights_of
+from support.textbook import Textbook, Textbook64
 from test_lomo import MODELS
-from textbook import Textbook, Textbook64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

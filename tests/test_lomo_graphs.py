@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import assert_same_bits, weights_of
-from textbook import EPSILON
+from support.models import assert_same_bits, weights_of
+from support.textbook import EPSILON
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

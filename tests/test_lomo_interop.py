@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Options, assert_same_bits, batch, gives, loss_of, transformer, vector, weights_of
-from textbook import Textbook
+from support.models import Options, assert_same_bits, batch, gives, loss_of, transformer, vector, weights_of
+from support.textbook import Textbook
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo

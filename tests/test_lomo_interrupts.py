@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import assert_same_bits, gives, vector, weights_of
-from textbook import Textbook, Textbook64
+from support.models import assert_same_bits, gives, vector, weights_of
+from support.textbook import Textbook, Textbook64
 from torch import Tensor, nn
 
 import lomo_kernels

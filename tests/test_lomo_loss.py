@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import VOCAB, Block, assert_same_bits, weights_of
+from support.models import VOCAB, Block, assert_same_bits, weights_of
+from support.textbook import Textbook
 from test_lomo_clip_memory import Hidden
-from textbook import Textbook
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint

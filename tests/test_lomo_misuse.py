@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import Options, assert_same_bits, loss_of, transformer, vector, weights_of
-from textbook import Textbook
+from support.models import Options, assert_same_bits, loss_of, transformer, vector, weights_of
+from support.textbook import Textbook
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
-from models import assert_same_bits, gives, vector, weights_of
-from textbook import Textbook, Textbook64
+from support.models import assert_same_bits, gives, vector, weights_of
+from support.textbook import Textbook, Textbook64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Options, gives, loss_of, transformer, vector
+from support.models import Options, gives, loss_of, transformer, vector
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

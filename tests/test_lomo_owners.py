@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from models import assert_same_bits, gives, same_bits, vector, weights_of
-from textbook import Textbook
+from support.models import assert_same_bits, gives, same_bits, vector, weights_of
+from support.textbook import Textbook
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

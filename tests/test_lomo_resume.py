@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from models import assert_same_bits, gives, same_bits, vector, weights_of
+from support.models import assert_same_bits, gives, same_bits, vector, weights_of
 from test_lomo_state import named, through_a_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import (
+from support.models import (
     Options,
     assert_same_bits,
     gives,
@@ -17,7 +17,7 @@ from models import (
     vector,
     weights_of,
 )
-from textbook import Textbook
+from support.textbook import Textbook
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import Options, assert_same_bits, gives, loss_of, transformer, vector, weights_of
-from textbook import Textbook
+from support.models import Options, assert_same_bits, gives, loss_of, transformer, vector, weights_of
+from support.textbook import Textbook
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 

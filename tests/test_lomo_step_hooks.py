@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from models import Options, assert_same_bits, gives, loss_of, transformer, vector, weights_of
+from support.models import Options, assert_same_bits, gives, loss_of, transformer, vector, weights_of
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Options, assert_same_bits, loss_of, on_gradient_pass, transformer, vector, weights_of
+from support.models import Options, assert_same_bits, loss_of, on_gradient_pass, transformer, vector, weights_of
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import assert_same_bits, on_gradient_pass, weights_of
-from textbook import Textbook64
+from support.models import assert_same_bits, on_gradient_pass, weights_of
+from support.textbook import Textbook64
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -345,7 +345,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss
 from lomo_kernels import Lomo
-from textbook import Textbook64
+from support.textbook import Textbook64
 
 def model_of():
     torch.manual_seed(0)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same_bits, vector, weights_of
-from textbook import Textbook
+from support.models import assert_same_bits, vector, weights_of
+from support.textbook import Textbook
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 

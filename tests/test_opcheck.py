@@ -1,9 +1,9 @@
 """The operators as torch sees them: schemas, fake tensors, meta tensors, torch.compile."""
 
-import oracle
 import pytest
 import torch
-from oracle import assert_same_bits
+from support import oracle
+from support.oracle import assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 

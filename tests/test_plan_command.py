@@ -255,7 +255,7 @@ def test_a_hugging_face_config(plan: Plan, of_transformers: Callable[..., str], 
         ([*SIZES, "--group", "block"], "--group block is of FSDP2: it needs --gpus of 2 or more"),
         ([*SIZES, "--budgets", "--gpus", "2"], "--budgets is of one GPU: over several ranks all gradients are kept or"),
         ([*SIZES, "--budgets", "--method", "lomo"], "--budgets is of Lomo with clipping, fused layers and plain ones"),
-        ([*SIZES, "--d-model", "24"], "the head is 6 wide, expected"),
+        ([*SIZES, "--method", "sgd", "--d-model", "24"], "the head is 6 wide, expected"),
     ],
 )
 def test_bad_options_get_one_sentence(plan: Plan, arguments: list[str], message: str) -> None:

@@ -6,11 +6,11 @@ defect it must pass. The inputs of the tests are therefore not weaker than they 
 
 import math
 
-import oracle
 import pytest
 import test_sgd
 import test_sq_norm
 import torch
+from support import oracle
 
 from lomo_kernels import numbers, ops, reference
 from lomo_kernels.ops.scalars import vector

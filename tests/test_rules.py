@@ -6,14 +6,14 @@ import copy
 import math
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Options, loss_of, transformer
-from oracle import DTYPES, ROUNDINGS, assert_same_bits, name_of
-from textbook import Textbook
+from support import oracle
+from support.models import Options, loss_of, transformer
+from support.oracle import DTYPES, ROUNDINGS, assert_same_bits, name_of
+from support.textbook import Textbook
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo, ops, reference

@@ -2,12 +2,12 @@
 
 import math
 
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import ARGUMENTS, DTYPES, KEYS, ROUNDINGS, SIZES, assert_same_bits, name_of, reference_arguments
+from support import oracle
+from support.oracle import ARGUMENTS, DTYPES, KEYS, ROUNDINGS, SIZES, assert_same_bits, name_of, reference_arguments
 
 from lomo_kernels import backends, numbers, ops, reference
 from lomo_kernels.ops.scalars import vector

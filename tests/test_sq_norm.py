@@ -2,12 +2,12 @@
 
 import math
 
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import DTYPES, SIZES, assert_close_sum, assert_same_bits, name_of
+from support import oracle
+from support.oracle import DTYPES, SIZES, assert_close_sum, assert_same_bits, name_of
 
 from lomo_kernels import backends, ops, reference
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import same_bits, vector
+from support.models import same_bits, vector
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn

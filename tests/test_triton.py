@@ -64,7 +64,7 @@ def test_only_the_interpreter_serves_cpu_tensors(run_python):
 
 # The interpreter computes with numpy, which warns of overflows that are meant.
 PYTEST = """
-import sys, pytest
+import sys, pytest, support.interpreter
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::RuntimeWarning", *sys.argv[1:]]))
 """
 TOO_LARGE = (
@@ -103,12 +103,13 @@ def test_the_interpreted_kernels_pass_the_contract(run_python, part):
 
 @pytest.mark.parametrize("part", ["keys or rows", "not (keys or rows)"])
 def test_the_interpreted_kernels_pass_their_own_tests(run_python, part):
-    process = run_python(PYTEST, str(HERE / "triton_interpreted.py"), "-k", part, **INTERPRETED)
+    process = run_python(PYTEST, str(HERE / "support" / "triton_interpreted.py"), "-k", part, **INTERPRETED)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr
 
 
 DIGESTS = """
 import json, warnings
+import support.interpreter
 import test_instruction_sets
 from lomo_kernels import backends
 warnings.simplefilter("ignore", RuntimeWarning)
@@ -209,6 +210,30 @@ def compiled(target, made, **changed):
     return triton.compile(code, target=gpu, options=options | changed)
 
 
+class Assembled(NamedTuple):
+    """What the tests read of a compiled kernel."""
+
+    asm: dict
+    metadata: NamedTuple
+
+
+#: Kernels that form no product have one PTX on these, but for the line that names the target. Only the assembler, a
+#: fifth of the time, is run for each.
+TWINS = {120: 100}
+
+
+def assembled(target, made, twin):
+    """`compiled`; `twin`: the kernel for the target of `TWINS`, whose PTX is taken if it is the same source."""
+    (code, options), (other, others) = made, twin
+    if code.hash() != other.hash() or options != others:
+        return compiled(target, made)
+    kernel = compiled(TWINS[target], twin)
+    ptx, replaced = re.subn(rf"(?m)^(\.target sm_){TWINS[target]}", rf"\g<1>{target}", kernel.asm["ptx"])
+    assert replaced == 1
+    backend = triton.compiler.make_backend(GPUTarget("cuda", target, 32))
+    return Assembled({"ptx": ptx, "cubin": backend.make_cubin(ptx, {}, kernel.metadata, target)}, kernel.metadata)
+
+
 def resources(kernel, tmp_path):
     """Registers, and bytes of stack and local memory, as the compiler of NVIDIA's machine code reports them."""
     cubin = tmp_path / "kernel.cubin"
@@ -241,7 +266,7 @@ FUSED = re.compile(
 def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     case = CASES[name]
     made = case.make(gpu=target)
-    kernel = compiled(target, made)
+    kernel = assembled(target, made, case.make(gpu=TWINS[target])) if target in TWINS else compiled(target, made)
     ptx = kernel.asm["ptx"]
     registers, stack, local = resources(kernel, tmp_path)
     assert stack == local == 0, "registers are spilled"
@@ -255,6 +280,16 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
         # One number of each warp, for the decision how to round: more would be elements that wander between threads.
         assert ptx.count("ld.shared") <= ("stochastic" in name), "elements wander between threads"
         assert programs_together(kernel, registers) >= 2, "no two programs fit on a multiprocessor"
+
+
+@pytest.mark.parametrize("name", ["fp32 by fp16 nearest", "fp16 by bf16 everything", "bf16 list", "bf16 list norm"])
+def test_twins_have_one_ptx(name):
+    """And one machine code, whoever made the PTX."""
+    for target, twin in TWINS.items():
+        made = CASES[name].make(gpu=target)
+        whole, parts = compiled(target, made), assembled(target, made, CASES[name].make(gpu=twin))
+        assert isinstance(parts, Assembled) and whole.asm["ptx"] == parts.asm["ptx"]
+        assert whole.asm["cubin"] == parts.asm["cubin"] and whole.metadata.shared == parts.metadata.shared
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])

@@ -19,7 +19,10 @@ from test_triton import (  # noqa: E402
     INTERPRETED,
     NVIDIA,
     PYTEST,
+    TWINS,
     TYPES,
+    Assembled,
+    assembled,
     compiled,
     programs_together,
     resources,
@@ -37,7 +40,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.mark.parametrize("part", ["linear_sgd", "embedding", "not linear_sgd and not embedding"])
 def test_the_interpreted_kernels_pass_their_own_tests(run_python, part):
-    process = run_python(PYTEST, str(HERE / "triton_layers_interpreted.py"), "-k", part, **INTERPRETED)
+    process = run_python(PYTEST, str(HERE / "support" / "triton_layers_interpreted.py"), "-k", part, **INTERPRETED)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr
 
 
@@ -153,7 +156,10 @@ SHARED = {75: 64, 80: 163, 90: 227, 100: 227, 120: 99, AMD: 64}
 )
 def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     code, options, tile = CASES[name](target)
-    kernel = compiled(target, (code, options))
+    if tile is None and target in TWINS:
+        kernel = assembled(target, (code, options), CASES[name](TWINS[target])[:2])
+    else:
+        kernel = compiled(target, (code, options))
     ptx = kernel.asm["ptx"]
     registers, stack, local = resources(kernel, tmp_path)
     assert stack == local == 0, f"registers are spilled: {stack} bytes"
@@ -182,6 +188,15 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
         if "norm" not in name:
             size = DTYPES[name.split()[1]].itemsize * tile.rows * tile.columns // (32 * options["num_warps"] * 16)
             assert there["st.global.v4.b32"] == size, "the weight is not written 16 bytes at a time"
+
+
+@pytest.mark.parametrize("name", ["embedding fp16 by fp16 everything", "embedding norm fp32 odd", "lengths bf16"])
+def test_twins_have_one_ptx(name):
+    for target, twin in TWINS.items():
+        made = CASES[name](target)[:2]
+        whole, parts = compiled(target, made), assembled(target, made, CASES[name](twin)[:2])
+        assert isinstance(parts, Assembled) and whole.asm["ptx"] == parts.asm["ptx"]
+        assert whole.asm["cubin"] == parts.asm["cubin"] and whole.metadata.shared == parts.metadata.shared
 
 
 def test_without_the_limit_a_program_would_be_alone(tmp_path):

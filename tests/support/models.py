@@ -102,25 +102,34 @@ def transformer_of_vectors(options: Options = Options()) -> TinyTransformer:
 
 
 class Planted(nn.Module):
-    """Gradients known beforehand and the same on every rank, so that averaging is exact and bits can be compared."""
+    """Gradients known beforehand and the same on every rank, so that averaging is exact and bits can be compared.
 
-    SHAPES = ((19, 6), (7,), (5, 4, 3), (1,), (600, 121))  # the last one too large to wait for a list call
+    Every parameter has a module of its own: DeepSpeed gathers by modules.
+    """
+
+    SHAPES = ((19, 6), (7,), (5, 4, 3), (1,), (600, 121))  # the last one too large to wait for others
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.weights = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in self.SHAPES)
+        self.layers = nn.ModuleList(PlantedLayer(torch.randn(shape).to(dtype)) for shape in self.SHAPES)
 
     def forward(self, step: int) -> Tensor:
-        total = torch.zeros(())
-        for index, param in enumerate(self.weights):
-            generator = torch.Generator().manual_seed(100 * step + index)
-            grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-            if isinstance(param, DTensor):
-                grad = distribute_tensor(grad, param.device_mesh, param.placements)
-            product = (param.float() * grad.float()).sum()
-            total = total + (product.full_tensor() if isinstance(product, DTensor) else product)
-        return total
+        return sum(layer(100 * step + index) for index, layer in enumerate(self.layers))
+
+
+class PlantedLayer(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, seed: int) -> Tensor:
+        param = self.weight
+        grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed)).to(param.dtype)
+        if isinstance(param, DTensor):
+            grad = distribute_tensor(grad, param.device_mesh, param.placements)
+        product = (param.float() * grad.float()).sum()
+        return product.full_tensor() if isinstance(product, DTensor) else product
 
 
 def batch(seed: int, size: int = 3) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""``PYTHONPATH=.:tests python tests/pretended_run.py FOLDER …``: `make gpu` on the pretended device, in forks.
+"""``PYTHONPATH=.:tests python tests/support/pretended_run.py FOLDER …``: `make gpu` on the pretended device, in forks.
 
 A fork has torch already; 20 processes that import it would take a minute. pytest-xdist, whose workers are no forks, is
 left out. Two stages are planted: one hangs and one fails. FOLDER/bin stands in for the programs that are not here.
@@ -66,7 +66,7 @@ def pretended(stage: Stage) -> int:
         arguments[position : position + 2] = ["-p", "no:xdist"]
     if stage.name == "more":  # NCCL, and memory that is really allocated
         arguments.append("--collect-only")
-    return int(pytest.main([*arguments, "-p", "pretended_gpu"]))
+    return int(pytest.main([*arguments, "-p", "support.pretended_gpu"]))
 
 
 def planted(capability: str, cores: int) -> list[Stage]:

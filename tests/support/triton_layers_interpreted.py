@@ -7,15 +7,15 @@ learning rate of one show, against float64; and every update against `reference.
 import itertools
 import math
 
-import oracle
 import pytest
 import torch
-from oracle import ARGUMENTS, DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 
 from lomo_kernels import backends, ops, reference
 from lomo_kernels.ops.scalars import vector
 from lomo_kernels.rules import RULES
 from lomo_kernels.triton import embedding, launch, linear
+from support import oracle
+from support.oracle import ARGUMENTS, DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 
 assert backends.choice("CPU").backend == "triton" and launch.INTERPRETED
 assert not backends.choice("CPU").apart
