@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.engines import fsdp
 from support.models import assert_close, same_bits, transformer_of_vectors
-from test_distributed_sharded import fsdp
 from test_lomo_factored import RULES, Kinds, Textbook, tokens
 
 from lomo_kernels import Lomo
