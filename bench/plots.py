@@ -71,7 +71,6 @@ def update(device: Device) -> Figure:
 def hooks(device: Device) -> Figure:
     """Microseconds per parameter over their number, one panel per shape and dtype."""
     rows = device.of_question("hooks")
-    rows = rows.assign(cost=report.per_parameter(rows))
     panels = list(rows.groupby(["shape", "dtype"], sort=False))
     figure, column = plt.subplots(len(panels), 1, figsize=(10, 3.4 * len(panels)), sharex=True, squeeze=False)
     for axes, ((shape, dtype), group) in zip(column[:, 0], panels, strict=True):
@@ -106,21 +105,21 @@ def step(device: Device) -> Figure | None:
         return None
     rows = rows[rows["ratio"].notna() & (rows["contestant"] != FORWARD)]
     panels = []
+    keys = [key for key in (*report.STEP, "malloc") if key in rows]
     for _, of_one in rows.groupby("checkpointing", sort=False):
-        keys = [key for key in ("model", "tokens", "malloc") if key in rows]
         first = of_one[(of_one[keys] == of_one.iloc[0][keys]).all(axis=1)]
         clipping = first["contestant"].map(clips)
         panels += [(words, group) for words, group in (("clipped", first[clipping]), ("no clipping", first[~clipping]))]
     panels = [(words, group) for words, group in panels if len(group)]
     figure, column = plt.subplots(len(panels), 1, figsize=(10, 3.9 * len(panels)), squeeze=False)
     for axes, (how, group) in zip(column[:, 0], panels, strict=True):
-        case = {key: group[key].iloc[0] for key in report.STEP}
+        case = group[keys].iloc[0].to_dict()
         for number, one in enumerate(group.itertuples()):
             shade = BLUE if ours(one.contestant) else OTHERS[number % len(OTHERS)]
             mark = "oD^vsP"[number % 6]
             errors = [[one.ratio.median - one.ratio.low], [one.ratio.high - one.ratio.median]]
             axes.errorbar(
-                one.memory["peak"] / 2**20,
+                one.peak / 2**20,
                 one.ratio.median,
                 yerr=errors,
                 fmt=mark,
@@ -132,7 +131,7 @@ def step(device: Device) -> Figure | None:
         axes.axhline(1, color=GREY, linewidth=1)
         axes.set(xlabel="peak memory above the weights, MiB", ylabel=f"time, {BASE} = 1")
         axes.set_xlim(left=0)
-        axes.set_title(f"{report.words(case)}{report.malloc(group)}; {how}")
+        axes.set_title(f"{report.words(case)}; {how}")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     return figure
 
