@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from .measure import repeated
-
 BYTES = {"cpu": 2**28, "cuda": 2**31}  # of the copied tensor
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
 CONTESTANTS = ("copy", "read", "product")
@@ -35,7 +33,6 @@ def product(device: str) -> Ceiling:
 
 
 @pytest.mark.parametrize("ceiling", [copy, read, product], ids=CONTESTANTS)
-def test_ceiling(reported, ceiling, device, step_rounds):
+def test_ceiling(paired, ceiling, device):
     call, case, moved = ceiling(device)
-    (sample,) = repeated(device, call)
-    reported(ceiling.__name__, case, [sample() for _ in range(step_rounds)], bytes_moved=moved)
+    paired(ceiling.__name__, case, call, bytes_moved=moved)

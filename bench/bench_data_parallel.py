@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -51,14 +50,7 @@ def expected(name: str) -> str:
     return BASE if clips(name) else "DDP, SGD"
 
 
-@pytest.fixture(scope="module")
-def measured(case, step_rounds, device):
-    if device != "cpu":
-        pytest.skip("one GPU has no two ranks")
-    return ranks.measured(made, expected, case, step_rounds)
-
-
-def test_data_parallel(reported, contestant, case, measured):
-    seconds, memory = measured
+def test_data_parallel(record, contestant, case, ranked):
+    seconds, memory = ranked
     beside = {"beside": BASE, "beside_seconds": seconds[BASE]}
-    reported(contestant, case._asdict(), seconds[contestant], memory=memory[contestant], **beside)
+    record(contestant, case._asdict(), seconds=seconds[contestant], memory=memory[contestant], **beside)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -43,15 +42,8 @@ def expected(_: str) -> str:
     return FIRST
 
 
-@pytest.fixture(scope="module")
-def measured(case, step_rounds, device):
-    if device != "cpu":
-        pytest.skip("one GPU has no two ranks")
-    return ranks.measured(made, expected, case, step_rounds)
-
-
-def test_sharded(reported, contestant, group, case, measured):
-    seconds, memory = measured
+def test_sharded(record, contestant, group, case, ranked):
+    seconds, memory = ranked
     name = named(contestant, group)
     beside = {"beside": FIRST, "beside_seconds": seconds[FIRST]}
-    reported(contestant, case._asdict() | {"group": group}, seconds[name], memory=memory[name], **beside)
+    record(contestant, case._asdict() | {"group": group}, seconds=seconds[name], memory=memory[name], **beside)

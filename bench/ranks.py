@@ -20,7 +20,7 @@ from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.optim.placement import local_of
 from lomo_kernels.plan.methods import CLIP, plain
 
-from .measure import interleave, memory_of
+from .measure import memory_of
 from .methods import LLAMA_107M
 
 LR = 1e-3
@@ -77,6 +77,18 @@ def same_step(param: Tensor, expected: Tensor, before: Tensor) -> bool:
     """Whether a parameter has changed as expected: within 1% of the largest change, and the float32 of its weights."""
     limit = 0.01 * (expected - before).abs().max() + 2 * torch.finfo(torch.float32).eps * before.abs().max()
     return bool((param - expected).abs().max() <= limit)
+
+
+def interleave(steps: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round. Every round runs all, in rotated order; the first round is not counted."""
+    names = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            spent = steps[name](turn)
+            if turn:
+                seconds[name].append(spent)
+    return seconds
 
 
 def measured(
