@@ -22,7 +22,7 @@ SETTING = {"backend": "cpu", "detail": "avx2", "malloc": "stock"}
 def timed(question, contestant, speed, *, beside="probe", spread=0.01, memory=None, error=None, **case):
     """As fast as what ran beside it, times `speed`."""
     seconds = [1e-3 / (speed * (1 + spread * k)) for k in (-2, -1, 0, 1, 2)]
-    measured = {"bytes_moved": 3_000_000, "memory": memory or {}, "error": error}
+    measured = {"memory": memory or {}, "error": error}
     return Measurement(question, contestant, {**SETTING, **case}, seconds, beside, [1e-3] * 5, **measured)
 
 
