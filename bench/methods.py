@@ -1,6 +1,6 @@
 """Ways to train a model, each at its best setting: what follows a forward, from backward to update.
 
-`PEERS` in `peers.py` says how each is set. All compute SGD, or AdamW with torch's defaults.
+bench/results/README.md says how each is set. All compute SGD, or AdamW with torch's defaults.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lomo_kernels.demo.model import ByteLlama, Config
-from lomo_kernels.plan.methods import CLIP, lomo, lomo_optim, plain
+from lomo_kernels.plan.methods import CLIP, LOMO_OPTIM_NEEDS, lacking, lomo, lomo_optim, plain
 
-from . import peers
 from .results import BASE, ours
 
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -145,10 +144,18 @@ def wrong(method: Method, dtype: torch.dtype, device: str) -> str:
     return ""
 
 
+def missing_peer(contestant: str) -> tuple[str, str] | None:
+    """The peer that a contestant's name begins with, and why, where it is not installed."""
+    for peer, packages in {"optimi": ("optimi",), "lomo_optim": LOMO_OPTIM_NEEDS}.items():
+        if contestant.startswith(peer) and (absent := lacking(packages)):
+            return peer, f"{' and '.join(absent)} not installed: pip install '.[bench]' in the source folder"
+    return None
+
+
 def cannot(name: str, dtype: torch.dtype, device: str) -> tuple[str, str] | None:
     """What is missing, a peer or a right result, and why, where the method cannot run."""
-    if lacking := peers.missing(name):
-        return lacking
+    if absent := missing_peer(name):
+        return absent
     reason = wrong(METHODS[name], dtype, device)
     assert not (reason and ours(name)), reason
     return (f"{name}, {str(dtype).removeprefix('torch.')}, {device}", reason) if reason else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import bench_hooks, bench_step, methods, peers
+from bench import bench_hooks, bench_step, methods
 from bench.bench_step import Case, Trained
 from bench.methods import METHODS, Method
 from bench.results import BASE, FORWARD
@@ -15,7 +15,7 @@ from bench.results import BASE, FORWARD
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_computes_what_it_is_named_after(name: str, dtype: torch.dtype) -> None:
-    if lacking := peers.missing(name):
+    if lacking := methods.missing_peer(name):
         pytest.skip(lacking[1])
     assert not methods.cannot(name, dtype, "cpu")
 
@@ -104,7 +104,7 @@ def test_who_does_not_fit_is_named(model: bench_step.ByteLlama, checkpointing: b
 
 
 def test_who_is_not_installed_is_named(model: bench_step.ByteLlama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "missing", lambda name: (name, "not installed"))
+    monkeypatch.setattr(methods, "missing_peer", lambda name: (name, "not installed"))
     with pytest.raises(Told) as told:
         bench_step.test_step(pytest.fail, tell, CASE, "lomo_optim", {}, model, None, "cpu")
     assert told.value.args == ("lomo_optim", "not installed")
