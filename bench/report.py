@@ -1,8 +1,8 @@
 """``python -m bench.report``: writes the tables and plots of measured results into the documents.
 
 A table stands between ``<!-- bench: NAME -->`` and ``<!-- end bench -->`` in README.md, docs/ and
-bench/results/README.md, where NAME is a key of `TABLES`: a question, or a question and "short" or "lost". What was not
-measured is left out. tests/test_report.py checks that the documents say what the committed results say.
+bench/results/README.md, where NAME is a key of `TABLES`. What was not measured is left out. tests/test_report.py checks
+that the documents say what the committed results say.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import paper, results
-from .results import BASE, FORWARD, ROOT, Measurement, Results, Spread, clips, device_and_date, ours
+from .results import BASE, ROOT, Measurement, Results, Spread, device_and_date, ours
 
 try:
     import pandas as pd
@@ -152,12 +152,12 @@ def short_commits(about: dict[str, Any]) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def markdown(head: str, cells: pd.DataFrame, align: str = "---:") -> str:
+def markdown(head: str, cells: pd.DataFrame) -> str:
     """Numbers stand to the right; ours is bold."""
     lines = [[head, *cells.columns]]
     lines += [[f"**{row[0]}**" if ours(row[0]) else row[0], *row[1:]] for row in cells.itertuples()]
     text = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([text[0], "|---|" + f"{align}|" * len(cells.columns), *text[1:]]) + "\n"
+    return "\n".join([text[0], "|---|" + "---:|" * len(cells.columns), *text[1:]]) + "\n"
 
 
 class Table(NamedTuple):
@@ -273,67 +273,6 @@ def memory_short(device: Device, _: str) -> Iterator[str]:
     yield markdown(f"{PAPERS}: peak, GiB", pd.DataFrame(peaks).map(number("{:.2f}")))
 
 
-#: What of ours a rival is held against: the call that does at least as much. Of steps: who clips, too.
-COUNTERPARTS = {
-    "update": {"mul_, add_": "sgd_ nearest, every scalar", "optimi SGD": "sgd_ stochastic", "": "sgd_ nearest"},
-    "norm": {"": "sq_norm_"},
-    "lists": {"_foreach_add_": "sgd_list_", "_foreach_norm": "sq_norm_list_"},
-    "linear": {"addmm_": "linear_sgd_ nearest"},
-    "embedding": {"index_add_": "embedding_sgd_"},
-}
-
-
-def comparisons(device: Device, question: str) -> Iterator[dict[str, Any]]:
-    """Every rival with each of ours that does the same in the same case. "faster": how many times as fast the rival is;
-    "smaller": how many times its peak ours is. If ours was measured with one malloc only, with that.
-
-    Raises:
-        KeyError: `COUNTERPARTS` does not say what a rival is held against.
-    """
-
-    def key(one: Measurement) -> tuple[Any, ...]:
-        who: Any = clips(one.contestant)
-        if known := COUNTERPARTS.get(question):
-            who = one.contestant
-            if not ours(who):
-                who = known.get(who) or known[""]
-        return who, *sorted((name, value) for name, value in one.case.items() if name != "malloc")
-
-    rows = device.of_question(question)
-    pairs = [
-        (label, one) for label, one in zip(rows["label"], rows["measurement"], strict=True) if one.contestant != FORWARD
-    ]
-    mine: dict[tuple[Any, ...], list[tuple[str, Measurement]]] = {}
-    for label, one in pairs:
-        if ours(one.contestant):
-            mine.setdefault(key(one), []).append((label, one))
-    for rival, one in pairs:
-        if ours(one.contestant):
-            continue
-        held = mine.get(key(one), [])
-        for label, our in [pair for pair in held if pair[1].case.get("malloc") == one.case.get("malloc")] or held:
-            said = words({name: value for name, value in one.case.items() if name not in SETTING})
-            row = {"rival": rival, "ours": label, "case": said}
-            if one.beside_seconds and our.beside_seconds:
-                row["faster"] = one.fraction.median / our.fraction.median
-            if one.memory and our.memory:
-                row["smaller"] = our.peak / one.peak
-            yield row
-
-
-def lost(device: Device, question: str) -> Iterator[str]:
-    """Every case in which a rival is faster (by 2% in the median, whatever the spreads) or smaller (by 1%)."""
-    both = pd.DataFrame(comparisons(device, question), columns=["rival", "ours", "case", "faster", "smaller"])
-    for what, least in (("faster", 1.02), ("smaller", 1.01)):
-        found = both[both[what] > least].sort_values("case", kind="stable")
-        if compared := both[what].notna().sum():
-            yield f"A rival is {what} in {len(found)} of {compared} comparisons{':' if len(found) else '.'}\n"
-        if len(found):
-            times = found["case"] + found[what].map(": {:.2f}".format)
-            cells = found.assign(times=times).groupby(["rival", "ours"], sort=False)["times"].agg("; ".join)
-            yield markdown("rival", cells.reset_index("ours").set_axis(["ours", f"times {what}"], axis=1), "---")
-
-
 def environment(device: Device, _: str) -> Iterator[str]:
     about = device.results.environment
     rows = {key: about[key] for key in about if key not in ("peers", "commits", "commit", "capability")}
@@ -414,7 +353,6 @@ TABLES: dict[str, list[Callable[[Device, str], Iterable[str]]]] = {
     "memory": [memory, Table("really run on this machine: peak, MiB", RUN, select=really_run)],
     "memory short": [memory_short],
 }
-TABLES |= {f"{name} lost": [lost] for name in (*COUNTERPARTS, "hooks", "step", "data_parallel", "sharded", "memory")}
 
 
 def tables(name: str, device: Device) -> list[str]:
