@@ -14,7 +14,7 @@ from torch import nn
 
 from lomo_kernels import ops, reference
 
-from .buffers import Buffers
+from .buffers import Buffers, scalar
 from .methods import missing_peer
 
 ELEMENTS = {"short": [2**16, 2**24], "full": [2**power for power in (10, 13, 16, 18, 20, 24, 28)]}
@@ -26,9 +26,9 @@ Call = Callable[[int], object]
 
 
 def ours(buffers: Buffers, lr: float, *, norm: bool = False, rounding: str = "nearest", **scalars: float) -> Call:
-    given = {name: torch.tensor(value).double().to(buffers.device) for name, value in {"lr": lr, **scalars}.items()}
+    given = {name: scalar(value, buffers.device) for name, value in {"lr": lr, **scalars}.items()}
     if norm:
-        given["sq_norm"] = torch.zeros(1, dtype=torch.float64, device=buffers.device)
+        given["sq_norm"] = scalar(0.0, buffers.device)
     return lambda number: ops.sgd_(*buffers.pair(number), rounding=rounding, **given)
 
 
