@@ -109,13 +109,26 @@ def record(request, setting):
 
 
 @pytest.fixture(scope="module")
-def ranked(case, device, request):
+def samples(case, device, request):
     """Seconds and memory of steps over two processes, by contestant."""
     if device != "cpu":
         pytest.skip("one GPU has no two ranks")
     timed = request.config.getoption("benchmark_enable")
     rounds = rounds_for(math.inf, request.config.getoption("processes")) if timed else 0
-    return ranks.measured(request.module.made, request.module.expected, case, rounds)
+    return ranks.measured(request.module.made, case, rounds)
+
+
+@pytest.fixture
+def ranked(record, samples):
+    """ranked(contestant, case, name): records the samples of this name beside the first name's."""
+    seconds, memory = samples
+    first = next(iter(seconds))
+
+    def run(contestant, case, name):
+        beside = {"beside": first, "beside_seconds": seconds[first]}
+        record(contestant, case, seconds=seconds[name], memory=memory[name], **beside)
+
+    return run
 
 
 @pytest.fixture
