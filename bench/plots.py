@@ -134,16 +134,17 @@ PLOTS = {
 }
 
 
-def memory(device: Device, _: str) -> Figure | None:
-    """Stacked bars by category of the paper's case, beside the paper's own."""
-    panels = {saved: report.memory_rows(device, saved) for saved in (False, True)}
-    panels = {saved: rows for saved, rows in panels.items() if len(rows)}
+def memory(device: Device, question: str) -> Figure | None:
+    """Stacked bars by category of the paper's case at its peak, beside the paper's own."""
+    rows = report.papers_case(device.of_question(question))
+    panels = list(rows.groupby("checkpointing", sort=False))
     if not panels:
         return None
-    figure, row = plt.subplots(1, len(panels), figsize=(12, 2 + 0.3 * max(map(len, panels.values()))), squeeze=False)
-    for axes, (saved, rows) in zip(row[0], panels.items(), strict=True):
-        rows = rows.loc[::-1, rows.max() >= 0.005]
-        rows.plot.barh(stacked=True, ax=axes, width=0.75, color=CATEGORIES, legend=saved)
+    figure, row = plt.subplots(1, len(panels), figsize=(12, 2 + 0.15 * len(rows)), squeeze=False)
+    for axes, (saved, group) in zip(row[0], panels, strict=True):
+        bars = group.set_index("label")[::-1].filter(like=", at peak").rename(columns=lambda name: name.split(",")[0])
+        bars = bars.fillna(0) / 2**30
+        bars.loc[:, bars.max() >= 0.005].plot.barh(stacked=True, ax=axes, width=0.75, color=CATEGORIES, legend=saved)
         axes.set(title=report.words({"checkpointing": saved}), xlabel="GiB")
         axes.grid(axis="y", visible=False)
     return figure

@@ -35,7 +35,9 @@ class Device(NamedTuple):
 
     @classmethod
     def of(cls, files: tuple[Path, ...], measured: Results) -> Device:
-        return cls(files, measured, frame(measured.measurements))
+        """With the paper's own rows, where its case was simulated."""
+        papers = paper.measurements() if measured.of("memory", model=paper.MODEL) else []
+        return cls(files, measured, frame(papers + measured.measurements))
 
     @property
     def name(self) -> str:
@@ -69,10 +71,12 @@ def frame(measurements: list[Measurement]) -> pd.DataFrame:
     for one in measurements:
         usual = normal.setdefault(one.question, one.case)
         other = {key: one.case[key] for key in SETTING if one.case.get(key) != usual.get(key)}
-        row: dict[str, Any] = {"measurement": one, "question": one.question, "contestant": one.contestant, **one.case}
+        row: dict[str, Any] = {"question": one.question, "contestant": one.contestant, **one.case}
         row["label"] = ", ".join(filter(None, [one.contestant, words(other)]))
         row |= {"usual": not other.keys() - {"malloc"}, "beside": one.beside, "error": one.error}
-        row |= {"peak": one.memory.get("peak"), "states": one.memory.get("states")}
+        row |= {"peak": one.memory.get("peak"), "states": one.memory.get("states"), "bytes": one.peak or None}
+        for moment, sizes in {"at peak": one.memory, "most": one.most or one.memory}.items():
+            row |= {f"{name}, {moment}": size for name, size in sizes.items()}
         if one.seconds:
             row |= {
                 "seconds": one.time.median,
@@ -118,10 +122,6 @@ def count(number: float) -> str:
     return str(int(number))
 
 
-def gib(number: float) -> str:
-    return f"{number / 2**30:.{2 if number >= 2**30 else 3}f}"
-
-
 def number(form: str, unit: float = 1.0) -> Callable[[float], str]:
     return lambda value: form.format(value / unit) if value == value else "-"
 
@@ -137,16 +137,6 @@ def words(case: dict[str, Any]) -> str:
         return {"model": f"Llama {value}", "malloc": f"{value} malloc"}.get(key, str(value))
 
     return ", ".join(word(key, value) for key, value in case.items())
-
-
-def short_commits(about: dict[str, Any]) -> str:
-    """Seven digits, with "+" if files differed; with the questions if they were asked of several commits."""
-    asked: dict[str, list[str]] = {}
-    for question, commit in about.get("commits", {}).items():
-        asked.setdefault(commit[:7] + "+" * commit.endswith("+"), []).append(question)
-    if len(asked) < 2:
-        return next(iter(asked), about["commit"][:7])
-    return "; ".join(f"{commit} ({', '.join(questions)})" for commit, questions in asked.items())
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -234,60 +224,37 @@ def really_run(rows: pd.DataFrame) -> pd.DataFrame:
     """The model that ran on the device, and its simulation."""
     rows = rows[rows["model"] != paper.MODEL]
     kept = rows["checkpointing"].map(lambda saved: words({"checkpointing": saved}))
-    rows = rows.assign(label=rows["contestant"] + ", " + kept, bytes=rows["measurement"].map(lambda one: one.peak))
+    rows = rows.assign(label=rows["contestant"] + ", " + kept)
     real, simulated = (rows[rows["how"] == how].set_index("label") for how in ("measured", "simulated"))
     real = real.assign(measured=real["bytes"], simulated=simulated["bytes"]).reset_index()
     return real.assign(**{"simulated / measured": real["simulated"] / real["measured"]})
 
 
-def memory_rows(device: Device, checkpointing: bool, most: bool = False) -> pd.DataFrame:
-    """GiB by category of the paper's case, the paper's own first; loss not in chunks."""
-    case = {"model": paper.MODEL, "sequence": paper.SEQUENCE, "batch": paper.BATCH, "checkpointing": checkpointing}
-    found = [one for one in device.results.of("memory", **case) if "chunk" not in one.case]
-    rows = {f"{name}, the paper": row for name, row in paper.rows(checkpointing).items()} if found else {}
-    for one in found:
-        old = ", kernels of 2023" if "kernels" in one.case else ""
-        sizes = (most and one.most) or one.memory
-        rows[f"{one.contestant}, {one.case['how']}{old}"] = {key: size / 2**30 for key, size in sizes.items()}
-    return pd.DataFrame.from_dict(rows, orient="index").fillna(0.0)
-
-
-PAPERS = f"LLaMA-7B, sequence {paper.SEQUENCE}, batch {paper.BATCH}"
-
-
-def memory(device: Device, _: str) -> Iterator[str]:
-    """By category, each at its own maximum, and the peak of all."""
-    for checkpointing in (False, True):
-        rows = memory_rows(device, checkpointing, most=True)
-        if len(rows):
-            rows = rows.loc[:, rows.max() >= 0.005]
-            rows = rows[sorted(rows, key="not named".__eq__)].assign(
-                peak=memory_rows(device, checkpointing).sum(axis=1)
-            )
-            yield markdown(f"{PAPERS}, {words({'checkpointing': checkpointing})}; GiB", rows.map("{:.2f}".format))
-
-
-def memory_short(device: Device, _: str) -> Iterator[str]:
-    """Peaks of the paper's case."""
-    peaks = {words({"checkpointing": saved}): memory_rows(device, saved).sum(axis=1) for saved in (False, True)}
-    yield markdown(f"{PAPERS}: peak, GiB", pd.DataFrame(peaks).map(number("{:.2f}")))
+def papers_case(rows: pd.DataFrame) -> pd.DataFrame:
+    """LLaMA-7B as the paper's Table 1 has it, loss not in chunks."""
+    asked = {"model": paper.MODEL, "sequence": paper.SEQUENCE, "batch": paper.BATCH}
+    rows = rows[(rows[list(asked)] == list(asked.values())).all(axis="columns")]
+    rows = rows[rows["chunk"].isna()] if "chunk" in rows else rows
+    old = rows["kernels"].notna() if "kernels" in rows else pd.Series(False, rows.index)
+    return rows.assign(label=rows["contestant"] + ", " + rows["how"] + old.map({True: ", kernels of 2023", False: ""}))
 
 
 def environment(device: Device, _: str) -> Iterator[str]:
     about = device.results.environment
-    rows = {key: about[key] for key in about if key not in ("peers", "commits", "commit", "capability")}
-    rows |= {"peers": ", ".join(f"{key} {value}" for key, value in about.get("peers", {}).items())}
-    rows |= {"commit": short_commits(about), "date": device_and_date(device.files[-1])[1]}
-    rows |= {"file": ", ".join(f"[{file.name}]({file.name})" for file in device.files)}
-    said = pd.Series({key.replace("_", " "): str(value) for key, value in rows.items() if value != "none"})
-    yield markdown("", said.to_frame(""))
-    checks = [
-        f"- {stage}: {check['said']}, {check['seconds']:.0f} s\n" for stage, check in device.results.checks.items()
-    ]
+    commits = about.get("commits", {"everything": about["commit"]}).items()
+    rows = {
+        key.replace("_", " "): about[key] for key in about if key not in ("peers", "commits", "commit", "capability")
+    }
+    rows["peers"] = ", ".join(map(" ".join, about.get("peers", {}).items()))
+    rows["commit"] = "; ".join(f"{commit[:7]}{'+' * commit.endswith('+')} ({question})" for question, commit in commits)
+    rows["date"] = device_and_date(device.files[-1])[1]
+    rows["file"] = ", ".join(f"[{file.name}]({file.name})" for file in device.files)
+    yield markdown("", pd.Series(rows).astype(str).to_frame(""))
+    checks, missing = device.results.checks.items(), device.results.missing.items()
     if checks:
-        yield "".join(checks)
-    if device.results.missing:
-        yield "Missing:\n\n" + "\n".join(f"- {what}: {why}" for what, why in device.results.missing.items()) + "\n"
+        yield "".join(f"- {stage}: {check['said']}, {check['seconds']:.0f} s\n" for stage, check in checks)
+    if missing:
+        yield "Missing:\n\n" + "".join(f"- {what}: {why}\n" for what, why in missing)
 
 
 def source(device: Device, _: str) -> Iterator[str]:
@@ -311,9 +278,11 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "time, tuned malloc": ("tuned", spread),
     "reached": ("reached", str),
     "tokens/s": ("tokens/s", number("{:.0f}")),
-    "peak above the weights, GiB": ("peak", gib),
+    "peak above the weights, GiB": ("peak", number("{:.3f}", 2**30)),
     "peak above the weights, MiB": ("peak", number("{:.0f}", 2**20)),
     "kept between steps": ("states", number("{:.0f}", 2**20)),
+    **{name: (f"{name}, most", number("{:.2f}", 2**30)) for name in paper.CATEGORIES},
+    "peak": ("bytes", number("{:.2f}", 2**30)),
     "measured": ("measured", number("{:.1f}", 2**20)),
     "simulated": ("simulated", number("{:.1f}", 2**20)),
     "simulated / measured": ("simulated / measured", number("{:.3f}")),
@@ -331,6 +300,7 @@ BESIDE, GIB, MIB = "time, {beside} = 1", "peak above the weights, GiB", "peak ab
 MALLOCS = ["time, stock malloc", "time, tuned malloc"]
 RANKS = ["model", "tokens", "ranks", "group", "malloc"]
 RANKED = [Table("{case}", ["step", BESIDE, MIB, "kept between steps"], RANKS, label="contestant")]
+PAPERS = f"LLaMA-7B, sequence {paper.SEQUENCE}, batch {paper.BATCH}"
 RUN = ["measured", "simulated", "simulated / measured"]
 
 #: By name in a document's mark.
@@ -350,8 +320,11 @@ TABLES: dict[str, list[Callable[[Device, str], Iterable[str]]]] = {
     "step short": [Table("{case}", [BESIDE, *MALLOCS, GIB], STEP, label="contestant", select=step_short)],
     "data_parallel": RANKED,
     "sharded": RANKED,
-    "memory": [memory, Table("really run on this machine: peak, MiB", RUN, select=really_run)],
-    "memory short": [memory_short],
+    "memory": [
+        Table(f"{PAPERS}, {{case}}; GiB", [*paper.CATEGORIES, "peak"], ["checkpointing"], select=papers_case),
+        Table("really run on this machine: peak, MiB", RUN, select=really_run),
+    ],
+    "memory short": [Table(f"{PAPERS}: peak, GiB", ["peak"], across=["checkpointing"], select=papers_case)],
 }
 
 
