@@ -26,7 +26,7 @@ from .measure import todays_file
 from .results import ROOT
 
 # Other pages of memory, another minute: two processes differ by more than two rounds of one. So each question is asked
-# by three, some minutes apart, and their samples are pooled. But whole steps in full, which take 20 minutes as it is.
+# by three, some minutes apart, and their samples are pooled. But whole steps in full, which take longest.
 PROCESSES = 3
 QUESTIONS = (
     *("ceilings", "update", "norm", "lists", "linear", "embedding"),
@@ -82,7 +82,7 @@ def main() -> int:
     """Returns 1 where a measurement failed, or none was selected."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("question", nargs="*", help=f"{', '.join(QUESTIONS)} (default: all)")
-    parser.add_argument("--full", action="store_true", help="every size and case: an hour, the short selection minutes")
+    parser.add_argument("--full", action="store_true", help="every size and case: more than an hour, not minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write (default: bench/results/…)")
     parser.add_argument("-k", dest="select", default="", help="only these tests, as pytest's -k selects them")

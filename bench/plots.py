@@ -145,7 +145,7 @@ def memory(device: Device, question: str) -> Figure | None:
         bars = group.set_index("label")[::-1].filter(like=", at peak").rename(columns=lambda name: name.split(",")[0])
         bars = bars.fillna(0) / 2**30
         bars.loc[:, bars.max() >= 0.005].plot.barh(stacked=True, ax=axes, width=0.75, color=CATEGORIES, legend=saved)
-        axes.set(title=report.words({"checkpointing": saved}), xlabel="GiB")
+        axes.set(title=report.words({"checkpointing": saved}), xlabel="GiB", ylabel="")
         axes.grid(axis="y", visible=False)
     return figure
 

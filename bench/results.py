@@ -185,21 +185,20 @@ def writable(file: Path) -> None:
 
 
 def write(file: Path, results: Results) -> None:
-    """One line per measurement: a readable difference, and a file that is not mostly line breaks."""
-    lines = ",\n".join("  " + json.dumps(_rounded(dataclasses.asdict(one))) for one in results.measurements)
+    """One line per measurement: a readable difference, and a file that is not mostly line breaks. Without what is
+    empty, and samples with four digits: the clock has no more."""
+    lines = []
+    for one in results.measurements:
+        row = {name: value for name, value in dataclasses.asdict(one).items() if value not in (None, "", [], {})}
+        for name in row.keys() & {"seconds", "beside_seconds"}:
+            row[name] = [float(f"{sample:.4g}") for sample in row[name]]
+        lines.append("  " + json.dumps(row))
     head = {"environment": results.environment, "missing": results.missing, "checks": results.checks}
-    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "measurements": [\n{lines}\n ]\n}}\n'
+    text = json.dumps(head, indent=1).removesuffix("\n}") + ',\n "measurements": [\n' + ",\n".join(lines) + "\n ]\n}\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_name(f".{file.name}.{os.getpid()}")  # nobody sees half a file
     whole.write_text(text)
     whole.replace(file)
-
-
-def _rounded(one: dict[str, Any]) -> dict[str, Any]:
-    """Without what is empty, and samples with four digits: the clock has no more."""
-    for name in ("seconds", "beside_seconds"):
-        one[name] = [float(f"{sample:.4g}") for sample in one[name]]
-    return {name: value for name, value in one.items() if value not in (None, "", [], {})}
 
 
 def merged(old: Results, new: Results) -> Results:
