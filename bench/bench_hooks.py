@@ -32,7 +32,7 @@ def backward_of(
 ) -> Callable[[int], None]:
     """Backward of a sum over `count` parameters, whose graph keeps no tensor and serves every call."""
     params = nn.ParameterList(nn.Parameter(torch.randn(shape, dtype=dtype, device=device)) for _ in range(count))
-    backward: Step = Tensor.backward if name == BARE else METHODS[name].make(params, LR)
+    backward: Step = Tensor.backward if name == BARE else METHODS[name](params, LR)
     loss = torch.stack([param.sum() for param in params]).sum()
 
     def call(_: int) -> None:

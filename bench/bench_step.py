@@ -91,7 +91,7 @@ class Trained:
         shape = (4, 1, case.tokens + 1)
         self.windows = torch.randint(MODELS[case.model].vocab, shape, generator=generator).to(device)
         self.loss = model.loss
-        self.after = METHODS[name].make(model, LR) if name in METHODS else lambda loss: None
+        self.after = METHODS[name](model, LR) if name in METHODS else lambda loss: None
         tiled.buffer.memory = torch.empty(0)  # a tile that stays counts too
         states, _ = memory_of(lambda: self.step(0), device)
         left, peak = memory_of(lambda: self.step(1), device)
@@ -137,5 +137,3 @@ def test_step(paired, missing, case, contestant, setting, llama, base, device):
         paired(contestant, described, trained.step, base and Probe(BASE, base.step), memory=trained.memory)
     except torch.OutOfMemoryError as error:
         missing(f"{contestant}, {case}", str(error).splitlines()[0])
-    finally:
-        gc.collect()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +15,15 @@ from torch import Tensor, nn
 from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.plan.methods import CLIP, LOMO_OPTIM_NEEDS, lacking, lomo, lomo_optim, plain
 
-from .results import BASE, ours
+from .results import BASE, clips, ours
 
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 Step = Callable[[Tensor], object]  # takes the loss
+Method = Callable[[nn.Module, float], Step]  # attaches itself to a model, with a learning rate
 
 
-class Method(NamedTuple):
-    """`make(model, lr)` attaches it."""
-
-    make: Callable[[nn.Module, float], Step]
-    clips: bool = False
-    adamw: bool = False
-
-
-def stepped(kind: type[torch.optim.Optimizer], clip: float | None = None) -> Callable[[nn.Module, float], Step]:
+def stepped(kind: type[torch.optim.Optimizer], clip: float | None = None) -> Method:
     def make(model: nn.Module, lr: float) -> Step:
         param = next(model.parameters())
         fast = fastest(kind, param.dtype, param.device.type)
@@ -42,9 +35,12 @@ def stepped(kind: type[torch.optim.Optimizer], clip: float | None = None) -> Cal
 @functools.cache
 def fastest(kind: type[torch.optim.Optimizer], dtype: torch.dtype, device: str) -> dict[str, bool]:
     """The fused path if its first step is right: torch 2.13's SGD is wrong with 16 bits on CPUs."""
-    fused = Method(lambda model, lr: plain(kind, lr=lr, fused=True)(model).update, adamw=issubclass(kind, ADAM))
+
+    def fused(model: nn.Module, lr: float) -> Step:
+        return plain(kind, lr=lr, fused=True)(model).update
+
     try:
-        return {"foreach": True} if wrong(fused, dtype, device) else {"fused": True}
+        return {"foreach": True} if wrong(fused, dtype, device, adamw=issubclass(kind, ADAM)) else {"fused": True}
     except RuntimeError:  # torch has no fused path for this dtype and device
         return {"foreach": True}
 
@@ -61,7 +57,7 @@ def hooked(model: nn.Module, lr: float) -> Step:
     return Tensor.backward
 
 
-def released(kind: str, **options: Any) -> Callable[[nn.Module, float], Step]:
+def released(kind: str, **options: Any) -> Method:
     """An optimizer of optimi's, which its hooks step: they neither clip nor, unless asked, use its Triton kernels."""
 
     def make(model: nn.Module, lr: float) -> Step:
@@ -75,36 +71,33 @@ def released(kind: str, **options: Any) -> Callable[[nn.Module, float], Step]:
     return make
 
 
-def attached(method: Callable[..., Any], **options: Any) -> Callable[[nn.Module, float], Step]:
+def attached(method: Callable[..., Any], **options: Any) -> Method:
     """One of the simulator's methods."""
     return lambda model, lr: method(lr=lr, **options)(model).update
 
 
-def clipping(**options: Any) -> Callable[[nn.Module, float], Step]:
-    return attached(lomo, clip_grad_norm=CLIP, **options)
-
-
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
 
-METHODS = {
-    BASE: Method(stepped(SGD, CLIP), clips=True),
-    "SGD": Method(stepped(SGD)),
-    "AdamW, clip_grad_norm_": Method(stepped(ADAM, CLIP), clips=True, adamw=True),
-    "AdamW": Method(stepped(ADAM), adamw=True),
-    "optimi SGD, release": Method(released("SGD")),
-    "optimi AdamW, release": Method(released("AdamW", **ADAMW), adamw=True),
-    "hook, add_": Method(hooked),
-    "lomo_optim": Method(attached(lomo_optim)),
-    "lomo_optim, clipping": Method(attached(lomo_optim, clip=CLIP), clips=True),
-    "Lomo": Method(attached(lomo)),
-    "Lomo, fused": Method(attached(lomo, fused_layers=True)),
-    "Lomo, clipping, two passes": Method(clipping(clip_passes="two"), clips=True),
-    "Lomo, clipping, two passes, fused": Method(clipping(clip_passes="two", fused_layers=True), clips=True),
-    "Lomo, clipping, one pass": Method(clipping(clip_passes="one"), clips=True),
-    "Lomo, clipping, one pass, fused": Method(clipping(clip_passes="one", fused_layers=True), clips=True),
-    "Lomo, clipping, one pass, fused, stochastic": Method(
-        clipping(clip_passes="one", fused_layers=True, rounding="stochastic"), clips=True
-    ),
+TWO, ONE = ({"clip_grad_norm": CLIP, "clip_passes": passes} for passes in ("two", "one"))
+
+#: By names that say what they do: results.clips, and "AdamW".
+METHODS: dict[str, Method] = {
+    BASE: stepped(SGD, CLIP),
+    "SGD": stepped(SGD),
+    "AdamW, clip_grad_norm_": stepped(ADAM, CLIP),
+    "AdamW": stepped(ADAM),
+    "optimi SGD, release": released("SGD"),
+    "optimi AdamW, release": released("AdamW", **ADAMW),
+    "hook, add_": hooked,
+    "lomo_optim": attached(lomo_optim),
+    "lomo_optim, clipping": attached(lomo_optim, clip=CLIP),
+    "Lomo": attached(lomo),
+    "Lomo, fused": attached(lomo, fused_layers=True),
+    "Lomo, clipping, two passes": attached(lomo, **TWO),
+    "Lomo, clipping, two passes, fused": attached(lomo, fused_layers=True, **TWO),
+    "Lomo, clipping, one pass": attached(lomo, **ONE),
+    "Lomo, clipping, one pass, fused": attached(lomo, fused_layers=True, **ONE),
+    "Lomo, clipping, one pass, fused, stochastic": attached(lomo, fused_layers=True, rounding="stochastic", **ONE),
 }
 
 LLAMA_107M = Config(layers=8, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048)  # on a CPU; over ranks, too
@@ -112,7 +105,7 @@ TINY = Config(layers=2, d_model=64, heads=4, kv_heads=2, ffn=96, vocab=64)
 
 
 @functools.cache
-def wrong(method: Method, dtype: torch.dtype, device: str) -> str:
+def wrong(method: Method, dtype: torch.dtype, device: str, *, clipped: bool = False, adamw: bool = False) -> str:
     """What is wrong with a method's first step on a tiny model; empty where nothing is. A bench of wrong results is
     worth nothing.
 
@@ -127,15 +120,15 @@ def wrong(method: Method, dtype: torch.dtype, device: str) -> str:
     grads = torch.autograd.grad(64 * model.loss(windows), list(params.values()))
     lr = 4.0
     coefficient = 1.0
-    if method.clips:
+    if clipped:
         norm = sum(grad.double().square().sum() for grad in grads) ** 0.5
         assert norm > 2 * CLIP, "nothing to clip"
         coefficient = CLIP / (norm + 1e-6)
-    method.make(model, lr)(64 * model.loss(windows))
+    method(model, lr)(64 * model.loss(windows))
     unit = torch.finfo(dtype).eps
     for (name, param), grad in zip(params.items(), grads, strict=True):
         change = coefficient * grad.double()
-        if method.adamw:  # the first step: both moments are the gradient's own
+        if adamw:  # the first step: both moments are the gradient's own
             change = change / (change.abs() + ADAMW["eps"]) + ADAMW["weight_decay"] * before[name]
         expected = before[name] - lr * change
         differ = (param.double() - expected).abs() > 4 * unit * (before[name].abs() + lr * change.abs().max())
@@ -156,6 +149,6 @@ def cannot(name: str, dtype: torch.dtype, device: str) -> tuple[str, str] | None
     """What is missing, a peer or a right result, and why, where the method cannot run."""
     if absent := missing_peer(name):
         return absent
-    reason = wrong(METHODS[name], dtype, device)
+    reason = wrong(METHODS[name], dtype, device, clipped=clips(name), adamw="AdamW" in name)
     assert not (reason and ours(name)), reason
     return (f"{name}, {str(dtype).removeprefix('torch.')}, {device}", reason) if reason else None

@@ -30,19 +30,19 @@ def _sgd(model: nn.Module, lr: float, clip: float) -> methods.Step:
 
 
 @pytest.mark.parametrize(
-    ("method", "because"),
+    ("method", "what", "because"),
     [
-        (Method(METHODS["SGD"].make, clips=True), "not clipped"),
-        (Method(METHODS[BASE].make), "clipped"),
-        (Method(lambda model, lr: METHODS["SGD"].make(model, 1.1 * lr)), "another learning rate"),
-        (Method(lambda model, lr: _sgd(model, lr, 1.0), clips=True), "the last parameter stays"),
-        (Method(METHODS["SGD"].make, adamw=True), "another rule"),
-        (Method(lambda model, lr: METHODS["SGD"].make(model, torch.nan)), "no numbers"),
+        (METHODS["SGD"], {"clipped": True}, "not clipped"),
+        (METHODS[BASE], {}, "clipped"),
+        (lambda model, lr: METHODS["SGD"](model, 1.1 * lr), {}, "another learning rate"),
+        (lambda model, lr: _sgd(model, lr, 1.0), {"clipped": True}, "the last parameter stays"),
+        (METHODS["SGD"], {"adamw": True}, "another rule"),
+        (lambda model, lr: METHODS["SGD"](model, torch.nan), {}, "no numbers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_wrong_method_is_found(method: Method, because: str) -> None:
-    assert "elements of" in methods.wrong(method, torch.bfloat16, "cpu"), because
+def test_a_wrong_method_is_found(method: Method, what: dict[str, bool], because: str) -> None:
+    assert "elements of" in methods.wrong(method, torch.bfloat16, "cpu", **what), because
 
 
 def test_the_fused_path_is_taken_where_it_is_right() -> None:
@@ -78,7 +78,7 @@ def test_memory_of_a_step_is_what_stands_above_the_weights(model: bench_step.Byt
 def test_methods_train_the_same_weights(model: bench_step.ByteLlama) -> None:
     before = model.embedding.weight.clone()
     trained = Trained("SGD", model, CASE, "cpu")
-    bench_step.METHODS["SGD"].make(model, 1.0)(model.loss(trained.windows[0]))
+    bench_step.METHODS["SGD"](model, 1.0)(model.loss(trained.windows[0]))
     assert not torch.equal(model.embedding.weight, before)
     after = trained.loss(trained.windows[0]).item()
     assert after == model.loss(trained.windows[0]).item()
@@ -111,7 +111,7 @@ def test_who_is_not_installed_is_named(model: bench_step.ByteLlama, monkeypatch:
 
 
 def test_a_wrong_method_of_ours_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "Lomo", Method(METHODS["Lomo"].make, clips=True))
+    monkeypatch.setitem(METHODS, "Lomo", METHODS["SGD, clip_grad_norm_"])
     with pytest.raises(AssertionError, match="elements of"):
         methods.cannot("Lomo", torch.bfloat16, "cpu")
 
