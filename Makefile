@@ -42,7 +42,7 @@ bench: testing   ## measure a short selection; ARGS="update norm" selects questi
 	@$(bin)/python -m bench $(ARGS)
 	@$(after)
 
-bench-full: testing   ## measure every size and case, which takes an hour
+bench-full: testing   ## measure every size and case, which takes more than an hour
 	@$(bin)/python -m bench --full $(ARGS)
 	@$(after)
 

@@ -9,6 +9,7 @@ measurements take the place of those that the file has of it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from .measure import todays_file
 from .results import ROOT
 
 # Other pages of memory, another minute: two processes differ by more than two rounds of one. So each question is asked
-# by three, some minutes apart, and their samples are pooled. But whole steps in full, which take 20 minutes as it is.
+# by three, some minutes apart, and their samples are pooled. But whole steps in full, which take longest.
 PROCESSES = 3
 QUESTIONS = (
     *("ceilings", "update", "norm", "lists", "linear", "embedding"),
@@ -50,23 +51,18 @@ class Run(NamedTuple):
 def runs(question: str, device: str) -> list[Run]:
     """The settings that a question is asked in. What the first one measured of rivals is not measured again."""
     if device == "cuda":
-        if question in ("update", "norm", "lists"):
-            return [
-                Run(question, {"LOMO_KERNELS_BACKEND": "cuda"}),
-                Run(question, {"LOMO_KERNELS_BACKEND": "triton"}, OURS),
-            ]
-        return [Run(question)]
-    # The bare backward that hooks are held to leaves all gradients: with 291 of 64 x 64 in float32, new pages for them
-    # took it longer than hooks take.
-    # Nor do the buckets of DistributedDataParallel, which it keeps, need new ones.
-    settings = [Run(question, TUNED if question in ("hooks", "data_parallel") else {})]
+        if question not in ("update", "norm", "lists"):
+            return [Run(question)]
+        cuda, triton = ({"LOMO_KERNELS_BACKEND": backend} for backend in ("cuda", "triton"))
+        return [Run(question, cuda), Run(question, triton, OURS)]
     if question in ("update", "norm"):
-        settings += [Run(question, {"LOMO_KERNELS_ISA": isa}, OURS) for isa in ISAS if lower(isa)]
-        settings.append(Run(question, TUNED, ALLOCATING))
-    if question == "step":
-        # Only in full, where weights weigh most.
-        settings.append(Run(question, TUNED, "107M and 256 and not checkpointing"))
-    return settings
+        isas = [Run(question, {"LOMO_KERNELS_ISA": isa}, OURS) for isa in ISAS if lower(isa)]
+        return [Run(question), *isas, Run(question, TUNED, ALLOCATING)]
+    if question == "step":  # with the tuned malloc only in full, where weights weigh most
+        return [Run(question), Run(question, TUNED, "107M and 256 and not checkpointing")]
+    # The bare backward that hooks are held to leaves all gradients: with 291 of 64 x 64 in float32, new pages for them
+    # took it longer than hooks take. Nor do the buckets of DistributedDataParallel, which it keeps, need new ones.
+    return [Run(question, TUNED if question in ("hooks", "data_parallel") else {})]
 
 
 def asked(question: str, full: bool) -> int:
@@ -86,7 +82,7 @@ def main() -> int:
     """Returns 1 where a measurement failed, or none was selected."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("question", nargs="*", help=f"{', '.join(QUESTIONS)} (default: all)")
-    parser.add_argument("--full", action="store_true", help="every size and case: an hour, the short selection minutes")
+    parser.add_argument("--full", action="store_true", help="every size and case: more than an hour, not minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write (default: bench/results/…)")
     parser.add_argument("-k", dest="select", default="", help="only these tests, as pytest's -k selects them")
@@ -103,48 +99,38 @@ def main() -> int:
         results.writable(file)
     except (OSError, ValueError) as error:
         parser.error(f"cannot add to {file}: {error}")
-    failed = []
+    failed = {}
     answers: dict[str, results.Results] = {}
-    for turn in range(PROCESSES):
-        for question in arguments.question or QUESTIONS:
-            processes = asked(question, arguments.full)
-            if turn >= processes:
-                continue
-            for run in runs(question, arguments.device):
-                select = " and ".join(f"({part})" for part in (run.select, arguments.select) if part)
-                options = [f"--device={arguments.device}", f"--processes={processes}"]
-                measured, status = measure(run, options + ["--full"] * arguments.full + ["-k", select] * bool(select))
-                if measured and (measured.measurements or measured.missing):
-                    answers[question] = answers[question].pooled(measured) if question in answers else measured
-                if status not in (0, 5):  # 5: -k left nothing
-                    failed.append(f"{question} {dict(run.environment) or ''}".strip())
-            if question in answers:  # after each question: the next may be cut off
-                results.add(file, answers[question])
+    for turn, question in itertools.product(range(PROCESSES), arguments.question or QUESTIONS):
+        processes = asked(question, arguments.full)
+        for run in runs(question, arguments.device) if turn < processes else []:
+            select = " and ".join(f"({part})" for part in (run.select, arguments.select) if part)
+            options = [f"--device={arguments.device}", f"--processes={processes}", *(["-k", select] if select else [])]
+            measured, status = measure(run, options + ["--full"] * arguments.full)
+            if measured and (measured.measurements or measured.missing):
+                answers[question] = answers[question].pooled(measured) if question in answers else measured
+            if status not in (0, 5):  # 5: -k left nothing
+                failed[f"{question} {dict(run.environment) or ''}".strip()] = status
+        if question in answers:  # after each question: the next may be cut off
+            results.add(file, answers[question])
     print(f"\nwritten to {file}" if answers else "\nnothing was measured, nothing written")
     if not (answers or failed):
         print(f"-k {arguments.select!r} selects no test of {', '.join(arguments.question or QUESTIONS)}")
     if failed:
-        print(f"FAILED: {', '.join(dict.fromkeys(failed))}")
+        print(f"FAILED: {', '.join(failed)}")
     return bool(failed) or not answers
 
 
 def measure(run: Run, options: list[str]) -> tuple[results.Results | None, int]:
     """What one process measured, and its exit status."""
-    print(
-        "+",
-        *(f"{name}={value}" for name, value in run.environment.items()),
-        f"bench_{run.question}",
-        *options,
-        flush=True,
-    )
+    print("+", *map("=".join, run.environment.items()), f"bench_{run.question}", *options, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "measured.json"
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-enable"]
         table = ["--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname", f"--record={file}"]
         command = [*pytest, *table, f"bench/bench_{run.question}.py", *options]
-        status = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **run.environment}
-        ).returncode
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **run.environment}
+        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         return (results.read(file) if file.exists() else None), status
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -11,8 +12,7 @@ from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama
 
 from . import ranks
-from .ranks import CLIP, LR, OPTIONS, Build, Case, Trained
-from .results import clips
+from .ranks import CLIP, LR, OPTIONS, Case, Trained
 
 CASES = {"short": [Case("27M", 32)], "full": [Case("27M", 256), Case("107M", 256)]}
 BASE = "DDP, SGD, clip_grad_norm_"
@@ -30,35 +30,21 @@ class _WithLoss(nn.Module):
         return self.model.loss(window)
 
 
-def _ddp(build: Build, clip: float | None = None) -> Trained:
-    wrapped = nn.parallel.DistributedDataParallel(_WithLoss(build()), gradient_as_bucket_view=True)
+def _ddp(model: ByteLlama, clip: float | None = None) -> Trained:
+    wrapped = nn.parallel.DistributedDataParallel(_WithLoss(model), gradient_as_bucket_view=True)
     step = ranks.sgd(wrapped, clip)
     buckets = sum(param.nbytes for param in wrapped.parameters())  # the gradients are views of them
-    return Trained(wrapped.module.model, lambda window: step(wrapped(window)), kept=buckets)
+    return Trained(model, lambda window: step(wrapped(window)), kept=buckets)
 
 
-def _lomo(build: Build, name: str) -> Trained:
-    model = build()
+def _lomo(model: ByteLlama, name: str) -> Trained:
     optimizer = Lomo(model, lr=LR, process_group=dist.group.WORLD, **OPTIONS[name])
     return Trained(model, lambda window: optimizer.backward(model.loss(window)))
 
 
-def made(build: Build) -> dict[str, Trained]:
-    return {BASE: _ddp(build, CLIP), "DDP, SGD": _ddp(build)} | {name: _lomo(build, name) for name in OPTIONS}
+def made(build: Callable[[], ByteLlama]) -> dict[str, Trained]:
+    return {BASE: _ddp(build(), CLIP), "DDP, SGD": _ddp(build())} | {name: _lomo(build(), name) for name in OPTIONS}
 
 
-def expected(name: str) -> str:
-    return BASE if clips(name) else "DDP, SGD"
-
-
-@pytest.fixture(scope="module")
-def measured(case, step_rounds, device):
-    if device != "cpu":
-        pytest.skip("one GPU has no two ranks")
-    return ranks.measured(made, expected, case, step_rounds)
-
-
-def test_data_parallel(reported, contestant, case, measured):
-    seconds, memory = measured
-    beside = {"beside": BASE, "beside_seconds": seconds[BASE]}
-    reported(contestant, case._asdict(), seconds[contestant], memory=memory[contestant], **beside)
+def test_data_parallel(ranked, contestant, case):
+    ranked(contestant, case._asdict(), contestant)

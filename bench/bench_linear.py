@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lomo_kernels import ops, reference
 
-from .buffers import Probe
+from .buffers import Probe, scalar
 
 SHAPE = {"cpu": (1024, 1024), "cuda": (11008, 4096)}  # of the weight; the second is LLaMA-7B's
 TOKENS = {
@@ -15,52 +18,37 @@ TOKENS = {
     "cuda": {"short": [256, 4096], "full": [256, 1024, 4096, 16384]},
 }
 DTYPES = ("bfloat16", "float32")  # float16 goes as bfloat16 does
-CONTESTANTS = (
-    "product, sgd_",
-    "product, sq_norm_",
-    "addmm_",
-    "linear_sgd_ nearest",
-    "linear_sgd_ stochastic",
-    "linear_sgd_ nearest, with its norm",
-    "linear_sq_norm_",
-)
+#: Each for one layer `of` a weight, its factors and scalars.
+CALLS = {
+    "product, sgd_": lambda of, _: ops.sgd_(of.weight, of.gy.T @ of.x, lr=of.lr),
+    "product, sq_norm_": lambda of, _: ops.sq_norm_(of.slot, of.gy.T @ of.x),
+    "addmm_": lambda of, _: of.weight.addmm_(of.gy.T, of.x, alpha=-1e-9),
+    "linear_sgd_ nearest": lambda of, _: ops.linear_sgd_(of.weight, of.x, of.gy, lr=of.lr),
+    "linear_sgd_ stochastic": lambda of, _: ops.linear_sgd_(of.weight, of.x, of.gy, lr=of.lr, rounding="stochastic"),
+    "linear_sgd_ nearest, with its norm": lambda of, _: ops.linear_sgd_(
+        of.weight, of.x, of.gy, lr=of.lr, sq_norm=of.slot
+    ),
+    "linear_sq_norm_": lambda of, _: ops.linear_sq_norm_(of.slot, of.x, of.gy),
+}
+CONTESTANTS = tuple(CALLS)
 
 
 @pytest.fixture(scope="module")
-def calls(tokens, dtype, device):
-    """By contestant, each for one layer; and the probe, torch's product: no way to a new weight needs less."""
+def layer(tokens, dtype, device):
     torch.manual_seed(0)
-    (rows, columns), of = SHAPE[device], getattr(torch, dtype)
-    shapes = ((rows, columns), (tokens, columns), (tokens, rows))
-    weight, x, gy = (torch.randn(shape, device=device).to(of) for shape in shapes)
-    lr, slot = (torch.tensor([value], dtype=torch.float64, device=device) for value in (1e-9, 0.0))
-    check(x, gy, slot)
-
-    def update(_, **options):
-        ops.linear_sgd_(weight, x, gy, lr=lr, **options)
-
-    probe = Probe("product", lambda _: gy.T @ x)
-    return probe, {
-        "product, sgd_": lambda _: ops.sgd_(weight, gy.T @ x, lr=lr),
-        "product, sq_norm_": lambda _: ops.sq_norm_(slot, gy.T @ x),
-        "addmm_": lambda _: weight.addmm_(gy.T, x, alpha=-1e-9),
-        "linear_sgd_ nearest": update,
-        "linear_sgd_ stochastic": lambda _: update(_, rounding="stochastic"),
-        "linear_sgd_ nearest, with its norm": lambda _: update(_, sq_norm=slot),
-        "linear_sq_norm_": lambda _: ops.linear_sq_norm_(slot, x, gy),
-    }
-
-
-def check(x: torch.Tensor, gy: torch.Tensor, slot: torch.Tensor) -> None:
-    """A bench of wrong results is worth nothing."""
-    expected = reference.linear_gradient([x], [gy])
+    rows, columns = SHAPE[device]
+    shapes = {"weight": (rows, columns), "x": (tokens, columns), "gy": (tokens, rows)}
+    random = {name: torch.randn(shape, device=device).to(getattr(torch, dtype)) for name, shape in shapes.items()}
+    layer = SimpleNamespace(**random, lr=scalar(1e-9, device), slot=scalar(0.0, device))
+    expected = reference.linear_gradient([layer.x], [layer.gy])  # a bench of wrong results is worth nothing
     weight = torch.zeros_like(expected)
-    ops.linear_sgd_(weight, x, gy, lr=1.0)
+    ops.linear_sgd_(weight, layer.x, layer.gy, lr=1.0)
     assert (weight + expected).abs().max() <= 1e-4 * expected.abs().max()
-    ops.linear_sq_norm_(slot, x, gy)
-    torch.testing.assert_close(slot[0], expected.double().square().sum(), rtol=1e-5, atol=0)
+    ops.linear_sq_norm_(layer.slot, layer.x, layer.gy)
+    torch.testing.assert_close(layer.slot[0], expected.double().square().sum(), rtol=1e-5, atol=0)
+    return layer
 
 
-def test_linear(paired, calls, contestant, tokens, dtype):
-    probe, contestants = calls
-    paired(contestant, {"dtype": dtype, "tokens": tokens}, contestants[contestant], probe)
+def test_linear(paired, layer, contestant, tokens, dtype):
+    product = Probe("product", lambda _: layer.gy.T @ layer.x)  # no way to a new weight needs less
+    paired(contestant, {"dtype": dtype, "tokens": tokens}, partial(CALLS[contestant], layer), product)

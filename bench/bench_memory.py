@@ -16,8 +16,9 @@ from lomo_kernels.composite import tiled
 from lomo_kernels.demo.model import Config
 from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, simulate
 
-from . import paper, peers
+from . import paper
 from .measure import SCRATCH, memory_of, peak_on_gpu
+from .methods import missing_peer
 
 CONTESTANTS = tuple(METHODS)
 CHUNK = 256  # tokens whose logits exist at a time, where the loss is in chunks
@@ -75,7 +76,7 @@ def measured(contestant: str, config: Config, sequence: int, mode: dict[str, Any
 
 @pytest.fixture(autouse=True)
 def _installed(contestant, missing):
-    if lacking := peers.missing(contestant):
+    if lacking := missing_peer(contestant):
         missing(*lacking)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from lomo_kernels import Lomo
+from lomo_kernels.demo.model import ByteLlama
 from lomo_kernels.plan.command import GROUPS
 from lomo_kernels.plan.sharded import shard
 
 from . import ranks
-from .ranks import CLIP, LR, OPTIONS, Build, Case, Trained
+from .ranks import CLIP, LR, OPTIONS, Case, Trained
 from .results import clips
 
 CASES = {"short": [Case("27M", 32)], "full": [Case("27M", 256)]}
@@ -19,39 +21,21 @@ BASE = "FSDP2, SGD, clip_grad_norm_"
 CONTESTANTS = (BASE, *filter(clips, OPTIONS))
 
 
-def _trained(build: Build, contestant: str, group: str) -> Trained:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = shard(build, mesh, group)()
+def named(contestant: str, group: str) -> str:
+    return f"{contestant}, by {group}"
+
+
+def _trained(build: Callable[[], ByteLlama], contestant: str, group: str) -> Trained:
+    model = shard(build, init_device_mesh("cpu", (dist.get_world_size(),)), group)()
     ours = OPTIONS.get(contestant)
     step = Lomo(model, lr=LR, **ours).backward if ours else ranks.sgd(model, CLIP)
     return Trained(model, lambda window: step(model.loss(window)))
 
 
-def named(contestant: str, group: str) -> str:
-    return f"{contestant}, by {group}"
-
-
-FIRST = named(BASE, GROUPS[0])
-
-
-def made(build: Build) -> dict[str, Trained]:
+def made(build: Callable[[], ByteLlama]) -> dict[str, Trained]:
     """All groups in one go: what one costs is a ratio to another."""
     return {named(name, group): _trained(build, name, group) for group in GROUPS for name in CONTESTANTS}
 
 
-def expected(_: str) -> str:
-    return FIRST
-
-
-@pytest.fixture(scope="module")
-def measured(case, step_rounds, device):
-    if device != "cpu":
-        pytest.skip("one GPU has no two ranks")
-    return ranks.measured(made, expected, case, step_rounds)
-
-
-def test_sharded(reported, contestant, group, case, measured):
-    seconds, memory = measured
-    name = named(contestant, group)
-    beside = {"beside": FIRST, "beside_seconds": seconds[FIRST]}
-    reported(contestant, case._asdict() | {"group": group}, seconds[name], memory=memory[name], **beside)
+def test_sharded(ranked, contestant, group, case):
+    ranked(contestant, case._asdict() | {"group": group}, named(contestant, group))

@@ -27,6 +27,11 @@ class Probe(NamedTuple):
     scale: float = 1.0
 
 
+def scalar(value: float, device: str) -> torch.Tensor:
+    """As operators take one without a copy from the host, or a slot that they add to."""
+    return torch.tensor([value], dtype=torch.float64, device=device)
+
+
 class Buffers:
     """Pairs of a parameter and its gradient, each of `elements` numbers, to be used in turn."""
 

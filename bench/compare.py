@@ -10,31 +10,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from .results import Measurement, Results, Spread, read
 
 
-class Change(NamedTuple):
-    """A measurement in two files: fractions of the speed of what ran beside it."""
-
-    measurement: Measurement
-    old: Spread
-    new: Spread
-
-    @property
-    def verdict(self) -> str:
-        if not self.old.apart(self.new):
-            return "same"
-        return "slower" if self.new.median < self.old.median else "faster"
-
-
-def changes(old: Results, new: Results) -> Iterator[Change]:
-    """Of all timed measurements that both have, beside something: on a small GPU what steps are held to may not fit."""
+def changes(old: Results, new: Results) -> Iterator[tuple[str, Measurement, Spread, Spread]]:
+    """The verdict, the measurement, its fractions before and now: of all that both files time beside something. On a
+    small GPU what steps are held to may not fit."""
     before = {one.key: one for one in old.measurements if one.beside_seconds}
     for one in new.measurements:
         if one.beside_seconds and one.key in before:
-            yield Change(one, before[one.key].fraction, one.fraction)
+            was, now = before[one.key].fraction, one.fraction
+            changed = "slower" if now.median < was.median else "faster"
+            yield changed if was.apart(now) else "same", one, was, now
 
 
 def main(old: Path, new: Path) -> int:
@@ -46,15 +34,14 @@ def main(old: Path, new: Path) -> int:
     found = list(changes(read(old), read(new)))
     if not found:
         raise ValueError(f"{old} and {new} have no measurement in common")
-    for change in found:
-        if change.verdict != "same":
-            one = change.measurement
+    for verdict, one, *spreads in found:
+        if verdict != "same":
             case = ", ".join(str(value) for value in one.case.values())
-            was, now = (f"{s.median:.3f} ({s.low:.3f}-{s.high:.3f})" for s in (change.old, change.new))
-            print(f"{change.verdict}: {one.question}, {one.contestant}, {case}: {was} of {one.beside}, now {now}")
-    count = {verdict: sum(change.verdict == verdict for change in found) for verdict in ("same", "faster", "slower")}
-    print(", ".join(f"{number} {verdict}" for verdict, number in count.items()))
-    return bool(count["slower"])
+            was, now = (f"{of.median:.3f} ({of.low:.3f}-{of.high:.3f})" for of in spreads)
+            print(f"{verdict}: {one.question}, {one.contestant}, {case}: {was} of {one.beside}, now {now}")
+    verdicts = [verdict for verdict, *_ in found]
+    print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("same", "faster", "slower")))
+    return int("slower" in verdicts)
 
 
 if __name__ == "__main__":

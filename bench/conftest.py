@@ -11,7 +11,7 @@ import torch
 
 from lomo_kernels import backends
 
-from . import results
+from . import ranks, results
 from .buffers import Buffers
 from .measure import Clock, environment, repeated, rounds_for
 
@@ -76,13 +76,6 @@ def setting(device):
 
 
 @pytest.fixture(scope="session")
-def step_rounds(request):
-    """Rounds of whole steps, which are long: the fewest; 0 where nothing is timed."""
-    timed = request.config.getoption("benchmark_enable")
-    return rounds_for(math.inf, request.config.getoption("processes")) if timed else 0
-
-
-@pytest.fixture(scope="session")
 def missing(request):
     """missing(name, reason): names a contestant that cannot run here, and skips the test."""
 
@@ -115,44 +108,51 @@ def record(request, setting):
     return keep
 
 
+@pytest.fixture(scope="module")
+def samples(case, device, request):
+    """Seconds and memory of steps over two processes, by contestant."""
+    if device != "cpu":
+        pytest.skip("one GPU has no two ranks")
+    timed = request.config.getoption("benchmark_enable")
+    rounds = rounds_for(math.inf, request.config.getoption("processes")) if timed else 0
+    return ranks.measured(request.module.made, case, rounds)
+
+
 @pytest.fixture
-def paired(benchmark, record, device, request):
-    """paired(contestant, case, call, other, …): times `call`, and the probe `other` right before it in every round."""
+def ranked(record, samples):
+    """ranked(contestant, case, name): records the samples of this name beside the first name's."""
+    seconds, memory = samples
+    first = next(iter(seconds))
 
-    def run(contestant, case, call, other, **more):
-        if benchmark.disabled:
-            other.call(0)
-            benchmark.pedantic(call, args=(0,))
-            return
-        mine, beside = repeated(device, call, other.call)
-        seconds, beside_seconds = [], []
-
-        def sample():
-            seconds.append(mine())
-            Clock.seconds += seconds[-1]
-
-        def before():
-            beside_seconds.append(beside() * other.scale)
-
-        rounds = rounds_for(mine() + beside(), request.config.getoption("processes"))
-        benchmark.pedantic(sample, setup=before, rounds=rounds)
-        record(contestant, case, seconds=seconds, beside=other.name, beside_seconds=beside_seconds, **more)
+    def run(contestant, case, name):
+        beside = {"beside": first, "beside_seconds": seconds[first]}
+        record(contestant, case, seconds=seconds[name], memory=memory[name], **beside)
 
     return run
 
 
 @pytest.fixture
-def reported(benchmark, record):
-    """reported(contestant, case, seconds, …): records samples that were taken in rounds with others, and shows them."""
+def paired(benchmark, record, device, request):
+    """paired(contestant, case, call, beside, …): times `call`, in every round right after the probe `beside`."""
 
-    def report(contestant, case, seconds, **more):
-        samples = iter(seconds)
+    def run(contestant, case, call, beside=None, **more):
+        calls = [call, beside.call] if beside else [call]
+        if benchmark.disabled:
+            benchmark.pedantic(lambda: [each(0) for each in calls])
+            return
+        mine, *other = repeated(device, *calls)
+        seconds, beside_seconds = [], []
 
-        def replay():
-            Clock.seconds += next(samples, 0.0)
+        def before():
+            beside_seconds.extend(probe() * beside.scale for probe in other)
 
-        benchmark.pedantic(replay, rounds=max(len(seconds), 1))
-        if seconds:
-            record(contestant, case, seconds=seconds, **more)
+        def sample():
+            seconds.append(mine())
+            Clock.seconds += seconds[-1]
 
-    return report
+        rounds = rounds_for(mine() + sum(probe() for probe in other), request.config.getoption("processes"))
+        benchmark.pedantic(sample, setup=before, rounds=rounds)
+        measured = {"seconds": seconds, "beside": beside.name if beside else "", "beside_seconds": beside_seconds}
+        record(contestant, case, **measured, **more)
+
+    return run

@@ -43,11 +43,6 @@ class Clock:
         return cls.seconds
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def repeated(device: str, *calls: Callable[[int], Any]) -> list[Callable[[], float]]:
     """For each call a function that calls it, with a running number to rotate buffers, as often as a sample takes, and
     returns the seconds of one call. On a GPU they are queued between two events, whose times are the GPU's own.
@@ -86,25 +81,6 @@ def _repeated(device: str, call: Callable[[int], Any], numbers: Iterator[int]) -
 def rounds_for(seconds: float, processes: int, budget: float = BUDGET) -> int:
     """How many rounds of so many seconds each of some processes runs, to fill the budget together."""
     return -(-min(max(int(budget / seconds), ROUNDS[0]), ROUNDS[1]) // processes)
-
-
-def interleave(contestants: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round. Every round runs all, in rotated order; the first round is not counted.
-
-    A contestant is called with a running number, to rotate its buffers, and may return the seconds itself.
-    """
-    names = list(contestants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    number = 0
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            number += 1
-            start = time.perf_counter()
-            own = contestants[name](number)
-            spent = own if isinstance(own, float) else time.perf_counter() - start
-            if turn:
-                seconds[name].append(spent)
-    return seconds
 
 
 def allocations(step: Callable[[], object]) -> list[int]:

@@ -1,66 +1,48 @@
 """Ways to train a model, each at its best setting: what follows a forward, from backward to update.
 
-`PEERS` in `peers.py` says how each is set. All compute SGD, or AdamW with torch's defaults.
+bench/results/README.md says how each is set. All compute SGD, or AdamW with torch's defaults.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lomo_kernels.demo.model import ByteLlama, Config
-from lomo_kernels.plan.methods import CLIP, lomo, lomo_optim, plain
+from lomo_kernels.plan.methods import CLIP, LOMO_OPTIM_NEEDS, lacking, lomo, lomo_optim, plain
 
-from . import peers
-from .results import BASE
+from .results import BASE, clips, ours
 
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 Step = Callable[[Tensor], object]  # takes the loss
+Method = Callable[[nn.Module, float], Step]  # attaches itself to a model, with a learning rate
 
 
-class Method(NamedTuple):
-    """`make(model, lr)` attaches it. `states` are tensors of the weights' size that it keeps between steps, in the
-    weights' dtype where they have 16 bits; `gradients`: those of all weights stand at once."""
-
-    make: Callable[[nn.Module, float], Step]
-    states: int = 0
-    gradients: bool = False
-    clips: bool = False
-    adamw: bool = False
-
-
-def fused_is_wrong(kind: type[torch.optim.Optimizer], dtype: torch.dtype, device: str) -> str:
-    """What is wrong with the fused path of one of torch's optimizers on 10,007 elements; empty where nothing is."""
-    generator = torch.Generator().manual_seed(0)
-    before, grad = torch.randn(2, 10_007, generator=generator).to(device, dtype)
-    exact, fused = (nn.Parameter(before.to(of, copy=True)) for of in (torch.float64, dtype))
-    for param, options in ((exact, {"foreach": False}), (fused, {"fused": True})):
-        param.grad = grad.to(param.dtype)
-        try:
-            kind([param], lr=0.5, **options).step()
-        except RuntimeError as error:
-            return str(error).splitlines()[0]
-    differ = (fused.double() - exact).abs() > 4 * torch.finfo(dtype).eps * (1 + exact.abs())
-    return f"{int(differ.sum())} of 10007 elements are off by more than four units" if differ.any() else ""
-
-
-@functools.cache
-def fastest(kind: type[torch.optim.Optimizer], dtype: torch.dtype, device: str) -> dict[str, bool]:
-    return {"foreach": True} if fused_is_wrong(kind, dtype, device) else {"fused": True}
-
-
-def stepped(kind: type[torch.optim.Optimizer], clip: float | None = None) -> Callable[[nn.Module, float], Step]:
+def stepped(kind: type[torch.optim.Optimizer], clip: float | None = None) -> Method:
     def make(model: nn.Module, lr: float) -> Step:
         param = next(model.parameters())
         fast = fastest(kind, param.dtype, param.device.type)
         return plain(kind, lr=lr, clip=clip, **fast)(model).update
 
     return make
+
+
+@functools.cache
+def fastest(kind: type[torch.optim.Optimizer], dtype: torch.dtype, device: str) -> dict[str, bool]:
+    """The fused path if its first step is right: torch 2.13's SGD is wrong with 16 bits on CPUs."""
+
+    def fused(model: nn.Module, lr: float) -> Step:
+        return plain(kind, lr=lr, fused=True)(model).update
+
+    try:
+        return {"foreach": True} if wrong(fused, dtype, device, adamw=issubclass(kind, ADAM)) else {"fused": True}
+    except RuntimeError:  # torch has no fused path for this dtype and device
+        return {"foreach": True}
 
 
 def hooked(model: nn.Module, lr: float) -> Step:
@@ -75,7 +57,7 @@ def hooked(model: nn.Module, lr: float) -> Step:
     return Tensor.backward
 
 
-def released(kind: str, **options: Any) -> Callable[[nn.Module, float], Step]:
+def released(kind: str, **options: Any) -> Method:
     """An optimizer of optimi's, which its hooks step: they neither clip nor, unless asked, use its Triton kernels."""
 
     def make(model: nn.Module, lr: float) -> Step:
@@ -89,36 +71,33 @@ def released(kind: str, **options: Any) -> Callable[[nn.Module, float], Step]:
     return make
 
 
-def attached(method: Callable[..., Any], **options: Any) -> Callable[[nn.Module, float], Step]:
+def attached(method: Callable[..., Any], **options: Any) -> Method:
     """One of the simulator's methods."""
     return lambda model, lr: method(lr=lr, **options)(model).update
 
 
-def clipping(**options: Any) -> Callable[[nn.Module, float], Step]:
-    return attached(lomo, clip_grad_norm=CLIP, **options)
-
-
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
 
-METHODS = {
-    BASE: Method(stepped(SGD, CLIP), gradients=True, clips=True),
-    "SGD": Method(stepped(SGD), gradients=True),
-    "AdamW, clip_grad_norm_": Method(stepped(ADAM, CLIP), states=2, gradients=True, clips=True, adamw=True),
-    "AdamW": Method(stepped(ADAM), states=2, gradients=True, adamw=True),
-    "optimi SGD, release": Method(released("SGD"), states=1),
-    "optimi AdamW, release": Method(released("AdamW", **ADAMW), states=3, adamw=True),
-    "hook, add_": Method(hooked),
-    "lomo_optim": Method(attached(lomo_optim)),
-    "lomo_optim, clipping": Method(attached(lomo_optim, clip=CLIP), clips=True),
-    "Lomo": Method(attached(lomo)),
-    "Lomo, fused": Method(attached(lomo, fused_layers=True)),
-    "Lomo, clipping, two passes": Method(clipping(clip_passes="two"), clips=True),
-    "Lomo, clipping, two passes, fused": Method(clipping(clip_passes="two", fused_layers=True), clips=True),
-    "Lomo, clipping, one pass": Method(clipping(clip_passes="one"), gradients=True, clips=True),
-    "Lomo, clipping, one pass, fused": Method(clipping(clip_passes="one", fused_layers=True), clips=True),
-    "Lomo, clipping, one pass, fused, stochastic": Method(
-        clipping(clip_passes="one", fused_layers=True, rounding="stochastic"), clips=True
-    ),
+TWO, ONE = ({"clip_grad_norm": CLIP, "clip_passes": passes} for passes in ("two", "one"))
+
+#: By names that say what they do: results.clips, and "AdamW".
+METHODS: dict[str, Method] = {
+    BASE: stepped(SGD, CLIP),
+    "SGD": stepped(SGD),
+    "AdamW, clip_grad_norm_": stepped(ADAM, CLIP),
+    "AdamW": stepped(ADAM),
+    "optimi SGD, release": released("SGD"),
+    "optimi AdamW, release": released("AdamW", **ADAMW),
+    "hook, add_": hooked,
+    "lomo_optim": attached(lomo_optim),
+    "lomo_optim, clipping": attached(lomo_optim, clip=CLIP),
+    "Lomo": attached(lomo),
+    "Lomo, fused": attached(lomo, fused_layers=True),
+    "Lomo, clipping, two passes": attached(lomo, **TWO),
+    "Lomo, clipping, two passes, fused": attached(lomo, fused_layers=True, **TWO),
+    "Lomo, clipping, one pass": attached(lomo, **ONE),
+    "Lomo, clipping, one pass, fused": attached(lomo, fused_layers=True, **ONE),
+    "Lomo, clipping, one pass, fused, stochastic": attached(lomo, fused_layers=True, rounding="stochastic", **ONE),
 }
 
 LLAMA_107M = Config(layers=8, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048)  # on a CPU; over ranks, too
@@ -126,7 +105,7 @@ TINY = Config(layers=2, d_model=64, heads=4, kv_heads=2, ffn=96, vocab=64)
 
 
 @functools.cache
-def wrong(method: Method, dtype: torch.dtype, device: str) -> str:
+def wrong(method: Method, dtype: torch.dtype, device: str, *, clipped: bool = False, adamw: bool = False) -> str:
     """What is wrong with a method's first step on a tiny model; empty where nothing is. A bench of wrong results is
     worth nothing.
 
@@ -141,15 +120,15 @@ def wrong(method: Method, dtype: torch.dtype, device: str) -> str:
     grads = torch.autograd.grad(64 * model.loss(windows), list(params.values()))
     lr = 4.0
     coefficient = 1.0
-    if method.clips:
+    if clipped:
         norm = sum(grad.double().square().sum() for grad in grads) ** 0.5
         assert norm > 2 * CLIP, "nothing to clip"
         coefficient = CLIP / (norm + 1e-6)
-    method.make(model, lr)(64 * model.loss(windows))
+    method(model, lr)(64 * model.loss(windows))
     unit = torch.finfo(dtype).eps
     for (name, param), grad in zip(params.items(), grads, strict=True):
         change = coefficient * grad.double()
-        if method.adamw:  # the first step: both moments are the gradient's own
+        if adamw:  # the first step: both moments are the gradient's own
             change = change / (change.abs() + ADAMW["eps"]) + ADAMW["weight_decay"] * before[name]
         expected = before[name] - lr * change
         differ = (param.double() - expected).abs() > 4 * unit * (before[name].abs() + lr * change.abs().max())
@@ -158,9 +137,18 @@ def wrong(method: Method, dtype: torch.dtype, device: str) -> str:
     return ""
 
 
+def missing_peer(contestant: str) -> tuple[str, str] | None:
+    """The peer that a contestant's name begins with, and why, where it is not installed."""
+    for peer, packages in {"optimi": ("optimi",), "lomo_optim": LOMO_OPTIM_NEEDS}.items():
+        if contestant.startswith(peer) and (absent := lacking(packages)):
+            return peer, f"{' and '.join(absent)} not installed: pip install '.[bench]' in the source folder"
+    return None
+
+
 def cannot(name: str, dtype: torch.dtype, device: str) -> tuple[str, str] | None:
     """What is missing, a peer or a right result, and why, where the method cannot run."""
-    if lacking := peers.missing(name):
-        return lacking
-    reason = wrong(METHODS[name], dtype, device)
+    if absent := missing_peer(name):
+        return absent
+    reason = wrong(METHODS[name], dtype, device, clipped=clips(name), adamw="AdamW" in name)
+    assert not (reason and ours(name)), reason
     return (f"{name}, {str(dtype).removeprefix('torch.')}, {device}", reason) if reason else None

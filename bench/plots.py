@@ -1,13 +1,13 @@
-"""Plots of measured results: an SVG for each function of `PLOTS`, the same whenever the results are.
+"""Plots of measured results: an SVG for each of `PLOTS` and of the memory, the same whenever the results are.
 
 Colours are Okabe and Ito's, which the colour-blind tell apart. Blue is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 
@@ -18,13 +18,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import report
-from .results import BASE, DTYPES, FORWARD, clips, ours
+from .results import BASE, FORWARD, clips, ours
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .report import Device
 
 BLUE, RED, GREY, PALE = "#0072B2", "#D55E00", "#6E6E6E", "#C9C9C9"
 OTHERS = ["#E69F00", "#222222", "#CC79A7", RED, "#009E73", "#56B4E9", "#F0E442"]
+MARKS = "oD^vsPX*"
 CATEGORIES = {
     "parameters": PALE,
     "gradients": RED,
@@ -50,118 +53,110 @@ STYLE = {
 }
 
 
-def update(device: Device) -> Figure:
-    """Fraction of the probe's speed over the number of elements, one panel per dtype: ours and rivals."""
-    rows = device.of_question("update")
-    rows = rows[rows["usual"]]
-    dtypes = [dtype for dtype in DTYPES if (rows["dtype"] == dtype).any()]
-    figure, column = plt.subplots(len(dtypes), 1, figsize=(10, 3.6 * len(dtypes)), sharex=True, squeeze=False)
-    for axes, dtype in zip(column[:, 0], dtypes, strict=True):
-        lines(axes, rows[rows["dtype"] == dtype], "elements", "fraction")
-        axes.axhline(1, color=GREY, linewidth=1.2)
-        axes.set_title(f"{dtype}: fraction of the speed of the probe “{rows['beside'].iloc[0]}”")
-        axes.set_ylim(0, 1.3)  # a band may leave the axes: one sample beside a stalled probe would press all together
-        axes.set_xscale("log", base=2)
-        sizes = sorted(rows["elements"].unique())
-        axes.set_xticks(sizes, [report.count(size) for size in sizes])
-    column[-1, 0].set_xlabel("elements of the parameter")
-    return figure
+class Plot(NamedTuple):
+    """One panel for each case of `each`, and in it a line of `y` over `x` for each label. `axes` are their settings;
+    its values of `x` stand on a logarithmic axis with `ticks`."""
+
+    x: str
+    y: str
+    each: Sequence[str]
+    title: str
+    axes: dict[str, Any]
+    ticks: bool = True
+    select: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows
+
+    def __call__(self, device: Device, question: str) -> Figure | None:
+        rows = self.select(device.of_question(question))
+        each = [key for key in self.each if key in rows]
+        panels = list(rows.groupby(each, sort=False)) if self.y in rows else []
+        if not panels:
+            return None
+        figure, column = plt.subplots(len(panels), 1, figsize=(10, 3.7 * len(panels)), squeeze=False)
+        for axes, (case, group) in zip(column[:, 0], panels, strict=True):
+            lines(axes, group.dropna(subset=[self.y]), self.x, self.y)
+            if self.ticks:
+                values = sorted(group[self.x].unique())
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(values, map(report.count, values))
+            said = report.words(dict(zip(each, case, strict=True)))
+            axes.set(**self.axes, title=self.title.format(case=said, beside=group["beside"].iloc[0]))
+        return figure
 
 
-def hooks(device: Device) -> Figure:
-    """Microseconds per parameter over their number, one panel per shape and dtype."""
-    rows = device.of_question("hooks")
-    rows = rows.assign(cost=report.per_parameter(rows))
-    panels = list(rows.groupby(["shape", "dtype"], sort=False))
-    figure, column = plt.subplots(len(panels), 1, figsize=(10, 3.4 * len(panels)), sharex=True, squeeze=False)
-    for axes, ((shape, dtype), group) in zip(column[:, 0], panels, strict=True):
-        lines(axes, group, "parameters", "cost")
-        axes.set(xscale="log", yscale="log", title=f"{shape}, {dtype}: µs per parameter above a bare backward")
-    column[-1, 0].set_xlabel("number of parameters")
-    return figure
-
-
-def lines(axes: Axes, rows, x: str, y: str) -> None:
-    """One line for each label, with the range of nineteen samples of twenty as a band."""
+def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
+    """One line for each label, with the range of nineteen samples of twenty as bars."""
     seen = {True: 0, False: 0}
     for label, group in rows.groupby("label", sort=False):
-        group = group.sort_values(x)
-        mine = ours(label)
-        number = seen[mine]
+        number, mine = seen[ours(label)], ours(label)
         seen[mine] += 1
-        shade = BLUE if mine else OTHERS[number % len(OTHERS)]
-        dashes = ["-", "--", ":", "-."][(number if mine else number // len(OTHERS)) % 4]
-        values = [tuple(spread) for spread in group[y]]
-        middle, low, high = zip(*values, strict=True)
-        axes.plot(group[x], middle, dashes, color=shade, marker="o", markersize=3.5, linewidth=1.3 + mine, label=label)
-        axes.fill_between(group[x], low, high, color=shade, alpha=0.1, linewidth=0)
+        group = group.sort_values(x)
+        bars = zip(*((of.median - of.low, of.high - of.median) for of in group[y]), strict=True)
+        axes.errorbar(
+            group[x],
+            [of.median for of in group[y]],
+            list(bars),
+            color=BLUE if mine else OTHERS[number % len(OTHERS)],
+            marker=MARKS[number % len(MARKS)],
+            linewidth=1.3 + mine,
+            elinewidth=0.7,
+            label=label,
+        )
+    if y in ("fraction", "ratio"):
+        axes.axhline(1, color=GREY, linewidth=1.2)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
 
 
-def step(device: Device) -> Figure | None:
-    """Time against peak memory above the weights, without and with checkpointing: the first case measured of each.
-    Methods that clip by the global norm and methods that do not have a panel each."""
-    rows = device.of_question("step")
-    if "ratio" not in rows:  # on a small GPU what steps are held to may not fit
-        return None
-    rows = rows[rows["ratio"].notna() & (rows["contestant"] != FORWARD)]
-    panels = []
-    for _, of_one in rows.groupby("checkpointing", sort=False):
-        keys = [key for key in ("model", "tokens", "malloc") if key in rows]
-        first = of_one[(of_one[keys] == of_one.iloc[0][keys]).all(axis=1)]
-        clipping = first["contestant"].map(clips)
-        panels += [(words, group) for words, group in (("clipped", first[clipping]), ("no clipping", first[~clipping]))]
-    panels = [(words, group) for words, group in panels if len(group)]
-    figure, column = plt.subplots(len(panels), 1, figsize=(10, 3.9 * len(panels)), squeeze=False)
-    for axes, (how, group) in zip(column[:, 0], panels, strict=True):
-        case = {key: group[key].iloc[0] for key in report.STEP}
-        for number, one in enumerate(group.itertuples()):
-            shade = BLUE if ours(one.contestant) else OTHERS[number % len(OTHERS)]
-            mark = "oD^vsP"[number % 6]
-            errors = [[one.ratio.median - one.ratio.low], [one.ratio.high - one.ratio.median]]
-            axes.errorbar(
-                one.memory["peak"] / 2**20,
-                one.ratio.median,
-                yerr=errors,
-                fmt=mark,
-                color=shade,
-                markersize=7,
-                elinewidth=0.9,
-                label=one.contestant,
-            )
-        axes.axhline(1, color=GREY, linewidth=1)
-        axes.set(xlabel="peak memory above the weights, MiB", ylabel=f"time, {BASE} = 1")
-        axes.set_xlim(left=0)
-        axes.set_title(f"{report.words(case)}{report.malloc(group)}; {how}")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    return figure
+def first_cases(rows: pd.DataFrame) -> pd.DataFrame:
+    """The first case measured without and with checkpointing."""
+    keys = [key for key in ("model", "tokens", "malloc") if key in rows]
+    rows = rows[(rows[keys] == rows.groupby("checkpointing")[keys].transform("first")).all(axis="columns")]
+    clipping = rows["contestant"].map(lambda name: "clipped" if clips(name) else "no clipping")
+    rows = rows.assign(label=rows["contestant"], clipping=clipping, MiB=rows["peak"] / 2**20)
+    return rows[rows["contestant"] != FORWARD]
 
 
-def memory(device: Device) -> Figure | None:
-    """Stacked bars by category of the paper's case, beside the paper's own."""
-    panels = {saved: report.memory_rows(device, saved) for saved in (False, True)}
-    panels = {saved: rows for saved, rows in panels.items() if len(rows)}
+PROBED = "{case}: fraction of the speed of the probe “{beside}”"
+ABOVE = "{case}: µs per parameter above a bare backward"
+AXES = {"xlabel": "peak memory above the weights, MiB", "ylabel": f"time, {BASE} = 1", "xlim": (0, None)}
+CASE = [*report.STEP, "malloc", "clipping"]
+PLOTS = {
+    # A bar may leave the axes: one sample beside a stalled probe would press all together.
+    "update": Plot(
+        "elements",
+        "fraction",
+        ["dtype"],
+        PROBED,
+        {"xlabel": "elements of the parameter", "ylim": (0, 1.3)},
+        select=report.usual,
+    ),
+    "hooks": Plot("parameters", "cost", ["shape", "dtype"], ABOVE, {"xlabel": "number of parameters", "yscale": "log"}),
+    "step": Plot("MiB", "ratio", CASE, "{case}", AXES, ticks=False, select=first_cases),
+}
+
+
+def memory(device: Device, question: str) -> Figure | None:
+    """Stacked bars by category of the paper's case at its peak, beside the paper's own."""
+    rows = report.papers_case(device.of_question(question))
+    panels = list(rows.groupby("checkpointing", sort=False))
     if not panels:
         return None
-    figure, row = plt.subplots(1, len(panels), figsize=(12, 2 + 0.3 * max(map(len, panels.values()))), squeeze=False)
-    for axes, (saved, rows) in zip(row[0], panels.items(), strict=True):
-        rows = rows.loc[::-1, rows.max() >= 0.005]
-        rows.plot.barh(stacked=True, ax=axes, width=0.75, color=CATEGORIES, legend=saved)
-        axes.set(title=report.words({"checkpointing": saved}), xlabel="GiB")
+    figure, row = plt.subplots(1, len(panels), figsize=(12, 2 + 0.15 * len(rows)), squeeze=False)
+    for axes, (saved, group) in zip(row[0], panels, strict=True):
+        bars = group.set_index("label")[::-1].filter(like=", at peak").rename(columns=lambda name: name.split(",")[0])
+        bars = bars.fillna(0) / 2**30
+        bars.loc[:, bars.max() >= 0.005].plot.barh(stacked=True, ax=axes, width=0.75, color=CATEGORIES, legend=saved)
+        axes.set(title=report.words({"checkpointing": saved}), xlabel="GiB", ylabel="")
         axes.grid(axis="y", visible=False)
     return figure
 
 
-PLOTS = {"update": update, "hooks": hooks, "step": step, "memory": memory}
-
-
 def draw(device: Device, folder: Path) -> Iterator[Path]:
     """Draws what was measured on the device."""
-    for name, plot in PLOTS.items():
+    for question, plot in {**PLOTS, "memory": memory}.items():
         with plt.rc_context(STYLE):
-            figure = plot(device) if len(device.of_question(name)) else None
+            figure = plot(device, question) if len(device.of_question(question)) else None
             if figure is not None:
-                file = folder / f"{device.name}-{name}.svg"
+                file = folder / f"{device.name}-{question}.svg"
                 figure.savefig(file, metadata={"Date": None})
                 plt.close(figure)
                 yield file

@@ -20,8 +20,9 @@ from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.optim.placement import local_of
 from lomo_kernels.plan.methods import CLIP, plain
 
-from .measure import interleave, memory_of
+from .measure import memory_of
 from .methods import LLAMA_107M
+from .results import clips
 
 LR = 1e-3
 WORLD = 2
@@ -57,9 +58,8 @@ class Case(NamedTuple):
         return f"{self.model}, {self.tokens} tokens"
 
 
-Build = Callable[[], ByteLlama]
-#: Makes all contestants, of models that a function makes.
-Make = Callable[[Build], dict[str, Trained]]
+#: Makes all contestants, of models that a function makes. The first is what the others are held to.
+Make = Callable[[Callable[[], ByteLlama]], dict[str, Trained]]
 
 
 def build(model: str) -> ByteLlama:
@@ -79,20 +79,26 @@ def same_step(param: Tensor, expected: Tensor, before: Tensor) -> bool:
     return bool((param - expected).abs().max() <= limit)
 
 
-def measured(
-    make: Make, expected: Callable[[str], str], case: Case, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
-    """Seconds of rank 0's steps, from a barrier on, and bytes, by contestant.
+def interleave(steps: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round. Every round runs all, in rotated order; the first round is not counted."""
+    names = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            spent = steps[name](turn)
+            if turn:
+                seconds[name].append(spent)
+    return seconds
 
-    Args:
-        make: is called in each process; a function of a module.
-        expected: from a contestant's name to that of the one whose first step it has to take as well.
-    """
+
+def measured(make: Make, case: Case, rounds: int) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
+    """Seconds of rank 0's steps, from a barrier on, and bytes, by contestant. `make` is a function of a module, which
+    each process calls. All that clip have to take the same first step, and all that do not."""
     with tempfile.TemporaryDirectory() as folder:
         result = f"{folder}/result"
 
         def run(store: str) -> None:
-            torch.multiprocessing.spawn(_work, (store, make, expected, case, rounds, result), nprocs=WORLD)
+            torch.multiprocessing.spawn(_work, (store, make, case, rounds, result), nprocs=WORLD)
 
         try:
             run(f"{folder}/store")
@@ -104,7 +110,7 @@ def measured(
         return seconds, memory
 
 
-def _work(rank: int, store: str, make: Make, expected: Callable[[str], str], case: Case, rounds: int, to: str) -> None:
+def _work(rank: int, store: str, make: Make, case: Case, rounds: int, to: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     anew = functools.partial(build, case.model)
@@ -114,9 +120,9 @@ def _work(rank: int, store: str, make: Make, expected: Callable[[str], str], cas
     for _, step, _ in made.values():
         step(windows[0])
     for name, (model, *_) in made.items():  # a bench of wrong results is worth nothing
-        same = made[expected(name)].model
-        for params in zip(model.parameters(), same.parameters(), anew().parameters(), strict=True):
-            assert same_step(*map(_whole, params)), f"{name}: another step than that of {expected(name)}"
+        first = next(other for other in made if clips(other) == clips(name))
+        for params in zip(model.parameters(), made[first].model.parameters(), anew().parameters(), strict=True):
+            assert same_step(*map(_whole, params)), f"{name}: another step than that of {first}"
 
     def timed(step: Callable[[Tensor], object]) -> Callable[[int], float]:
         def run(number: int) -> float:

@@ -16,7 +16,8 @@ import os
 import re
 import statistics
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +67,8 @@ class Measurement:
 
     `seconds` are the raw samples, each of one call, step or backward. `beside` names what was run next to it in every
     round, and `beside_seconds` are its samples: the limit, the rival or the bare run that a sample is compared with.
-    `bytes_moved` is what one call has to read and write. `memory` holds bytes: a peak by category, or the "weights"
-    and the "peak" above them; `most` each category's own maximum, at whatever time. `error` is relative to float64.
+    `memory` holds bytes: a peak by category, or the "weights", the "peak" above and the "states" in it. `most` holds
+    each category's own maximum, at whatever time. `error` is relative to float64.
     """
 
     question: str
@@ -76,7 +77,6 @@ class Measurement:
     seconds: list[float] = dataclasses.field(default_factory=list)
     beside: str = ""
     beside_seconds: list[float] = dataclasses.field(default_factory=list)
-    bytes_moved: int | None = None
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     most: dict[str, int] = dataclasses.field(default_factory=dict)
     error: float | None = None
@@ -91,39 +91,36 @@ class Measurement:
         """Seconds."""
         return Spread.of(self.seconds)
 
+    def by_round(self, of: Callable[[float, float], float]) -> Spread:
+        """Of each round's sample and that of what ran beside it."""
+        return Spread.of([of(mine, other) for mine, other in zip(self.seconds, self.beside_seconds, strict=True)])
+
     @property
     def ratio(self) -> Spread:
-        """Its time over that of what ran beside it, round by round."""
-        return Spread.of([mine / other for mine, other in zip(self.seconds, self.beside_seconds, strict=True)])
+        """Its time over that of what ran beside it."""
+        return self.by_round(lambda mine, other: mine / other)
 
     @property
     def fraction(self) -> Spread:
-        """Its speed as a fraction of that of what ran beside it, round by round."""
-        return Spread.of([other / mine for mine, other in zip(self.seconds, self.beside_seconds, strict=True)])
+        """Its speed as a fraction of that of what ran beside it."""
+        return self.by_round(lambda mine, other: other / mine)
 
     @property
     def above(self) -> Spread:
-        """Seconds above what ran beside it, round by round."""
-        return Spread.of([mine - other for mine, other in zip(self.seconds, self.beside_seconds, strict=True)])
+        """Seconds above what ran beside it."""
+        return self.by_round(lambda mine, other: mine - other)
 
     @property
     def peak(self) -> int:
         """Bytes: the weights and the peak above them, or all categories of a peak together."""
-        if "peak" in self.memory:
-            return self.memory["weights"] + self.memory["peak"]
-        return sum(self.memory.values())
-
-    @property
-    def gigabytes_per_second(self) -> float:
-        assert self.bytes_moved is not None, "moves no known number of bytes"
-        return self.bytes_moved / self.time.median / 1e9
+        return sum(size for name, size in self.memory.items() if name != "states" or "peak" not in self.memory)
 
     @property
     def reached(self) -> str:
         """Of a ceiling: bytes per second, or operations of a product of square matrices."""
         if side := self.case.get("side"):
             return f"{2 * side**3 / self.time.median / 1e12:.3g} TFLOP/s"
-        return f"{self.gigabytes_per_second:.4g} GB/s"
+        return f"{self.case['moved'] / self.time.median / 1e9:.4g} GB/s"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,16 +142,13 @@ class Results:
 
     def pooled(self, other: Results) -> Results:
         """The samples of both: the same contestants in two processes."""
-        more = {one.key: one for one in other.measurements}
-        both = []
-        for one in self.measurements:
-            two = more.pop(one.key, Measurement(one.question, one.contestant))
-            both.append(
-                dataclasses.replace(
-                    one, seconds=one.seconds + two.seconds, beside_seconds=one.beside_seconds + two.beside_seconds
-                )
-            )
-        return Results(self.environment, self.missing | other.missing, both + list(more.values()))
+        pooled = {one.key: one for one in self.measurements}
+        for new in other.measurements:
+            if old := pooled.get(new.key):
+                both = old.seconds + new.seconds, old.beside_seconds + new.beside_seconds
+                new = dataclasses.replace(old, seconds=both[0], beside_seconds=both[1])
+            pooled[new.key] = new
+        return Results(self.environment, self.missing | other.missing, list(pooled.values()))
 
     def questions(self) -> set[str]:
         return {one.question for one in self.measurements}
@@ -186,51 +180,39 @@ def writable(file: Path) -> None:
     if file.exists():
         read(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    there = file.exists()
-    file.open("a").close()
-    if not there:
-        file.unlink()
+    with tempfile.TemporaryFile(dir=file.parent):
+        pass
 
 
 def write(file: Path, results: Results) -> None:
-    """One line per measurement: a readable difference, and a file that is not mostly line breaks."""
-    lines = ",\n".join("  " + json.dumps(_rounded(dataclasses.asdict(one))) for one in results.measurements)
+    """One line per measurement: a readable difference, and a file that is not mostly line breaks. Without what is
+    empty, and samples with four digits: the clock has no more."""
+    lines = []
+    for one in results.measurements:
+        row = {name: value for name, value in dataclasses.asdict(one).items() if value not in (None, "", [], {})}
+        for name in row.keys() & {"seconds", "beside_seconds"}:
+            row[name] = [float(f"{sample:.4g}") for sample in row[name]]
+        lines.append("  " + json.dumps(row))
     head = {"environment": results.environment, "missing": results.missing, "checks": results.checks}
-    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "measurements": [\n{lines}\n ]\n}}\n'
+    text = json.dumps(head, indent=1).removesuffix("\n}") + ',\n "measurements": [\n' + ",\n".join(lines) + "\n ]\n}\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_name(f".{file.name}.{os.getpid()}")  # nobody sees half a file
     whole.write_text(text)
     whole.replace(file)
 
 
-def _rounded(one: dict[str, Any]) -> dict[str, Any]:
-    """Without what is empty, and samples with four digits: the clock has no more."""
-    for name in ("seconds", "beside_seconds"):
-        one[name] = [float(f"{sample:.4g}") for sample in one[name]]
-    return {name: value for name, value in one.items() if value not in (None, "", [], {})}
-
-
 def merged(old: Results, new: Results) -> Results:
     """Merges results of a device: two files, or an older and a newer state of one. A new measurement or check replaces
     the same old one. If a question was measured at another commit, its old measurements are dropped.
     ``environment["commits"]`` has the commit of each question and check."""
-    about = dict(new.environment)
-    asked = new.questions() | new.checks.keys()
-    commits = {name: about.get("commits", {}).get(name, about["commit"]) for name in sorted(asked)}
     before = old.environment.get("commits", {})
-    same = {question for question in asked if before.get(question) == commits[question]}
-    keys = {measurement.key for measurement in new.measurements}
-    kept = [
-        measurement
-        for measurement in old.measurements
-        if measurement.question not in asked or (measurement.question in same and measurement.key not in keys)
-    ]
-    return Results(
-        old.environment | about | {"commits": before | commits},
-        old.missing | new.missing,
-        kept + new.measurements,
-        old.checks | new.checks,
-    )
+    commits = {name: new.environment["commit"] for name in sorted(new.questions() | new.checks.keys())}
+    commits |= {name: commit for name, commit in new.environment.get("commits", {}).items() if name in commits}
+    keys = {one.key for one in new.measurements}
+    changed = {name for name in commits if commits[name] != before.get(name)}
+    kept = [one for one in old.measurements if one.question not in changed and one.key not in keys]
+    about = old.environment | new.environment | {"commits": before | commits}
+    return Results(about, old.missing | new.missing, kept + new.measurements, old.checks | new.checks)
 
 
 def add(file: Path, new: Results) -> None:

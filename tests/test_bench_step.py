@@ -6,18 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import bench_hooks, bench_step, methods, peers
-from bench.bench_step import Case, Contest
+from bench import bench_hooks, bench_step, methods
+from bench.bench_step import Case, Trained
 from bench.methods import METHODS, Method
 from bench.results import BASE, FORWARD
-
-FEW = (BASE, "Lomo", "lomo_optim", "hook, add_", FORWARD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_computes_what_it_is_named_after(name: str, dtype: torch.dtype) -> None:
-    if lacking := peers.missing(name):
+    if lacking := methods.missing_peer(name):
         pytest.skip(lacking[1])
     assert not methods.cannot(name, dtype, "cpu")
 
@@ -32,19 +30,19 @@ def _sgd(model: nn.Module, lr: float, clip: float) -> methods.Step:
 
 
 @pytest.mark.parametrize(
-    ("method", "because"),
+    ("method", "what", "because"),
     [
-        (Method(METHODS["SGD"].make, clips=True), "not clipped"),
-        (Method(METHODS[BASE].make), "clipped"),
-        (Method(lambda model, lr: METHODS["SGD"].make(model, 1.1 * lr)), "another learning rate"),
-        (Method(lambda model, lr: _sgd(model, lr, 1.0), clips=True), "the last parameter stays"),
-        (Method(METHODS["SGD"].make, adamw=True), "another rule"),
-        (Method(lambda model, lr: METHODS["SGD"].make(model, torch.nan)), "no numbers"),
+        (METHODS["SGD"], {"clipped": True}, "not clipped"),
+        (METHODS[BASE], {}, "clipped"),
+        (lambda model, lr: METHODS["SGD"](model, 1.1 * lr), {}, "another learning rate"),
+        (lambda model, lr: _sgd(model, lr, 1.0), {"clipped": True}, "the last parameter stays"),
+        (METHODS["SGD"], {"adamw": True}, "another rule"),
+        (lambda model, lr: METHODS["SGD"](model, torch.nan), {}, "no numbers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_wrong_method_is_found(method: Method, because: str) -> None:
-    assert "elements of" in methods.wrong(method, torch.bfloat16, "cpu"), because
+def test_a_wrong_method_is_found(method: Method, what: dict[str, bool], because: str) -> None:
+    assert "elements of" in methods.wrong(method, torch.bfloat16, "cpu", **what), because
 
 
 def test_the_fused_path_is_taken_where_it_is_right() -> None:
@@ -56,59 +54,75 @@ def test_the_fused_path_is_taken_where_it_is_right() -> None:
     assert methods.fastest(Wrong, torch.float32, "cpu") == {"foreach": True}
 
 
-def test_a_contest_measures_time_and_memory_of_all_and_names_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = ("lomo_optim", "not installed")
-    monkeypatch.setattr(peers, "missing", lambda name: gone if name == gone[0] else None)
-    contest = Contest(Case("tiny", 16, True, FEW), methods.TINY, "cpu", 2)
-    assert contest.missing == {"lomo_optim": ("lomo_optim", "not installed")}
-    assert not contest.outcomes and contest.outcome("lomo_optim") is None
-    assert contest.outcome("Lomo")
-    assert list(contest.outcomes) == [BASE, "Lomo", "hook, add_", FORWARD]
-    base = contest.outcomes[BASE]
-    weights = contest.weights
-    for outcome in contest.outcomes.values():
-        assert len(outcome.seconds) == 2
-        assert min(outcome.seconds) > 0
-        assert outcome.beside_seconds == base.seconds
-        assert outcome.memory["weights"] == weights
-    assert base.memory["peak"] >= weights
+CASE = Case("tiny", 16)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> bench_step.ByteLlama:
+    monkeypatch.setitem(bench_step.MODELS, "tiny", methods.TINY)
+    return bench_step.ByteLlama(methods.TINY).to(bench_step.DTYPE)
+
+
+def test_memory_of_a_step_is_what_stands_above_the_weights(model: bench_step.ByteLlama) -> None:
+    trained = {name: Trained(name, model, CASE, "cpu") for name in (BASE, "AdamW", "hook, add_", FORWARD)}
+    memory = {name: one.memory for name, one in trained.items()}
+    weights = sum(param.nbytes for param in model.parameters())
+    assert all(of["weights"] == weights for of in memory.values())
+    assert memory[BASE]["states"] == 0 and memory[BASE]["peak"] >= weights
+    assert memory["AdamW"]["states"] == pytest.approx(2 * weights, rel=0.02)  # and each parameter's step
+    assert memory["AdamW"]["peak"] >= 3 * weights  # states count into the peak
     # Not Lomo: it gathers gradients as small as these.
-    assert contest.outcomes["hook, add_"].memory["peak"] < base.memory["peak"] - weights // 3
+    assert memory["hook, add_"]["peak"] < memory[BASE]["peak"] - weights // 3
 
 
-def test_states_count_into_the_peak() -> None:
-    contest = Contest(Case("tiny", 16, False, (BASE, "AdamW")), methods.TINY, "cpu", 1)
-    memory = contest.outcome("AdamW").memory
-    assert memory["states"] == pytest.approx(2 * contest.weights, rel=0.02)  # and each parameter's step
-    assert memory["peak"] >= 3 * contest.weights
-    assert contest.outcomes[BASE].memory["states"] == 0
+def test_methods_train_the_same_weights(model: bench_step.ByteLlama) -> None:
+    before = model.embedding.weight.clone()
+    trained = Trained("SGD", model, CASE, "cpu")
+    bench_step.METHODS["SGD"](model, 1.0)(model.loss(trained.windows[0]))
+    assert not torch.equal(model.embedding.weight, before)
+    after = trained.loss(trained.windows[0]).item()
+    assert after == model.loss(trained.windows[0]).item()
 
 
-def test_who_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with torch.device("meta"):
-        weights = 2 * sum(param.numel() for param in bench_step.ByteLlama(methods.TINY).parameters())
-    monkeypatch.setattr(bench_step, "free_memory", lambda device: 2 * weights)
-    contest = Contest(Case("tiny", 16, False, (BASE, "AdamW", "Lomo")), methods.TINY, "cpu", 1)
-    assert contest.outcome(BASE) and list(contest.outcomes) == [BASE, "Lomo"]
-    assert contest.outcome("AdamW") is None
-    what, reason = contest.missing["AdamW"]
-    assert what == "AdamW, tiny, 16 tokens"
-    assert "GiB are free" in reason
+class Told(Exception):
+    """What is missing, and why."""
 
 
-def test_states_that_fill_the_memory_are_measured_in_turns() -> None:
-    names = ["SGD", "AdamW", "AdamW, clip_grad_norm_", "optimi SGD, release", "Lomo"]
-    assert bench_step.heats(names, weights=1, free=100) == [names]
-    assert bench_step.heats(names, weights=1, free=4) == [names[:2], names[2:3], names[3:]]
-    assert bench_step.heats(names, weights=1, free=100, most=2) == [names[:2], names[2:4], names[4:]]
+def tell(what: str, why: str) -> None:
+    raise Told(what, why)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_who_does_not_fit_is_named(model: bench_step.ByteLlama, checkpointing: bool) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore")
+
+    case = CASE._replace(checkpointing=checkpointing)
+    with pytest.raises(Told) as told:
+        bench_step.test_step(full, tell, case, "Lomo", {}, model, None, "cpu")
+    assert told.value.args == (f"Lomo, {case}", "CUDA out of memory.")
+
+
+def test_who_is_not_installed_is_named(model: bench_step.ByteLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "missing_peer", lambda name: (name, "not installed"))
+    with pytest.raises(Told) as told:
+        bench_step.test_step(pytest.fail, tell, CASE, "lomo_optim", {}, model, None, "cpu")
+    assert told.value.args == ("lomo_optim", "not installed")
+
+
+def test_a_wrong_method_of_ours_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "Lomo", METHODS["SGD, clip_grad_norm_"])
+    with pytest.raises(AssertionError, match="elements of"):
+        methods.cannot("Lomo", torch.bfloat16, "cpu")
 
 
 @pytest.mark.parametrize("name", [bench_hooks.BARE, "Lomo"])
-def test_a_backward_of_small_parameters_is_timed(name: str) -> None:
-    assert bench_hooks.backward_of((4,), torch.float32, 5, name, "cpu")(0) > 0
+def test_a_backward_of_small_parameters_runs(name: str) -> None:
+    bench_hooks.backward_of((4,), torch.float32, 5, name, "cpu")(0)
 
 
 def test_the_hook_that_walks_all_parameters_is_left_out_where_they_are_many() -> None:
-    what, reason = bench_hooks.lacks("lomo_optim", 2000, torch.float32, "cpu") or ("", "")
-    assert what == "lomo_optim, 2000 parameters"
-    assert "left out" in reason
+    with pytest.raises(Told) as told:
+        bench_hooks.test_backward(pytest.fail, tell, (4,), "float32", 2000, "cpu", "lomo_optim")
+    what, why = told.value.args
+    assert what == "lomo_optim, 2000 parameters" and "left out" in why

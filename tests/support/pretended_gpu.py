@@ -125,7 +125,6 @@ def make_tiny() -> None:
         bench_captured,
         bench_ceilings,
         bench_embedding,
-        bench_hooks,
         bench_linear,
         bench_memory,
         bench_step,
@@ -141,11 +140,12 @@ def make_tiny() -> None:
     bench_ceilings.BYTES["cuda"], bench_ceilings.SIDE["cuda"] = 2**16, 32
     bench_linear.SHAPE["cuda"] = (40, 32)
     bench_embedding.ROWS["cuda"], bench_embedding.WIDTH["cuda"] = 300, 16
-    bench_hooks.BUDGET = 1e-3
     bench_captured.CONFIG = TINY
     bench_step.MODELS.update({"1.1B": TINY, "6.7B": dataclasses.replace(TINY, layers=1)})
-    contest = bench_step.Contest.__init__
-    bench_step.Contest.__init__ = lambda self, case, *rest: contest(self, case._replace(tokens=16), *rest)
+    attach = bench_step.Trained.__init__
+    bench_step.Trained.__init__ = lambda self, name, model, case, *rest: attach(
+        self, name, model, case._replace(tokens=16), *rest
+    )
     bench_memory.RUN["cuda"] = ("tiny", TINY, 16)
 
 
