@@ -30,7 +30,7 @@ from .results import ROOT
 PROCESSES = 3
 QUESTIONS = (
     *("ceilings", "update", "norm", "lists", "linear", "embedding"),
-    *("captured", "hooks", "step", "data_parallel", "sharded", "memory"),
+    *("captured", "hooks", "step", "clipping", "data_parallel", "sharded", "memory"),
 )
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 OURS = "sgd_ or sq_norm_"
@@ -60,6 +60,8 @@ def runs(question: str, device: str) -> list[Run]:
         return [Run(question), *isas, Run(question, TUNED, ALLOCATING)]
     if question == "step":  # with the tuned malloc only in full, where weights weigh most
         return [Run(question), Run(question, TUNED, "107M and 256 and not checkpointing")]
+    if question == "clipping":
+        return [Run(question), Run(question, TUNED)]
     # The bare backward that hooks are held to leaves all gradients: with 291 of 64 x 64 in float32, new pages for them
     # took it longer than hooks take. Nor do the buckets of DistributedDataParallel, which it keeps, need new ones.
     return [Run(question, TUNED if question in ("hooks", "data_parallel") else {})]
@@ -67,7 +69,7 @@ def runs(question: str, device: str) -> list[Run]:
 
 def asked(question: str, full: bool) -> int:
     """By how many processes. What is simulated is the same in all."""
-    return 1 if question == "memory" or (question == "step" and full) else PROCESSES
+    return 1 if question == "memory" or (question in ("step", "clipping") and full) else PROCESSES
 
 
 def lower(isa: str) -> bool:

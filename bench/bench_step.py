@@ -19,13 +19,15 @@ from lomo_kernels.plan import SHAPES
 
 from .buffers import Probe
 from .measure import memory_of
-from .methods import LLAMA_107M, METHODS, cannot
+from .methods import LLAMA_107M, METHODS, OWN_NORMS, SHARES, cannot
 from .results import BASE, FORWARD
 
 pytestmark = pytest.mark.timeout(1800)
 
 LR = 1e-6  # weights stay as they are, more or less: one set of them serves every contestant
-CONTESTANTS = (*METHODS, FORWARD)  # a forward is what computing every block's inputs once more costs at least
+LEFT_OUT = {*OWN_NORMS, *(f"Lomo, clipping, {share} kept" for share in SHARES)}  # see bench_clipping.py
+# A forward is what computing every block's inputs once more costs at least.
+CONTESTANTS = (*(name for name in METHODS if name not in LEFT_OUT), FORWARD)
 DTYPE = torch.bfloat16
 
 #: By their number of parameters. The last two are TinyLlama and LLaMA-7B.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.plan.methods import CLIP, LOMO_OPTIM_NEEDS, lacking, lomo, lomo_optim, plain
 
@@ -76,6 +77,25 @@ def attached(method: Callable[..., Any], **options: Any) -> Method:
     return lambda model, lr: method(lr=lr, **options)(model).update
 
 
+def keeping(share: float) -> Method:
+    """`Lomo` that keeps this share of the bytes of all gradients."""
+
+    def make(model: nn.Module, lr: float) -> Step:
+        whole = sum(param.nbytes for param in model.parameters())
+        return lomo(lr=lr, clip_grad_norm=CLIP, clip_memory=int(share * whole))(model).update
+
+    return make
+
+
+def clipped_by_tensor(model: nn.Module, lr: float) -> Step:
+    """Without the first hundred steps, in which it clips nothing."""
+    optimizer = Lomo(model, lr=lr, clip_tensor=1.04)
+    clip = optimizer._training.state.tensor_clip
+    assert clip is not None
+    clip._left = 0
+    return optimizer.backward
+
+
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
 
 TWO, ONE = ({"clip_grad_norm": CLIP, "clip_passes": passes} for passes in ("two", "one"))
@@ -100,12 +120,27 @@ METHODS: dict[str, Method] = {
     "Lomo, clipping, one pass, fused, stochastic": attached(lomo, fused_layers=True, rounding="stochastic", **ONE),
 }
 
+#: How much of what all gradients take may wait for the norm.
+SHARES = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75}
+METHODS |= {f"Lomo, clipping, {share} kept": keeping(number) for share, number in SHARES.items()}
+#: What does without the norm of all gradients.
+OWN_NORMS = ("Lomo, clip_tensor", "AdaLomo")
+METHODS |= dict(zip(OWN_NORMS, (clipped_by_tensor, attached(lomo, rule="adalomo")), strict=True))
+
 LLAMA_107M = Config(layers=8, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048)  # on a CPU; over ranks, too
 TINY = Config(layers=2, d_model=64, heads=4, kv_heads=2, ffn=96, vocab=64)
 
 
 @functools.cache
-def wrong(method: Method, dtype: torch.dtype, device: str, *, clipped: bool = False, adamw: bool = False) -> str:
+def wrong(
+    method: Method,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    clipped: bool = False,
+    adamw: bool = False,
+    adalomo: bool = False,
+) -> str:
     """What is wrong with a method's first step on a tiny model; empty where nothing is. A bench of wrong results is
     worth nothing.
 
@@ -130,11 +165,24 @@ def wrong(method: Method, dtype: torch.dtype, device: str, *, clipped: bool = Fa
         change = coefficient * grad.double()
         if adamw:  # the first step: both moments are the gradient's own
             change = change / (change.abs() + ADAMW["eps"]) + ADAMW["weight_decay"] * before[name]
+        if adalomo:
+            change = first_of_adalomo(change, before[name])
         expected = before[name] - lr * change
         differ = (param.double() - expected).abs() > 4 * unit * (before[name].abs() + lr * change.abs().max())
         if differ.any() or not param.isfinite().all():
             return f"{int(differ.sum())} of {param.numel()} elements of {name} are off by more than four units"
     return ""
+
+
+def first_of_adalomo(grad: Tensor, weight: Tensor) -> Tensor:
+    """What AdaLomo's first step takes off, over the learning rate. Both float64."""
+    squares = grad.square() + 1e-30
+    change = grad / squares.sqrt()
+    if grad.dim() > 1:
+        row, column = squares.mean(1, keepdim=True), squares.mean(0)
+        change = grad / (row / row.mean()).sqrt() / column.sqrt()
+    size, of_weight = (some.square().mean().sqrt() for some in (change, weight))
+    return change / size.clamp(min=1.0) * of_weight.clamp(min=1e-3)
 
 
 def missing_peer(contestant: str) -> tuple[str, str] | None:
@@ -149,6 +197,6 @@ def cannot(name: str, dtype: torch.dtype, device: str) -> tuple[str, str] | None
     """What is missing, a peer or a right result, and why, where the method cannot run."""
     if absent := missing_peer(name):
         return absent
-    reason = wrong(METHODS[name], dtype, device, clipped=clips(name), adamw="AdamW" in name)
+    reason = wrong(METHODS[name], dtype, device, clipped=clips(name), adamw="AdamW" in name, adalomo=name == "AdaLomo")
     assert not (reason and ours(name)), reason
     return (f"{name}, {str(dtype).removeprefix('torch.')}, {device}", reason) if reason else None

@@ -213,7 +213,11 @@ def step_short(rows: pd.DataFrame) -> pd.DataFrame:
     """Of the first case five methods, with each malloc."""
     fused = (f"Lomo, clipping, {passes}, fused" for passes in ("two passes", "one pass"))
     shown = rows["contestant"].isin([BASE, "lomo_optim, clipping", "Lomo", *fused])
-    rows = rows[shown & (rows[STEP] == rows.iloc[0][STEP]).all(axis="columns")]
+    return both_mallocs(rows[shown & (rows[STEP] == rows.iloc[0][STEP]).all(axis="columns")])
+
+
+def both_mallocs(rows: pd.DataFrame) -> pd.DataFrame:
+    """A column of times for each malloc."""
     if "malloc" not in rows or "ratio" not in rows:
         return rows
     times = {name: rows["ratio"].where(rows["malloc"] == name) for name in rows["malloc"].unique()}
@@ -318,6 +322,7 @@ TABLES: dict[str, list[Callable[[Device, str], Iterable[str]]]] = {
     "hooks": [Table("µs per parameter of {case}", ["µs"], ["shape", "dtype", "malloc"], ["parameters"])],
     "step": [Table("{case}", ["step", "tokens/s", BESIDE, GIB], [*STEP, "malloc"], label="contestant")],
     "step short": [Table("{case}", [BESIDE, *MALLOCS, GIB], STEP, label="contestant", select=step_short)],
+    "clipping": [Table("{case}", [*MALLOCS, GIB], STEP, label="contestant", select=both_mallocs)],
     "data_parallel": RANKED,
     "sharded": RANKED,
     "memory": [

@@ -36,7 +36,7 @@ def ours(contestant: str) -> bool:
 
 def clips(contestant: str) -> bool:
     """Whether a training step does, by the global norm."""
-    return "clip" in contestant
+    return "clip_grad_norm_" in contestant or "clipping" in contestant
 
 
 class Spread(NamedTuple):
