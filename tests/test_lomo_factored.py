@@ -345,6 +345,13 @@ def test_added_and_cast_parameters() -> None:
     assert (optimizer.state[model.blocks[0].up.weight]["row"] / state).max() < 100
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_ranks_see_that_their_rules_are_equal(rule: str) -> None:
+    """They compare what the options look like; an address in it would differ."""
+    settings = Lomo(nn.Linear(3, 2), rule=rule)._training.settings
+    assert repr(pickle.loads(pickle.dumps(settings)).same_everywhere()) == repr(settings.same_everywhere())
+
+
 # ---- What is refused ------------------------------------------------------------------------------------------------
 
 

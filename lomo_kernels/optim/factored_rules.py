@@ -62,6 +62,10 @@ class FactoredRule:
     #: Whether the size of u, and that of the parameter, are needed.
     needs_scale = False
 
+    def __repr__(self) -> str:
+        """The same in every process: ranks compare it."""
+        return f"{type(self).__name__}()"
+
     def new_state(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
         """The state of a parameter that had no step."""
         return ()
