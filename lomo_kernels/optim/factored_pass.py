@@ -45,15 +45,15 @@ class FactoredPass(UpdatePass):
         torch.ops.lomo_kernels.factor_sums_.default(*sums, matrix, managed.scalars.vector)
         factors = rule.factors(managed, sums, state.of(managed), state.step(managed.device))
         coef = factors.coef
-        weight_squares: Tensor | None = None
         if rule.needs_scale:
-            size = torch.zeros(1, dtype=torch.float64, device=grad.device)
+            size, of_param = torch.zeros(2, 1, dtype=torch.float64, device=grad.device).unbind()
             torch.ops.lomo_kernels.factored_sq_norm_.default(
                 size, matrix, factors.rows, factors.columns, managed.scalars.vector
             )
-            weight_squares = state.weight_squares(managed)
-            coef = rule.scale(size[0], weight_squares[0], local.numel())
-            weight_squares.zero_()
+            # Not what the last update could have added up: ``.data`` may have changed the parameter since, unseen, and
+            # a resumed run would add up in another order.
+            torch.ops.lomo_kernels.sq_norm_.default([of_param], [local], None)
+            coef = rule.scale(size[0], of_param[0], local.numel())
         if coef is not None:
             cells.clip_coef.mul_(coef)
         cells.found_inf.add_(sums.rows.sum() * 0.0)  # NaN, which is not zero, of infinity and of NaN
@@ -65,7 +65,7 @@ class FactoredPass(UpdatePass):
             factors.rows,
             factors.columns,
             cells.vector,
-            weight_squares,
+            None,
             self.rule,
             self.stochastic,
             self.seed,
@@ -75,7 +75,6 @@ class FactoredPass(UpdatePass):
         if weight.data_ptr() != local.data_ptr():  # a memory format in which rows do not follow each other
             local.copy_(weight.view(local.shape))
         torch.autograd.graph.increment_version(managed.local)
-        state.note_weight(managed)
 
     def _handle_list(self, managed_params: Sequence[ManagedParameter], grads: list[Tensor]) -> None:
         for managed, grad in zip(managed_params, grads, strict=True):

@@ -1,4 +1,4 @@
-"""What a rule with factors keeps between steps: its own state, and the size of each parameter."""
+"""What a rule with factors keeps between steps."""
 
 from __future__ import annotations
 
@@ -32,17 +32,14 @@ class RuleState:
         self._managed_params = tuple(managed_params)  # without those that are added later
         self.scalars = scalars
         self._states = [rule.new_state(managed) if managed.supported else () for managed in managed_params]
+        self._devices = tuple(devices)
         self._steps: dict[torch.device, Tensor] = {}
-        self._weight_squares = {
-            device: torch.zeros(len(managed_params), dtype=torch.float64, device=device) for device in devices
-        }
-        self._versions = [-1] * len(managed_params)  # of the parameters when their squares were added up
 
     def begin_update(self, step: Tensor, skipped: Tensor) -> None:
         """An update begins, after so many steps of which some were skipped."""
         self.scalars.begin_update()
         number = (step - skipped + 1).double()
-        self._steps = {device: number.to(device, non_blocking=True) for device in self._weight_squares}
+        self._steps = {device: number.to(device, non_blocking=True) for device in self._devices}
 
     def step(self, device: torch.device) -> Tensor:
         """The number of this step among those that were not skipped, from 1: float64, no dimensions."""
@@ -55,19 +52,6 @@ class RuleState:
         """Replaces a parameter's state, unless `found_inf` is not zero."""
         for state, changed in zip(self._states[managed.index], new, strict=True):
             state.copy_(torch.where(found_inf == 0, changed, state))
-
-    def weight_squares(self, managed: ManagedParameter) -> Tensor:
-        """The parameter's sum of squares, float64 [1]. It is known from the last update, unless something else has
-        changed the parameter since (autograd's version counter says so)."""
-        squares = self._weight_squares[managed.device][managed.index : managed.index + 1]
-        if self._versions[managed.index] != managed.local._version:
-            squares.zero_()
-            torch.ops.lomo_kernels.sq_norm_.default([squares], [managed.local.detach()], None)
-        return squares
-
-    def note_weight(self, managed: ManagedParameter) -> None:
-        """The update has added up the parameter's squares."""
-        self._versions[managed.index] = managed.local._version
 
     def by_parameter(self, index: int) -> dict[str, Tensor]:
         """A parameter's state by name, live."""
