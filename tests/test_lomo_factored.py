@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lomo_kernels import AdaLomo, Lomo
+from lomo_kernels.optim.rule_state import RuleState
 
 RULES = ["tensor", "rows", "adalomo"]
 
@@ -225,6 +226,27 @@ def test_a_parameter_whose_gradient_is_not_finite_is_kept(bad: float, rule: str)
     assert optimizer.skipped_steps.item() == 1
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("size", [1e5, 1e9, 1e20, 1e38])
+def test_a_large_gradient_is_an_update_and_nothing_more(size: float, rule: str) -> None:
+    """With a row of zeros, whose running mean is 1e-30. From 1e20 on, the others' squares do not fit into a state."""
+    param = nn.Parameter(torch.ones(4, 5))
+    book = Textbook(nn.ParameterList([param]), rule, lr=0.1)
+    optimizer = Lomo([param], lr=0.1, rule=rule)
+    grad = torch.randn(4, 5).clamp(-1, 1)
+    grad[2] = 0.0
+    for factor in (size, size):
+        before = param.detach().clone()
+        optimizer.backward(gives(param, grad * factor))
+        book.step((book.model[0] * (grad * factor).double()).sum())
+        update = before - param.detach()
+        assert (update[grad != 0] * grad[grad != 0] > 0).all()
+        assert update.square().mean().sqrt() < 0.11
+        if rule != "adalomo" or size < 1e19:
+            assert_equal(nn.ParameterList([param]), book)
+    assert all(state.isfinite().all() for state in optimizer.state[param].values() if isinstance(state, Tensor))
+
+
 def test_a_skipped_step_does_not_count() -> None:
     model = Kinds()
     book = Textbook(model, "adalomo", lr=0.003, clip_grad_norm=1.0)
@@ -253,6 +275,22 @@ def test_a_weight_that_somebody_changes_has_another_size(how: str) -> None:
         optimizer.backward(model(tokens(step)))
         book.step(book.model(tokens(step)))
     assert_equal(model, book)
+
+
+def test_a_step_that_breaks_off_with_a_state_taken_is_partial(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = Lomo([nn.Parameter(torch.ones(100, 200))], rule="adalomo")
+    param = optimizer.param_groups[0]["params"][0]
+
+    def interrupted(self: RuleState, *arguments: Any) -> None:
+        take(self, *arguments)
+        raise KeyboardInterrupt
+
+    take = RuleState.take
+    monkeypatch.setattr(RuleState, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.backward(param.square().sum())
+    assert optimizer.state[param]["row"].all()
+    assert optimizer.last_step_outcome == "partial"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lomo_optim") is None, reason="needs lomo_optim")

@@ -57,8 +57,8 @@ class FactoredPass(UpdatePass):
         if coef is not None:
             cells.clip_coef.mul_(coef)
         cells.found_inf.add_(sums.rows.sum() * 0.0)  # NaN, which is not zero, of infinity and of NaN
-        state.take(managed, factors.state, cells.found_inf)
         self.changed = True
+        state.take(managed, factors.state, cells.found_inf)
         torch.ops.lomo_kernels.factored_update_.default(
             weight,
             matrix,

@@ -29,6 +29,7 @@ from .hyperparameters import check_positive
 from .managed_parameter import ManagedParameter
 
 _TINY = 1e-12
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 class Sums(NamedTuple):
@@ -171,13 +172,15 @@ class AdaLomoRule(FactoredRule):
         beta = (1.0 - step**self.decay_rate).float()
 
         def moved(mean: Tensor, squares: Tensor, elements: int) -> Tensor:
-            return torch.lerp((squares / max(elements, 1) + self.eps[0]).float(), mean, beta)
+            bounded = (squares / max(elements, 1) + self.eps[0]).clamp(_FLOAT32.tiny, _FLOAT32.max)
+            return torch.lerp(bounded.float(), mean, beta)
 
         column = moved(column, sums.columns, rows)
         if not row.numel():
             return Factors(row, column.rsqrt(), state=(row, column))
         row = moved(row, sums.rows.view(matrices, rows), columns)
-        of_rows = (row / row.mean(dim=1, keepdim=True)).rsqrt()
+        wide = row.double()  # a row of zeros beside large ones: float32 has not the ratio
+        of_rows = (wide / wide.mean(dim=1, keepdim=True)).rsqrt().float()
         return Factors(of_rows.view(-1), column.rsqrt(), state=(row, column))
 
     def scale(self, u_squares: Tensor, param_squares: Tensor, elements: int) -> Tensor:
