@@ -381,11 +381,18 @@ def test_other_state_dicts_are_refused() -> None:
             Lomo(model, rule=rule).load_state_dict(saved[other])
     optimizer = Lomo(model, rule="adalomo")
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    for wrong in (torch.zeros(3), torch.zeros(1, 2, dtype=torch.float64), None):
+    for wrong in (torch.zeros(3), torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 2, device="meta"), None):
         changed = copy.deepcopy(saved["adalomo"])
         changed["state"][0]["row"] = wrong
         with pytest.raises(ValueError, match="row of weight is"):
             optimizer.load_state_dict(changed)
+    for number in (math.nan, math.inf, -1.0):
+        changed = copy.deepcopy(saved["adalomo"])
+        changed["state"][1]["column"][0, 1] = number
+        with pytest.raises(ValueError, match="column of bias has an element that no mean can be"):
+            optimizer.load_state_dict(changed)
+    with pytest.raises(TypeError, match="state of bias is a list, expected a dict"):
+        optimizer.load_state_dict(saved["adalomo"] | {"state": saved["adalomo"]["state"] | {1: []}})
     assert str(optimizer.state_dict()["state"]) == str(before)
 
 

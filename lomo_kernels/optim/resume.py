@@ -184,14 +184,18 @@ def _rule_state_of(
     for key, managed in zip(order, managed_params, strict=True):
         theirs = state.get(key, {})
         expected = rule_state.by_parameter(managed.index)
+        if not isinstance(theirs, dict):
+            raise TypeError(f"Lomo: the state of {managed.name} is a {type(theirs).__name__}, expected a dict")
         for name, ours in expected.items():
             given = theirs.get(name)
-            if not isinstance(given, Tensor) or given.shape != ours.shape or given.dtype != ours.dtype:
+            if not isinstance(given, Tensor) or given.shape != ours.shape or given.dtype != ours.dtype or given.is_meta:
                 was = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else repr(given)
                 raise ValueError(
                     f"Lomo: the state dict's {name} of {managed.name} is {was}, expected {ours.dtype} "
                     f"{list(ours.shape)}"
                 )
+            if not bool(((given >= 0) & given.isfinite()).all()):
+                raise ValueError(f"Lomo: the state dict's {name} of {managed.name} has an element that no mean can be")
         found.append({name: theirs[name] for name in expected})
     return found
 
