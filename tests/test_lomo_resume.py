@@ -119,6 +119,26 @@ def test_every_checkpoint_holds_its_own_step(way: str, tmp_path: Path) -> None:
         assert after.state_dict()["lomo"] == ends
 
 
+@pytest.mark.parametrize("options", [{}, {"rule": "adalomo"}, {"clip_tensor": 1.04}], ids=str)
+@pytest.mark.parametrize("full", [False, True], ids=["parts", "full"])
+def test_helpers_of_torch_and_frozen_parameters(full: bool, options: dict[str, Any]) -> None:
+    """Of a frozen parameter they load nothing, or, into a full state dict, what this optimizer had."""
+    helpers = StateDictOptions(full_state_dict=full, cpu_offload=full)
+    models = [small_model(torch.float32) for _ in range(2)]
+    for model in models:
+        model[0].weight.requires_grad_(False)
+    optimizer, other = (Lomo(model, lr=0.05, **options) for model in models)
+    for step in range(4):
+        if step == 2:
+            of_model, of_optimizer = get_state_dict(models[0], optimizer, options=helpers)
+            set_state_dict(models[1], other, model_state_dict=of_model, optim_state_dict=of_optimizer, options=helpers)
+            assert other.step_count.item() == 2
+        take_step(models[0], optimizer, 2 * step)
+        if step >= 2:
+            take_step(models[1], other, 2 * step)
+    assert_same_bits(weights_of(models[1]), weights_of(models[0]))
+
+
 def test_saving_puts_nothing_into_the_optimizer() -> None:
     model = named((2,), (3,))
     optimizer = Lomo(model, lr=torch.tensor(0.5))

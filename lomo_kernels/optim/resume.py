@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -90,7 +91,7 @@ def read(
     if KEY in state_dict:
         numbers = _of_entry(state_dict[KEY], managed_params)
     elif any(isinstance(some, dict) and "scaling" in some for some in state_dict["state"].values()):
-        numbers = _of_parameters(state_dict["state"], order)
+        numbers = _of_parameters(state_dict["state"], order, managed_params)
     elif all({"momentum", "nesterov"} <= group.keys() for group in theirs):
         dropped = _of_sgd(state_dict["state"], theirs, managed_params)
     else:
@@ -143,33 +144,37 @@ def _of_entry(entry: Any, managed_params: Sequence[ManagedParameter]) -> dict[st
     return numbers | {"rule": entry.get("rule", "sgd")}  # older ones have no rule
 
 
-def _of_parameters(state: dict[Any, Any], order: Sequence[Any]) -> dict[str, Any]:
-    """The numbers that `torch.distributed.checkpoint` keeps with every parameter. It has compared names and shapes.
+def _of_parameters(
+    state: dict[Any, Any], order: Sequence[Any], managed_params: Sequence[ManagedParameter]
+) -> dict[str, Any]:
+    """The numbers that `torch.distributed.checkpoint` keeps with every parameter. It has compared names and shapes. Of
+    frozen parameters it loads none, or those that this optimizer had.
 
     Args:
-        order: the keys of `state` in the order of the parameters.
+        order: the keys of `state` in the order of `managed_params`.
     """
-    first: dict[str, Any] | None = None
+    frozen = {key for key, managed in zip(order, managed_params, strict=False) if not managed.param.requires_grad}
     for name, numbers in state.items():
         if not isinstance(numbers, dict):
             raise TypeError(f"Lomo: the state of {name} is a {type(numbers).__name__}, expected a dict")
         _check_keys(numbers, (*_NUMBERS, "rule"), optional=(CLIP_MEANS, *AdaLomoRule.states))
-        if first is None:
-            first = numbers
-        different = [key for key in (*_NUMBERS, "rule") if not _same(numbers[key], first[key])]
+    trained = [name for name in state if name not in frozen] or list(state)
+    first = state[trained[0]]
+    for name in trained:
+        different = [key for key in (*_NUMBERS, "rule") if not _same(state[name][key], first[key])]
         if different:
             raise ValueError(
-                f"Lomo: the state dict's {different[0]} differs between {next(iter(state))} and {name}; expected the "
+                f"Lomo: the state dict's {different[0]} differs between {trained[0]} and {name}; expected the "
                 "same for all, from one checkpoint"
             )
-    assert first is not None
     scaling = first["scaling"]
     if type(scaling) is not int or not 0 <= scaling < len(KINDS):
         raise ValueError(f"Lomo: the state dict's scaling is {scaling!r}, expected 0 to {len(KINDS) - 1}")
     names = {number: name for name, number in (RULES | FACTORED_RULES).items()}
     numbers = first | {"scaling": KINDS[scaling], "rule": names.get(first["rule"], first["rule"])}
     if CLIP_MEANS in first:
-        means = [state.get(key, {}).get(CLIP_MEANS) for key in order]
+        unknown = torch.tensor(math.inf, dtype=torch.float64, device="cpu")
+        means = [state.get(key, {}).get(CLIP_MEANS, unknown if key in frozen else None) for key in order]
         if not all(isinstance(mean, Tensor) and mean.numel() == 1 for mean in means):
             raise ValueError(f"Lomo: the state dict has {CLIP_MEANS} of some parameters only; expected it of all")
         numbers[CLIP_MEANS] = torch.cat([mean.reshape(1).cpu() for mean in means])
@@ -186,6 +191,8 @@ def _rule_state_of(
         expected = rule_state.by_parameter(managed.index)
         if not isinstance(theirs, dict):
             raise TypeError(f"Lomo: the state of {managed.name} is a {type(theirs).__name__}, expected a dict")
+        if not theirs and not managed.param.requires_grad:  # as `torch.distributed.checkpoint` loads it
+            expected = {}
         for name, ours in expected.items():
             given = theirs.get(name)
             if not isinstance(given, Tensor) or given.shape != ours.shape or given.dtype != ours.dtype or given.is_meta:
