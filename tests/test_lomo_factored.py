@@ -409,6 +409,21 @@ def test_added_and_cast_parameters() -> None:
     assert (optimizer.state[model.blocks[0].up.weight]["row"] / state).max() < 100
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_added_embedding_is_one(steps: int) -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(2, 2)})
+    optimizer = Lomo(model, lr=1.0, rule="rows")
+    for _ in range(steps):
+        optimizer.backward(model["linear"](torch.ones(2)).sum())
+    model["embedding"] = nn.Embedding.from_pretrained(torch.zeros(2, 2), freeze=False)
+    model["bare"] = nn.Embedding(2, 2)
+    del model["bare"].weight
+    weight = model["embedding"].weight
+    optimizer.add_param_group({"params": [("embedding.weight", weight)]})
+    optimizer.backward(gives(weight, torch.tensor([[0.0, 1.0], [0.0, 1.0]])))
+    assert weight[:, 1].tolist() == [-1.0, -1.0], "a row's would be the root of 2"
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_ranks_see_that_their_rules_are_equal(rule: str) -> None:
     """They compare what the options look like; an address in it would differ."""

@@ -71,9 +71,8 @@ class Training:
         self.unpickled = False  # until the first step
         self.started = False  # there are parameters, state and hooks
         self.ended = ""  # why it cannot be used any more
-        self._given_model: Callable[[], nn.Module | None] | None = (
-            given_model  # until the first step, which compares parameters
-        )
+        self._given_model = given_model
+        self._compares_parameters = True  # until the first step has done so
         self.scale_is_open = settings.loss_scale == "auto"  # until a backward says whether it computes in float16
         self.looked_for_scaler = False  # a torch GradScaler, behind a loss
         self._warned_of_momentum = False
@@ -156,9 +155,9 @@ class Training:
                 f"Lomo: rule {rule.name!r} needs sums along a whole gradient's rows and columns, and each rank has a "
                 "part of it (FSDP2, tensor parallel, ZeRO-3). Use data parallel (process_group=), or rule='sgd'"
             )
-        model = self._given_model() if self._given_model is not None else None
+        model = self._given_model()
         modules = () if model is None else model.modules()
-        weights = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+        weights = {id(getattr(module, "weight", None)) for module in modules if isinstance(module, nn.Embedding)}
         for managed in self.managed_params:
             managed.is_embedding = managed.is_embedding or id(managed.param) in weights
 
@@ -197,9 +196,9 @@ class Training:
 
     def check_unchanged(self) -> None:
         """In the first step: raises RuntimeError if parameters were exchanged since the optimizer was made."""
-        if self._given_model is not None:
+        if self._compares_parameters:
             check_unchanged(self.managed_params, self._given_model() if self.engine is None else None)
-            self._given_model = None
+            self._compares_parameters = False
 
     def _scale_float16(self, loss: Tensor) -> None:
         """The first backward decides what ``loss_scale="auto"`` means if no parameter is float16."""
@@ -293,7 +292,7 @@ class Training:
                 "seeds": settings.seed,
             }
         )
-        engine.begin_training(managed_params, None if self._given_model is None else self._given_model())
+        engine.begin_training(managed_params, self._given_model() if self._compares_parameters else None)
         return engine
 
     def _replace_owners(self, managed_params: Sequence[ManagedParameter]) -> None:
