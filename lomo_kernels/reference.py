@@ -349,7 +349,6 @@ def _factored_update_(
     row_factors: Tensor,
     column_factors: Tensor,
     scalars: Tensor,
-    new_sq_norm: Tensor | None,
     *rest: Any,
 ) -> None:
     check_factors("factored_update_", grad, row_factors, column_factors, torch.float32)
@@ -358,8 +357,6 @@ def _factored_update_(
     for name in ("inv_scale", "clip_value", "clip_coef"):
         neutral[vectors.NAMES.index(name)] = vectors.FIELDS[name].neutral
     _update_layer(param, f, neutral, None, *rest)
-    if new_sq_norm is not None:
-        _sq_norm_([new_sq_norm], [param], None)
 
 
 def _linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:

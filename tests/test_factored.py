@@ -131,25 +131,22 @@ def test_update(shape: tuple[int, int, int], dtypes: Any, stochastic: bool, kind
     grad.view(-1)[4 :: max(9, grad.numel() // 3)] = math.inf
     of_rows, of_columns = factors((matrices * rows,), 2), factors((matrices, columns), 3)
     for shard in ([], [5, columns, columns + 2]):
-        expected, expected_slot = param.clone(), torch.ones(1, dtype=torch.float64)
+        expected = param.clone()
         arguments = (of_rows, of_columns, scalars())
         rest = (0, stochastic, 11, 4, shard)
-        reference.IMPLEMENTATIONS["factored_update_"](expected, grad, *arguments, expected_slot, *rest)
+        reference.IMPLEMENTATIONS["factored_update_"](expected, grad, *arguments, *rest)
         assert param.numel() < 100 or not torch.equal(expected, param)
         for ours in (param.clone(), strided(param)):
-            slot = torch.ones(1, dtype=torch.float64)
-            operator(kind, "factored_update_")(ours, strided(grad), *arguments, slot, *rest)
+            operator(kind, "factored_update_")(ours, strided(grad), *arguments, *rest)
             assert_same_bits(ours.contiguous(), expected)
-            torch.testing.assert_close(slot, expected_slot, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_found_inf_leaves_the_parameter(kind: str) -> None:
     param, grad = values((5, 70), torch.bfloat16, 5), values((5, 70), torch.bfloat16, 1)
-    before, slot = param.clone(), torch.zeros(1, dtype=torch.float64)
-    operator(kind, "factored_update_")(param, grad, NONE, NONE, scalars(found_inf=1.0), slot, 0, False, 0, 0, [])
+    before = param.clone()
+    operator(kind, "factored_update_")(param, grad, NONE, NONE, scalars(found_inf=1.0), 0, False, 0, 0, [])
     assert_same_bits(param, before)
-    assert slot.item() == pytest.approx(before.double().square().sum().item())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,7 +154,7 @@ def test_a_product_that_overflows_keeps_its_element(kind: str) -> None:
     param, grad = torch.ones(2, 2), torch.tensor([[1e30, 1.0], [1.0, 1.0]])
     of_rows = torch.tensor([1e30, 1.0])
     one = vector("test", param.device, {"lr": 1.0})
-    operator(kind, "factored_update_")(param, grad, of_rows, NONE, one, None, 0, False, 0, 0, [])
+    operator(kind, "factored_update_")(param, grad, of_rows, NONE, one, 0, False, 0, 0, [])
     assert param.tolist() == [[1.0, float(torch.tensor(1.0) - torch.tensor(1e30))], [0.0, 0.0]]
 
 
@@ -174,7 +171,7 @@ def test_any_bits(bits: list[int], rows: int, dtype: torch.dtype, stochastic: bo
     grad = torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(dtype).view(rows, columns)
     param = grad.flip(0, 1).contiguous()
     expected = param.clone()
-    arguments = (factors((rows,), 2), factors((1, columns), 3), scalars(), None, 0, stochastic, 1, 2, [])
+    arguments = (factors((rows,), 2), factors((1, columns), 3), scalars(), 0, stochastic, 1, 2, [])
     reference.IMPLEMENTATIONS["factored_update_"](expected, grad, *arguments)
     torch.ops.lomo_kernels.factored_update_(param, grad, *arguments)
     finite = ~expected.isnan()
@@ -203,7 +200,6 @@ def test_other_arguments_are_refused(change: dict[str, Any], message: str) -> No
         "row_factors": torch.ones(3),
         "column_factors": torch.ones(1, 4),
         "scalars": scalars(),
-        "new_sq_norm": None,
         "rule": 0,
         "stochastic": False,
         "seed": 0,
@@ -220,6 +216,31 @@ def test_shared_memory_is_refused() -> None:
     param = torch.ones(3, 4)
     sums = torch.zeros(8, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="share"):
-        torch.ops.lomo_kernels.factored_update_(param, param, NONE, NONE, scalars(), None, 0, False, 0, 0, [])
+        torch.ops.lomo_kernels.factored_update_(param, param, NONE, NONE, scalars(), 0, False, 0, 0, [])
     with pytest.raises(RuntimeError, match="share"):
         torch.ops.lomo_kernels.factor_sums_(sums[:3], sums[2:6].view(1, 4), param, scalars())
+    vectors = torch.ones(16, dtype=torch.float64)
+    floats = vectors.view(torch.float32)
+    for rows, columns in ((param[0, :3], NONE), (NONE, param[1:2])):
+        with pytest.raises(RuntimeError, match="share"):
+            torch.ops.lomo_kernels.factored_update_(
+                param, torch.ones(3, 4), rows, columns, scalars(), 0, False, 0, 0, []
+            )
+        with pytest.raises(RuntimeError, match="share"):
+            torch.ops.lomo_kernels.factored_sq_norm_(
+                vectors[:1],
+                torch.ones(3, 4),
+                *(floats[: one.numel()].view(one.shape) for one in (rows, columns)),
+                scalars(),
+            )
+    with pytest.raises(RuntimeError, match="share"):
+        vectors[:7] = scalars()
+        torch.ops.lomo_kernels.factor_sums_(vectors[6:9], torch.zeros(1, 4, dtype=torch.float64), param, vectors[:7])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_matrix_is_refused(rows: int, kind: str) -> None:
+    of_rows, of_columns = torch.zeros(rows, dtype=torch.float64), torch.zeros(0, 4, dtype=torch.float64)
+    with pytest.raises((RuntimeError, ValueError), match="0 matrices"):
+        operator(kind, "factor_sums_")(of_rows, of_columns, torch.ones(rows, 4), scalars())

@@ -111,7 +111,7 @@ def factored(operators):
             scalars = vector("test", param.device, {"lr": 0.1, "clip_value": 0.9, "step": 3})
             slot = torch.zeros(1, dtype=torch.float64)
             lines = torch.zeros(rows, dtype=torch.float64), torch.zeros(1, columns, dtype=torch.float64)
-            operators["factored_update_"](param, grad, *factors, scalars, None, 0, bool(i % 2), 1, 2, [])
+            operators["factored_update_"](param, grad, *factors, scalars, 0, bool(i % 2), 1, 2, [])
             operators["factored_sq_norm_"](slot, grad, *factors, scalars)
             operators["factor_sums_"](*lines, grad, scalars)
             updated.append(param)

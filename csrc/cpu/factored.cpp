@@ -2,6 +2,8 @@
 // lomo_kernels/ops/factored.py.
 #include <torch/csrc/stable/library.h>
 
+#include <numeric>
+
 #include "../update.h"
 #include "step.h"
 #include "traverse.h"
@@ -44,9 +46,10 @@ T* data_of(const Tensor& tensor) {
   return tensor.numel() ? static_cast<T*>(const_cast<void*>(tensor.const_data_ptr())) : nullptr;
 }
 
-Region written(const Tensor& tensor, const char* name) {
+template <class T>
+Region vector_region(const Tensor& tensor, Access access, const char* name) {
   const char* begin = data_of<const char>(tensor);
-  return {begin, begin + tensor.numel() * 8, nullptr, Access::kWritten, name};
+  return {begin, begin + tensor.numel() * int64_t{sizeof(T)}, nullptr, access, name};
 }
 
 // Gradient, parameter, factors and product of a piece stay in the first-level cache together.
@@ -57,29 +60,33 @@ struct Piece {
   int64_t row, rows, column, columns;
 };
 
-// Calls visit(piece) -> double for pieces of at most kPiece elements, in order, and returns the sum of the results.
-// Partial sums belong to fixed chunks of rows, so the sum has the same bits for any number of threads.
-template <class Visit>
-double sum_over_pieces(const Shape& shape, const Visit& visit) {
+// Rows of one chunk: few enough for threads to share them out, and the same for any number of threads.
+int64_t rows_of_chunk(const Shape& shape) {
   constexpr int64_t kChunk = 16 * kTile;
-  if (!shape.rows || !shape.columns) return 0.0;
-  const int64_t of_chunk = std::max<int64_t>(1, kChunk / shape.columns), of_matrix = shape.rows_of_matrix();
-  const int64_t chunks = (shape.rows + of_chunk - 1) / of_chunk;
-  std::vector<double> partial(chunks);
+  return std::max<int64_t>(1, kChunk / std::max<int64_t>(1, shape.columns));
+}
+
+int64_t chunks_of(const Shape& shape) {
+  return shape.columns ? (shape.rows + rows_of_chunk(shape) - 1) / rows_of_chunk(shape) : 0;
+}
+
+// Calls visit(chunk, piece) for pieces of at most kPiece elements. Those of a chunk come in order, on one thread.
+template <class Visit>
+void for_each_piece(const Shape& shape, const Visit& visit) {
+  const int64_t of_chunk = rows_of_chunk(shape), chunks = chunks_of(shape);
+  if (!chunks) return;
+  const int64_t of_matrix = shape.rows_of_matrix();
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t end = std::min(shape.rows, (chunk + 1) * of_chunk);
       for (int64_t row = chunk * of_chunk, rows; row < end; row += rows) {
         rows = std::min({std::max<int64_t>(1, kPiece / shape.columns), end - row, of_matrix - row % of_matrix});
         for (int64_t column = 0; column < shape.columns; column += kPiece) {
-          partial[chunk] += visit(Piece{row, rows, column, std::min(shape.columns - column, kPiece)});
+          visit(chunk, Piece{row, rows, column, std::min(shape.columns - column, kPiece)});
         }
       }
     }
   });
-  double sum = 0.0;
-  for (const double p : partial) sum += p;
-  return sum;
 }
 
 struct Factors {
@@ -99,8 +106,10 @@ void factor_sums_(const Tensor& row_sums, const Tensor& column_sums, const Tenso
   const Shape shape = matrices_of(grad, row_sums, column_sums, ScalarType::Double, op);
   const View g = view_of(grad, const_cast<void*>(grad.const_data_ptr()), kCPU, op, "grad");
   if (!g.numel) return;
-  check_no_overlap(
-      {written(row_sums, "row_sums"), written(column_sums, "column_sums"), region_of(g, Access::kRead, "grad")}, op);
+  check_no_overlap({vector_region<double>(row_sums, Access::kWritten, "row_sums"),
+                    vector_region<double>(column_sums, Access::kWritten, "column_sums"),
+                    vector_region<double>(scalars, Access::kRead, "scalars"), region_of(g, Access::kRead, "grad")},
+                   op);
   auto* of_rows = data_of<double>(row_sums);
   auto* of_columns = data_of<double>(column_sums);
   // Each chunk of rows has column sums of its own. So many chunks at most, whatever the number of threads.
@@ -157,55 +166,55 @@ void factored_sq_norm_(const Tensor& slot, const Tensor& grad, const Tensor& row
   const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, op);
   const View g = view_of(grad, const_cast<void*>(grad.const_data_ptr()), kCPU, op, "grad");
   double* sum = slot_of(slot, kCPU, op, "slot");
-  std::vector<Region> regions{region_of(sum, "slot")};
+  std::vector<Region> regions{region_of(sum, "slot"), vector_region<float>(row_factors, Access::kRead, "row_factors"),
+                              vector_region<float>(column_factors, Access::kRead, "column_factors")};
   if (g.numel) regions.push_back(region_of(g, Access::kRead, "grad"));
   check_no_overlap(std::move(regions), op);
   const Factors factors{data_of<const float>(row_factors), data_of<const float>(column_factors)};
-  *sum += sum_over_pieces(shape, [&](const Piece& piece) {
+  std::vector<double> partial(chunks_of(shape));  // so the sum has the same bits for any number of threads
+  for_each_piece(shape, [&](int64_t chunk, const Piece& piece) {
     alignas(64) float f[kPiece];
     factors.multiply(f, g, shape, piece, s);
-    return kernels().sum_squares[kFloat32](f, piece.rows * piece.columns, 1.0f);
+    partial[chunk] += kernels().sum_squares[kFloat32](f, piece.rows * piece.columns, 1.0f);
   });
+  *sum += std::accumulate(partial.begin(), partial.end(), 0.0);
 }
 
 void factored_update_(const Tensor& param, const Tensor& grad, const Tensor& row_factors, const Tensor& column_factors,
-                      const Tensor& scalars, const std::optional<Tensor>& new_sq_norm, int64_t rule, bool stochastic,
-                      int64_t seed, int64_t parameter_id, const std::vector<int64_t>& shard) {
+                      const Tensor& scalars, int64_t rule, bool stochastic, int64_t seed, int64_t parameter_id,
+                      const std::vector<int64_t>& shard) {
   const char* op = "factored_update_";
   const Step step = step_from(scalars, rule, stochastic, seed, op);
   const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, op);
-  const Update update = update_of(param, grad, new_sq_norm ? &*new_sq_norm : nullptr, parameter_id,
-                                  shard_of(shard.data(), shard.size(), op), kCPU, op);
-  std::vector<Region> regions;
+  const Update update =
+      update_of(param, grad, nullptr, parameter_id, shard_of(shard.data(), shard.size(), op), kCPU, op);
+  std::vector<Region> regions{vector_region<float>(row_factors, Access::kRead, "row_factors"),
+                              vector_region<float>(column_factors, Access::kRead, "column_factors")};
   add_regions(update, regions);
   check_no_overlap(std::move(regions), op);
   const Factors factors{data_of<const float>(row_factors), data_of<const float>(column_factors)};
   Scalars applied = step.scalars;  // what is left when the factored gradient is there
   applied.inv_scale = applied.clip_coef = 1.0f;
   applied.clip_value = __builtin_inff();
-  const Kernels& k = kernels();
+  if (step.found_inf) return;
   const View& p = update.param;
-  const auto update_run = k.update[step.rule][p.dtype][kFloat32][step.stochastic];
+  const auto update_run = kernels().update[step.rule][p.dtype][kFloat32][step.stochastic];
   const uint64_t key = step.stochastic ? stream_key(step.seed, parameter_id, step.step) : 0;
-  const double sum = sum_over_pieces(shape, [&](const Piece& piece) {
+  for_each_piece(shape, [&](int64_t, const Piece& piece) {
     const int64_t begin = piece.row * shape.columns + piece.column, n = piece.rows * piece.columns;
     Tile tile(p, begin, n);
-    if (!step.found_inf) {
-      alignas(64) float f[kPiece];
-      factors.multiply(f, update.grad, shape, piece, step.scalars);
-      if (step.stochastic) {
-        for_each_run(update.shard, begin, n, [&](int64_t first, int64_t length, uint64_t index) {
-          const int64_t i = first - begin;
-          update_run(static_cast<char*>(tile.data()) + i * p.element_size(), f + i, length, applied, {key, index});
-        });
-      } else {
-        update_run(tile.data(), f, n, applied, {});
-      }
-      tile.store();
+    alignas(64) float f[kPiece];
+    factors.multiply(f, update.grad, shape, piece, step.scalars);
+    if (step.stochastic) {
+      for_each_run(update.shard, begin, n, [&](int64_t first, int64_t length, uint64_t index) {
+        const int64_t i = first - begin;
+        update_run(static_cast<char*>(tile.data()) + i * p.element_size(), f + i, length, applied, {key, index});
+      });
+    } else {
+      update_run(tile.data(), f, n, applied, {});
     }
-    return update.slot ? k.sum_squares[p.dtype](tile.data(), n, 1.0f) : 0.0;
+    tile.store();
   });
-  if (update.slot) *update.slot += sum;
 }
 
 }  // namespace

@@ -65,7 +65,6 @@ def factored_update_(
     row_factors: Tensor,
     column_factors: Tensor,
     scalars: Tensor,
-    new_sq_norm: Tensor | None,
     *rest: Any,
 ) -> None:
     check_factors("factored_update_", grad, row_factors, column_factors, torch.float32)
@@ -74,14 +73,7 @@ def factored_update_(
     for position in _OF_THE_GRADIENT:
         neutral[position].fill_(NEUTRAL[position])
 
-    def tiles() -> Iterator[tuple[int, Tensor]]:
-        for first, tile in _tiles(grad, row_factors, column_factors, scalars):
-            yield first, tile
-            if new_sq_norm is not None:  # the tile was applied
-                rows = param.detach()[first : first + len(tile)]
-                torch.ops.lomo_kernels.sq_norm_.default([new_sq_norm], [rows], None)
-
-    tiled.update_by_tiles(param, tiles(), neutral, None, *rest)
+    tiled.update_by_tiles(param, _tiles(grad, row_factors, column_factors, scalars), neutral, None, *rest)
 
 
 IMPLEMENTATIONS = {function.__name__: function for function in (factor_sums_, factored_sq_norm_, factored_update_)}

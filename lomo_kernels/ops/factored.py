@@ -32,7 +32,7 @@ library.define(
 )
 library.define(
     "factored_update_(Tensor(a!) param, Tensor grad, Tensor row_factors, Tensor column_factors, Tensor scalars, "
-    "Tensor(b!)? new_sq_norm, int rule, bool stochastic, int seed, int parameter_id, int[] shard) -> ()"
+    "int rule, bool stochastic, int seed, int parameter_id, int[] shard) -> ()"
 )
 
 
@@ -57,7 +57,7 @@ def check_factors(op: str, grad: Tensor, rows: Tensor, columns: Tensor, dtype: t
         fits = given.shape == (expected,) if name == "rows" else given.dim() == 2 and given.shape[1] == expected
         if not fits:
             raise ValueError(f"{op}: {name} has shape {list(given.shape)}, grad has shape {list(grad.shape)}")
-    if columns.numel() and (grad.shape[0] % columns.shape[0]):
+    if (columns.numel() or not may_be_empty) and (not len(columns) or grad.shape[0] % len(columns)):
         raise ValueError(f"{op}: {columns.shape[0]} matrices in {grad.shape[0]} rows, expected a divisor")
 
 
@@ -81,7 +81,6 @@ def _(
     row_factors: Tensor,
     column_factors: Tensor,
     scalars: Tensor,
-    new_sq_norm: Tensor | None,
     rule: int,
     stochastic: bool,
     seed: int,
@@ -91,5 +90,3 @@ def _(
     check_pair("factored_update_", param, grad)
     check_factors("factored_update_", grad, row_factors, column_factors, torch.float32)
     check_vector("factored_update_", scalars, param.device)
-    if new_sq_norm is not None:
-        check_slot("factored_update_", "new_sq_norm", new_sq_norm, param.device)

@@ -65,7 +65,6 @@ class FactoredPass(UpdatePass):
             factors.rows,
             factors.columns,
             cells.vector,
-            None,
             self.rule,
             self.stochastic,
             self.seed,
