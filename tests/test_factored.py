@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lomo_kernels import reference
 from lomo_kernels.composite import factored as composite
+from lomo_kernels.composite import tiled
 from lomo_kernels.ops.scalars import vector
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,6 +140,30 @@ def test_update(shape: tuple[int, int, int], dtypes: Any, stochastic: bool, kind
         for ours in (param.clone(), strided(param)):
             operator(kind, "factored_update_")(ours, strided(grad), *arguments, *rest)
             assert_same_bits(ours.contiguous(), expected)
+
+
+@pytest.mark.parametrize("height", [1, 2, 7, 11, 40])
+@pytest.mark.parametrize("shape", [(1, 17, 63), (3, 5, 7), (40, 3, 3), (5, 9, 4)], ids=str)
+def test_tiles_of_the_composites(shape: tuple[int, int, int], height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows of a matrix, or several matrices, the last ones fewer. A convolution has thousands."""
+    matrices, rows, columns = shape
+    tiles: list[int] = []
+    monkeypatch.setattr(tiled, "tile_rows", lambda *_: height)
+    monkeypatch.setattr(tiled, "update_by_tiles", lambda param, parts, *_: tiles.extend(len(tile) for _, tile in parts))
+    grad = strided(values((matrices * rows, columns), torch.float32, 1))
+    of_rows, of_columns = factors((matrices * rows,), 2), factors((matrices, columns), 3)
+    results = []
+    for kind in KINDS:
+        sums = torch.zeros(matrices * rows).double(), torch.zeros(matrices, columns).double()
+        slot = torch.zeros(1, dtype=torch.float64)
+        operator(kind, "factor_sums_")(*sums, grad, scalars())
+        operator(kind, "factored_sq_norm_")(slot, grad, of_rows, of_columns, scalars())
+        results.append((*sums, slot))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+    composite.factored_update_(grad.clone(), grad, of_rows, of_columns, scalars())
+    assert sum(tiles) == matrices * rows and max(tiles) <= height
+    parts = matrices * math.ceil(rows / height) if rows > height else math.ceil(matrices / (height // rows))
+    assert len(tiles) == parts
 
 
 @pytest.mark.parametrize("kind", KINDS)

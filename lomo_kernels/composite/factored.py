@@ -16,40 +16,45 @@ from . import tiled
 _OF_THE_GRADIENT = tuple(NAMES.index(name) for name in ("inv_scale", "clip_value", "clip_coef"))
 
 
-def _clipped_tiles(grad: Tensor, matrices: int, scalars: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(matrix, first row, g of some of its rows) of each tile; NaN if the scaled gradient is not finite."""
+def _clipped_tiles(grad: Tensor, matrices: int, scalars: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(matrices, rows, g of these rows) of each tile: whole matrices, or some rows of one. g is NaN if the scaled
+    gradient is not finite."""
     numbers = scalars.to(grad.device).float()
     inv_scale, limit, coef = (numbers[position] for position in _OF_THE_GRADIENT)
     rows, columns = grad.shape
     if not rows * columns:
         return
     of_matrix = rows // matrices
-    height = min(tiled.tile_rows(rows, columns, grad.device.type), of_matrix)
-    for first in (begin + more for begin in range(0, rows, of_matrix) for more in range(0, of_matrix, height)):
-        matrix = first // of_matrix
-        scaled = grad[first : min(first + height, (matrix + 1) * of_matrix)].detach().float() * inv_scale
-        clipped = torch.maximum(torch.minimum(scaled, limit), -limit) * coef
-        yield matrix, first, torch.where(scaled.isfinite(), clipped, torch.nan)
+    height = tiled.tile_rows(rows, columns, grad.device.type)
+    together = max(1, height // of_matrix)  # a convolution has thousands of matrices
+    for matrix in range(0, matrices, together):
+        last = min(matrix + together, matrices)
+        for first in range(matrix * of_matrix, last * of_matrix, height):
+            here = slice(first, min(first + height, last * of_matrix))
+            scaled = grad[here].detach().float() * inv_scale
+            clipped = torch.maximum(torch.minimum(scaled, limit), -limit) * coef
+            yield slice(matrix, last), here, torch.where(scaled.isfinite(), clipped, torch.nan)
 
 
 def _tiles(grad: Tensor, row_factors: Tensor, column_factors: Tensor, scalars: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(first row, factored gradient of some rows) of each tile."""
     matrices = len(column_factors) if column_factors.numel() else 1
-    for matrix, first, tile in _clipped_tiles(grad, matrices, scalars):
+    for matrix, here, tile in _clipped_tiles(grad, matrices, scalars):
         if row_factors.numel():
-            tile = tile * row_factors[first : first + len(tile), None]
+            tile = tile * row_factors[here, None]
         if column_factors.numel():
-            tile = tile * column_factors[matrix]
-        yield first, tile
+            of_columns = column_factors[matrix, None]
+            tile = (tile.unflatten(0, (len(of_columns), -1)) * of_columns).flatten(0, 1)
+        yield here.start, tile
 
 
 def factor_sums_(row_sums: Tensor, column_sums: Tensor, grad: Tensor, scalars: Tensor) -> None:
     check_factors("factor_sums_", grad, row_sums, column_sums, torch.float64)
     check_vector("factor_sums_", scalars, grad.device)
-    for matrix, first, tile in _clipped_tiles(grad, len(column_sums), scalars):
+    for matrix, here, tile in _clipped_tiles(grad, len(column_sums), scalars):
         squares = tile.double().square_()
-        row_sums[first : first + len(tile)] += squares.sum(1)
-        column_sums[matrix] += squares.sum(0)
+        row_sums[here] += squares.sum(1)
+        column_sums[matrix] += squares.unflatten(0, (matrix.stop - matrix.start, -1)).sum(1)
 
 
 def factored_sq_norm_(slot: Tensor, grad: Tensor, row_factors: Tensor, column_factors: Tensor, scalars: Tensor) -> None:
