@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lomo_kernels import AdaLomo, Lomo
+from lomo_kernels.optim.factored_rules import FactoredRule
 from lomo_kernels.optim.rule_state import RuleState
 
 RULES = ["tensor", "rows", "adalomo"]
@@ -442,6 +443,11 @@ def test_refused_options() -> None:
         Lomo(model, rule="adalomo", fused_layers=True)
     with pytest.raises(ValueError, match="clip_tensor bounds a gradient"):
         Lomo(model, rule="rows", clip_tensor=1.04)
-    for wrong in ({"eps": 1e-3}, {"eps": (1e-30, 0.0)}, {"clip_threshold": -1.0}, {"decay_rate": 0.8}):
+    for wrong in ({"eps": 1e-3}, {"eps": (1e-30, 0.0)}, {"clip_threshold": -1.0}):
         with pytest.raises((TypeError, ValueError)):
             AdaLomo(model, **wrong)
+    for rate in (0.8, 0.0, -math.inf, math.nan, True, "-0.8", None):
+        with pytest.raises(ValueError, match=r"decay_rate is .*, expected a finite number < 0"):
+            AdaLomo(model, decay_rate=rate)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"name of FactoredRule.* is '', expected one of tensor, rows, adalomo"):
+        Lomo(model, rule=FactoredRule())

@@ -18,6 +18,7 @@ A step reads a gradient three times: for the sums; with "adalomo", for the size 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -153,7 +154,8 @@ class AdaLomoRule(FactoredRule):
         for index, value in enumerate(eps):
             check_positive(f"eps[{index}]", value)
         check_positive("clip_threshold", clip_threshold)
-        check_positive("-decay_rate", -decay_rate)
+        if isinstance(decay_rate, bool) or not isinstance(decay_rate, (int, float)) or not -math.inf < decay_rate < 0:
+            raise ValueError(f"Lomo: decay_rate is {decay_rate!r}, expected a finite number < 0")
         self.eps, self.clip_threshold, self.decay_rate = (float(eps[0]), float(eps[1])), clip_threshold, decay_rate
 
     def __repr__(self) -> str:
@@ -193,7 +195,12 @@ _RULES = {rule.name: rule for rule in (TensorRule(), RowsRule(), AdaLomoRule())}
 
 
 def factored_rule(rule: object) -> FactoredRule | None:
-    """The rule of this name, or the rule itself. None: it is no rule with factors."""
+    """The rule of this name, or the rule itself. None: it is no rule with factors.
+
+    Raises ValueError if its name is not in `lomo_kernels.rules.FACTORED_RULES`, which numbers rules in a state dict.
+    """
     if isinstance(rule, FactoredRule):
+        if rule.name not in FACTORED_RULES:
+            raise ValueError(f"Lomo: the name of {rule} is {rule.name!r}, expected one of {', '.join(FACTORED_RULES)}")
         return rule
     return _RULES.get(rule) if isinstance(rule, str) and rule in FACTORED_RULES else None
