@@ -228,6 +228,11 @@ def test_ranks_keep_gradients_alike(call: Any, engine: str, share: float) -> Non
     call(2, keep_alike, engine, share)
 
 
+@EVERY_ENGINE
+def test_four_ranks_keep_gradients_alike(call: Any, engine: str) -> None:
+    call(4, keep_alike, engine, 0.5)
+
+
 # ---- What is refused ------------------------------------------------------------------------------------------------
 
 

@@ -25,12 +25,15 @@ WIDTH = 16
 BATCH, SEQ = 2, 5
 
 # Norms of these gradients are between 1 and 30: the coefficient of clipping is well below 1 in every step.
-CLIP = {"clip_grad_norm": 0.2, "clip_passes": "two"}
+CLIP = {"clip_grad_norm": 0.2}
+#: A `clip_memory` below 1 is a share of the bytes of all gradients.
 MODES: dict[str, dict[str, Any]] = {
-    "fused, one pass": {"fused_layers": True, "clip_passes": "one"} | CLIP,
-    "fused, two passes": {"fused_layers": True, "clip_passes": "two"} | CLIP,
+    "fused, one pass": {"fused_layers": True, "clip_memory": None} | CLIP,
+    "fused, a part twice": {"fused_layers": True, "clip_memory": 0.4} | CLIP,
+    "fused, two passes": {"fused_layers": True, "clip_memory": 0} | CLIP,
     "fused, no clipping": {"fused_layers": True},
-    "one pass": {"clip_passes": "one"} | CLIP,
+    "one pass": {"clip_memory": None} | CLIP,
+    "a part twice": {"clip_memory": 0.6} | CLIP,
 }
 LR = {"fused, no clipping": 0.02}  # others: large, so that a clipped step moves the weights by a visible amount
 
@@ -220,7 +223,10 @@ def train(model: nn.Module, batches: Callable[[int], Batch], mode: str) -> None:
     """Some steps of Lomo and of the textbook; compares weights and norms."""
     arguments = {"lr": LR.get(mode, 0.2), "weight_decay": 0.01}
     textbook = Textbook(model, clip_grad_norm=MODES[mode].get("clip_grad_norm"), **arguments)
-    optimizer = Lomo(model, **arguments, **MODES[mode])
+    options = dict(MODES[mode])
+    if share := options.get("clip_memory"):
+        options["clip_memory"] = int(share * sum(param.nbytes for param in model.parameters()))
+    optimizer = Lomo(model, **arguments, **options)
     for step in range(STEPS):
         loss, expected = loss_of(model, batches(step)), loss_of(textbook.model, batches(step))
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -295,7 +301,7 @@ def test_nothing_of_the_model_shows_it(name: str, tmp_path: Path) -> None:
     loss_of(model, batches(0))  # some write into their config
     saved = pretrained(model, tmp_path / "before")
 
-    optimizer = Lomo(model, lr=0.0, fused_layers=True, **CLIP)
+    optimizer = Lomo(model, lr=0.0, fused_layers=True, clip_memory=0, **CLIP)
     assert [type(module) for module in model.modules()] != classes
     optimizer.backward(loss_of(model, batches(0)))
     assert (repr(model), list(model.state_dict())) == (shown, keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -276,6 +277,25 @@ def test_a_step_that_breaks_off_leaves_the_means() -> None:
     optimizer.backward(loss_of(model, 10))
     book.step(loss_of(book.model, 10))
     assert_equal(optimizer, model, book)
+
+
+@pytest.mark.usefixtures("_short")
+def test_a_warm_up_that_does_not_end_is_said() -> None:
+    params = [vector(1.0, 2.0), vector(3.0)]
+    optimizer = Lomo(params, lr=0.1, clip_tensor=FACTOR)
+
+    def step(factor: float) -> None:
+        optimizer.backward(params[0].square().sum() + params[1].sum() * factor)
+
+    for _ in range(WARM):
+        step(math.nan)
+    with pytest.warns(UserWarning, match="all of the last 3 steps had a gradient that is not finite"):
+        step(math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(WARM + 3):
+            step(1.0)
+    assert optimizer._training.clips_tensors
 
 
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "1.04", torch.tensor(1.04)])

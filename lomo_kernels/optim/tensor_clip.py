@@ -7,13 +7,13 @@ The bound is `clip_tensor` times a running mean of the parameter's clipped norms
 
 The update takes h as its coefficient. A parameter knows its norm in its own hook, so one backward is enough. The mean
 stays as it is when the gradient is zero or not finite, and in a step that is skipped: with a mean of zero a parameter
-(of LoRA, say, whose first gradients are zero) would never move again. If a parameter's first gradient comes after the
-first 100 steps, its norm becomes the mean.
+would never move again. If a parameter's first gradient comes after the first 100 steps, its norm becomes the mean.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -46,6 +46,7 @@ class TensorClip:
         self.scalars = scalars
         self._bounds = {device: torch.zeros(parameters, dtype=torch.float64, device=device) for device in devices}
         self.means = torch.full_like(next(iter(self._bounds.values())), math.inf)
+        self._left_before = 0  # steps that were left when the device was last asked
         self._left: int | None = None  # steps of the warm-up; None: the device has to be asked
 
     # ---- The warm-up ------------------------------------------------------------------------------------------------
@@ -67,6 +68,13 @@ class TensorClip:
         if self._left is None:
             simulated = isinstance(step, FakeTensor) or step.is_meta
             self._left = 0 if simulated else max(WARM_UP - int((step - skipped).item()), 0)
+            if self._left and self._left == self._left_before:
+                warnings.warn(
+                    f"Lomo: all of the last {self._left} steps had a gradient that is not finite, so clip_tensor still "
+                    "finds its means and clips nothing by them. optimizer.grad_norms() says whose gradient it is",
+                    stacklevel=10,
+                )
+            self._left_before = self._left
         return self._left > 0
 
     def count_step(self) -> None:
@@ -78,7 +86,7 @@ class TensorClip:
         """Takes over the means of the first parameters. The others have had no step."""
         self.means.fill_(math.inf)
         self.means[: len(means)].copy_(means)
-        self._left = None
+        self._left, self._left_before = None, 0
 
     # ---- A step after it --------------------------------------------------------------------------------------------
 
