@@ -263,9 +263,9 @@ def environment(device: Device, _: str) -> Iterator[str]:
 
 def source(device: Device, _: str) -> Iterator[str]:
     """One line: what gave the figures."""
-    about, date = device.results.environment, device_and_date(device.files[-1])[1]
+    about, dates = device.results.environment, [device_and_date(file)[1] for file in device.files]
     threads = f"{about['threads']} thread, " if device.is_cpu else ""
-    yield f"{device.title}, {threads}torch {about['torch']}, {date}.\n"
+    yield f"{device.title}, {threads}torch {about['torch']}, {' and '.join(dates)}.\n"
 
 
 #: By head: what of `frame` stands in a column, and how. Where a column stands for a case, the head is the case's.

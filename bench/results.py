@@ -27,7 +27,7 @@ RESULTS = ROOT / "bench" / "results"
 DTYPES = ("bfloat16", "float16", "float32")  # of kernels, in the order in which they are measured and shown
 BASE = "SGD, clip_grad_norm_"  # what training steps are compared with
 FORWARD = "forward alone"  # no rival: a part of every step
-OURS = ("Lomo", "sgd_", "sq_norm_", "linear_", "embedding_", "product, s", "dense gradient, s")
+OURS = ("Lomo", "AdaLomo", "sgd_", "sq_norm_", "linear_", "embedding_", "product, s", "dense gradient, s")
 
 
 def ours(contestant: str) -> bool:
