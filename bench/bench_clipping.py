@@ -1,6 +1,6 @@
-"""What does exact clipping cost, by the memory that may wait for the norm; and what is clipped or scaled without one?
+"""What does exact clipping cost with each budget of `clip_memory`, and what do rules cost that need no global norm?
 
-The budgets are shares of what all gradients take: `Lomo`'s two passes keep nothing, one pass keeps all.
+The budgets are shares of what all gradients take: two passes keep nothing, one pass keeps all.
 """
 
 from __future__ import annotations
@@ -33,5 +33,5 @@ def test_step(paired, missing, case, contestant, llama, base, device):  # noqa: 
         missing(*lacking)
     described = {"model": case.model, "tokens": case.tokens, "checkpointing": case.checkpointing}
     trained = Trained(contestant, llama, case, device)
-    trained.step(2)  # the first step of a graph only finds out what fits, the second one keeps it
+    trained.step(2)  # the first step only finds out what fits, the second one keeps that
     paired(contestant, described, trained.step, Probe(BASE, base.step), memory=trained.memory)

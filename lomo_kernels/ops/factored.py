@@ -1,19 +1,20 @@
 """Updates with a factor for each row and each column of a gradient, and the sums that such factors are made of.
 
-A gradient is a matrix [rows, columns] here. With g what `update_` makes of an element, scaled, clamped and multiplied
-by ``clip_coef``, the *factored gradient* is ``f = g * row_factor * column_factor``, in float32, in this order, each
-product rounded. An element whose scaled gradient is not finite has f = NaN.
+A gradient is a matrix [rows, columns] here. Let g be an element of it after `update_`'s scaling, clamping and
+multiplication by ``clip_coef``. The *factored gradient* is ``f = g * row_factor * column_factor``, in float32, in this
+order, each product rounded. An element whose scaled gradient is not finite has f = NaN.
 
 - ``factor_sums_`` adds the sums of g² along rows and along columns; one read of the gradient.
 - ``factored_sq_norm_`` adds the sum of f²; one read.
-- ``factored_update_`` updates the parameter with f as its gradient. An element whose f is not finite is kept.
+- ``factored_update_`` updates the parameter with f as its gradient; one read. An element whose f is not finite keeps
+  its parameter.
 
-Factors that depend on the sums, and a coefficient that depends on the sum of f², need three reads: the sums of all
-elements come before any element's factor, and the coefficient before any element's update. The factors of one row
-depend on its columns' sums, so no order of rows avoids a read.
+A rule reads a gradient three times if its factors depend on the sums, and its coefficient on the sum of f². All
+elements have to be summed before the first factor is known. The coefficient has to be known before the first update.
+The factors of one row also depend on its columns' sums, so no order of rows saves a read.
 
-Several matrices may lie below each other, as the slices of a tensor of more than two dimensions: then there is a row
-factor for each row of all of them, and a column factor for each column of each.
+Several matrices may lie below each other, as the slices of a tensor of more than two dimensions do. Then each row of
+each matrix has a row factor, and each column of each matrix has a column factor.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def check_factors(op: str, grad: Tensor, rows: Tensor, columns: Tensor, dtype: t
     """Raises ValueError unless `rows` and `columns` fit `grad`, [rows, columns].
 
     Args:
-        rows: [rows], or, for factors, empty: then all are 1.
-        columns: [matrices, columns], or, for factors, empty.
-        dtype: that both must have.
+        rows: [rows]. Factors may be empty: then all are 1.
+        columns: [matrices, columns]. Factors may be empty, too.
+        dtype: of both: float64 for sums, float32 for factors.
     """
     if grad.dim() != 2:
         raise ValueError(f"{op}: grad has shape {list(grad.shape)}, expected a matrix")

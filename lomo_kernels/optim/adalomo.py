@@ -14,9 +14,9 @@ from .lomo import Lomo
 class AdaLomo(Lomo):
     """`Lomo` with ``rule="adalomo"``: adaptive like AdamW, with one float32 number of state per row and per column.
 
-    The update is scaled by each weight's own size, so a learning rate suits all layers: the paper has 5e-4 for
-    instruction tuning and 1e-3 for further pre-training. No norm of all gradients is needed, so one backward is enough
-    without `clip_grad_norm`, which the paper does not use.
+    The update is scaled by each weight's own size, so one learning rate suits all layers. The paper takes 5e-4 for
+    instruction tuning and 1e-3 for further pre-training. The rule needs no norm of all gradients. So one backward is
+    enough, unless you set `clip_grad_norm`, which the paper does not use, or float16 needs a loss scale.
 
     Args:
         model, lr, clip_grad_norm, clip_grad_value, weight_decay: as in `Lomo`. Decay is ``lr * weight_decay``;
@@ -25,10 +25,11 @@ class AdaLomo(Lomo):
         eps: added to the squares of the gradient, and the least size of a weight that an update is scaled by.
         clip_threshold: bound on the RMS of an update before it is scaled by the weight's size.
         decay_rate: at step t, the state keeps ``1 - t ** decay_rate`` of what it was.
-        options: of `Lomo`, except ``rule`` and ``fused_layers``.
+        options: of `Lomo`, except ``rule``, ``fused_layers`` and ``clip_tensor``.
 
     Raises:
-        TypeError, ValueError, NotImplementedError, RuntimeError: as `Lomo`; over ranks that have parts of gradients.
+        TypeError, ValueError, NotImplementedError, RuntimeError: as `Lomo`; with FSDP2, tensor parallel or ZeRO-3, in
+            which a rank has only a part of a gradient.
     """
 
     def __init__(

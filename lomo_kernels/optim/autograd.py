@@ -20,15 +20,15 @@ class Start(NamedTuple):
     """Where a backward begins."""
 
     root: Tensor | GradientEdge
-    grad: Tensor | None  # of the root; None: one if this is the loss, else backward reaches nothing
-    last: bool = True  # whether `grad`, if this is an edge's, may be freed
+    grad: Tensor | None  # of the root; None: 1 if the root is the loss, otherwise backward reaches nothing
+    last: bool = True  # no other backward begins here: if the root is an edge, `grad` may be freed
 
 
 def start_of(loss: Tensor, scale: Tensor | None) -> Start:
     """The start of ``(loss * scale).backward()``, with the scale (of no dimensions) as the gradient."""
     if scale is None:
         return Start(loss, None)
-    grad = torch.ones_like(loss)  # where the loss is a DTensor, as with loss_parallel(), this is one too
+    grad = torch.ones_like(loss)  # a DTensor if the loss is one, as with loss_parallel()
     local_of(grad).mul_(scale.to(device=loss.device, dtype=loss.dtype))
     return Start(loss, grad)
 
@@ -47,9 +47,9 @@ def run_backward(start: Start, retain_graph: bool, leaves: Sequence[Any] | None 
         elif not _is_plain(grad):
             torch.autograd.backward(root, grad.clone(), retain_graph=retain_graph, inputs=leaves)
         else:
-            # Until a backward ends, autograd holds what it was given to begin with. It is given two gradients here, so
-            # it computes their sum, which is freed once it is used. A hook may keep it or change it in place. Nothing
-            # but -0.0 can be added without changing a bit.
+            # Autograd holds the gradient that a backward starts with until the backward ends. If it gets two gradients,
+            # it starts with their sum, which it frees after use, and `grad` can be freed here. A hook may keep the sum
+            # or change it in place. The second gradient is -0.0, because adding that changes no bit.
             nothing = grad.new_full((), -0.0).expand(grad.shape)
             with _prehooks([root.node] if last else [], lambda *_: _free(grad)):
                 torch.autograd.backward([root, root], [grad, nothing], retain_graph=retain_graph, inputs=leaves)
@@ -67,7 +67,7 @@ def _free(grad: Tensor) -> None:
 @contextmanager
 def shared_recomputation(wanted: bool) -> Iterator[None]:
     """Inside, if `wanted`, a checkpoint recomputes once for several backwards through different parts of a graph."""
-    group: Any = getattr(torch.utils.checkpoint, "GraphExecGroup", None)  # of new versions of torch
+    group: Any = getattr(torch.utils.checkpoint, "GraphExecGroup", None)  # only newer versions of torch have it
     if group is None:
         yield
         return
@@ -111,10 +111,11 @@ Grads = dict[int, tuple[Tensor | None, ...]]
 
 
 class Cut(NamedTuple):
-    """Two parts of a graph, which a backward goes through in turn: the upper one is retained, the lower one is not."""
+    """Two parts of a graph. A pass goes through the upper part, then the lower one. Only the upper part is retained for
+    the second pass: it is nearest to the loss."""
 
-    leaves: list[Tensor]  # that the upper part gives gradients
-    below: list[Any]  # the lower part's nodes that have gradients from the upper part
+    leaves: list[Tensor]  # those that get gradients from the upper part
+    below: list[Any]  # nodes of the lower part that get gradients from the upper part
 
     def run_upper(self, start: Start) -> Grads:
         """One backward through the upper part. Returns the gradients of the nodes below it, by their index."""
@@ -129,13 +130,13 @@ class Cut(NamedTuple):
         starts = [(index, *_start(self.below[index], given)) for index, given in grads.items()]
         if starts:
             edges = [GradientEdge(self.below[index], number) for index, number, _ in starts]
-            # Autograd calls hooks of these tensors again, on copies. What they made of the gradients at first counts.
+            # Autograd calls hooks of these tensors again, on copies. The results of their first call count.
             with _prehooks(self.below, lambda index, _: grads.pop(index)):
                 torch.autograd.backward(edges, [grad for _, _, grad in starts])
 
 
 def _start(node: Any, grads: Sequence[Tensor | None]) -> tuple[int, Tensor]:
-    """The number of an output of `node`, and a tensor to start a backward with, which `grads` take the place of."""
+    """The number of an output of `node`, and a tensor to start a backward with. `grads` take its place in a hook."""
     for number, grad in enumerate(grads):
         if grad is not None:
             return number, grad.clone()

@@ -1,4 +1,4 @@
-"""The pass of rules with factors: see `factored_rules`."""
+"""The pass of rules with row and column factors: see `factored_rules`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rule_state import RuleState
 
 
 class FactoredPass(UpdatePass):
-    """Finds the sums of a gradient, the factors that follow from them, and the size of the result, then updates.
+    """Finds a gradient's sums of squares by rows and columns, the rule's factors, and the size of u. Then it updates.
 
     Args:
         rule_state: the rule, its state, and the scalars of each parameter's update.
@@ -50,8 +50,8 @@ class FactoredPass(UpdatePass):
             torch.ops.lomo_kernels.factored_sq_norm_.default(
                 size, matrix, factors.rows, factors.columns, managed.scalars.vector
             )
-            # Not what the last update could have added up: ``.data`` may have changed the parameter since, unseen, and
-            # a resumed run would add up in another order.
+            # The last update could have summed up the weight's squares, but ``.data`` may have changed the parameter
+            # since then, and a resumed run would sum up in another order.
             torch.ops.lomo_kernels.sq_norm_.default([of_param], [local], None)
             coef = rule.scale(size[0], of_param[0], local.numel())
         if coef is not None:
@@ -71,7 +71,7 @@ class FactoredPass(UpdatePass):
             managed.index,
             [],
         )
-        if weight.data_ptr() != local.data_ptr():  # a memory format in which rows do not follow each other
+        if weight.data_ptr() != local.data_ptr():  # `reshape` made a copy: the rows do not follow each other in memory
             local.copy_(weight.view(local.shape))
         torch.autograd.graph.increment_version(managed.local)
 

@@ -1,16 +1,17 @@
-"""Rules that scale a gradient by factors of its rows and columns, and so need no norm of other gradients.
+"""Rules that multiply a gradient by a factor for each row and each column. They need no norm of other gradients.
 
-With u the scaled gradient: ``p = (1 - lr * weight_decay) * p - lr * u``.
+With g the gradient and u what the rule makes of it: ``p = (1 - lr * weight_decay) * p - lr * u``. RMS is the root of
+the mean of the squares. These factors are not the factors of a fused layer.
 
 ===========  ===========================================================================================================
 "tensor"     u = g / (RMS(g) + 1e-12)
-"rows"       SCALE without momentum (arXiv 2506.16659): u = g / (RMS of its row + 1e-12), of its column in an embedding;
-             vectors as "tensor"
+"rows"       SCALE without momentum (arXiv 2506.16659): u = g / (RMS of its row + 1e-12); in an embedding, of its
+             column; vectors as "tensor"
 "adalomo"    AdaLomo (arXiv 2310.10195): see `AdaLomoRule`
 ===========  ===========================================================================================================
 
-A tensor of more than two dimensions is matrices of its last two. A gradient of zeros gives u = 0. A parameter whose
-gradient is not finite is left as it is, with its state.
+A tensor of more than two dimensions counts as several matrices, of its last two dimensions. A gradient of zeros gives
+u = 0. A parameter whose gradient is not finite stays as it is, and so does its state.
 
 A step reads a gradient three times: for the sums; with "adalomo", for the size of u; for the update
 (`lomo_kernels.ops.factored` says why no fewer are enough).
@@ -47,21 +48,21 @@ class Sums(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """u = g * coef * rows * columns, times what `FactoredRule.scale` adds. Empty factors are ones."""
+    """u = g * coef * rows * columns, and times `FactoredRule.scale` if the rule needs it. Empty factors are ones."""
 
     rows: Tensor  # float32 [matrices * rows]
     columns: Tensor  # float32 [matrices, columns]
     coef: Tensor | None = None  # float64, no dimensions
-    state: tuple[Tensor, ...] = ()  # what becomes of the parameter's state
+    state: tuple[Tensor, ...] = ()  # the parameter's new state
 
 
 class FactoredRule:
     """A rule with factors. Its methods compute on the parameter's device; the host reads nothing."""
 
     name = ""
-    #: Names of what it keeps for each parameter, in ``optimizer.state``: float32 tensors.
+    #: Names of the float32 tensors that it keeps for each parameter, in ``optimizer.state``.
     states: tuple[str, ...] = ()
-    #: Whether the size of u, and that of the parameter, are needed.
+    #: Whether it needs the norm of u and that of the parameter.
     needs_scale = False
 
     def __repr__(self) -> str:
@@ -69,7 +70,7 @@ class FactoredRule:
         return f"{type(self).__name__}()"
 
     def new_state(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
-        """The state of a parameter that had no step."""
+        """The state of a parameter before its first step."""
         return ()
 
     def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
@@ -81,7 +82,7 @@ class FactoredRule:
         raise NotImplementedError
 
     def scale(self, u_squares: Tensor, param_squares: Tensor, elements: int) -> Tensor:
-        """By what u is multiplied, from the sums of squares of u and of the parameter."""
+        """The number by which u is multiplied, from the sums of squares of u and of the parameter."""
         raise NotImplementedError
 
 
@@ -181,7 +182,7 @@ class AdaLomoRule(FactoredRule):
         if not row.numel():
             return Factors(row, column.rsqrt(), state=(row, column))
         row = moved(row, sums.rows.view(matrices, rows), columns)
-        wide = row.double()  # a row of zeros beside large ones: float32 has not the ratio
+        wide = row.double()  # the ratio of a row of zeros to large rows is too small for float32
         of_rows = (wide / wide.mean(dim=1, keepdim=True)).rsqrt().float()
         return Factors(of_rows.view(-1), column.rsqrt(), state=(row, column))
 
@@ -195,7 +196,7 @@ _RULES = {rule.name: rule for rule in (TensorRule(), RowsRule(), AdaLomoRule())}
 
 
 def factored_rule(rule: object) -> FactoredRule | None:
-    """The rule of this name, or the rule itself. None: it is no rule with factors.
+    """The rule of this name, or `rule` itself if it is an object. None: `rule` has no row and column factors.
 
     Raises ValueError if its name is not in `lomo_kernels.rules.FACTORED_RULES`, which numbers rules in a state dict.
     """

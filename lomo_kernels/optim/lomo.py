@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 class Lomo(torch.optim.Optimizer):
-    """Trains every parameter with plain SGD, each updated and its gradient freed while backward runs.
+    """SGD without momentum. It updates each parameter and frees its gradient while backward runs.
 
     ``optimizer.backward(loss)`` takes the place of ``loss.backward()``, ``optimizer.step()`` and
     ``optimizer.zero_grad()``. Only it (and `fused_backward`) frees gradients. A plain ``loss.backward()`` leaves them
@@ -46,33 +46,38 @@ class Lomo(torch.optim.Optimizer):
         clip_grad_norm: bound on the L2 norm over all parameters of the unscaled, unclamped gradient. Exact. The norm is
             known only after a backward pass: see `clip_memory`.
         clip_grad_value: bound on each element of the gradient, applied before the norm's coefficient.
-        clip_tensor: AdaGC: each parameter's gradient is clipped to so many times (1.04 in the paper) a running mean of
-            its norm, in one backward. `clip_grad_norm` then holds for the first 100 steps, in which the means are
-            found. `lomo_kernels.optim.tensor_clip` states the rule.
+        clip_tensor: AdaGC: the norm of each parameter's gradient is bounded by `clip_tensor` (1.04 in the paper) times
+            a running mean of its own norms, in one backward. The first 100 steps find the means. `clip_grad_norm` clips
+            these steps only. `lomo_kernels.optim.tensor_clip` states the rule. Not with the rules "tensor", "rows" and
+            "adalomo".
         weight_decay: decoupled.
         clip_memory: bytes of gradients or factors that may wait for the norm (of clipping, of dynamic loss scaling): a
-            number, or a text such as "2GiB". Layers nearest to the loss whose gradients do not fit go through backward
-            twice. 0: all do; least memory. None: none does; fastest. "auto": on a GPU what is free, less a tenth of the
-            GPU's memory; on a CPU all, as torch's SGD keeps. Over several ranks, and with reentrant checkpoints, all or
-            nothing. The result is the same (`docs/choosing.md`).
+            number, or a text such as "2GiB". It keeps the gradients that come last in backward. The other layers, those
+            nearest to the loss, run backward twice. 0: all layers do; least memory. None: no layer does; fastest.
+            "auto": on a GPU what is free, less a tenth of the GPU's memory; on a CPU all gradients, as torch's SGD
+            keeps. Over several ranks, and with reentrant checkpoints, all gradients are kept or none
+            (`docs/choosing.md`).
         clip_passes: "one" is another name for ``clip_memory=None``, and "two" for 0.
         loss_scale: None, a number, "dynamic", or "auto". "auto" is dynamic if a parameter is float16, or if the first
             backward computes in float16, as under autocast. Over several processes autocast only gives a warning.
         rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
             updates far below a weight's last bit still count on average.
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
-            scaling it leaves all weights untouched, otherwise the elements concerned. "raise": it also raises
+            scaling all weights stay as they are. Otherwise the elements that are not finite keep their weights; with
+            `clip_tensor`, "tensor", "rows" and "adalomo" the whole parameter does. "raise": it also raises
             FloatingPointError, which takes a host synchronisation per step.
-        fused_layers: True: the weights of the model's `nn.Linear`, `nn.Embedding` and (GPT-2) `Conv1D` get no gradient;
-            their updates are formed from the gradient's factors, tile by tile. If you pass parameters or groups, pass
-            the model here. `summary` says which weights are fused.
+        fused_layers: True: the weights of the model's `nn.Linear`, `nn.Embedding` and (GPT-2) `Conv1D` get no gradient.
+            Their updates are formed tile by tile from the gradient's factors: the layer's input and the gradient of its
+            output. If you pass parameters or groups, pass the model here. `summary` says which weights are fused. Not
+            over several ranks, and not with the rules "tensor", "rows" and "adalomo".
         process_group: False: none. A `torch.distributed.ProcessGroup`: data parallel without a wrapper. Gradients are
             averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
             DTensor parameters (FSDP2, tensor parallel). If you pass parameters or groups of DeepSpeed's engine, pass
             the engine here. See `docs/distributed/README.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
-        rule: "sgd"; "sign" (SignSGD): each element of the clipped gradient counts as 1 or -1, or 0 if it is zero. Or,
-            without `fused_layers` and on whole gradients: "tensor", "rows", "adalomo" (`optim.factored_rules`).
+        rule: "sgd"; "sign" (SignSGD): each element of the clipped gradient counts as 1 or -1, or 0 if it is zero; or
+            "tensor", "rows", "adalomo" (`lomo_kernels.optim.factored_rules`), without `fused_layers`, `clip_tensor`,
+            FSDP2, tensor parallel and ZeRO-3.
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.
@@ -122,7 +127,8 @@ class Lomo(torch.optim.Optimizer):
 
     @as_step(lambda self, *_, **__: not self._training.accumulating)
     def backward(self, loss: Tensor) -> None:
-        """One step of training: runs backward, applies and frees every gradient; without clipping as soon as it exists.
+        """One step of training: runs backward, applies every gradient and frees it. If no norm of all gradients is
+        needed, this happens as soon as a gradient exists.
 
         With `clip_grad_norm` or dynamic loss scaling, weights change when the norm is known. If there is no room to
         keep all gradients until then, a part of backward, or all of it, runs twice (see `clip_memory`).
@@ -288,7 +294,8 @@ class Lomo(torch.optim.Optimizer):
         add_group(self, param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed and parameters.
+        """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, rule, means of
+        `clip_tensor`, and names and shapes of parameters. AdaLomo's state is in ``"state"`` only.
 
         ``"state"`` repeats these numbers for each parameter, because `torch.distributed.checkpoint` keeps nothing else.
         All tensors are copies.

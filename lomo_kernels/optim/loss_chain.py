@@ -1,9 +1,9 @@
-"""The part of a graph between the loss and the first node with several successors. A step runs it once.
+"""The part of a graph from the loss down to the first node with several successors. A step runs it once.
 
 Typically these are the loss function's nodes: nll_loss, log_softmax, a cast. The head's matmul comes next. The
-gradient at the end of this part is kept, and every backward of the step begins there. So a loss kernel that overwrites
-what it saved is right in a step of two backwards, what the loss saved is freed before the first one, and its time is
-spent once.
+gradient at the end of this part is kept, and every backward of the step begins there. This has three effects. A loss
+kernel that overwrites what it saved gives the right gradients in a step of two backwards. What the loss saved is freed
+before the first of them. The loss function's backward takes its time once.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.nn.modules._functions import BackwardHookFunction
 from .autograd import Start, errors_explained
 
 _MAX_NODES = 64
-#: Names of torch's own nodes, which hold no parameters. A backward in Python may run a layer's backward inside.
+#: Names of torch's own nodes, which hide no layer. A node written in Python may run a layer's backward inside.
 _OF_TORCH = re.compile(r"\w+Backward\d+")
 
 
 class LossChain(NamedTuple):
-    """Nodes of which each one gives a gradient to the next only. The last one gives it to the rest of the graph."""
+    """Nodes in a row. Each one gives a gradient to the next one only, and the last one to the rest of the graph."""
 
     nodes: list[Any]
     number: int  # of the last node's gradient that is not None
@@ -56,7 +56,8 @@ class LossChain(NamedTuple):
 
 
 def loss_chain_of(loss: Tensor) -> LossChain | None:
-    """None if the loss's own node has several successors, a leaf as its successor, or state."""
+    """The chain of a loss. None if the loss's first node has several successors, has a leaf as its successor, or has
+    to run in every backward."""
     edge = get_gradient_edge(loss)
     nodes: list[Any] = []
     number = 0
@@ -76,8 +77,8 @@ def _keeps_state(node: Any) -> bool:
 
 
 class LossChains:
-    """What an optimizer has seen of chains with nodes that are not torch's own. They may hide layers: parameters get
-    gradients from them that the graph does not show."""
+    """What an optimizer knows of chains with nodes that are not torch's own. Such a node may hide a layer: then a
+    parameter gets a gradient from inside the node, and the graph does not show it."""
 
     def __init__(self) -> None:
         self._trusted: set[tuple[str, ...]] = set()

@@ -1,4 +1,5 @@
-"""Scalars of each parameter's own update, for what clips or scales every parameter by a number of its own."""
+"""Scalars of each parameter's own update. `clip_tensor` and the rules with row and column factors need them, because
+they multiply each parameter's gradient by another number."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ _COEF, _FOUND_INF = NAMES.index("clip_coef"), NAMES.index("found_inf")
 
 
 class Cells(NamedTuple):
-    """What one parameter's update reads, on its device: all scalars, and two of them."""
+    """The scalars of one parameter's update, on its device. `clip_coef` and `found_inf` are views of `vector`."""
 
     vector: Tensor
     clip_coef: Tensor

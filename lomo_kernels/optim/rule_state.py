@@ -1,4 +1,4 @@
-"""What a rule with factors keeps between steps."""
+"""What a rule with row and column factors (`factored_rules`) keeps between steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RuleState:
     """The state of one rule.
 
     Args:
-        scalars: of each parameter's update, which the rule changes.
+        scalars: of each parameter's update. The rule changes their coefficients.
         devices: those of the parameters.
     """
 
@@ -29,14 +29,14 @@ class RuleState:
         devices: Iterable[torch.device],
     ) -> None:
         self.rule = rule
-        self._managed_params = tuple(managed_params)  # without those that are added later
+        self._managed_params = tuple(managed_params)  # parameters that are added later get a new `RuleState`
         self.scalars = scalars
         self._states = [rule.new_state(managed) if managed.supported else () for managed in managed_params]
         self._devices = tuple(devices)
         self._steps: dict[torch.device, Tensor] = {}
 
     def begin_update(self, step: Tensor, skipped: Tensor) -> None:
-        """An update begins, after so many steps of which some were skipped."""
+        """An update begins. `step` steps came before it, and `skipped` of them were skipped."""
         self.scalars.begin_update()
         number = (step - skipped + 1).double()
         self._steps = {device: number.to(device, non_blocking=True) for device in self._devices}
@@ -58,7 +58,8 @@ class RuleState:
         return dict(zip(self.rule.states, self._states[index], strict=False))
 
     def export(self) -> list[dict[str, Any]]:
-        """Copies of all parameters' states, and what a copy of the optimizer, which has no model, cannot find out."""
+        """Copies of all parameters' states, and which parameters are embeddings. A copy of the optimizer has no model
+        that tells it."""
         return [
             {name: state.clone() for name, state in self.by_parameter(managed.index).items()}
             | {"is_embedding": managed.is_embedding}
@@ -66,9 +67,9 @@ class RuleState:
         ]
 
     def load(self, exported: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over the states of the first parameters. The others have had no step."""
+        """Takes over the states of the first parameters. The other parameters have had no step."""
         for managed, states in zip(self._managed_params, exported, strict=False):
             managed.is_embedding = managed.is_embedding or states.get("is_embedding", False)
             for name, state in self.by_parameter(managed.index).items():
-                if name in states:  # not of a parameter that could not be trained before
+                if name in states:  # a parameter that could not be trained before has none
                     state.copy_(states[name])

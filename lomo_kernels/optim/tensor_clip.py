@@ -1,13 +1,15 @@
-"""Clipping of each parameter's gradient by a norm of its own: AdaGC (arXiv 2502.11034).
+"""Clipping of each parameter's gradient by its own norm: AdaGC (arXiv 2502.11034).
 
-The bound is `clip_tensor` times a running mean of the parameter's clipped norms. With n the norm of its gradient::
+The norm of a gradient is bounded by `clip_tensor` times a running mean of the parameter's clipped norms. With n the
+norm of the gradient::
 
     the first 100 steps    h = the coefficient of clip_grad_norm, or 1;   mean = min(mean, h * n)
     later                  h = min(1, clip_tensor * mean / n);            mean = 0.99 * mean + 0.01 * h * n
 
-The update takes h as its coefficient. A parameter knows its norm in its own hook, so one backward is enough. The mean
-stays as it is when the gradient is zero or not finite, and in a step that is skipped: with a mean of zero a parameter
-would never move again. If a parameter's first gradient comes after the first 100 steps, its norm becomes the mean.
+The update multiplies the gradient by h. The norm is known in the parameter's own hook, so one backward is enough. The
+mean stays as it is if the gradient is zero or not finite, and in a step that is skipped. With a mean of zero a
+parameter would never move again. If a parameter's first gradient comes after the first 100 steps, its norm becomes the
+mean.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ from .engines.base import ParallelEngine
 from .managed_parameter import ManagedParameter
 from .parameter_scalars import ParameterScalars
 
-#: Steps, those that were skipped not counted, in which the means are found.
+#: The first steps, which find the means. Skipped steps do not count.
 WARM_UP = 100
 DECAY = 0.99
 
 
 class TensorClip:
-    """The running means, and what follows from them for each update. All of it stays on the devices.
+    """The running means, and the clip coefficients that follow from them. All of them stay on the devices.
 
     Args:
         factor: `clip_tensor`.
-        scalars: of each parameter's update, which this changes.
-        devices: those of the parameters; the means are on the first one.
-        parameters: how many there are.
+        scalars: of each parameter's update. This class sets their clip coefficients.
+        devices: those of the parameters. The means are on the first one.
+        parameters: the number of parameters.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class TensorClip:
     # ---- The warm-up ------------------------------------------------------------------------------------------------
 
     def warms_up(self, step: Tensor, skipped: Tensor) -> bool:
-        """Whether a step that begins now belongs to the warm-up. Waits for the device at the warm-up's ends only.
+        """Whether a step that begins now belongs to the warm-up. The host waits for the device only when the warm-up
+        begins, and when it may have ended.
 
         Args:
-            step, skipped: how many steps there were, and how many of them were skipped.
+            step, skipped: the number of steps so far, and how many of them were skipped.
 
         Raises:
             RuntimeError: a CUDA graph is being captured, which would repeat the warm-up for ever.
@@ -88,7 +91,7 @@ class TensorClip:
         self.means[: len(means)].copy_(means)
         self._left, self._left_before = None, 0
 
-    # ---- A step after it --------------------------------------------------------------------------------------------
+    # ---- A step after the warm-up -----------------------------------------------------------------------------------
 
     def begin_update(self) -> None:
         """Gives each parameter its group's scalars, and its bound."""
@@ -110,7 +113,7 @@ class TensorClip:
         torch.mul(managed.slot, 0.0, out=found_inf)  # NaN, which is not zero, of infinity and of NaN
 
     def clip_over_ranks(self, managed_params: Sequence[ManagedParameter], engine: ParallelEngine) -> None:
-        """`clip` of several parameters of one device, whose slots have the sums of this rank's parts."""
+        """`clip` of several parameters on one device. Their slots hold the sums of squares of this rank's parts."""
         squares = torch.stack([managed.slot * managed.weight for managed in managed_params])
         engine.sum_(squares)
         bounds = torch.stack([self._bound(managed) for managed in managed_params])
@@ -121,22 +124,22 @@ class TensorClip:
             cells.found_inf.copy_(found_inf)
 
     def clip_all(self, squares: Tensor) -> None:
-        """`clip` of all parameters, whose norms are known, as they are with dynamic loss scaling. Whether the step is
-        skipped is in the scalars.
+        """`clip` of all parameters at once, if all norms are known before the update: with dynamic loss scaling. The
+        scalars already say whether the step is skipped.
 
         Args:
             squares: sums of squares of whole gradients, float64 [parameters], on the first device.
         """
         self.scalars.set_coefs((self.means * self._factor / squares.sqrt()).clamp_(max=1.0))
 
-    # ---- Its end ----------------------------------------------------------------------------------------------------
+    # ---- The end of a step ------------------------------------------------------------------------------------------
 
     def update_means(self, squares: Tensor, coef: Tensor | None, found_inf: Tensor | None) -> None:
-        """Moves the means when a step has ended.
+        """Updates the means when a step has ended.
 
         Args:
             squares: as in `clip_all`.
-            coef: by which a step of the warm-up was clipped; None: by nothing.
+            coef: the coefficient that clipped a step of the warm-up; None: nothing was clipped.
             found_inf: not zero if the step was skipped; None: it was not.
         """
         norms, means = squares.sqrt(), self.means

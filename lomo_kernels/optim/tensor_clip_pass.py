@@ -12,14 +12,14 @@ from .managed_parameter import ManagedParameter
 from .passes import NormPass, UpdatePass
 from .tensor_clip import TensorClip
 
-# Gradients that wait for each other if ranks have parts of them: as many as a block of a transformer has, about.
+# How many gradients wait for each other if ranks have parts of them. A block of a transformer has about as many.
 BATCH = 8
 
 
 class TensorClipPass(UpdatePass, NormPass):
-    """Finds the norm of each gradient, then its coefficient, then applies it; nothing is known of other gradients.
+    """Finds the norm of each gradient, then its clip coefficient, then updates. It needs no other gradient.
 
-    If ranks have parts of gradients, some gradients wait for each other: one message brings all their norms.
+    If ranks have parts of gradients, some gradients wait for each other, because one message brings all their norms.
     """
 
     def __init__(self, *args: Any, tensor_clip: TensorClip, **options: Any) -> None:

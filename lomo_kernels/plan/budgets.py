@@ -1,4 +1,4 @@
-"""What `Lomo`'s `clip_memory` buys, between two passes and one: bytes kept, peak and work of a step."""
+"""A step of `Lomo` with a budget of `clip_memory`: bytes kept, peak and floating-point operations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .products import formulas
 from .recorder import Peak
 from .simulate import simulation
 
-#: The first step of a graph keeps nothing: it finds out what fits. The third, as all later ones, also has what graphs
-#: before it left.
+#: How many steps run; the last one is recorded. The first step of a graph keeps nothing: it finds out what fits. The
+#: third one is like all later ones: it also has what earlier graphs left in memory.
 STEPS = 3
 
 
@@ -27,7 +27,7 @@ class BudgetStep(NamedTuple):
 
 
 def method_of(clip_memory: float | None, *, fused: bool) -> Method:
-    """`Lomo` that clips by the norm with this budget; None: all."""
+    """`Lomo` that clips by the norm with this budget. None: it keeps all gradients."""
     steps = STEPS if clip_memory else 1
     return Method(lomo(clip_grad_norm=CLIP, clip_memory=clip_memory, fused_layers=fused), steps)
 
@@ -42,11 +42,12 @@ def simulate_budget(
 ) -> BudgetStep:
     """A simulated step of `Lomo` that clips by the norm.
 
-    The whole model runs: where backward is cut in two depends on the block, so few blocks do not tell many.
+    The whole model runs. The place at which backward is cut in two depends on the block, so few blocks do not stand
+    for many.
 
     Args:
         build, loss, kernels: as in `simulate`.
-        clip_memory: bytes; None: all.
+        clip_memory: bytes; None: all gradients are kept.
         fused: `fused_layers`.
     """
     method = method_of(clip_memory, fused=fused)

@@ -1,8 +1,8 @@
 """How many floating-point operations the matrix products and the attention of a step take.
 
-torch's formulas (`torch.utils.flop_counter`) are of its own operators; here are those of ours. They count what runs:
-a norm may come from inner products of tokens, and a weight's product is formed once for its norm and once for its
-update. Attention counts as if no mask left out a token. What is no product counts nothing.
+torch has formulas of its own operators (`torch.utils.flop_counter`). This module adds those of ours. They count what
+runs: a norm may come from inner products of tokens, and a weight's product is formed once for its norm and once for
+its update. Attention counts as if no mask left out a token. Other operations count as 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .recorder import Formulas
 
 
 def formulas(device: str) -> Formulas:
-    """By operator. `device`: whose kernels run, "cpu" or "cuda"."""
+    """Formulas by operator. `device`: the one whose kernels run, "cpu" or "cuda"."""
     ours, aten = torch.ops.lomo_kernels, torch.ops.aten
     return {
         **flop_registry,
@@ -42,12 +42,13 @@ def _norm(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest:
     columns, rows = inputs[0].shape[-1], grad_outputs[0].shape[-1]
     tokens = inputs[0].numel() // max(columns, 1)
     if len(inputs) == 1 and _takes_inner_products(tokens, rows, columns, inputs[0].dtype, device):
-        return tokens * tokens * (rows + columns)  # of tokens i <= j only
+        return tokens * tokens * (rows + columns)  # the products of tokens i <= j only
     return _update(slot, inputs, grad_outputs)
 
 
 def _takes_inner_products(tokens: int, rows: int, columns: int, dtype: torch.dtype, device: str) -> bool:
-    """As `composite.gram` on a CPU, and Triton's kernels on a GPU, if the estimate turns out good enough."""
+    """Whether a norm is formed from inner products of tokens, as `composite.gram` decides on a CPU and Triton's kernels
+    on a GPU. It assumes that the estimate of the error allows them."""
     if device == "cpu":
         return gram.is_cheaper(tokens, rows, columns)
     if tokens >= tiled.CROSSOVER and dtype is not torch.float32:
