@@ -278,16 +278,16 @@ def test_a_weight_that_somebody_changes_has_another_size(how: str) -> None:
     assert_equal(model, book)
 
 
-def test_a_step_that_breaks_off_with_a_state_taken_is_partial(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_breaks_off_with_a_new_state_is_partial(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = Lomo([nn.Parameter(torch.ones(100, 200))], rule="adalomo")
     param = optimizer.param_groups[0]["params"][0]
 
     def interrupted(self: RuleState, *arguments: Any) -> None:
-        take(self, *arguments)
+        replace(self, *arguments)
         raise KeyboardInterrupt
 
-    take = RuleState.take
-    monkeypatch.setattr(RuleState, "take", interrupted)
+    replace = RuleState.replace
+    monkeypatch.setattr(RuleState, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.backward(param.square().sum())
     assert optimizer.state[param]["row"].all()
