@@ -39,7 +39,7 @@ class Backward:
     @property
     def scaled(self) -> bool:
         """Whether the gradients have to be divided."""
-        return self.scale is not None or self._training.state.has_divisor
+        return self._training.state.is_scaled(self.scale)
 
     def run_pass(
         self,
