@@ -99,7 +99,7 @@ class Backward:
 
     def _run_loss(self, sink: Pass) -> Start | None:
         """Runs the loss's own nodes, inside a pass, and returns where the pass goes on. None: they did not run."""
-        chains = self._training.repeat_check.loss_chains
+        chains = self._training.loss_chains
         chain = loss_chain_of(self.graph.loss)
         if chain is None or not chains.may_run_once(chain):
             self.runs_loss_once = False
