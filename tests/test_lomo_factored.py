@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lomo_kernels import AdaLomo, Lomo
-from lomo_kernels.optim.factored_rules import FactoredRule
+from lomo_kernels.optim.factored_rules import FactoredRule, Factors, Sums, TensorRule
+from lomo_kernels.optim.managed_parameter import ManagedParameter
 from lomo_kernels.optim.rule_state import RuleState
 
 RULES = ["tensor", "rows", "adalomo"]
@@ -372,6 +373,32 @@ def test_a_resumed_step_has_the_bits_of_the_step_that_goes_on() -> None:
             other.load_state_dict(optimizer.state_dict())
             torch._foreach_copy_([twin.data for twin in twins], [param.data for param in params])
     assert [torch.equal(param, twin) for param, twin in zip(params, twins, strict=True)] == [True] * len(params)
+
+
+class CountingRule(TensorRule):
+    """A user's rule: counts each parameter's steps."""
+
+    states = ("count",)
+
+    def new_state(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
+        return (torch.zeros(1),)
+
+    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
+        return super().factors(managed, sums, state, step)._replace(state=(state[0] + 1,))
+
+
+@pytest.mark.parametrize("how", ["state_dict", "checkpoint"])
+def test_the_state_of_a_users_rule(how: str) -> None:
+    model = nn.Linear(3, 2)
+    twin = copy.deepcopy(model)
+    optimizer, other = Lomo(model, rule=CountingRule()), Lomo(twin, rule=CountingRule())
+    optimizer.backward(model(torch.ones(3)).sum())
+    if how == "state_dict":
+        other.load_state_dict(optimizer.state_dict())
+    else:
+        state = copy.deepcopy(get_state_dict(model, optimizer)[1])
+        set_state_dict(twin, other, model_state_dict=model.state_dict(), optim_state_dict=state)
+    assert [other.state[param]["count"].item() for param in twin.parameters()] == [1.0, 1.0]
 
 
 def test_other_state_dicts_are_refused() -> None:
