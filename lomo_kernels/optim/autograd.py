@@ -21,7 +21,7 @@ class Start(NamedTuple):
 
     root: Tensor | GradientEdge
     grad: Tensor | None  # of the root; None: one if this is the loss, else backward reaches nothing
-    last: bool = True  # whether `grad`, if this is an edge's, may be freed
+    frees_grad: bool = True  # `grad`, if this is an edge's, once it is used
 
 
 def start_of(loss: Tensor, scale: Tensor | None) -> Start:
@@ -38,7 +38,7 @@ def run_backward(start: Start, retain_graph: bool, leaves: Sequence[Any] | None 
 
     `leaves`: tensors (or edges of the graph) that get a gradient; backward ends where it needs no more for them.
     """
-    root, grad, last = start
+    root, grad, frees_grad = start
     with errors_explained():
         if not isinstance(root, GradientEdge):
             torch.autograd.backward(root, grad, retain_graph=retain_graph, inputs=leaves)
@@ -51,7 +51,7 @@ def run_backward(start: Start, retain_graph: bool, leaves: Sequence[Any] | None 
             # it computes their sum, which is freed once it is used. A hook may keep it or change it in place. Nothing
             # but -0.0 can be added without changing a bit.
             nothing = grad.new_full((), -0.0).expand(grad.shape)
-            with _prehooks([root.node] if last else [], lambda *_: _free(grad)):
+            with _prehooks([root.node] if frees_grad else [], lambda *_: _free(grad)):
                 torch.autograd.backward([root, root], [grad, nothing], retain_graph=retain_graph, inputs=leaves)
 
 
@@ -126,7 +126,7 @@ class Cut(NamedTuple):
 
     def run_lower(self, grads: Grads) -> None:
         """One backward through the lower part, which begins with what `run_upper` has returned."""
-        starts = [(index, *_start(self.below[index], given)) for index, given in grads.items()]
+        starts = [(index, *_stand_in(self.below[index], given)) for index, given in grads.items()]
         if starts:
             edges = [GradientEdge(self.below[index], number) for index, number, _ in starts]
             # Autograd calls hooks of these tensors again, on copies. What they made of the gradients at first counts.
@@ -134,7 +134,7 @@ class Cut(NamedTuple):
                 torch.autograd.backward(edges, [grad for _, _, grad in starts])
 
 
-def _start(node: Any, grads: Sequence[Tensor | None]) -> tuple[int, Tensor]:
+def _stand_in(node: Any, grads: Sequence[Tensor | None]) -> tuple[int, Tensor]:
     """The number of an output of `node`, and a tensor to start a backward with, which `grads` take the place of."""
     for number, grad in enumerate(grads):
         if grad is not None:
