@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo
-from lomo_kernels.optim.tensor_clip import DECAY
 
 FACTOR = 1.04
 WARM = 3  # steps, in most tests
@@ -55,7 +54,7 @@ class AdaGC:
                 self.means[index] = min(mean, coef * norm)
             else:
                 coef = min(1.0, FACTOR * mean / norm)
-                self.means[index] = norm if math.isinf(mean) else DECAY * mean + (1 - DECAY) * coef * norm
+                self.means[index] = norm if math.isinf(mean) else 0.99 * mean + 0.01 * coef * norm
             self.coefs[index] = coef
             if param.grad is not None:
                 clamped = param.grad.clamp(-self.clip_grad_value, self.clip_grad_value)
