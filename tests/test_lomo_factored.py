@@ -156,6 +156,37 @@ def test_a_large_gradient_is_an_update_and_nothing_more(size: float, rule: str) 
     assert all(state.isfinite().all() for state in optimizer.state[param].values() if isinstance(state, Tensor))
 
 
+def test_a_small_weight_moves_as_one_of_size_eps() -> None:
+    param = nn.Parameter(torch.zeros(4, 5))
+    book = FactoredTextbook(nn.ParameterList([param]), "adalomo", lr=0.1)
+    optimizer = Lomo([param], lr=0.1, rule="adalomo")
+    grad = torch.linspace(-1, 1, 20).view(4, 5)
+    optimizer.backward(gives(param, grad))
+    book.step((book.model[0] * grad.double()).sum())
+    assert param.abs().max() > 1e-5
+    assert_equal(nn.ParameterList([param]), book, atol=1e-9)
+
+
+def test_an_eps_that_float32_has_not() -> None:
+    """A state of zero would make NaN of a row without gradient."""
+    param = nn.Parameter(torch.ones(2, 3))
+    optimizer = AdaLomo([param], lr=0.1, eps=(1e-60, 1e-3))
+    optimizer.backward(param[0].sum())
+    assert (param[0] < 1.0).all()
+    assert param[1].tolist() == [1.0, 1.0, 1.0]
+    assert (optimizer.state[param]["row"] > 0).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_autograd_sees_the_update(rule: str) -> None:
+    param = nn.Parameter(torch.ones(2, 3))
+    optimizer = Lomo([param], lr=0.1, rule=rule)
+    stale = (param * param).sum()
+    optimizer.backward(param.sum())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
 def test_a_skipped_step_does_not_count() -> None:
     model = Kinds()
     book = FactoredTextbook(model, "adalomo", lr=0.003, clip_grad_norm=1.0)
