@@ -321,25 +321,27 @@ def _update_(
         param.detach().copy_(updated(param, grad, **numbers, rule=name, stochastic=stochastic, **keys))
 
 
-def _of_the_gradient(scalars: Tensor) -> dict[str, float]:
+_CLIPPING = ("inv_scale", "clip_value", "clip_coef")
+
+
+def _clipping_of(scalars: Tensor) -> dict[str, float]:
     numbers = vectors.numbers_of(scalars)
-    return {name: numbers[name] for name in ("inv_scale", "clip_value", "clip_coef")}
+    return {name: numbers[name] for name in _CLIPPING}
 
 
 def _factor_sums_(row_sums: Tensor, column_sums: Tensor, grad: Tensor, scalars: Tensor) -> None:
     check_factors("factor_sums_", grad, row_sums, column_sums, torch.float64)
     none = torch.empty(0, dtype=torch.float32, device=grad.device)
-    squares = factored_gradient(grad, none, none, **_of_the_gradient(scalars)).double().square()
+    squares = factored_gradient(grad, none, none, **_clipping_of(scalars)).double().square()
     row_sums += squares.sum(1)
-    if len(column_sums):
-        column_sums += squares.view(len(column_sums), -1, grad.shape[1]).sum(1)
+    column_sums += squares.unflatten(0, (len(column_sums), -1)).sum(1)
 
 
 def _factored_sq_norm_(
     slot: Tensor, grad: Tensor, row_factors: Tensor, column_factors: Tensor, scalars: Tensor
 ) -> None:
     check_factors("factored_sq_norm_", grad, row_factors, column_factors, torch.float32)
-    f = factored_gradient(grad, row_factors, column_factors, **_of_the_gradient(scalars))
+    f = factored_gradient(grad, row_factors, column_factors, **_clipping_of(scalars))
     _sq_norm_([slot], [f], None)
 
 
@@ -352,9 +354,9 @@ def _factored_update_(
     *rest: Any,
 ) -> None:
     check_factors("factored_update_", grad, row_factors, column_factors, torch.float32)
-    f = factored_gradient(grad, row_factors, column_factors, **_of_the_gradient(scalars))
+    f = factored_gradient(grad, row_factors, column_factors, **_clipping_of(scalars))
     neutral = scalars.clone()
-    for name in ("inv_scale", "clip_value", "clip_coef"):
+    for name in _CLIPPING:
         neutral[vectors.NAMES.index(name)] = vectors.FIELDS[name].neutral
     _update_layer(param, f, neutral, None, *rest)
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.engines import fsdp
+from support.factored import RULES, FactoredTextbook, Kinds, tokens
 from support.models import assert_close, same_bits, transformer_of_vectors
-from test_lomo_factored import RULES, Kinds, Textbook, tokens
 
 from lomo_kernels import Lomo
 
 
 def train(rank: int, rule: str) -> None:
     model = Kinds()
-    book = Textbook(model, rule, lr=0.003)
+    book = FactoredTextbook(model, rule, lr=0.003)
     optimizer = Lomo(model, lr=0.003, rule=rule, process_group=dist.group.WORLD)
     world = dist.get_world_size()
     for step in range(5):

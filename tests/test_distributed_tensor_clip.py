@@ -8,11 +8,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from support.adagc import FACTOR, WARM, AdaGC, means_of
 from support.engines import ENGINES, mean_loss
 from support.models import assert_close, batch
 from support.processes import Processes, by_world
 from test_distributed_sharded import WAYS
-from test_lomo_tensor_clip import FACTOR, WARM, AdaGC, means_of
 
 from lomo_kernels.optim import tensor_clip
 

@@ -12,107 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from support.factored import RULES, FactoredTextbook, Kinds, assert_equal, tokens
 from support.models import Options, assert_same_bits, gives, loss_of, on_gradient_pass, transformer, vector, weights_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lomo_kernels import AdaLomo, Lomo
-from lomo_kernels.optim.factored_rules import FactoredRule
+from lomo_kernels.optim.factored_rules import FactoredRule, Factors, Sums, TensorRule
+from lomo_kernels.optim.managed_parameter import ManagedParameter
 from lomo_kernels.optim.rule_state import RuleState
-
-RULES = ["tensor", "rows", "adalomo"]
-
-
-class Textbook:
-    """The rules in float64, on a copy of a model."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        rule: str,
-        *,
-        lr: float,
-        weight_decay: float = 0.0,
-        clip_grad_norm: float | None = None,
-        clip_grad_value: float | None = None,
-    ) -> None:
-        self.model = copy.deepcopy(model).double()
-        self.rule, self.lr, self.weight_decay = rule, lr, weight_decay
-        self.clip_grad_norm = math.inf if clip_grad_norm is None else clip_grad_norm
-        self.clip_grad_value = math.inf if clip_grad_value is None else clip_grad_value
-        modules = self.model.modules()
-        self.embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
-        self.state: dict[int, tuple[Any, Any]] = {}
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, loss: Tensor) -> None:
-        with torch.enable_grad():
-            loss.backward()
-        self.steps += 1
-        params = [param for param in self.model.parameters() if param.grad is not None]
-        norm = math.sqrt(sum(param.grad.square().sum().item() for param in params))
-        for param in params:
-            g = param.grad.clamp(-self.clip_grad_value, self.clip_grad_value)
-            g = g * min(1.0, self.clip_grad_norm / (norm + 1e-6))
-            u = getattr(self, self.rule)(param, g)
-            param.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * u)
-            param.grad = None
-
-    def tensor(self, param: Tensor, g: Tensor) -> Tensor:
-        return g / (g.square().mean().sqrt() + 1e-12)
-
-    def rows(self, param: Tensor, g: Tensor) -> Tensor:
-        if g.dim() < 2:
-            return self.tensor(param, g)
-        dim = -2 if id(param) in self.embeddings else -1
-        return g / (g.square().mean(dim, keepdim=True).sqrt() + 1e-12)
-
-    def adalomo(self, param: Tensor, g: Tensor) -> Tensor:
-        beta = 1 - self.steps**-0.8
-        squares = g.square() + 1e-30
-        if g.dim() < 2:
-            mean = beta * self.state.get(id(param), (0.0,))[0] + (1 - beta) * squares
-            self.state[id(param)] = (mean, None)
-            u = g * mean.rsqrt()
-        else:
-            row, column = self.state.get(id(param), (0.0, 0.0))
-            row = beta * row + (1 - beta) * squares.mean(-1)
-            column = beta * column + (1 - beta) * squares.mean(-2)
-            self.state[id(param)] = row, column
-            u = g * (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
-        u = u / max(1.0, u.square().mean().sqrt().item())
-        return u * max(1e-3, param.square().mean().sqrt().item())
-
-
-def assert_equal(model: nn.Module, book: Textbook, atol: float = 2e-6) -> None:
-    for (name, param), expected in zip(model.named_parameters(), book.model.parameters(), strict=True):
-        assert (param.double() - expected).abs().max().item() <= atol, name
-
-
-class Kinds(nn.Module):
-    """Parameters of zero to four dimensions, some larger than what waits in lists."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(30, 150)
-        self.convolution = nn.Conv1d(1, 6, 3, bias=False)
-        self.images = nn.Conv2d(6, 4, (3, 1), bias=True)
-        self.wide = nn.Linear(148, 150)
-        self.scale = nn.Parameter(torch.tensor(0.7))
-        self.unused = nn.Linear(3, 3)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens).unsqueeze(1)
-        x = self.convolution(x).tanh()
-        x = self.images(x.unsqueeze(-1).transpose(2, 3).repeat(1, 1, 3, 1)).squeeze(2)
-        return (self.wide(x) * self.scale).tanh().square().sum() + self.scale
-
-
-def tokens(step: int) -> Tensor:
-    return torch.randint(30, (8,), generator=torch.Generator().manual_seed(step))
-
 
 # ---- The rules ------------------------------------------------------------------------------------------------------
 
@@ -135,7 +43,7 @@ def tokens(step: int) -> Tensor:
 def test_steps_are_those_of_the_rule(options: dict[str, Any], rule: str) -> None:
     model = Kinds()
     shared = {name: value for name, value in options.items() if name not in ("loss_scale", "clip_memory")}
-    book = Textbook(model, rule, lr=0.003, **shared)
+    book = FactoredTextbook(model, rule, lr=0.003, **shared)
     optimizer = Lomo(model, lr=0.003, rule=rule, **options)
     for step in range(6):
         optimizer.backward(model(tokens(step)))
@@ -150,7 +58,7 @@ def test_other_layouts(rule: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
     model.weight = nn.Parameter(torch.randn(7, 4).T)
-    book = Textbook(model, rule, lr=0.01)
+    book = FactoredTextbook(model, rule, lr=0.01)
     optimizer = Lomo(model, lr=0.01, rule=rule)
     for step in range(4):
         x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(step))
@@ -232,7 +140,7 @@ def test_a_parameter_whose_gradient_is_not_finite_is_kept(bad: float, rule: str)
 def test_a_large_gradient_is_an_update_and_nothing_more(size: float, rule: str) -> None:
     """With a row of zeros, whose running mean is 1e-30. From 1e20 on, the others' squares do not fit into a state."""
     param = nn.Parameter(torch.ones(4, 5))
-    book = Textbook(nn.ParameterList([param]), rule, lr=0.1)
+    book = FactoredTextbook(nn.ParameterList([param]), rule, lr=0.1)
     optimizer = Lomo([param], lr=0.1, rule=rule)
     grad = torch.randn(4, 5).clamp(-1, 1)
     grad[2] = 0.0
@@ -248,9 +156,40 @@ def test_a_large_gradient_is_an_update_and_nothing_more(size: float, rule: str) 
     assert all(state.isfinite().all() for state in optimizer.state[param].values() if isinstance(state, Tensor))
 
 
+def test_a_small_weight_moves_as_one_of_size_eps() -> None:
+    param = nn.Parameter(torch.zeros(4, 5))
+    book = FactoredTextbook(nn.ParameterList([param]), "adalomo", lr=0.1)
+    optimizer = Lomo([param], lr=0.1, rule="adalomo")
+    grad = torch.linspace(-1, 1, 20).view(4, 5)
+    optimizer.backward(gives(param, grad))
+    book.step((book.model[0] * grad.double()).sum())
+    assert param.abs().max() > 1e-5
+    assert_equal(nn.ParameterList([param]), book, atol=1e-9)
+
+
+def test_an_eps_that_float32_has_not() -> None:
+    """A state of zero would make NaN of a row without gradient."""
+    param = nn.Parameter(torch.ones(2, 3))
+    optimizer = AdaLomo([param], lr=0.1, eps=(1e-60, 1e-3))
+    optimizer.backward(param[0].sum())
+    assert (param[0] < 1.0).all()
+    assert param[1].tolist() == [1.0, 1.0, 1.0]
+    assert (optimizer.state[param]["row"] > 0).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_autograd_sees_the_update(rule: str) -> None:
+    param = nn.Parameter(torch.ones(2, 3))
+    optimizer = Lomo([param], lr=0.1, rule=rule)
+    stale = (param * param).sum()
+    optimizer.backward(param.sum())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
 def test_a_skipped_step_does_not_count() -> None:
     model = Kinds()
-    book = Textbook(model, "adalomo", lr=0.003, clip_grad_norm=1.0)
+    book = FactoredTextbook(model, "adalomo", lr=0.003, clip_grad_norm=1.0)
     optimizer = Lomo(model, lr=0.003, rule="adalomo", clip_grad_norm=1.0)
     for step in range(5):
         if step == 2:
@@ -266,7 +205,7 @@ def test_a_skipped_step_does_not_count() -> None:
 def test_a_weight_that_somebody_changes_has_another_size(how: str) -> None:
     """The update is scaled by the weight's size. Autograd's version counter does not see changes through ``.data``."""
     model = Kinds()
-    book = Textbook(model, "adalomo", lr=0.003)
+    book = FactoredTextbook(model, "adalomo", lr=0.003)
     optimizer = Lomo(model, lr=0.003, rule="adalomo")
     for step in range(4):
         if step == 2:
@@ -278,16 +217,16 @@ def test_a_weight_that_somebody_changes_has_another_size(how: str) -> None:
     assert_equal(model, book)
 
 
-def test_a_step_that_breaks_off_with_a_state_taken_is_partial(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_breaks_off_with_a_new_state_is_partial(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = Lomo([nn.Parameter(torch.ones(100, 200))], rule="adalomo")
     param = optimizer.param_groups[0]["params"][0]
 
     def interrupted(self: RuleState, *arguments: Any) -> None:
-        take(self, *arguments)
+        replace(self, *arguments)
         raise KeyboardInterrupt
 
-    take = RuleState.take
-    monkeypatch.setattr(RuleState, "take", interrupted)
+    replace = RuleState.replace
+    monkeypatch.setattr(RuleState, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.backward(param.square().sum())
     assert optimizer.state[param]["row"].all()
@@ -374,6 +313,32 @@ def test_a_resumed_step_has_the_bits_of_the_step_that_goes_on() -> None:
     assert [torch.equal(param, twin) for param, twin in zip(params, twins, strict=True)] == [True] * len(params)
 
 
+class CountingRule(TensorRule):
+    """A user's rule: counts each parameter's steps."""
+
+    states = ("count",)
+
+    def new_state(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
+        return (torch.zeros(1),)
+
+    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
+        return super().factors(managed, sums, state, step)._replace(state=(state[0] + 1,))
+
+
+@pytest.mark.parametrize("how", ["state_dict", "checkpoint"])
+def test_the_state_of_a_users_rule(how: str) -> None:
+    model = nn.Linear(3, 2)
+    twin = copy.deepcopy(model)
+    optimizer, other = Lomo(model, rule=CountingRule()), Lomo(twin, rule=CountingRule())
+    optimizer.backward(model(torch.ones(3)).sum())
+    if how == "state_dict":
+        other.load_state_dict(optimizer.state_dict())
+    else:
+        state = copy.deepcopy(get_state_dict(model, optimizer)[1])
+        set_state_dict(twin, other, model_state_dict=model.state_dict(), optim_state_dict=state)
+    assert [other.state[param]["count"].item() for param in twin.parameters()] == [1.0, 1.0]
+
+
 def test_other_state_dicts_are_refused() -> None:
     model = nn.Linear(3, 2)
     saved = {rule: Lomo(model, rule=rule).state_dict() for rule in ("sgd", *RULES)}
@@ -443,8 +408,13 @@ def test_refused_options() -> None:
         Lomo(model, rule="adalomo", fused_layers=True)
     with pytest.raises(ValueError, match="clip_tensor bounds a gradient"):
         Lomo(model, rule="rows", clip_tensor=1.04)
-    for wrong in ({"eps": 1e-3}, {"eps": (1e-30, 0.0)}, {"clip_threshold": -1.0}):
-        with pytest.raises((TypeError, ValueError)):
+    refused: dict[str, dict[str, Any]] = {
+        r"eps is 0\.001, expected two numbers": {"eps": 1e-3},
+        r"eps\[1\] is 0\.0": {"eps": (1e-30, 0.0)},
+        r"clip_threshold is -1\.0": {"clip_threshold": -1.0},
+    }
+    for message, wrong in refused.items():
+        with pytest.raises(ValueError, match=message):
             AdaLomo(model, **wrong)
     for rate in (0.8, 0.0, -math.inf, math.nan, True, "-0.8", None):
         with pytest.raises(ValueError, match=r"decay_rate is .*, expected a finite number < 0"):

@@ -357,7 +357,7 @@ def test_the_part_that_runs_once() -> None:
     assert names_of(F.cross_entropy(logits, labels)) == ["NllLossBackward", "LogSoftmaxBackward"]
     chain = loss_chain_of(F.cross_entropy(logits, labels))
     assert chain is not None
-    assert chain.rest == get_gradient_edge(logits)
+    assert chain.end == get_gradient_edge(logits)
     assert names_of(F.cross_entropy(logits.double().view(2, 3), labels) / 2) == [
         "DivBackward",
         "NllLossBackward",

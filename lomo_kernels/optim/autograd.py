@@ -21,7 +21,7 @@ class Start(NamedTuple):
 
     root: Tensor | GradientEdge
     grad: Tensor | None  # of the root; None: 1 if the root is the loss, otherwise backward reaches nothing
-    last: bool = True  # no other backward begins here: if the root is an edge, `grad` may be freed
+    frees_grad: bool = True  # if the root is an edge, `grad` is freed once it is used
 
 
 def start_of(loss: Tensor, scale: Tensor | None) -> Start:
@@ -38,7 +38,7 @@ def run_backward(start: Start, retain_graph: bool, leaves: Sequence[Any] | None 
 
     `leaves`: tensors (or edges of the graph) that get a gradient; backward ends where it needs no more for them.
     """
-    root, grad, last = start
+    root, grad, frees_grad = start
     with errors_explained():
         if not isinstance(root, GradientEdge):
             torch.autograd.backward(root, grad, retain_graph=retain_graph, inputs=leaves)
@@ -51,7 +51,7 @@ def run_backward(start: Start, retain_graph: bool, leaves: Sequence[Any] | None 
             # it starts with their sum, which it frees after use, and `grad` can be freed here. A hook may keep the sum
             # or change it in place. The second gradient is -0.0, because adding that changes no bit.
             nothing = grad.new_full((), -0.0).expand(grad.shape)
-            with _prehooks([root.node] if last else [], lambda *_: _free(grad)):
+            with _prehooks([root.node] if frees_grad else [], lambda *_: _free(grad)):
                 torch.autograd.backward([root, root], [grad, nothing], retain_graph=retain_graph, inputs=leaves)
 
 
@@ -127,7 +127,7 @@ class Cut(NamedTuple):
 
     def run_lower(self, grads: Grads) -> None:
         """One backward through the lower part, which begins with what `run_upper` has returned."""
-        starts = [(index, *_start(self.below[index], given)) for index, given in grads.items()]
+        starts = [(index, *_stand_in(self.below[index], given)) for index, given in grads.items()]
         if starts:
             edges = [GradientEdge(self.below[index], number) for index, number, _ in starts]
             # Autograd calls hooks of these tensors again, on copies. The results of their first call count.
@@ -135,7 +135,7 @@ class Cut(NamedTuple):
                 torch.autograd.backward(edges, [grad for _, _, grad in starts])
 
 
-def _start(node: Any, grads: Sequence[Tensor | None]) -> tuple[int, Tensor]:
+def _stand_in(node: Any, grads: Sequence[Tensor | None]) -> tuple[int, Tensor]:
     """The number of an output of `node`, and a tensor to start a backward with. `grads` take its place in a hook."""
     for number, grad in enumerate(grads):
         if grad is not None:

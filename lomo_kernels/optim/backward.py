@@ -28,7 +28,7 @@ class Backward:
         engine = training.engine
         #: Whether the first of several passes runs the loss's own nodes for all of them. False: each pass runs them.
         self.runs_loss_once = engine is None or engine.may_skip_loss
-        self._rest: Start | None = None  # of a pass after the first
+        self._after_loss: Start | None = None  # where the next pass begins, if the loss's own nodes have run
 
     def start_scale(self) -> None:
         """Finds the loss scale, and tells the kernels to divide by it."""
@@ -39,7 +39,7 @@ class Backward:
     @property
     def scaled(self) -> bool:
         """Whether the gradients have to be divided."""
-        return self.scale is not None or self._training.state.has_divisor
+        return self._training.state.is_scaled(self.scale)
 
     def run_pass(
         self,
@@ -64,7 +64,7 @@ class Backward:
         leaves = None if only is None else [managed.param for managed in only]
         last = cut is None and not retain_graph
         grads = {}
-        with shared_recomputation(self.runs_loss_once and not last and self._rest is None):
+        with shared_recomputation(self.runs_loss_once and not last and self._after_loss is None):
             start = self._begin(sink, last=last)
             if cut is not None:
                 grads = cut.run_upper(start)
@@ -87,19 +87,19 @@ class Backward:
 
     def _begin(self, sink: Pass, *, last: bool) -> Start:
         """Where a pass begins. `last`: no pass follows."""
-        rest, self._rest = self._rest, None
-        if rest is None and self.runs_loss_once and not last:
-            rest = self._run_loss(sink)
-        if rest is None:
+        start, self._after_loss = self._after_loss, None
+        if start is None and self.runs_loss_once and not last:
+            start = self._run_loss(sink)
+        if start is None:
             return start_of(self.graph.loss, self.scale)
         if last or not self.runs_loss_once:
-            return rest._replace(last=True)
-        self._rest = rest
-        return rest
+            return start._replace(frees_grad=True)
+        self._after_loss = start
+        return start
 
     def _run_loss(self, sink: Pass) -> Start | None:
         """Runs the loss's own nodes, inside a pass, and returns where the pass goes on. None: they did not run."""
-        chains = self._training.repeat_check.loss_chains
+        chains = self._training.loss_chains
         chain = loss_chain_of(self.graph.loss)
         if chain is None or not chains.may_run_once(chain):
             self.runs_loss_once = False
@@ -120,7 +120,7 @@ class Backward:
                     "parameter was unfrozen?). No weight was changed. The next step runs the loss in every backward: "
                     "run this batch again"
                 )
-        return Start(chain.rest, grad, last=False)
+        return Start(chain.end, grad, frees_grad=False)
 
     def norm_only_pass(self, engine: ParallelEngine | None) -> None:
         """A backward that sets the slots to zero, adds up norms in them, and keeps the graph for another backward."""

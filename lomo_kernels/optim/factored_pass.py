@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .factor_store import SavedFactors
-from .factored_rules import Sums, shape_of_matrices
+from .factored_rules import Factors, Sums, shape_of_matrices
 from .managed_parameter import ManagedParameter
 from .passes import UpdatePass
 from .rule_state import RuleState
@@ -29,36 +29,16 @@ class FactoredPass(UpdatePass):
     def _handle(self, managed: ManagedParameter, grad: Tensor) -> None:
         if not grad.numel():
             return
-        state, rule = self._rule_state, self._rule_state.rule
-        cells = state.scalars.cells(managed)
         if not self.norm_known:
             inv_scale = managed.device_state.inv_scale if self.scaled else None
             torch.ops.lomo_kernels.sq_norm_.default([managed.slot], [grad], inv_scale)
         local = managed.local.detach()
-        weight = local.reshape(-1, local.shape[-1]) if local.dim() else local.view(1, 1)
         matrices, rows, columns = shape_of_matrices(local.shape)
-        matrix = grad.reshape(matrices * rows, columns)
-        sums = Sums(
-            torch.zeros(matrices * rows, dtype=torch.float64, device=grad.device),
-            torch.zeros(matrices, columns, dtype=torch.float64, device=grad.device),
-        )
-        torch.ops.lomo_kernels.factor_sums_.default(*sums, matrix, managed.scalars.vector)
-        factors = rule.factors(managed, sums, state.of(managed), state.step(managed.device))
-        coef = factors.coef
-        if rule.needs_scale:
-            size, of_param = torch.zeros(2, 1, dtype=torch.float64, device=grad.device).unbind()
-            torch.ops.lomo_kernels.factored_sq_norm_.default(
-                size, matrix, factors.rows, factors.columns, managed.scalars.vector
-            )
-            # The last update could have summed up the weight's squares, but ``.data`` may have changed the parameter
-            # since then, and a resumed run would sum up in another order.
-            torch.ops.lomo_kernels.sq_norm_.default([of_param], [local], None)
-            coef = rule.scale(size[0], of_param[0], local.numel())
-        if coef is not None:
-            cells.clip_coef.mul_(coef)
-        cells.found_inf.add_(sums.rows.sum() * 0.0)  # NaN, which is not zero, of infinity and of NaN
+        matrix, weight = (tensor.reshape(matrices * rows, columns) for tensor in (grad, local))
+        factors = self._find_factors(managed, matrix, local)
+        cells = self._rule_state.scalars.cells(managed)
         self.changed = True
-        state.take(managed, factors.state, cells.found_inf)
+        self._rule_state.replace(managed, factors.state, cells.found_inf)
         torch.ops.lomo_kernels.factored_update_.default(
             weight,
             matrix,
@@ -74,6 +54,36 @@ class FactoredPass(UpdatePass):
         if weight.data_ptr() != local.data_ptr():  # `reshape` made a copy: the rows do not follow each other in memory
             local.copy_(weight.view(local.shape))
         torch.autograd.graph.increment_version(managed.local)
+
+    def _find_factors(self, managed: ManagedParameter, matrix: Tensor, local: Tensor) -> Factors:
+        """The factors of a gradient. The coefficient and the overflow flag of the parameter's update take in what the
+        gradient says.
+
+        Args:
+            matrix: the gradient, its matrices below each other.
+            local: the parameter.
+        """
+        state, rule = self._rule_state, self._rule_state.rule
+        cells, scalars = state.scalars.cells(managed), managed.scalars.vector
+        matrices, rows, columns = shape_of_matrices(local.shape)
+        sums = Sums(
+            torch.zeros(matrices * rows, dtype=torch.float64, device=matrix.device),
+            torch.zeros(matrices, columns, dtype=torch.float64, device=matrix.device),
+        )
+        torch.ops.lomo_kernels.factor_sums_.default(*sums, matrix, scalars)
+        factors = rule.factors(managed, sums, state.of(managed), state.step(managed.device))
+        coef = factors.coef
+        if rule.needs_scale:
+            size, of_param = torch.zeros(2, 1, dtype=torch.float64, device=matrix.device).unbind()
+            torch.ops.lomo_kernels.factored_sq_norm_.default(size, matrix, factors.rows, factors.columns, scalars)
+            # Not what the last update could have added up: ``.data`` may have changed the parameter since, unseen, and
+            # a resumed run would add up in another order.
+            torch.ops.lomo_kernels.sq_norm_.default([of_param], [local], None)
+            coef = rule.scale(size[0], of_param[0], local.numel())
+        if coef is not None:
+            cells.clip_coef.mul_(coef)
+        cells.found_inf.add_(sums.rows.sum() * 0.0)  # NaN, which is not zero, of infinity and of NaN
+        return factors
 
     def _handle_list(self, managed_params: Sequence[ManagedParameter], grads: list[Tensor]) -> None:
         for managed, grad in zip(managed_params, grads, strict=True):

@@ -193,6 +193,8 @@ class AdaLomoRule(FactoredRule):
 
 #: Those that need no arguments, by name.
 _RULES = {rule.name: rule for rule in (TensorRule(), RowsRule(), AdaLomoRule())}
+#: Names of all their states.
+STATES = tuple(state for rule in _RULES.values() for state in rule.states)
 
 
 def factored_rule(rule: object) -> FactoredRule | None:
@@ -204,4 +206,4 @@ def factored_rule(rule: object) -> FactoredRule | None:
         if rule.name not in FACTORED_RULES:
             raise ValueError(f"Lomo: the name of {rule} is {rule.name!r}, expected one of {', '.join(FACTORED_RULES)}")
         return rule
-    return _RULES.get(rule) if isinstance(rule, str) and rule in FACTORED_RULES else None
+    return _RULES.get(rule) if isinstance(rule, str) else None

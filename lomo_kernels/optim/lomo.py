@@ -180,7 +180,7 @@ class Lomo(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """torch's GradScaler asks this before it hands `found_inf` and `grad_scale` to `step`, which refuses them."""
-        return self._training.state.has_divisor
+        return self._training.state.is_scaled(None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops what plain backwards left in ``.grad``.

@@ -28,7 +28,7 @@ class LossChain(NamedTuple):
 
     nodes: list[Any]
     number: int  # of the last node's gradient that is not None
-    rest: GradientEdge
+    end: GradientEdge  # to the rest of the graph
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ class LossChain(NamedTuple):
             with errors_explained():
                 # This reaches the edge without calling its node. Tensor hooks there are called once more than in a
                 # plain backward. What they return here is dropped.
-                torch.autograd.grad(start.root, self.rest, start.grad, retain_graph=retain_graph, allow_unused=True)
+                torch.autograd.grad(start.root, self.end, start.grad, retain_graph=retain_graph, allow_unused=True)
         finally:
             handle.remove()
         return taken.pop() if taken else None

@@ -379,12 +379,15 @@ class UpdatePass(Pass):
         self.stochastic = stochastic
         self.seed = seed
 
+    def _vector(self, managed: ManagedParameter) -> Tensor:
+        return managed.scalars.vector if self._vector_of is None else self._vector_of(managed)
+
     def _handle(self, managed: ManagedParameter, grad: Tensor) -> None:
         self.changed = True
         torch.ops.lomo_kernels.update_.default(
             [managed.local],
             [grad],
-            managed.scalars.vector if self._vector_of is None else self._vector_of(managed),
+            self._vector(managed),
             [] if self.norm_known else [managed.slot],
             self.rule,
             self.stochastic,
@@ -401,7 +404,7 @@ class UpdatePass(Pass):
         self.changed = True
         WeightGradient(map(_factors, saved), grad).update_(
             param,
-            managed.scalars.vector if self._vector_of is None else self._vector_of(managed),
+            self._vector(managed),
             None if self.norm_known else managed.slot,
             self.rule,
             self.stochastic,

@@ -20,7 +20,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .engines.base import ParallelEngine
 from .graph import Graph
-from .loss_chain import LossChains
 from .managed_parameter import DeviceState, ManagedParameter
 from .owners import optimizer_backward
 from .state import TrainingState
@@ -57,7 +56,6 @@ class RepeatCheck:
         self._training = weakref.ref(training)
         self._managed_params = managed_params
         self._model = model
-        self.loss_chains = LossChains()
         self._shapes: set[int] = set()
         self._kinds: set[str] = set()
         self._has_reentrant_checkpoints = False  # the last graph

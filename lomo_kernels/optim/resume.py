@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..rules import FACTORED_RULES, RULES
-from .factored_rules import AdaLomoRule
+from .factored_rules import STATES
 from .hyperparameters import check_group, check_seed
 from .managed_parameter import ManagedParameter
 from .placement import shape_of
@@ -91,7 +91,8 @@ def read(
     if KEY in state_dict:
         numbers = _of_entry(state_dict[KEY], managed_params)
     elif any(isinstance(some, dict) and "scaling" in some for some in state_dict["state"].values()):
-        numbers = _of_parameters(state_dict["state"], order, managed_params)
+        own_states = () if rule_state is None else rule_state.rule.states
+        numbers = _of_parameters(state_dict["state"], order, managed_params, own_states)
     elif all({"momentum", "nesterov"} <= group.keys() for group in theirs):
         dropped = _of_sgd(state_dict["state"], theirs, managed_params)
     else:
@@ -145,19 +146,23 @@ def _of_entry(entry: Any, managed_params: Sequence[ManagedParameter]) -> dict[st
 
 
 def _of_parameters(
-    state: dict[Any, Any], order: Sequence[Any], managed_params: Sequence[ManagedParameter]
+    state: dict[Any, Any],
+    order: Sequence[Any],
+    managed_params: Sequence[ManagedParameter],
+    own_states: Sequence[str],
 ) -> dict[str, Any]:
     """The numbers that `torch.distributed.checkpoint` keeps with every parameter. It has compared names and shapes. Of
     frozen parameters it loads none, or those that this optimizer had.
 
     Args:
         order: the keys of `state` in the order of `managed_params`.
+        own_states: names of the states that the optimizer's rule has.
     """
     frozen = {key for key, managed in zip(order, managed_params, strict=False) if not managed.param.requires_grad}
     for name, numbers in state.items():
         if not isinstance(numbers, dict):
             raise TypeError(f"Lomo: the state of {name} is a {type(numbers).__name__}, expected a dict")
-        _check_keys(numbers, (*_NUMBERS, "rule"), optional=(CLIP_MEANS, *AdaLomoRule.states))
+        _check_keys(numbers, (*_NUMBERS, "rule"), optional=(CLIP_MEANS, *STATES, *own_states))
     trained = [name for name in state if name not in frozen] or list(state)
     first = state[trained[0]]
     for name in trained:

@@ -48,7 +48,7 @@ class RuleState:
     def of(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
         return self._states[managed.index]
 
-    def take(self, managed: ManagedParameter, new: tuple[Tensor, ...], found_inf: Tensor) -> None:
+    def replace(self, managed: ManagedParameter, new: tuple[Tensor, ...], found_inf: Tensor) -> None:
         """Replaces a parameter's state, unless `found_inf` is not zero."""
         for state, changed in zip(self._states[managed.index], new, strict=True):
             state.copy_(torch.where(found_inf == 0, changed, state))

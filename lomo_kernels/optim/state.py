@@ -99,14 +99,13 @@ class TrainingState:
             for scalars in by_device.values():
                 scalars.set(group, lr)
 
-    @property
-    def has_divisor(self) -> bool:
-        """Whether gradients have to be divided though they carry no loss scale: they are sums over ranks."""
-        return self.engine is not None and self.engine.grad_divisor != 1
+    def is_scaled(self, scale: Tensor | None) -> bool:
+        """Whether gradients that carry this loss scale have to be divided: by it, or as sums over ranks."""
+        return scale is not None or (self.engine is not None and self.engine.grad_divisor != 1)
 
     def unscale_by(self, scale: Tensor | None) -> None:
         """The gradients to come carry `scale` and the engine's divisor: has the inverse, float64, on every device."""
-        if scale is None and not self.has_divisor:
+        if not self.is_scaled(scale):
             return
         divisor = 1 if self.engine is None else self.engine.grad_divisor
         inverse = (torch.ones_like(self.norm) if scale is None else scale.double()).mul(divisor).reciprocal()

@@ -18,8 +18,8 @@ from .attachment import Attachment
 from .clip_memory import ClipBudget
 from .engines.base import ParallelEngine
 from .engines.choose import choose_engine
-from .factored_rules import FactoredRule
 from .hyperparameters import numbers_of, unused_momentum
+from .loss_chain import LossChains
 from .managed_parameter import ManagedParameter
 from .owners import other_owners
 from .parameters import check_groups, check_parameter, check_unchanged, is_supported
@@ -60,6 +60,7 @@ class Training:
         self.repeat_check = RepeatCheck(
             self, self.managed_params, given_model if fused_model is None else weakref.ref(fused_model)
         )
+        self.loss_chains = LossChains()
         self.clip_budget = ClipBudget(settings.clip_memory)
         # Over several ranks: the number of trained parameters, and whether all their gradients fit on every rank.
         self._ranks_keep_all: tuple[int, bool] | None = None
@@ -131,8 +132,7 @@ class Training:
     def start(self) -> None:
         """Makes the state, and puts hooks on all parameters."""
         self.engine = self.join_engine(self.managed_params, self.groups)
-        if self.settings.factored_rule is not None:
-            self._prepare_rule(self.settings.factored_rule)
+        self._prepare_rule()
         self.state = self._new_state()
         self.show_state()
         model = self.attachment.model
@@ -143,8 +143,12 @@ class Training:
         self.attachment.attach()
         self.started = True
 
-    def _prepare_rule(self, rule: FactoredRule) -> None:
-        """Finds the embeddings' weights. Raises ValueError if a gradient's sums cannot be had."""
+    def _prepare_rule(self) -> None:
+        """For a rule with factors: finds the embeddings' weights. Raises ValueError if a gradient's sums cannot be
+        had."""
+        rule = self.settings.factored_rule
+        if rule is None:
+            return
         if self.attachment.model is not None:
             raise ValueError(
                 f"Lomo: rule {rule.name!r} needs sums of each gradient, and with fused_layers there is none. Use "
@@ -164,8 +168,7 @@ class Training:
     def extend(self, managed_params: Sequence[ManagedParameter], engine: ParallelEngine | None) -> None:
         """Attaches `managed_params`, which were added to the others, to all of which `engine` belongs."""
         self.engine = engine
-        if self.settings.factored_rule is not None:
-            self._prepare_rule(self.settings.factored_rule)
+        self._prepare_rule()
         self.make_state()
         self._replace_owners(managed_params)
         self.attachment.attach()

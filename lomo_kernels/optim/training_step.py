@@ -213,7 +213,7 @@ class TrainingStep:
             kept = training.engine.reduce_stored_grads(kept, copy=keep)
         training.state.zero_slots()
         if training.norm_comes_first:
-            norm = NormPass(training.state.devices, scaled=scale is not None or training.state.has_divisor)
+            norm = NormPass(training.state.devices, scaled=training.state.is_scaled(scale))
             for managed, grad in kept:
                 norm.add(managed, grad)
             norm.flush()
@@ -243,7 +243,7 @@ class TrainingStep:
     ) -> UpdatePass:
         training = self._training
         state = training.state
-        scaled, norm_known = scale is not None or state.has_divisor, training.norm_comes_first
+        scaled, norm_known = state.is_scaled(scale), training.norm_comes_first
         state.prepare_update(scaled=scaled, norm_known=norm_known)
         kind: Callable[..., UpdatePass] = partial(UpdatePass, norm_known=norm_known)
         if training.clips_tensors:
