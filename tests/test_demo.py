@@ -21,7 +21,7 @@ SMALL = shlex.split(
     "--layers 2 --d-model 192 --heads 4 --kv-heads 2 --ffn 512 --seq 32 --batch 4 --steps 30 --pretrain-batch 8 "
     "--pretrain-steps 50 --eval-windows 32 --lr-pretrain 2e-3 --lr-adamw 1e-3 --threads 1"
 )
-METHODS = ("Lomo", "Lomo, clip_memory=0", "SGD + clip", "AdamW + clip")
+METHODS = ("Lomo", "Lomo, clip_memory=0", "AdaLomo", "SGD + clip", "AdamW + clip")
 
 
 def demo(*options):
@@ -47,12 +47,13 @@ def test_the_table_says_what_lomo_is_for(options):
     assert result.returncode == 0, result.stderr
     table = rows(result.stdout)
     peaks = [table[name][0] for name in METHODS]
-    lomo, without_memory, sgd, adamw = peaks
+    lomo, without_memory, adalomo, sgd, adamw = peaks
     assert without_memory < lomo <= sgd < adamw
+    assert adalomo < lomo
     for _, seconds, before, after in table.values():
         assert seconds > 0
         assert after < before < math.log(256)
-    for name, peak in (("Lomo", lomo), ("Lomo, clip_memory=0", without_memory)):
+    for name, peak in (("Lomo", lomo), ("Lomo, clip_memory=0", without_memory), ("AdaLomo", adalomo)):
         stated = re.search(
             rf"{name}: the peak above the weights is ([\d.]+) times that of SGD \+ clip and ([\d.]+) times",
             " ".join(result.stdout.split()),
