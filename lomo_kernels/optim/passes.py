@@ -379,15 +379,12 @@ class UpdatePass(Pass):
         self.stochastic = stochastic
         self.seed = seed
 
-    def _vector(self, managed: ManagedParameter) -> Tensor:
-        return managed.scalars.vector if self._vector_of is None else self._vector_of(managed)
-
     def _handle(self, managed: ManagedParameter, grad: Tensor) -> None:
         self.changed = True
         torch.ops.lomo_kernels.update_.default(
             [managed.local],
             [grad],
-            self._vector(managed),
+            managed.scalars.vector if self._vector_of is None else self._vector_of(managed),
             [] if self.norm_known else [managed.slot],
             self.rule,
             self.stochastic,
@@ -404,7 +401,7 @@ class UpdatePass(Pass):
         self.changed = True
         WeightGradient(map(_factors, saved), grad).update_(
             param,
-            self._vector(managed),
+            managed.scalars.vector if self._vector_of is None else self._vector_of(managed),
             None if self.norm_known else managed.slot,
             self.rule,
             self.stochastic,
