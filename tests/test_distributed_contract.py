@@ -219,7 +219,13 @@ def keep_alike(rank: int, engine: str, share: float) -> None:
         reference.backward(that.module(twin)(*batch(10 * mine + step)))
     fits = budget >= max(needs)
     assert len(backwards) == 3 if fits else len(backwards) > 5, "one for each step, or two and the comparison"
-    assert_same_bits(that.weights(spread), that.weights(twin))
+    weights = that.weights(twin)
+    if len(needs) == 2:
+        assert_same_bits(that.weights(spread), weights)
+    for name, weight in that.weights(
+        spread
+    ).items():  # four ranks add up in an order that a message's other parts decide
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
