@@ -78,8 +78,8 @@ sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, u
 	@# The runtime must come first in the process, with the C++ library, whose exceptions it watches; the interpreter's
 	@# own leaks are not our subject. pytest is not started with "python -m", which would put this folder's package
 	@# before the checked one.
-	@# Without the layers' operators, whose kernels are the CPU's, for the emulated ones.
-	@layers="tests/test_linear.py tests/test_embedding.py"; \
+	@# Without operators whose kernels are the CPU's alone for the emulated ones.
+	@layers="tests/test_linear.py tests/test_embedding.py tests/test_factored.py"; \
 	for isa in baseline avx2 avx512 avx512bf16 amx emulated; do \
 	  case $$isa in avx512) flag=avx512bw;; avx512bf16) flag=avx512_bf16;; amx) flag=amx_bf16;; avx2) flag=avx2;; *) flag=;; esac; \
 	  [ -z "$$flag" ] || grep -qw $$flag /proc/cpuinfo || { echo "This processor lacks $$isa: left out"; continue; }; \
