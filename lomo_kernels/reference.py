@@ -167,6 +167,13 @@ def scaled_gradient(grad: Tensor, inv_scale: float) -> Tensor:
     return grad.to(torch.float32) * _float32(inv_scale)
 
 
+def clipped(scaled: Tensor, clip_value: float, clip_coef: float) -> Tensor:
+    """A scaled gradient, clamped to ``[-clip_value, clip_value]``, times `clip_coef`, as float32."""
+    limit = _float32(clip_value)
+    g = torch.where(scaled < -limit, -limit, scaled)
+    return torch.where(g > limit, limit, g) * _float32(clip_coef)
+
+
 def sum_of_squares(grad: Tensor, inv_scale: float = 1.0) -> Tensor:
     """The float64 sum of ``scaled_gradient(grad)`` squared, a tensor with no dimensions."""
     return scaled_gradient(grad, inv_scale).double().square().sum()
@@ -234,8 +241,7 @@ def factored_gradient(
         column_factors: float32 [matrices, columns], or empty.
     """
     scaled = scaled_gradient(grad, inv_scale)
-    limit = _float32(clip_value)
-    f = torch.minimum(torch.maximum(scaled, -limit), limit) * _float32(clip_coef)
+    f = clipped(scaled, clip_value, clip_coef)
     if row_factors.numel():
         f = f * row_factors[:, None]
     if column_factors.numel():
@@ -262,10 +268,7 @@ def updated(
     """What `lomo_kernels.ops.sgd_` makes of `param`, as a new tensor. Arguments as there, numbers only."""
     g = scaled_gradient(grad, inv_scale)
     finite = g.isfinite()
-    limit = _float32(clip_value)
-    g = torch.where(g < -limit, -limit, g)
-    g = torch.where(g > limit, limit, g)
-    g = g * _float32(clip_coef)
+    g = clipped(g, clip_value, clip_coef)
     p = param.to(torch.float32) * _float32(1.0 - lr * weight_decay)
     p = p - _float32(lr) * DIRECTIONS[rule](g)
     stream = stream_key(seed, parameter_id, step) if stochastic else None
@@ -321,12 +324,9 @@ def _update_(
         param.detach().copy_(updated(param, grad, **numbers, rule=name, stochastic=stochastic, **keys))
 
 
-_CLIPPING = ("inv_scale", "clip_value", "clip_coef")
-
-
 def _clipping_of(scalars: Tensor) -> dict[str, float]:
     numbers = vectors.numbers_of(scalars)
-    return {name: numbers[name] for name in _CLIPPING}
+    return {name: numbers[name] for name in vectors.CLIPPING}
 
 
 def _factor_sums_(row_sums: Tensor, column_sums: Tensor, grad: Tensor, scalars: Tensor) -> None:
@@ -355,10 +355,7 @@ def _factored_update_(
 ) -> None:
     check_factors("factored_update_", grad, row_factors, column_factors, torch.float32)
     f = factored_gradient(grad, row_factors, column_factors, **_clipping_of(scalars))
-    neutral = scalars.clone()
-    for name in _CLIPPING:
-        neutral[vectors.NAMES.index(name)] = vectors.FIELDS[name].neutral
-    _update_layer(param, f, neutral, None, *rest)
+    _update_layer(param, f, vectors.without_clipping(scalars), None, *rest)
 
 
 def _linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 
 from ..ops.factored import check_factors
-from ..ops.scalars import NAMES, NEUTRAL, check_vector
+from ..ops.scalars import CLIPPING, POSITIONS, check_vector, without_clipping
 from . import tiled
-
-_OF_THE_GRADIENT = tuple(NAMES.index(name) for name in ("inv_scale", "clip_value", "clip_coef"))
 
 
 def _clipped_tiles(grad: Tensor, matrices: int, scalars: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """(matrices, rows, g of these rows) of each tile: whole matrices, or some rows of one. g is NaN if the scaled
     gradient is not finite."""
     numbers = scalars.to(grad.device).float()
-    inv_scale, limit, coef = (numbers[position] for position in _OF_THE_GRADIENT)
+    inv_scale, limit, coef = (numbers[POSITIONS[name]] for name in CLIPPING)
     rows, columns = grad.shape
     if not rows * columns:
         return
@@ -74,11 +72,8 @@ def factored_update_(
 ) -> None:
     check_factors("factored_update_", grad, row_factors, column_factors, torch.float32)
     check_vector("factored_update_", scalars, param.device)
-    neutral = scalars.clone()
-    for position in _OF_THE_GRADIENT:
-        neutral[position].fill_(NEUTRAL[position])
-
-    tiled.update_by_tiles(param, _tiles(grad, row_factors, column_factors, scalars), neutral, None, *rest)
+    tiles = _tiles(grad, row_factors, column_factors, scalars)
+    tiled.update_by_tiles(param, tiles, without_clipping(scalars), None, *rest)
 
 
 IMPLEMENTATIONS = {function.__name__: function for function in (factor_sums_, factored_sq_norm_, factored_update_)}

@@ -44,6 +44,8 @@ FIELDS = {
 NAMES = tuple(FIELDS)
 NEUTRAL = tuple(field.neutral for field in FIELDS.values())
 STEP = NAMES.index("step")
+#: What makes the clipped gradient of a gradient.
+CLIPPING = ("inv_scale", "clip_value", "clip_coef")
 #: Of the float64 numbers.
 POSITIONS = {name: i for i, name in enumerate(NAMES) if i != STEP}
 
@@ -117,6 +119,14 @@ def check_vector(op: str, scalars: Tensor, device: torch.device) -> None:
         )
     if scalars.device != device and scalars.device.type != "cpu":
         raise ValueError(f"{op}: scalars is on {scalars.device}, expected {device} or the CPU")
+
+
+def without_clipping(scalars: Tensor) -> Tensor:
+    """A copy of a vector for an update whose gradient was clipped already."""
+    copy = scalars.clone()
+    for name in CLIPPING:
+        copy[POSITIONS[name]].fill_(FIELDS[name].neutral)
+    return copy
 
 
 def numbers_of(scalars: Tensor) -> dict[str, Any]:
