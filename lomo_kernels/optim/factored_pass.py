@@ -11,11 +11,11 @@ from torch import Tensor
 from .factor_store import SavedFactors
 from .factored_rules import Factors, Sums, shape_of_matrices
 from .managed_parameter import ManagedParameter
-from .passes import UpdatePass
+from .passes import NormPass, UpdatePass
 from .rule_state import RuleState
 
 
-class FactoredPass(UpdatePass):
+class FactoredPass(UpdatePass, NormPass):
     """Finds a gradient's sums of squares by rows and columns, the rule's factors, and the size of u. Then it updates.
 
     Args:
@@ -30,8 +30,7 @@ class FactoredPass(UpdatePass):
         if not grad.numel():
             return
         if not self.norm_known:
-            inv_scale = managed.device_state.inv_scale if self.scaled else None
-            torch.ops.lomo_kernels.sq_norm_.default([managed.slot], [grad], inv_scale)
+            NormPass._handle(self, managed, grad)
         local = managed.local.detach()
         matrices, rows, columns = shape_of_matrices(local.shape)
         matrix, weight = (tensor.reshape(matrices * rows, columns) for tensor in (grad, local))

@@ -90,10 +90,7 @@ def shape_of_matrices(shape: Sequence[int]) -> tuple[int, int, int]:
     """Matrices, rows and columns of a parameter: those of its last two dimensions. A vector is one row."""
     if len(shape) < 2:
         return 1, 1, shape[0] if len(shape) else 1
-    matrices = 1
-    for size in shape[:-2]:
-        matrices *= size
-    return matrices, shape[-2], shape[-1]
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
 def _none(device: torch.device) -> Tensor:
@@ -101,8 +98,8 @@ def _none(device: torch.device) -> Tensor:
 
 
 def _inverse_rms(squares: Tensor, elements: int) -> Tensor:
-    """1 / (RMS + 1e-12), float32; 0 if it is not a number, as of nothing."""
-    return (1.0 / ((squares / max(elements, 1)).sqrt() + _TINY)).float()
+    """1 / (RMS + 1e-12), float64."""
+    return 1.0 / ((squares / max(elements, 1)).sqrt() + _TINY)
 
 
 class TensorRule(FactoredRule):
@@ -112,7 +109,7 @@ class TensorRule(FactoredRule):
 
     def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
         none = _none(sums.rows.device)
-        return Factors(none, none, 1.0 / ((sums.rows.sum() / max(managed.param.numel(), 1)).sqrt() + _TINY))
+        return Factors(none, none, _inverse_rms(sums.rows.sum(), managed.param.numel()))
 
 
 class RowsRule(TensorRule):
@@ -126,8 +123,8 @@ class RowsRule(TensorRule):
         none = _none(sums.rows.device)
         _, rows, columns = sums.shape
         if managed.is_embedding:
-            return Factors(none, _inverse_rms(sums.columns, rows))
-        return Factors(_inverse_rms(sums.rows, columns), none)
+            return Factors(none, _inverse_rms(sums.columns, rows).float())
+        return Factors(_inverse_rms(sums.rows, columns).float(), none)
 
 
 class AdaLomoRule(FactoredRule):

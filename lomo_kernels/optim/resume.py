@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rules import FACTORED_RULES, RULES
+from ..rules import NUMBERS
 from .factored_rules import STATES
 from .hyperparameters import check_group, check_seed
 from .managed_parameter import ManagedParameter
@@ -175,7 +175,7 @@ def _of_parameters(
     scaling = first["scaling"]
     if type(scaling) is not int or not 0 <= scaling < len(KINDS):
         raise ValueError(f"Lomo: the state dict's scaling is {scaling!r}, expected 0 to {len(KINDS) - 1}")
-    names = {number: name for name, number in (RULES | FACTORED_RULES).items()}
+    names = {number: name for name, number in NUMBERS.items()}
     numbers = first | {"scaling": KINDS[scaling], "rule": names.get(first["rule"], first["rule"])}
     if CLIP_MEANS in first:
         unknown = torch.tensor(math.inf, dtype=torch.float64, device="cpu")

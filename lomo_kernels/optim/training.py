@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rules import FACTORED_RULES, RULES
+from ..rules import NUMBERS
 from .accumulation import Accumulation
 from .attachment import Attachment
 from .clip_memory import ClipBudget
@@ -265,7 +265,7 @@ class Training:
         for managed in self.managed_params:
             optimizer.state[managed.param] = self.state.by_parameter(managed.index) | {
                 "seed": self.settings.seed,
-                "rule": (RULES | FACTORED_RULES)[self.settings.rule],
+                "rule": NUMBERS[self.settings.rule],
             }
 
     def join_engine(
