@@ -79,6 +79,14 @@ def ranks():
     yield from by_world()
 
 
+@pytest.fixture(scope="module")
+def ranks_with_deepspeed():
+    """As `ranks`, with processes of their own: DeepSpeed exchanges functions of torch."""
+    from support.processes import by_world
+
+    yield from by_world()
+
+
 @pytest.fixture(scope="session")
 def run_python():
     """Runs Python code in a fresh process, where this folder can be imported and no LOMO_KERNELS_* is set but `env`.

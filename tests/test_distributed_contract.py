@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from support.engines import (
     resumed_equals_one_process,
 )
 from support.models import Options, assert_close, assert_same_bits, batch, same_bits
-from support.processes import Failed, Processes, by_world
+from support.processes import Failed, Processes
 from support.textbook import Textbook
 
 from lomo_kernels import Lomo
@@ -34,12 +34,6 @@ needs_deepspeed = pytest.mark.skipif(
 )
 NAMES = [pytest.param(name, marks=[needs_deepspeed] if name == "ZeRO-3" else []) for name in ENGINES]
 EVERY_ENGINE = pytest.mark.parametrize("engine", NAMES)
-
-
-@pytest.fixture(scope="module")
-def ranks_with_deepspeed() -> Iterator[Callable[[int], Processes]]:
-    """Processes of their own: DeepSpeed exchanges functions of torch."""
-    yield from by_world()
 
 
 @pytest.fixture

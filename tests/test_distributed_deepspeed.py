@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -20,7 +20,7 @@ from support.models import (
     transformer_of_vectors,
     weights_of,
 )
-from support.processes import Collectives, Processes, by_world, lowest_peak
+from support.processes import Collectives, Processes, lowest_peak
 from support.textbook import Textbook
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,9 +32,8 @@ if importlib.util.find_spec("deepspeed") is None:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[[int], Processes]]:
-    """As that of conftest.py, with processes of their own: DeepSpeed exchanges functions of torch."""
-    yield from by_world()
+def ranks(ranks_with_deepspeed: Callable[[int], Processes]) -> Callable[[int], Processes]:
+    return ranks_with_deepspeed
 
 
 def whole_weights(engine: Any) -> dict[str, Tensor]:

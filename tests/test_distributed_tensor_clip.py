@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -11,16 +10,9 @@ import pytest
 from support.adagc import FACTOR, WARM, AdaGC, means_of
 from support.engines import ENGINES, mean_loss
 from support.models import assert_close, batch
-from support.processes import Processes, by_world
 from test_distributed_sharded import WAYS
 
 from lomo_kernels.optim import tensor_clip
-
-
-@pytest.fixture(scope="module")
-def zero_ranks() -> Iterator[Callable[[int], Processes]]:
-    """DeepSpeed exchanges functions of torch, so its processes are its own."""
-    yield from by_world()
 
 
 def train(rank: int, way: str, options: dict[str, Any]) -> None:
@@ -56,5 +48,5 @@ def test_four_ranks(ranks: Any, way: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_zero3(zero_ranks: Any, options: dict[str, Any]) -> None:
-    zero_ranks(2).call(train, "ZeRO-3", options)
+def test_zero3(ranks_with_deepspeed: Any, options: dict[str, Any]) -> None:
+    ranks_with_deepspeed(2).call(train, "ZeRO-3", options)
