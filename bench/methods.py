@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama, Config
+from lomo_kernels.optim.update_strategy import TensorClipStrategy
 from lomo_kernels.plan.methods import CLIP, LOMO_OPTIM_NEEDS, lacking, lomo, lomo_optim, plain
 
 from .results import BASE, clips, ours
@@ -90,9 +91,9 @@ def keeping(share: float) -> Method:
 def clipped_by_tensor(model: nn.Module, lr: float) -> Step:
     """Without the first hundred steps, in which it clips nothing."""
     optimizer = Lomo(model, lr=lr, clip_tensor=1.04)
-    clip = optimizer._training.state.tensor_clip
-    assert clip is not None
-    clip._left = 0
+    strategy = optimizer._training.state.strategy
+    assert isinstance(strategy, TensorClipStrategy)
+    strategy.clip._left = 0
     return optimizer.backward
 
 

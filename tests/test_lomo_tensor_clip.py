@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lomo_kernels import Lomo
 from lomo_kernels.optim import tensor_clip
 from lomo_kernels.optim.tensor_clip import WARM_UP
+from lomo_kernels.optim.update_strategy import TensorClipStrategy
 
 
 @pytest.fixture
@@ -245,7 +246,9 @@ def test_other_values_are_refused(value: Any) -> None:
 
 def test_a_capture_waits_for_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(2, 2)
-    clip = Lomo(model, clip_tensor=FACTOR)._training.state.tensor_clip
+    strategy = Lomo(model, clip_tensor=FACTOR)._training.state.strategy
+    assert isinstance(strategy, TensorClipStrategy)
+    clip = strategy.clip
 
     class Captured:
         is_cuda = True

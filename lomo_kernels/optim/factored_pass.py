@@ -22,6 +22,8 @@ class FactoredPass(UpdatePass, NormPass):
         rule_state: the rule, its state, and the scalars of each parameter's update.
     """
 
+    kept_if_not_finite = "parameters"
+
     def __init__(self, *args: Any, rule_state: RuleState, **options: Any) -> None:
         super().__init__(*args, vector_of=rule_state.scalars.vector, **options)
         self._rule_state = rule_state

@@ -357,6 +357,8 @@ class UpdatePass(Pass):
     outcome = "Some weights of this step may have changed already"
     #: Whether a kernel was called that may have changed one.
     changed = False
+    #: What stays as it was if its gradient is not finite and no norm came first.
+    kept_if_not_finite = "elements"
 
     def __init__(
         self,

@@ -17,10 +17,9 @@ from .factored_rules import STATES
 from .hyperparameters import check_group, check_seed
 from .managed_parameter import ManagedParameter
 from .placement import shape_of
-from .rule_state import RuleState
 from .scaling import GROWTH_INTERVAL, KINDS, LARGEST_SCALE, SMALLEST_SCALE
 from .settings import Settings
-from .state import CLIP_MEANS, RULE_STATE
+from .update_strategy import CLIP_MEANS, RULE_STATE, UpdateStrategy
 
 KEY = "lomo"  # of the library's entry in a state dict
 VERSION = 1  # of that entry; raised if a reader of this version would misread a newer entry
@@ -71,7 +70,7 @@ def read(
     defaults: dict[str, Any],
     kinds: Sequence[str],
     settings: Settings,
-    rule_state: RuleState | None,
+    strategy: UpdateStrategy,
 ) -> Resumed:
     """Checks a state dict completely, and changes nothing.
 
@@ -79,7 +78,7 @@ def read(
         state_dict: from `Lomo.state_dict`, from `torch.distributed.checkpoint`'s helpers, or from `torch.optim.SGD`.
         managed_params, groups, defaults: of the optimizer that loads it.
         kinds: the kinds of loss scaling that the optimizer can continue; the first is its present one.
-        settings, rule_state: the optimizer's.
+        settings, strategy: the optimizer's.
 
     Raises:
         TypeError, ValueError: a key is missing or unknown, a value has another type or is out of range, or a parameter
@@ -91,8 +90,7 @@ def read(
     if KEY in state_dict:
         numbers = _of_entry(state_dict[KEY], managed_params)
     elif any(isinstance(some, dict) and "scaling" in some for some in state_dict["state"].values()):
-        own_states = () if rule_state is None else rule_state.rule.states
-        numbers = _of_parameters(state_dict["state"], order, managed_params, own_states)
+        numbers = _of_parameters(state_dict["state"], order, managed_params, strategy.states)
     elif all({"momentum", "nesterov"} <= group.keys() for group in theirs):
         dropped = _of_sgd(state_dict["state"], theirs, managed_params)
     else:
@@ -105,9 +103,10 @@ def read(
                 "construct it with the same rule"
             )
         _check_means(numbers.get(CLIP_MEANS), len(managed_params), settings.clip_tensor)
-        if rule_state is not None:
-            numbers[RULE_STATE] = _rule_state_of(state_dict["state"], order, managed_params, rule_state)
-    return Resumed(_options(theirs, groups, defaults, dropped is not None), numbers, dropped or [])
+    options = _options(theirs, groups, defaults, dropped is not None)
+    if numbers is not None and strategy.states:
+        numbers[RULE_STATE] = _rule_state_of(state_dict["state"], order, managed_params, strategy)
+    return Resumed(options, numbers, dropped or [])
 
 
 def _groups_of(state_dict: Any) -> list[dict[str, Any]]:
@@ -187,24 +186,24 @@ def _of_parameters(
 
 
 def _rule_state_of(
-    state: dict[Any, Any], order: Sequence[Any], managed_params: Sequence[ManagedParameter], rule_state: RuleState
+    state: dict[Any, Any], order: Sequence[Any], managed_params: Sequence[ManagedParameter], strategy: UpdateStrategy
 ) -> list[dict[str, Tensor]]:
     """Each parameter's state of the rule. Raises ValueError unless it is of the shapes that the optimizer has."""
     found = []
     for key, managed in zip(order, managed_params, strict=True):
+        ours = strategy.by_parameter(managed.index)
+        expected = {name: ours[name] for name in strategy.states if name in ours}
         theirs = state.get(key, {})
-        expected = rule_state.by_parameter(managed.index)
         if not isinstance(theirs, dict):
             raise TypeError(f"Lomo: the state of {managed.name} is a {type(theirs).__name__}, expected a dict")
         if not theirs and not managed.param.requires_grad:  # as `torch.distributed.checkpoint` loads it
             expected = {}
-        for name, ours in expected.items():
+        for name, own in expected.items():
             given = theirs.get(name)
-            if not isinstance(given, Tensor) or given.shape != ours.shape or given.dtype != ours.dtype or given.is_meta:
+            if not isinstance(given, Tensor) or given.shape != own.shape or given.dtype != own.dtype or given.is_meta:
                 was = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else repr(given)
                 raise ValueError(
-                    f"Lomo: the state dict's {name} of {managed.name} is {was}, expected {ours.dtype} "
-                    f"{list(ours.shape)}"
+                    f"Lomo: the state dict's {name} of {managed.name} is {was}, expected {own.dtype} {list(own.shape)}"
                 )
             if not bool(((given >= 0) & given.isfinite()).all()):
                 raise ValueError(f"Lomo: the state dict's {name} of {managed.name} has an element that no mean can be")
@@ -373,7 +372,7 @@ def load(optimizer: Any, state_dict: Any) -> None:
         optimizer.defaults,
         kinds,
         training.settings,
-        training.state.rule_state,
+        training.state.strategy,
     )
     if loaded.numbers is None:
         warnings.warn(

@@ -13,15 +13,8 @@ from .engines.base import ParallelEngine
 from .factored_rules import FactoredRule
 from .hyperparameters import GroupScalars, check_group
 from .managed_parameter import DeviceState, ManagedParameter
-from .parameter_scalars import ParameterScalars
-from .rule_state import RuleState
 from .scaling import KINDS, LossScale
-from .tensor_clip import TensorClip
-
-#: The name of `TensorClip.means` in a state dict.
-CLIP_MEANS = "clip_norm_mean"
-#: The name of all parameters' states of a rule among the exported numbers. A state dict has them with the parameters.
-RULE_STATE = "rule_state"
+from .update_strategy import choose_strategy
 
 
 def _send(number: Tensor, to: Tensor) -> None:
@@ -80,14 +73,7 @@ class TrainingState:
         self.skipped = torch.zeros((), dtype=torch.int64, device=devices[0])
         self.norm = torch.zeros((), dtype=torch.float64, device=devices[0])
         self._measuring = False  # the slots are those of a step that has not ended
-        self.tensor_clip: TensorClip | None = None
-        self.rule_state: RuleState | None = None
-        if clip_tensor is not None or rule is not None:
-            scalars = ParameterScalars(managed_params, group_of, self.devices)
-            if clip_tensor is not None:
-                self.tensor_clip = TensorClip(clip_tensor, scalars, self.devices, len(managed_params))
-            if rule is not None:
-                self.rule_state = RuleState(rule, managed_params, scalars, self.devices)
+        self.strategy = choose_strategy(clip_tensor, rule, managed_params, group_of, self.devices)
         if before is not None:
             self.load(before.export())
 
@@ -152,12 +138,10 @@ class TrainingState:
             clipped: the update used `clip_coef`.
         """
         self._measuring = False
-        if self.tensor_clip is not None:
-            primary = self.primary
-            self.tensor_clip.update_means(
-                self.squares(), primary.clip_coef if clipped else None, primary.found_inf if norm_known else None
-            )
-            self.tensor_clip.count_step()
+        primary = self.primary
+        self.strategy.end_step(
+            self.squares, primary.clip_coef if clipped else None, primary.found_inf if norm_known else None
+        )
         for device_state in self.devices.values():
             device_state.step.add_(1)
         self.skipped.add_(self.primary.found_inf.to(torch.int64))
@@ -189,12 +173,8 @@ class TrainingState:
 
     def export(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
-        numbers = {"step": self.primary.step.clone(), "skipped_steps": self.skipped.clone()} | self.scale.export()
-        if self.tensor_clip is not None:
-            numbers[CLIP_MEANS] = self.tensor_clip.means.clone()
-        if self.rule_state is not None:
-            numbers[RULE_STATE] = self.rule_state.export()
-        return numbers
+        numbers = {"step": self.primary.step.clone(), "skipped_steps": self.skipped.clone()}
+        return numbers | self.scale.export() | self.strategy.export()
 
     def export_norms(self) -> dict[str, Tensor]:
         """Copies of the last step's norms, which a copy of the optimizer has too."""
@@ -208,28 +188,22 @@ class TrainingState:
 
     def by_parameter(self, index: int) -> dict[str, Any]:
         """The same numbers, live, as `torch.distributed.checkpoint` can keep them with a parameter: no string, and at
-        least one dimension. Only the parameter's mean of norms is its own."""
+        least one dimension. Only what the strategy keeps is the parameter's own."""
         tensors = {
             "step": self.primary.step,
             "skipped_steps": self.skipped,
             "loss_scale": self.scale.scale,
             "growth_tracker": self.scale.growth_tracker,
         }
-        if self.tensor_clip is not None:
-            tensors[CLIP_MEANS] = self.tensor_clip.means[index]
         numbers = {name: tensor.view(1) for name, tensor in tensors.items()}
-        own = {} if self.rule_state is None else self.rule_state.by_parameter(index)
-        return numbers | own | {"scaling": KINDS.index(self.scale.kind)}
+        return numbers | self.strategy.by_parameter(index) | {"scaling": KINDS.index(self.scale.kind)}
 
     def load(self, exported: dict[str, Any]) -> None:
         """Takes over what `export` or `resume.read` gave: the loss scale only from the same kind of scaling."""
         for device_state in self.devices.values():
             device_state.step.copy_(exported["step"].reshape(()))
         self.skipped.copy_(exported["skipped_steps"].reshape(()))
-        if self.tensor_clip is not None:
-            self.tensor_clip.load(exported[CLIP_MEANS])
-        if self.rule_state is not None:
-            self.rule_state.load(exported[RULE_STATE])
+        self.strategy.load(exported)
         if exported["scaling"] == self.scale.kind:
             self.scale.scale.copy_(exported["loss_scale"].reshape(()))
             self.scale.growth_tracker.copy_(exported["growth_tracker"].reshape(()))

@@ -22,6 +22,8 @@ class TensorClipPass(UpdatePass, NormPass):
     If ranks have parts of gradients, some gradients wait for each other, because one message brings all their norms.
     """
 
+    kept_if_not_finite = "parameters"
+
     def __init__(self, *args: Any, tensor_clip: TensorClip, **options: Any) -> None:
         super().__init__(*args, vector_of=tensor_clip.scalars.vector, norm_known=True, **options)
         self._clip = tensor_clip

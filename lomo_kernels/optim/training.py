@@ -194,8 +194,7 @@ class Training:
             self._warned_of_momentum = True
             warnings.warn(text, stacklevel=10)
         self.state.refresh(groups, lr)
-        clip = self.state.tensor_clip
-        self.clips_tensors = clip is not None and not clip.warms_up(self.state.primary.step, self.state.skipped)
+        self.clips_tensors = self.state.strategy.begin_step(self.state.primary.step, self.state.skipped)
 
     def check_unchanged(self) -> None:
         """In the first step: raises RuntimeError if parameters were exchanged since the optimizer was made."""

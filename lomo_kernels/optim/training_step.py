@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,14 +11,12 @@ from torch import Tensor
 from .backward import Backward
 from .clip_memory import Fitting
 from .engines.base import ParallelEngine
-from .factored_pass import FactoredPass
 from .graph import Graph, check_fused_weights, check_loss
 from .hyperparameters import check_group
 from .managed_parameter import ManagedParameter
 from .passes import DeferPass, MeasurePass, NormPass, Pass, UpdatePass
 from .scaling import check_no_grad_scaler
 from .step import Step
-from .tensor_clip_pass import TensorClipPass
 from .training import Training
 
 _NOTHING_CHANGED = "no weight was changed"
@@ -245,20 +241,11 @@ class TrainingStep:
         state = training.state
         scaled, norm_known = state.is_scaled(scale), training.norm_comes_first
         state.prepare_update(scaled=scaled, norm_known=norm_known)
-        kind: Callable[..., UpdatePass] = partial(UpdatePass, norm_known=norm_known)
-        if training.clips_tensors:
-            assert state.tensor_clip is not None
-            state.tensor_clip.begin_update()
-            kind = partial(TensorClipPass, tensor_clip=state.tensor_clip)
-            if norm_known:
-                state.tensor_clip.clip_all(state.squares())
-                kind = partial(UpdatePass, norm_known=True, vector_of=state.tensor_clip.scalars.vector)
-        if state.rule_state is not None:
-            state.rule_state.begin_update(state.primary.step, state.skipped)
-            kind = partial(FactoredPass, norm_known=norm_known, rule_state=state.rule_state)
-        self._step.update = kind(
+        self._step.update = state.strategy.make_pass(
             state.devices,
             training.fused_params,
+            norm_known=norm_known,
+            squares=state.squares,
             scaled=scaled,
             engine=engine,
             rule=self._settings.kernel_rule,
@@ -273,11 +260,10 @@ class TrainingStep:
         if not self._training.norm_comes_first:
             self._training.state.finish_norm(None)
             self._training.repeat_check.end_step()
-            whole = self._training.clips_tensors or self._settings.factored_rule is not None
-            kept = "parameters" if whole else "elements"
+            assert self._step.update is not None
             outcome = (
-                f"{kept} whose gradient is not finite were kept, the others were updated (with clip_grad_norm or "
-                "dynamic loss scaling, all would have been kept)"
+                f"{self._step.update.kept_if_not_finite} whose gradient is not finite were kept, the others were "
+                "updated (with clip_grad_norm or dynamic loss scaling, all would have been kept)"
             )
             self._raise_if_not_finite(scale, outcome)
         self._end(scale)
