@@ -27,7 +27,7 @@ from lomo_kernels import Lomo
 from lomo_kernels.memory import LiveBytes
 from lomo_kernels.optim import clip_memory
 from lomo_kernels.optim.clip_memory import ClipBudget, clip_memory_of
-from lomo_kernels.optim.passes import DeferPass, DeferredGradient
+from lomo_kernels.optim.defer_pass import DeferPass, DeferredGradient
 
 BUDGETS = [0, 1000, 6000, 15_000, 30_000, None, "auto"]
 WIDTH = 160  # a weight is larger than gradients that wait in lists

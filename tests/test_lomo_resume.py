@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 import lomo_kernels
 from lomo_kernels import Lomo
 from lomo_kernels.layers import factor_sinks
-from lomo_kernels.optim import resume
+from lomo_kernels.optim import saved_numbers
 from lomo_kernels.optim.scaling import GROWTH_INTERVAL
 
 # ---- Every checkpoint of a run --------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ FORMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a group without parameters": lambda state: state | {"param_groups": [{"lr": 0.1}]},
     "the entry is None": lambda state: state | {"lomo": None},
     "an unknown key": lambda state: state | {"lomo": state["lomo"] | {"momentum": 0.9}},
-    "a later version": lambda state: state | {"lomo": state["lomo"] | {"version": resume.VERSION + 1, "new": 1}},
+    "a later version": lambda state: state | {"lomo": state["lomo"] | {"version": saved_numbers.VERSION + 1, "new": 1}},
     "no version": lambda state: state | {"lomo": state["lomo"] | {"version": "1"}},
     "parameters is None": lambda state: state | {"lomo": state["lomo"] | {"parameters": None}},
     "parameters are names": lambda state: state | {"lomo": state["lomo"] | {"parameters": ["a", "b"]}},

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from .backward import Backward
 from .clip_memory import Fitting
+from .defer_pass import DeferPass, MeasurePass
 from .engines.base import ParallelEngine
 from .graph import Graph, check_fused_weights, check_loss
 from .hyperparameters import check_group
 from .managed_parameter import ManagedParameter
-from .passes import DeferPass, MeasurePass, NormPass, Pass, UpdatePass
+from .passes import NormPass, Pass, UpdatePass
 from .scaling import check_no_grad_scaler
 from .step import Step
 from .training import Training

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..composite import tiled
-from ..optim.passes import DeferPass, DeferredGradient
+from ..optim.defer_pass import DeferPass, DeferredGradient
 from .blocks import blocks_of
 from .extrapolate import Parts, extrapolate, peak_of
 from .kernels import KERNELS
