@@ -22,11 +22,16 @@ def train(rank: int, way: str, options: dict[str, Any]) -> None:
     with mock.patch.object(tensor_clip, "WARM_UP", WARM):
         spread = engine.spread(model)
         optimizer = engine.lomo(spread, lr=0.05, clip_tensor=FACTOR, **options)
+        ranks = optimizer._training.engine
         count, mine = engine.batches()
         for step in range(7):
             factor = 20.0 if step % 3 == 2 else 1.0
             book.step(mean_loss(book.model, step, count) * factor)
-            optimizer.backward(engine.module(spread)(*batch(count * step + mine)) * factor)
+            loss = engine.module(spread)(*batch(count * step + mine)) * factor
+            with mock.patch.object(ranks, "sum_", wraps=ranks.sum_) as messages:
+                optimizer.backward(loss)
+            if "loss_scale" in options and step > WARM:
+                assert messages.call_count == 2, "the norm of all gradients, and the norm of each"
         assert min(book.coefs) < 1.0
         assert means_of(optimizer) == pytest.approx(book.means, rel=1e-4)
         assert_close(engine.weights(spread), book.model, atol=2e-6)

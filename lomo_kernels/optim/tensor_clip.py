@@ -31,6 +31,12 @@ WARM_UP = 100
 DECAY = 0.99
 
 
+def _coefficients(squares: Tensor, bounds: Tensor, out: Tensor | None = None) -> Tensor:
+    """h = min(1, bound / norm), from the norms' squares. It is NaN or 0 if a norm is not finite."""
+    norms = torch.sqrt(squares, out=out)
+    return torch.div(bounds, norms, out=out).clamp_(max=1.0)
+
+
 class TensorClip:
     """The running means, and the clip coefficients that follow from them. All of them stay on the devices.
 
@@ -107,9 +113,7 @@ class TensorClip:
         """Finds the coefficient of one parameter, whose slot has the sum of squares of its gradient. A parameter whose
         norm is not finite keeps its weights."""
         _, coef, found_inf = self.scalars.cells(managed)
-        torch.sqrt(managed.slot, out=coef)
-        torch.div(self._bound(managed), coef, out=coef)
-        coef.clamp_(max=1.0)
+        _coefficients(managed.slot, self._bound(managed), out=coef)
         torch.mul(managed.slot, 0.0, out=found_inf)  # NaN, which is not zero, of infinity and of NaN
 
     def clip_over_ranks(self, managed_params: Sequence[ManagedParameter], engine: ParallelEngine) -> None:
@@ -117,7 +121,7 @@ class TensorClip:
         squares = torch.stack([managed.slot * managed.weight for managed in managed_params])
         engine.sum_(squares)
         bounds = torch.stack([self._bound(managed) for managed in managed_params])
-        coefs = (bounds / squares.sqrt()).clamp_(max=1.0)
+        coefs = _coefficients(squares, bounds)
         for managed, coef, found_inf in zip(managed_params, coefs.unbind(), (squares * 0.0).unbind(), strict=True):
             cells = self.scalars.cells(managed)
             cells.clip_coef.copy_(coef)
@@ -130,7 +134,7 @@ class TensorClip:
         Args:
             squares: sums of squares of whole gradients, float64 [parameters], on the first device.
         """
-        self.scalars.set_coefs((self.means * self._factor / squares.sqrt()).clamp_(max=1.0))
+        self.scalars.set_coefs(_coefficients(squares, self._bounds[self.means.device]))
 
     # ---- The end of a step ------------------------------------------------------------------------------------------
 
@@ -146,7 +150,8 @@ class TensorClip:
         if self._left:
             moved = torch.minimum(means, norms if coef is None else norms * coef)
         else:
-            moved = DECAY * means + (1 - DECAY) * torch.minimum(norms, self._factor * means)
+            clipped = torch.minimum(norms, self._bounds[means.device])  # h * n
+            moved = DECAY * means + (1 - DECAY) * clipped
             moved = torch.where(means.isinf(), norms, moved)
         counts = norms.isfinite() & (norms > 0)
         if found_inf is not None:

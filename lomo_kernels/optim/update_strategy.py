@@ -76,8 +76,10 @@ class TensorClipStrategy(UpdateStrategy):
     def __init__(self, clip: TensorClip) -> None:
         self.clip = clip
         self._clips = False
+        self._squares: Tensor | None = None  # of this step, if they were summed over ranks before its end
 
     def begin_step(self, step: Tensor, skipped: Tensor) -> bool:
+        self._squares = None
         self._clips = not self.clip.warms_up(step, skipped)
         return self._clips
 
@@ -87,11 +89,12 @@ class TensorClipStrategy(UpdateStrategy):
         self.clip.begin_update()
         if not norm_known:
             return TensorClipPass(*args, tensor_clip=self.clip, **options)
-        self.clip.clip_all(squares())
+        self._squares = squares()
+        self.clip.clip_all(self._squares)
         return UpdatePass(*args, norm_known=True, vector_of=self.clip.scalars.vector, **options)
 
     def end_step(self, squares: Callable[[], Tensor], coef: Tensor | None, found_inf: Tensor | None) -> None:
-        self.clip.update_means(squares(), coef, found_inf)
+        self.clip.update_means(squares() if self._squares is None else self._squares, coef, found_inf)
         self.clip.count_step()
 
     def by_parameter(self, index: int) -> dict[str, Tensor]:
