@@ -76,6 +76,11 @@ def is_cheaper(tokens: int, rows: int, columns: int) -> bool:
     return tokens * (rows + columns) <= GRAM_COST * 2 * rows * columns
 
 
+def is_cheaper_on_gpu(tokens: int, rows: int, columns: int) -> bool:
+    """The same for a GPU, whose Triton kernels take them."""
+    return GRAM_MARGIN * tokens * (rows + columns) < 2 * rows * columns
+
+
 def estimate(input: Tensor, grad_output: Tensor) -> Estimate | None:
     """Of ``grad_output.T @ input``, [..., features]; None where product tiles are cheaper, there is no kernel,
     or nothing in the factors to read (a simulation)."""

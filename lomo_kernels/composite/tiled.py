@@ -148,6 +148,15 @@ def has_mixed_products(input: Tensor) -> bool:
     return not (input.dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation)
 
 
+def is_faster_on_gpu(tokens: int, mixed_products: bool) -> bool:
+    """Whether tiles serve a linear layer's factors of so many tokens better than Triton's kernels.
+
+    Args:
+        mixed_products: `has_mixed_products` of the factors.
+    """
+    return mixed_products and tokens >= CROSSOVER
+
+
 def linear_tiles(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """(first row, gradient of the tile's rows) of each tile. A tile is valid until the next is asked for."""
     uses = []

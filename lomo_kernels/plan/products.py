@@ -47,13 +47,12 @@ def _norm(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest:
 
 
 def _takes_inner_products(tokens: int, rows: int, columns: int, dtype: torch.dtype, device: str) -> bool:
-    """Whether a norm is formed from inner products of tokens, as `composite.gram` decides on a CPU and Triton's kernels
-    on a GPU. It assumes that the estimate of the error allows them."""
+    """Whether a norm is formed from inner products of tokens. It assumes that the estimate of the error allows them. A
+    GPU is one of NVIDIA's, which multiply 16-bit factors with a float32 result."""
     if device == "cpu":
         return gram.is_cheaper(tokens, rows, columns)
-    if tokens >= tiled.CROSSOVER and dtype is not torch.float32:
-        return False
-    return gram.GRAM_MARGIN * tokens * (rows + columns) < 2 * rows * columns
+    by_tiles = tiled.is_faster_on_gpu(tokens, dtype is not torch.float32)
+    return not by_tiles and gram.is_cheaper_on_gpu(tokens, rows, columns)
 
 
 def _tile(out: Tensor, grad_output: Tensor, *rest: Any, **_: Any) -> int:

@@ -16,9 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..composite import tiled
-from ..composite.gram import GRAM_MARGIN
-from ..composite.tiled import CROSSOVER
+from ..composite import gram, tiled
 from ..ops._overlap import Access, check_no_overlap, overlaps_itself, regions
 from ..ops._pairs import check_linear, check_weight
 from . import launch
@@ -512,7 +510,7 @@ def by_tiles(inputs: list[Tensor], rows: int, columns: int, norm: bool) -> bool:
     tokens = inputs[0].numel() // columns
     if len(inputs) > 1 or max(rows, columns) >= LARGEST or tokens >= 2**31 - 128:
         return True
-    return tokens >= CROSSOVER and tiled.has_mixed_products(inputs[0])
+    return tiled.is_faster_on_gpu(tokens, tiled.has_mixed_products(inputs[0]))
 
 
 def shape_of(factors: Factors, tile: Tile, gpu: int) -> tuple[int, dict[str, Any]]:
@@ -545,12 +543,12 @@ def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tenso
     if factors.tokens == 0:
         return
     gpu = generation(device)
-    gram = GRAM_MARGIN * factors.tokens * (rows + columns) < 2 * rows * columns
+    by_tokens = gram.is_cheaper_on_gpu(factors.tokens, rows, columns)
     tile = tile_of(factors.x.dtype, gpu, factors.aligned)
     blocks, constants = shape_of(factors, tile, gpu)
     # Another thread may use the stream, too: no kernel of its own between those of one call, which share memory.
-    with launch.on(device), _gram_lock if gram else nullcontext():
-        done = _gram(slot, factors, number, kind, gpu) if gram else None
+    with launch.on(device), _gram_lock if by_tokens else nullcontext():
+        done = _gram(slot, factors, number, kind, gpu) if by_tokens else None
         linear_sq_norm_kernel[(blocks,)](
             slot.data_ptr(),
             *factors,
@@ -559,7 +557,7 @@ def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tenso
             done,
             launch.partials.get(device, blocks),
             launch.counters.get(device, 1),
-            GRAM=gram,
+            GRAM=by_tokens,
             **constants,
         )
 

@@ -237,7 +237,7 @@ def norm_of(x, gy, margin, **arguments):
     """What is added, and whether inner products gave it, which a margin of zero asks for; one of infinity for tiles."""
     slot = slot_of(1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "GRAM_MARGIN", margin)
+        patch.setattr(linear.gram, "GRAM_MARGIN", margin)
         linear._done._kept.clear()
         ops.linear_sq_norm_(slot, x, gy, **arguments)
     done = [bool(tensor[0]) for tensor in linear._done._kept.values()]
@@ -294,7 +294,7 @@ def test_linear_sq_norm_of_what_is_not_finite(margin, bad):
         factors[place][19, 3] = bad
         slot = slot_of()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(linear, "GRAM_MARGIN", margin)
+            patch.setattr(linear.gram, "GRAM_MARGIN", margin)
             ops.linear_sq_norm_(slot, *factors)
         assert not slot.isfinite()
 
@@ -333,7 +333,7 @@ def test_products_are_launched_with_a_limit_of_registers(dtype, gpu, monkeypatch
         monkeypatch.setattr(linear, name, Kernel())
     monkeypatch.setattr(linear, "generation", lambda device: gpu)
     monkeypatch.setattr(linear, "sums_products", lambda *_: True)
-    monkeypatch.setattr(linear, "GRAM_MARGIN", math.inf)
+    monkeypatch.setattr(linear.gram, "GRAM_MARGIN", math.inf)
     for columns in (64, 65):
         launched.clear()
         x, gy = factors_of((64, 64, columns), dtype)
@@ -345,8 +345,8 @@ def test_products_are_launched_with_a_limit_of_registers(dtype, gpu, monkeypatch
 
 def test_many_tokens_are_multiplied_by_torch(monkeypatch):
     """From CROSSOVER on, where torch has products of 16-bit factors with a float32 result; the results agree."""
-    monkeypatch.setattr(linear, "CROSSOVER", 40)
-    monkeypatch.setattr(linear, "GRAM_MARGIN", math.inf)
+    monkeypatch.setattr(linear.tiled, "CROSSOVER", 40)
+    monkeypatch.setattr(linear.gram, "GRAM_MARGIN", math.inf)
     served = {torch.bfloat16: True, torch.float32: False}
     tiles = []
     for dtype, tokens in itertools.product(served, (39, 40)):
@@ -362,7 +362,7 @@ def test_many_tokens_are_multiplied_by_torch(monkeypatch):
 def test_inner_products_are_tried_where_they_are_cheaper():
     for tokens, expected in ((8, True), (31, True), (32, False), (200, False)):
         x, gy = factors_of((tokens, 128, 128), torch.bfloat16)
-        assert norm_of(x, gy, linear.GRAM_MARGIN)[1] == expected
+        assert norm_of(x, gy, linear.gram.GRAM_MARGIN)[1] == expected
 
 
 def test_the_estimate_of_the_error_covers_the_error():
