@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama
-from lomo_kernels.plan.command import GROUPS
+from lomo_kernels.plan.options import GROUPS
 from lomo_kernels.plan.sharded import shard
 
 from . import ranks

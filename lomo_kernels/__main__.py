@@ -37,10 +37,10 @@ def main() -> int:
     demo = commands.add_parser("demo", help="fine-tune a small language model with Lomo, SGD and AdamW, and compare")
     plan = commands.add_parser("plan", help="will it fit? peak memory of every method, and the largest batch that fits")
     from .demo import run  # the commands' own imports stay out of `import lomo_kernels`
-    from .plan import command
+    from .plan import command, options
 
     run.add_arguments(demo)
-    command.add_arguments(plan)
+    options.add_arguments(plan)
     arguments = parser.parse_args()
     if arguments.command == "info":
         return info()

@@ -9,10 +9,11 @@ import torch
 
 from lomo_kernels.demo.model import Config
 from lomo_kernels.plan import METHODS, llama, loss_of, sharded, simulate, simulate_blocks
-from lomo_kernels.plan.command import GROUPS, Setting
 from lomo_kernels.plan.extrapolate import peak_of
 from lomo_kernels.plan.methods import LOMO_OPTIM_NEEDS, lacking
 from lomo_kernels.plan.models import of_shape
+from lomo_kernels.plan.options import GROUPS
+from lomo_kernels.plan.rows import Setting
 
 BLOCKS = 4
 installed = [name for name in METHODS if "lomo_optim" not in name or not lacking(LOMO_OPTIM_NEEDS)]

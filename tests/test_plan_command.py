@@ -17,11 +17,12 @@ from unittest import mock
 import pytest
 
 from lomo_kernels.demo.model import Config
-from lomo_kernels.plan import METHODS, command, llama, loss_of, simulate
+from lomo_kernels.plan import METHODS, command, llama, loss_of, options, rows, simulate
 from lomo_kernels.plan.budgets import simulate_budget
-from lomo_kernels.plan.command import GIB, STEP, Setting
 from lomo_kernels.plan.extrapolate import Parts, largest
 from lomo_kernels.plan.models import of_shape
+from lomo_kernels.plan.options import GIB
+from lomo_kernels.plan.rows import STEP, Setting
 
 CONFIG = Config(layers=3, d_model=256, heads=4, kv_heads=4, ffn=512, vocab=1000)
 SIZES = ["--layers", "3", "--d-model", "256", "--heads", "4", "--ffn", "512", "--vocab", "1000"]
@@ -35,7 +36,7 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
 
     def run(*arguments: str) -> tuple[int, str, str]:
         parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
+        options.add_arguments(parser)
         status = command.main(parser.parse_args(arguments))
         return status, *capsys.readouterr()
 
@@ -138,7 +139,7 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how many there are."""
 
     def there_are(number: int) -> None:
-        monkeypatch.setattr(command.os, "sched_getaffinity", lambda _: set(range(number)), raising=False)
+        monkeypatch.setattr(rows.os, "sched_getaffinity", lambda _: set(range(number)), raising=False)
 
     return there_are
 
@@ -148,7 +149,7 @@ def test_several_processes_print_what_one_prints(plan: Plan, cores: Callable[[in
     printed = []
     for number in (1, 2):
         cores(number)
-        with mock.patch.object(command, "row", wraps=command.row) as here:
+        with mock.patch.object(rows, "row", wraps=rows.row) as here:
             printed.append(plan(*asked)[:2])
         assert here.called == (number == 1)
     assert printed[0] == printed[1] and printed[0][0] == 0
