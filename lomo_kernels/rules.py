@@ -13,12 +13,6 @@ from collections.abc import Iterable
 #: sgd: g. sign (SignSGD): 1, -1, or 0 where g is zero.
 RULES = {"sgd": 0, "sign": 1}
 
-#: Rules with factors. Name: number by which a checkpoint knows the rule.
-FACTORED_RULES = {"tensor": 100, "rows": 101, "adalomo": 102}
-
-#: All rules. Name: number by which a checkpoint knows the rule.
-NUMBERS = RULES | FACTORED_RULES
-
 
 def rule_number(rule: str, who: str, others: Iterable[str] = ()) -> int:
     """The number of a rule of one element. Raises ValueError, in the name of `who`, if there is no such rule.

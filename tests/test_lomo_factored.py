@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lomo_kernels import AdaLomo, Lomo
-from lomo_kernels.optim.factored_rules import FactoredRule, Factors, Sums, TensorRule
+from lomo_kernels.optim.factored_rules import NUMBERS, FactoredRule, Factors, Sums, TensorRule
 from lomo_kernels.optim.managed_parameter import ManagedParameter
 from lomo_kernels.optim.rule_state import RuleState
 
@@ -395,6 +395,10 @@ def test_ranks_see_that_their_rules_are_equal(rule: str) -> None:
     """They compare what the options look like; an address in it would differ."""
     settings = Lomo(nn.Linear(3, 2), rule=rule)._training.settings
     assert repr(pickle.loads(pickle.dumps(settings)).same_everywhere()) == repr(settings.same_everywhere())
+
+
+def test_numbers_of_rules_stay_what_checkpoints_have() -> None:
+    assert NUMBERS == {"sgd": 0, "sign": 1, "tensor": 100, "rows": 101, "adalomo": 102}
 
 
 # ---- What is refused ------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rules import FACTORED_RULES
+from ..rules import RULES
 from .hyperparameters import check_positive
 from .managed_parameter import ManagedParameter
 
@@ -60,6 +60,8 @@ class FactoredRule:
     """A rule with factors. Its methods compute on the parameter's device; the host reads nothing."""
 
     name = ""
+    #: By which a checkpoint knows the rule: above those of `lomo_kernels.rules.RULES`.
+    number = 0
     #: Names of the float32 tensors that it keeps for each parameter, in ``optimizer.state``.
     states: tuple[str, ...] = ()
     #: Whether it needs the norm of u and that of the parameter.
@@ -105,7 +107,7 @@ def _inverse_rms(squares: Tensor, elements: int) -> Tensor:
 class TensorRule(FactoredRule):
     """Each tensor's gradient over its RMS (arXiv 2502.06742, one iteration)."""
 
-    name = "tensor"
+    name, number = "tensor", 100
 
     def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
         none = _none(sums.rows.device)
@@ -115,7 +117,7 @@ class TensorRule(FactoredRule):
 class RowsRule(TensorRule):
     """Each row's gradient over its RMS; each column's in an embedding; vectors as `TensorRule`."""
 
-    name = "rows"
+    name, number = "rows", 101
 
     def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
         if managed.param.dim() < 2:
@@ -140,7 +142,7 @@ class AdaLomoRule(FactoredRule):
         decay_rate: below 0.
     """
 
-    name = "adalomo"
+    name, number = "adalomo", 102
     states = ("row", "column")
     needs_scale = True
 
@@ -188,19 +190,21 @@ class AdaLomoRule(FactoredRule):
         return of_param.clamp(min=self.eps[1]) / (size / self.clip_threshold).clamp(min=1.0)
 
 
-#: Those that need no arguments, by name.
-_RULES = {rule.name: rule for rule in (TensorRule(), RowsRule(), AdaLomoRule())}
+#: All of them by name, with their defaults.
+FACTORED_RULES = {rule.name: rule for rule in (TensorRule(), RowsRule(), AdaLomoRule())}
 #: Names of all their states.
-STATES = tuple(state for rule in _RULES.values() for state in rule.states)
+STATES = tuple(state for rule in FACTORED_RULES.values() for state in rule.states)
+#: All rules, those of one element too. Name: number by which a checkpoint knows the rule.
+NUMBERS = RULES | {rule.name: rule.number for rule in FACTORED_RULES.values()}
 
 
 def factored_rule(rule: object) -> FactoredRule | None:
     """The rule of this name, or `rule` itself if it is an object. None: `rule` has no row and column factors.
 
-    Raises ValueError if its name is not in `lomo_kernels.rules.FACTORED_RULES`, which numbers rules in a state dict.
+    Raises ValueError if its name is not in `FACTORED_RULES`, which numbers rules in a state dict.
     """
     if isinstance(rule, FactoredRule):
         if rule.name not in FACTORED_RULES:
             raise ValueError(f"Lomo: the name of {rule} is {rule.name!r}, expected one of {', '.join(FACTORED_RULES)}")
         return rule
-    return _RULES.get(rule) if isinstance(rule, str) else None
+    return FACTORED_RULES.get(rule) if isinstance(rule, str) else None

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules import NUMBERS
-from .factored_rules import STATES
+from .factored_rules import NUMBERS, STATES
 from .hyperparameters import check_seed
 from .managed_parameter import ManagedParameter
 from .placement import shape_of

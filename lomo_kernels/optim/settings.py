@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ops.update import is_stochastic
-from ..rules import FACTORED_RULES, RULES, rule_number
+from ..rules import RULES, rule_number
 from .clip_memory import clip_memory_of
-from .factored_rules import FactoredRule, factored_rule
+from .factored_rules import FACTORED_RULES, FactoredRule, factored_rule
 from .hyperparameters import check_positive, check_seed
 from .scaling import LossScale
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rules import NUMBERS
 from .accumulation import Accumulation
 from .attachment import Attachment
 from .clip_memory import ClipBudget
 from .engines.base import ParallelEngine
 from .engines.choose import choose_engine
+from .factored_rules import NUMBERS
 from .hyperparameters import numbers_of, unused_momentum
 from .loss_chain import LossChains
 from .managed_parameter import ManagedParameter
