@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import math
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from support.factored import RULES, FactoredTextbook, Kinds, assert_equal, tokens
 from support.models import Options, assert_same_bits, gives, loss_of, on_gradient_pass, transformer, vector, weights_of
+from support.ways import WAYS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -71,24 +73,11 @@ def test_other_layouts(rule: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_way_to_a_step_gives_the_same_bits(dtype: torch.dtype, rule: str) -> None:
     weights = []
-    for way in ("backward", "step", "accumulate", "grad_norm"):
+    for way in WAYS:
         model = transformer(Options(width=144, dtype=dtype))
         optimizer = Lomo(model, lr=0.01, rule=rule, rounding="stochastic", loss_scale=None)
         for step in range(4):
-            if way == "step":
-                loss_of(model, step).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            elif way == "accumulate":
-                with optimizer.accumulate():
-                    optimizer.backward(loss_of(model, step))
-                optimizer.backward(loss_of(model, step) * 0.0)
-            elif way == "grad_norm":
-                loss = loss_of(model, step)
-                optimizer.grad_norm(loss)
-                optimizer.fused_backward(loss, 0.01)
-            else:
-                optimizer.backward(loss_of(model, step))
+            way(optimizer, partial(loss_of, model, step), 0.01)
         weights.append(weights_of(model))
     for others in weights[1:]:
         assert_same_bits(others, weights[0])

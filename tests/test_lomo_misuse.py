@@ -148,7 +148,8 @@ def test_nothing_to_train() -> None:
 
 @pytest.mark.parametrize("wrong", [3, "params", torch.ones(3), {"a": 1}, [3], ["a"], [[vector(1.0)]]], ids=str)
 def test_not_parameters(wrong: Any) -> None:
-    with pytest.raises(TypeError):
+    message = r"model_or_params is a (int|Tensor), expected|parameter 0 is a (int|str|list), expected a parameter"
+    with pytest.raises(TypeError, match=message):
         Lomo(wrong)
 
 
@@ -157,7 +158,7 @@ def test_a_parameter_twice() -> None:
     for twice in ([w, v, w], [{"params": [w]}, {"params": [v, w]}], [("a", w), ("b", w)]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="is given twice; each parameter has one place in one group"):
                 Lomo(twice)
     Lomo([w, v])
 
@@ -190,7 +191,7 @@ def test_parameters_it_cannot_train(make: Callable[[], Tensor], error: type, mes
 def test_a_failed_constructor_holds_no_parameters() -> None:
     """Its traceback may keep it alive for long, as in a notebook."""
     good, bad = vector(1.0), nn.Parameter(torch.ones(1, dtype=torch.float64))
-    with pytest.raises(TypeError) as kept:
+    with pytest.raises(TypeError, match=r"parameter 1 has dtype torch\.float64") as kept:
         Lomo([{"params": [good]}, {"params": [bad]}])
     optimizer = Lomo([good], lr=0.5)
     optimizer.backward(good.sum())

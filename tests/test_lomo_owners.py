@@ -287,7 +287,7 @@ def test_an_error_inside_backward_leaves_what_the_other_has_accumulated(rule: st
     bits = [param.grad.clone() for param in d.parameters()]
     for stop in (d[0].bias, d[2].weight, g[4].bias):
         armed[:] = [stop]
-        with pytest.raises(KeyError):
+        with pytest.raises(KeyError, match="stop"):
             opt_g.backward(losses(g, d, 0, hidden)[1]())
         assert all(map(same_bits, bits, (param.grad for param in d.parameters())))
 
@@ -380,21 +380,21 @@ def test_an_overlap_ends_the_older_optimizer_as_a_whole(later: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "message"),
     [
-        lambda w: Lomo([w, vector(1.0).double()]),
-        lambda w: Lomo([{"params": [w]}, {"params": [w]}]),
-        lambda w: Lomo([w], lr=-1.0),
-        lambda w: Lomo([w], fused_layers=nn.Linear(2, 2)),
-        lambda w: Lomo([w], process_group=None),
-        lambda w: Lomo([vector(1.0)]).add_param_group({"params": [w], "lr": -1.0}),
-        lambda w: Lomo([vector(1.0)]).add_param_group({"params": [w, w]}),
+        (lambda w: Lomo([w, vector(1.0, dtype=torch.float64)]), "parameter 1 has dtype torch.float64"),
+        (lambda w: Lomo([{"params": [w]}, {"params": [w]}]), "parameter 1 is given twice"),
+        (lambda w: Lomo([w], lr=-1.0), "lr is -1.0"),
+        (lambda w: Lomo([w], fused_layers=nn.Linear(2, 2)), "fused_layers is a module with none of the parameters"),
+        (lambda w: Lomo([w], process_group=None), "process_group is None"),
+        (lambda w: Lomo([vector(1.0)]).add_param_group({"params": [w], "lr": -1.0}), "lr is -1.0"),
+        (lambda w: Lomo([vector(1.0)]).add_param_group({"params": [w, w]}), "parameter 2 is given twice"),
     ],
 )
-def test_a_construction_that_fails_leaves_the_older_optimizer(make: Callable[[Tensor], Any]) -> None:
+def test_a_construction_that_fails_leaves_the_older_optimizer(make: Callable[[Tensor], Any], message: str) -> None:
     w = vector(1.0)
     older = Lomo([w], lr=0.25)
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises((TypeError, ValueError), match=message):
         make(w)
     older.backward(w.sum())
     assert w.item() == 0.75

@@ -165,6 +165,18 @@ MISFITS: dict[str, Callable[[], dict[str, Any]]] = {
         [{"params": [p]} for p in named((2,), (3,)).named_parameters()], lr=7.0
     ).state_dict(),
 }  # fmt: skip
+REFUSALS = {
+    "another shape": r"parameter 1 is b of shape \[4\] in the state dict, b of shape \[3\] here",
+    "another order": r"parameter 0 is b of shape \[3\] in the state dict, a of shape \[2\] here",
+    "another name": r"parameter 0 is x of shape \[2\] in the state dict, a of shape \[2\] here",
+    "more parameters": "the state dict has 3 parameters, this optimizer has 2",
+    "fewer parameters": "the state dict has 1 parameters, this optimizer has 2",
+    "another kind of scaling": "saved with dynamic loss scaling, this optimizer has none",
+    "a static scale": "saved with static loss scaling, this optimizer has none",
+    "of a torch.optim.SGD that maximizes": "maximize=True, which Lomo does not have",
+    "of torch.optim.Adam": r"no 'lomo' entry; expected one from Lomo.state_dict\(\) or torch.optim.SGD",
+    "other groups": "the state dict has 2 parameter groups, this optimizer has 1",
+}
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
@@ -173,7 +185,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_whole(misfit: str) -> None:
     optimizer = Lomo(model, lr=0.5)
     optimizer.backward(model.a.sum() + model.b.sum())
     before = snapshot(optimizer)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=REFUSALS[misfit]):
         optimizer.load_state_dict(MISFITS[misfit]())
     assert snapshot(optimizer) == before
     optimizer.backward(model.a.sum() + model.b.sum())
@@ -260,16 +272,16 @@ def test_add_param_group_by_name_and_frozen() -> None:
 def test_add_param_group_that_fails_adds_nothing() -> None:
     a, b = vector(1.0), vector(1.0)
     optimizer = Lomo([a], lr=0.5)
-    bad: list[dict[str, Any]] = [
-        {"params": [b, a]},
-        {"params": [b], "lr": math.nan},
-        {"params": [b, vector(1.0, dtype=torch.float64)]},
-        {"params": [b, b]},
-        {"params": [b], "clip_grad_value": 0.0},
-        {"params": [("name", b)]},
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"params": [b, a]}, "parameter 2 is given twice"),
+        ({"params": [b], "lr": math.nan}, "lr is nan"),
+        ({"params": [b, vector(1.0, dtype=torch.float64)]}, "parameter 2 has dtype torch.float64"),
+        ({"params": [b, b]}, "parameter 2 is given twice"),
+        ({"params": [b], "clip_grad_value": 0.0}, "clip_grad_value is 0.0"),
+        ({"params": [("name", b)]}, "cannot add param group with names"),
     ]
-    for group in bad:
-        with pytest.raises((ValueError, TypeError)):
+    for group, message in bad:
+        with pytest.raises((ValueError, TypeError), match=message):
             optimizer.add_param_group(group)
         assert len(optimizer.param_groups) == 1
     optimizer.backward((a + b).sum())

@@ -6,12 +6,14 @@ import copy
 import math
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support.adagc import FACTOR, WARM, AdaGC, assert_equal, means_of
 from support.models import Options, assert_same_bits, loss_of, on_gradient_pass, transformer, vector, weights_of
+from support.ways import WAYS, backward
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo
@@ -74,35 +76,13 @@ def test_a_hundred_steps_warm_up() -> None:
 def test_every_way_to_a_step_gives_the_same_bits(rule: str, dtype: torch.dtype) -> None:
     """The hook's own norm, the norms of a norm pass, gradients that wait in .grad."""
     weights = []
-    for way in ("backward", "step", "accumulate", "grad_norm", "dynamic"):
+    for way, loss_scale in [*((way, None) for way in WAYS), (backward, "dynamic")]:
         model = transformer(Options(width=144, dtype=dtype))
-        optimizer = Lomo(
-            model,
-            lr=0.1,
-            clip_tensor=FACTOR,
-            rounding="stochastic",
-            rule=rule,
-            loss_scale="dynamic" if way == "dynamic" else None,
-        )
-        if way == "dynamic":
+        optimizer = Lomo(model, lr=0.1, clip_tensor=FACTOR, rounding="stochastic", rule=rule, loss_scale=loss_scale)
+        if loss_scale is not None:
             optimizer.loss_scale.fill_(1.0)  # with another, a bfloat16 gradient is rounded elsewhere
         for step in range(6):
-            if way == "step":
-                spiky(model, step).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                continue
-            if way == "accumulate":
-                with optimizer.accumulate():
-                    optimizer.backward(spiky(model, step))
-                optimizer.backward(spiky(model, step) * 0.0)
-                continue
-            loss = spiky(model, step)
-            if way == "grad_norm":
-                optimizer.grad_norm(loss)
-                optimizer.fused_backward(loss, 0.1)
-                continue
-            optimizer.backward(loss)
+            way(optimizer, partial(spiky, model, step), 0.1)
         weights.append(weights_of(model))
     for others in weights[1:]:
         assert_same_bits(others, weights[0])

@@ -372,34 +372,40 @@ def test_groups_train_as_those_of_sgd(lr: Any, weight_decay: float, later: bool)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-BAD: dict[str, Callable[[], Any]] = {
-    "nothing": list,
-    "a tensor": lambda: vector(0.0),
-    "no tensor": lambda: [1.0],
-    "a dict of no tensor": lambda: [{"params": [1.0]}],
-    "no leaf": lambda: [vector(0.0) * 2],
-    "a set": lambda: [{"params": {vector(0.0)}}],
-    "twice in a group": lambda: [vector(0.0)] * 2,
-    "twice in two groups": lambda: [{"params": some} for some in [[vector(0.0)]] * 2],
-    "some with names": lambda: [("a", vector(0.0)), vector(1.0)],
-    "some groups with names": lambda: [{"params": [("a", vector(0.0))]}, {"params": [vector(1.0)]}],
+NOT_A_LEAF, TWICE = "is not a leaf tensor", "is given twice; each parameter has one place"
+#: What is given, and what is said of it. torch speaks of sets and names.
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "nothing": (list, "model_or_params holds no parameters"),
+    "a tensor": (lambda: vector(0.0), "model_or_params is a Parameter, expected an nn.Module"),
+    "no tensor": (lambda: [1.0], "parameter 0 is a float, expected a parameter"),
+    "a dict of no tensor": (lambda: [{"params": [1.0]}], "parameter 0 is a float, expected a parameter"),
+    "no leaf": (lambda: [vector(0.0) * 2], NOT_A_LEAF),
+    "a set": (lambda: [{"params": {vector(0.0)}}], "organized in ordered collections"),
+    "twice in a group": (lambda: [vector(0.0)] * 2, TWICE),
+    "twice in two groups": (lambda: [{"params": some} for some in [[vector(0.0)]] * 2], TWICE),
+    "some with names": (lambda: [("a", vector(0.0)), vector(1.0)], "Some param names are missing"),
+    "some groups with names": (
+        lambda: [{"params": [("a", vector(0.0))]}, {"params": [vector(1.0)]}],
+        "cannot add param group without names",
+    ),
 }
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_what_torch_refuses_is_refused(bad: str) -> None:
-    with pytest.raises((TypeError, ValueError)):
-        Lomo(BAD[bad](), lr=0.1)
+    make, message = BAD[bad]
+    with pytest.raises((TypeError, ValueError), match=message):
+        Lomo(make(), lr=0.1)
 
 
-BAD_GROUPS: dict[str, Callable[[nn.Parameter], Any]] = {
-    "no dict": lambda _: [vector(1.0)],
-    "no tensor": lambda _: {"params": [1.0]},
-    "no leaf": lambda _: {"params": [vector(1.0) * 2]},
-    "a set": lambda _: {"params": {vector(1.0)}},
-    "twice": lambda _: {"params": [vector(1.0)] * 2},
-    "in another group": lambda known: {"params": [vector(1.0), known]},
-    "with names": lambda _: {"params": [("a", vector(1.0))]},
+BAD_GROUPS: dict[str, tuple[Callable[[nn.Parameter], Any], str]] = {
+    "no dict": (lambda _: [vector(1.0)], "a parameter group is a list, expected a dict"),
+    "no tensor": (lambda _: {"params": [1.0]}, "parameter 1 is a float, expected a parameter"),
+    "no leaf": (lambda _: {"params": [vector(1.0) * 2]}, NOT_A_LEAF),
+    "a set": (lambda _: {"params": {vector(1.0)}}, "organized in ordered collections"),
+    "twice": (lambda _: {"params": [vector(1.0)] * 2}, TWICE),
+    "in another group": (lambda known: {"params": [vector(1.0), known]}, TWICE),
+    "with names": (lambda _: {"params": [("a", vector(1.0))]}, "cannot add param group with names"),
 }
 
 
@@ -407,8 +413,9 @@ BAD_GROUPS: dict[str, Callable[[nn.Parameter], Any]] = {
 def test_a_group_that_torch_refuses_is_refused_later_too(bad: str) -> None:
     known = vector(0.0)
     optimizer = Lomo([known], lr=0.1)
-    with pytest.raises((TypeError, ValueError)):
-        optimizer.add_param_group(BAD_GROUPS[bad](known))
+    make, message = BAD_GROUPS[bad]
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.add_param_group(make(known))
     assert [group["params"] for group in optimizer.param_groups] == [[known]]
     assert "param_names" not in optimizer.param_groups[0]
 
