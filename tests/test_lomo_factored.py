@@ -346,6 +346,10 @@ def test_other_state_dicts_are_refused() -> None:
         changed["state"][1]["column"][0, 1] = number
         with pytest.raises(ValueError, match="column of bias has an element that no mean can be"):
             optimizer.load_state_dict(changed)
+    fewer = copy.deepcopy(saved["adalomo"])
+    fewer["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError, match=r"param_groups\[0\] has 1 parameters in the state dict, 2 here"):
+        optimizer.load_state_dict(fewer)
     with pytest.raises(TypeError, match="state of bias is a list, expected a dict"):
         optimizer.load_state_dict(saved["adalomo"] | {"state": saved["adalomo"]["state"] | {1: []}})
     assert str(optimizer.state_dict()["state"]) == str(before)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lomo_kernels.composite.tiled import CROSSOVER
 from lomo_kernels.demo.model import Config
 from lomo_kernels.plan import METHODS, default_dtype, llama, loss_of, record, simulate
 from lomo_kernels.plan.budgets import BudgetStep, method_of, simulate_budget
 from lomo_kernels.plan.kernels import KERNELS
+from lomo_kernels.plan.products import formulas
 
 CONFIG = Config(layers=3, d_model=256, heads=4, kv_heads=2, ffn=512, vocab=1024)
 LOSS = loss_of(2, 64)
@@ -103,6 +105,16 @@ def test_torch_counts_the_same_of_plain_layers() -> None:
 def inner_products(tokens: int) -> int:
     """Of tokens i <= j, of a layer's inputs and of its grad_outputs."""
     return sum(tokens**2 * (a + b) for a, b in itertools.pairwise(WIDTHS))
+
+
+@pytest.mark.parametrize("tokens", [CROSSOVER - 1, CROSSOVER])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gpu_takes_a_norm_from_products_if_many_tokens_have_16_bits(dtype: torch.dtype, tokens: int) -> None:
+    width = 10 * CROSSOVER  # inner products are far cheaper
+    factors = [torch.empty(tokens, width, dtype=dtype, device="meta")]
+    operations = formulas("cuda")[torch.ops.lomo_kernels.linear_sq_norm_](None, factors, factors)
+    by_tiles = tokens == CROSSOVER and dtype is torch.bfloat16
+    assert operations == (2 * tokens * width**2 if by_tiles else tokens**2 * 2 * width)
 
 
 @pytest.mark.parametrize(
