@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support.engines import fsdp
+from support.factored import rule_state
 from support.models import Planted, assert_same_bits, loss_of, transformer_of_vectors, weights_of, whole_weights
 from support.textbook import Textbook
 from torch import Tensor, nn
@@ -101,11 +102,13 @@ def state_of(optimizer: Lomo) -> list[float]:
     return [getattr(optimizer, name).item() for name in names]
 
 
-def stochastic(rank: int, way: str, folder: str, resumed: bool) -> list[float]:
-    """Random bits go on where they stopped: seed and step come from the checkpoint. So does the loss scale."""
-    options = {"lr": 1e-3, "rounding": "stochastic", "loss_scale": "dynamic", "clip_passes": "two"}
+def stochastic(rank: int, way: str, folder: str, rule: str, resumed: bool) -> list[float]:
+    """Random bits go on where they stopped: seed and step come from the checkpoint. So do the loss scale and the state
+    of a rule."""
+    options = {"lr": 1e-3, "rounding": "stochastic", "loss_scale": "dynamic", "clip_passes": "two", "rule": rule}
     model, alone = Planted(torch.bfloat16), Planted(torch.bfloat16)
-    fully_shard(model)
+    if dist.get_world_size() > 1:
+        fully_shard(model)
     ours = Lomo(model, seed=1 if resumed else 3, **options)
     theirs = Lomo(alone, seed=3, **options)
     if resumed:
@@ -117,18 +120,21 @@ def stochastic(rank: int, way: str, folder: str, resumed: bool) -> list[float]:
             ours.backward(model(step) * bad)
     assert_same_bits(whole_weights(model), weights_of(alone))
     assert state_of(ours) == state_of(theirs) == [6 if resumed else 3, 1, 2.0**15]
+    assert_same_bits(rule_state(ours), rule_state(theirs))
     if not resumed:
         save(model, ours, folder, WAYS[way])
     return state_of(ours)
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adalomo"])
 @pytest.mark.parametrize("way", WAYS)
-def test_random_bits_and_loss_scale_go_on(ranks: Any, tmp_path: Path, way: str) -> None:
-    ranks(2).call(stochastic, way, str(tmp_path), False)
-    ranks(4).call(stochastic, way, str(tmp_path), True)
+def test_state_goes_on_on_more_ranks_and_on_one(ranks: Any, tmp_path: Path, way: str, rule: str) -> None:
+    ranks(2).call(stochastic, way, str(tmp_path), rule, False)
+    ranks(4).call(stochastic, way, str(tmp_path), rule, True)
+    ranks(1).call(stochastic, way, str(tmp_path), rule, True)
 
 
-def several(rank: int, way: str, folder: str) -> None:
+def several(rank: int, way: str, folder: str, rule: str) -> None:
     """Three checkpoints of one run, the gradients of whose odd steps are not finite; a run from each of them ends as
     it does, and so does one from a checkpoint of that."""
     options = {
@@ -137,6 +143,7 @@ def several(rank: int, way: str, folder: str) -> None:
         "loss_scale": "dynamic",
         "clip_grad_norm": 1.0,
         "clip_passes": "two",
+        "rule": rule,
     }
 
     def start(seed: int) -> tuple[Planted, Lomo]:
@@ -164,11 +171,13 @@ def several(rank: int, way: str, folder: str) -> None:
         train(model, optimizer, range(first, 5))
         assert_same_bits(whole_weights(model), whole_weights(straight))
         assert state_of(optimizer) == state_of(whole)
+        assert_same_bits(rule_state(optimizer), rule_state(whole))
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adalomo"])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_checkpoint_of_a_run_holds_its_own_step(ranks: Any, tmp_path: Path, way: str) -> None:
-    ranks(2).call(several, way, str(tmp_path))
+def test_every_checkpoint_of_a_run_holds_its_own_step(ranks: Any, tmp_path: Path, way: str, rule: str) -> None:
+    ranks(2).call(several, way, str(tmp_path), rule)
 
 
 def another_kind_of_scaling(rank: int, folder: str) -> None:

@@ -20,12 +20,13 @@ from support.engines import (
     equals_one_process,
     everywhere,
     mean_loss,
+    model_and_book,
     norms_equal_one_process,
     resumed_equals_one_process,
 )
+from support.factored import RULES, rule_state
 from support.models import Options, assert_close, assert_same_bits, batch, same_bits
 from support.processes import Failed, Processes
-from support.textbook import Textbook
 
 from lomo_kernels import Lomo
 
@@ -72,6 +73,23 @@ def test_two_ranks(call: Any, engine: str, settings: dict[str, Any]) -> None:
     call(2, steps, engine, settings)
 
 
+#: Of rules with factors, at a learning rate that suits an update of size 1.
+FACTORED = [
+    {},
+    {"clip_grad_norm": 0.3, "weight_decay": 0.1, "clip_passes": "one"},
+    {"clip_grad_value": 1e-2, "loss_scale": "dynamic", "clip_passes": "two"},
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@EVERY_ENGINE
+def test_rules_with_factors(call: Any, engine: str, rule: str) -> None:
+    """Sums along rows and columns are those of the whole, averaged gradient."""
+    for settings in FACTORED:
+        call(2, steps, engine, settings | {"rule": rule, "lr": 0.003})
+    call(4, steps, engine, {"rule": rule, "lr": 0.003})
+
+
 @EVERY_ENGINE
 def test_four_ranks(call: Any, engine: str) -> None:
     """No model dimension but the widths is divisible by four, and the vocabulary not by two."""
@@ -89,11 +107,10 @@ def test_norms_of_whole_parameters(call: Any, engine: str, world: int) -> None:
     call(world, norms, engine)
 
 
-def accumulation(rank: int, engine: str, how: str, clip: float | None) -> None:
+def accumulation(rank: int, engine: str, how: str, settings: dict[str, Any]) -> None:
     that = ENGINES[engine]
-    model = that.make()
-    settings = {"lr": 0.1, "clip_grad_norm": clip}  # with 0.3 rounding alone comes to more than 1e-6
-    book = Textbook(model, **settings)
+    settings = {"lr": 0.1} | settings  # with 0.3 rounding alone comes to more than 1e-6
+    model, book = model_and_book(that, settings)
     spread = that.spread(model)
     optimizer = that.lomo(spread, clip_passes="two", **settings)
     count, mine = that.batches()
@@ -110,22 +127,25 @@ def accumulation(rank: int, engine: str, how: str, clip: float | None) -> None:
         book.apply()
         book.zero_grad()
         if how == "step":
-            grads = {name: param.grad for name, param in module.named_parameters()}
+            grads = {name: param.grad for name, param in module.named_parameters() if param.requires_grad}
             kept = {name: grad.clone() for name, grad in grads.items()}
             optimizer.step()
-            for name, param in module.named_parameters():
-                assert param.grad is grads[name] and torch.equal(param.grad, kept[name]), name
+            named = dict(module.named_parameters())
+            for name, grad in grads.items():
+                assert named[name].grad is grad and torch.equal(grad, kept[name]), name
             optimizer.zero_grad()
         assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
         assert all(param.grad is None for param in module.parameters())
-    assert_close(that.weights(spread), book.model)
+    assert_close(that.weights(spread), book.model, atol=2e-6 if "rule" in settings else 1e-6)
 
 
-@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize(
+    "settings", [{}, {"clip_grad_norm": 0.3}, *({"rule": rule, "lr": 0.003} for rule in RULES)], ids=str
+)
 @pytest.mark.parametrize("how", ["accumulate", "step"])
 @EVERY_ENGINE
-def test_accumulation(call: Any, engine: str, how: str, clip: float | None) -> None:
-    call(2, accumulation, engine, how, clip)
+def test_accumulation(call: Any, engine: str, how: str, settings: dict[str, Any]) -> None:
+    call(2, accumulation, engine, how, settings)
 
 
 # ---- Steps that are skipped -----------------------------------------------------------------------------------------
@@ -135,24 +155,28 @@ def all_skip(rank: int, engine: str, dtype: torch.dtype, bad: float, settings: d
     """Where ranks have batches of their own, only rank 1 sees what is bad."""
     that = ENGINES[engine]
     spread = that.spread(that.make(Options(dtype=dtype)))
-    optimizer = that.lomo(spread, lr=LR, **settings)
+    optimizer = that.lomo(spread, **{"lr": LR} | settings)
     count, mine = that.batches()
     module = that.module(spread)
     optimizer.backward(module(*batch(mine)))
     before, scale = that.weights(spread), optimizer.loss_scale.item()
+    state = rule_state(optimizer)
     optimizer.backward(module(*batch(mine)) * (bad if mine == count - 1 else 1.0))
     assert optimizer.skipped_steps.item() == 1 and not optimizer.last_grad_norm.isfinite()
     scaled = dtype is torch.float16 or "loss_scale" in settings
     if settings or scaled:
         assert_same_bits(that.weights(spread), before)
+        assert_same_bits(rule_state(optimizer), state)
     assert all(weight.isfinite().all() for weight in that.weights(spread).values())
     assert optimizer.loss_scale.item() == (scale / 2 if scaled else scale)
     optimizer.backward(module(*batch(mine)))
     assert optimizer.skipped_steps.item() == 1 and optimizer.step_count.item() == 3
     after = that.weights(spread)
     assert not same_bits(after["head.weight"], before["head.weight"])
-    for other in everywhere(after):
+    state = rule_state(optimizer)
+    for other, of_other in zip(everywhere(after), everywhere(state), strict=True):
         assert_same_bits(after, other)
+        assert_same_bits(state, of_other)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +186,7 @@ def all_skip(rank: int, engine: str, dtype: torch.dtype, bad: float, settings: d
         {"clip_grad_norm": 0.3, "clip_passes": "two"},
         {"clip_grad_norm": 0.3, "clip_passes": "one"},
         {"loss_scale": "dynamic", "clip_passes": "two"},
+        *({"rule": rule, "lr": 0.003} for rule in RULES),
     ],
     ids=str,
 )
@@ -183,6 +208,8 @@ def resumed(rank: int, engine: str, dtype: torch.dtype, settings: dict[str, Any]
 def test_a_resumed_run_has_the_bits_of_one_process(call: Any, engine: str, dtype: torch.dtype) -> None:
     call(2, resumed, engine, dtype, {"clip_grad_norm": 1e6, "clip_passes": "two"})
     call(4, resumed, engine, dtype, {})
+    for rule in RULES:
+        call(2, resumed, engine, dtype, {"rule": rule})
 
 
 # ---- `clip_memory`: all keep every gradient, or none does, also if only some have room for theirs -------------------

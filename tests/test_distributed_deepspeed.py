@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.engines import CLIPPED, ENGINES, LR, ZeRO3, equals_one_process, initialize, resumed_equals_one_process
+from support.factored import RULES, rule_state
 from support.models import (
     Options,
+    Planted,
     assert_close,
     assert_same_bits,
     batch,
@@ -92,8 +94,8 @@ WAYS = {
 }
 
 
-def train(rank: int, way: str) -> None:
-    equals_one_process(WAYS[way], CLIPPED)
+def train(rank: int, way: str, settings: dict[str, Any]) -> None:
+    equals_one_process(WAYS[way], settings)
 
 
 def made_in_parts(rank: int) -> None:
@@ -110,11 +112,21 @@ def made_in_parts(rank: int) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks(ranks: Any, way: str) -> None:
-    ranks(2).call(train, way)
+    ranks(2).call(train, way, CLIPPED)
+
+
+@pytest.mark.parametrize(
+    ("way", "rule"), [(way, rule) for way in WAYS for rule in RULES if (way, rule) != ("parameter groups", "rows")]
+)
+def test_rules_with_factors(ranks: Any, way: str, rule: str) -> None:
+    """Parts that end within rows. Groups do not say what is an embedding, whose columns "rows" scales."""
+    ranks(2).call(train, way, {"rule": rule, "lr": 0.003, "weight_decay": 0.1})
+    if way == "padded":
+        ranks(4).call(train, way, {"rule": rule, "lr": 0.003})
 
 
 def test_four_ranks(ranks: Any) -> None:
-    ranks(4).call(train, "padded")
+    ranks(4).call(train, "padded", CLIPPED)
 
 
 def test_a_model_made_in_parts(ranks: Any) -> None:
@@ -122,7 +134,8 @@ def test_a_model_made_in_parts(ranks: Any) -> None:
 
 
 def test_one_rank(ranks: Any) -> None:
-    ranks(1).call(train, "parameter groups")
+    ranks(1).call(train, "parameter groups", CLIPPED)
+    ranks(1).call(train, "parameter groups", {"rule": "adalomo", "lr": 0.003})
 
 
 # ---- What DeepSpeed does beside the optimizer ------------------------------------------------------------------------
@@ -283,6 +296,37 @@ def test_low_precision(ranks: Any) -> None:
 def test_resumed_with_other_persistent_parameters(ranks: Any, dtype: torch.dtype) -> None:
     ranks(2).call(resumed_with_others_persistent, dtype, {"clip_grad_norm": 1e6, "clip_passes": "two"})
     ranks(4).call(resumed_with_others_persistent, dtype, {})
+    ranks(4).call(resumed_with_others_persistent, dtype, {"rule": "adalomo"})
+
+
+def some_steps(rank: int, saved: tuple[dict[str, Tensor], dict[str, Any]] | None, steps: range) -> Any:
+    model = Planted(torch.bfloat16)
+    if saved is not None:
+        model.load_state_dict(saved[0])
+    engine = initialize(model)
+    optimizer = Lomo(engine, seed=3 if saved is None else 5, **ADALOMO)
+    if saved is not None:
+        optimizer.load_state_dict(saved[1])
+    for step in steps:
+        optimizer.backward(engine.module(step))
+    return whole_weights(engine), optimizer.state_dict()
+
+
+ADALOMO: dict[str, Any] = {"rule": "adalomo", "lr": 1e-3, "rounding": "stochastic", "loss_scale": None}
+
+
+def test_a_rules_state_goes_on_on_more_ranks_and_on_one(ranks: Any) -> None:
+    alone, last = Planted(torch.bfloat16), Planted(torch.bfloat16)
+    theirs, ours = Lomo(alone, seed=3, **ADALOMO), Lomo(last, seed=7, **ADALOMO)
+    saved = ranks(2).call(some_steps, None, range(2))[0]
+    weights, state = ranks(4).call(some_steps, saved, range(2, 4))[0]
+    last.load_state_dict(weights)
+    ours.load_state_dict(state)
+    for step in range(5):
+        theirs.backward(alone(step))
+    ours.backward(last(4))
+    assert_same_bits(weights_of(last), weights_of(alone))
+    assert_same_bits(rule_state(ours), rule_state(theirs))
 
 
 # ---- Uses that are refused -------------------------------------------------------------------------------------------

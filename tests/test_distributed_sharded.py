@@ -270,7 +270,7 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
 
     def forward(self, expert: int) -> Tensor:
-        x = torch.linspace(-1, 1, 12).view(2, 6)
+        x = torch.linspace(-1, 1, 12).view(2, 6).to(self.experts[expert].weight.dtype)
         return (x + self.experts[expert](x).tanh()).square().mean()
 
 

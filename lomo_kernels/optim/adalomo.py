@@ -28,8 +28,7 @@ class AdaLomo(Lomo):
         options: of `Lomo`, except ``rule``, ``fused_layers`` and ``clip_tensor``.
 
     Raises:
-        TypeError, ValueError, NotImplementedError, RuntimeError: as `Lomo`; with FSDP2, tensor parallel or ZeRO-3, in
-            which a rank has only a part of a gradient.
+        TypeError, ValueError, NotImplementedError, RuntimeError: as `Lomo`.
     """
 
     def __init__(

@@ -6,17 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .factor_store import SavedFactors
-from .factored_rules import Factors, Sums, shape_of_matrices
+from .factored_part import FactoredPart
+from .factored_rules import Factors
 from .managed_parameter import ManagedParameter
 from .passes import NormPass, UpdatePass
 from .rule_state import RuleState
+from .tensor_clip_pass import BATCH
 
 
 class FactoredPass(UpdatePass, NormPass):
     """Finds a gradient's sums of squares by rows and columns, the rule's factors, and the size of u. Then it updates.
+
+    If ranks have parts of gradients, some gradients wait for each other, because one message brings the sums of all,
+    and another one the sizes, if the rule needs them. Gradients come in the same order on all ranks: the engines' own
+    messages need that, too. A rank without elements of a parameter takes part with zeros.
 
     Args:
         rule_state: the rule, its state, and the scalars of each parameter's update.
@@ -27,68 +34,65 @@ class FactoredPass(UpdatePass, NormPass):
     def __init__(self, *args: Any, rule_state: RuleState, **options: Any) -> None:
         super().__init__(*args, vector_of=rule_state.scalars.vector, **options)
         self._rule_state = rule_state
+        engine = rule_state.engine  # the gradients that come may be local ones already, and `self._engine` None
+        if engine is not None and not engine.has_whole_grads:
+            self._batch = BATCH  # a count, because parts have different sizes and ranks must send alike
 
     def _handle(self, managed: ManagedParameter, grad: Tensor) -> None:
-        if not grad.numel():
-            return
-        if not self.norm_known:
-            NormPass._handle(self, managed, grad)
-        local = managed.local.detach()
-        matrices, rows, columns = shape_of_matrices(local.shape)
-        matrix, weight = (tensor.reshape(matrices * rows, columns) for tensor in (grad, local))
-        factors = self._find_factors(managed, matrix, local)
-        cells = self._rule_state.scalars.cells(managed)
-        self.changed = True
-        self._rule_state.replace(managed, factors.state, cells.found_inf)
-        torch.ops.lomo_kernels.factored_update_.default(
-            weight,
-            matrix,
-            factors.rows,
-            factors.columns,
-            cells.vector,
-            self.rule,
-            self.stochastic,
-            self.seed,
-            managed.index,
-            [],
-        )
-        if weight.data_ptr() != local.data_ptr():  # `reshape` made a copy: the rows do not follow each other in memory
-            local.copy_(weight.view(local.shape))
-        torch.autograd.graph.increment_version(managed.local)
-
-    def _find_factors(self, managed: ManagedParameter, matrix: Tensor, local: Tensor) -> Factors:
-        """The factors of a gradient. The coefficient and the overflow flag of the parameter's update take in what the
-        gradient says.
-
-        Args:
-            matrix: the gradient, its matrices below each other.
-            local: the parameter.
-        """
-        state, rule = self._rule_state, self._rule_state.rule
-        cells, scalars = state.scalars.cells(managed), managed.scalars.vector
-        matrices, rows, columns = shape_of_matrices(local.shape)
-        sums = Sums(
-            torch.zeros(matrices * rows, dtype=torch.float64, device=matrix.device),
-            torch.zeros(matrices, columns, dtype=torch.float64, device=matrix.device),
-        )
-        torch.ops.lomo_kernels.factor_sums_.default(*sums, matrix, scalars)
-        factors = rule.factors(managed, sums, state.of(managed), state.step(managed.device))
-        coef = factors.coef
-        if rule.needs_scale:
-            size, of_param = torch.zeros(2, 1, dtype=torch.float64, device=matrix.device).unbind()
-            torch.ops.lomo_kernels.factored_sq_norm_.default(size, matrix, factors.rows, factors.columns, scalars)
-            # Not what the last update could have added up: ``.data`` may have changed the parameter since, unseen, and
-            # a resumed run would add up in another order.
-            torch.ops.lomo_kernels.sq_norm_.default([of_param], [local], None)
-            coef = rule.scale(size[0], of_param[0], local.numel())
-        if coef is not None:
-            cells.clip_coef.mul_(coef)
-        cells.found_inf.add_(sums.rows.sum() * 0.0)  # NaN, which is not zero, of infinity and of NaN
-        return factors
+        self._handle_list([managed], [grad])
 
     def _handle_list(self, managed_params: Sequence[ManagedParameter], grads: list[Tensor]) -> None:
+        if not self.norm_known:
+            NormPass._handle_list(self, managed_params, grads)
+        together: dict[tuple[dist.ProcessGroup, ...], list[FactoredPart]] = {}
         for managed, grad in zip(managed_params, grads, strict=True):
-            self._handle(managed, grad)
+            part = FactoredPart(managed, grad)
+            if managed.groups:
+                together.setdefault(managed.groups, []).append(part)
+            else:
+                self._apply([part], ())
+        for groups, parts in together.items():
+            self._apply(parts, groups)
+
+    def _apply(self, parts: Sequence[FactoredPart], groups: Sequence[dist.ProcessGroup]) -> None:
+        """Updates some parameters of one device. `groups`: of the ranks that have their other parts."""
+        state, rule, device = self._rule_state, self._rule_state.rule, parts[0].managed.device
+        sums = torch.zeros(sum(part.length for part in parts), dtype=torch.float64, device=device)
+        for part, piece in zip(parts, _pieces(sums, [part.length for part in parts]), strict=True):
+            part.add_sums(piece, of_param=rule.needs_scale)
+        self._add_other_ranks(sums, groups)
+        factors = [rule.factors(part.managed, part.sums, state.of(part.managed), state.step(device)) for part in parts]
+        coefs = [of_part.coef for of_part in factors]
+        if rule.needs_scale:
+            squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
+            for part, of_part, slot in zip(parts, factors, _pieces(squares, [1] * len(parts)), strict=True):
+                part.add_sq_norm(of_part, slot)
+            self._add_other_ranks(squares, groups)
+            coefs = [
+                rule.scale(size, part.param_squares[0], part.elements)
+                for part, size in zip(parts, squares.unbind(), strict=True)
+            ]
+        for part, of_part, coef in zip(parts, factors, coefs, strict=True):
+            self._update(part, of_part, coef)
+
+    def _add_other_ranks(self, sums: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
+        if groups:
+            assert self._rule_state.engine is not None
+            self._rule_state.engine.sum_parts_(sums, groups)
+
+    def _update(self, part: FactoredPart, factors: Factors, coef: Tensor | None) -> None:
+        """The coefficient and the overflow flag of the parameter's update take in what the gradient says."""
+        cells = self._rule_state.scalars.cells(part.managed)
+        if coef is not None:
+            cells.clip_coef.mul_(coef)
+        cells.found_inf.add_(part.sums.rows.sum() * 0.0)  # NaN, which is not zero, of infinity and of NaN
+        self.changed = True
+        self._rule_state.replace(part.managed, factors.state, cells.found_inf)
+        part.update(factors, cells.vector, rule=self.rule, stochastic=self.stochastic, seed=self.seed)
 
     def _handle_factors(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
         raise AssertionError("no layer is fused")
+
+
+def _pieces(tensor: Tensor, lengths: list[int]) -> Sequence[Tensor]:
+    return tensor.split(lengths) if len(lengths) > 1 else (tensor,)

@@ -57,7 +57,11 @@ class Factors(NamedTuple):
 
 
 class FactoredRule:
-    """A rule with factors. Its methods compute on the parameter's device; the host reads nothing."""
+    """A rule with factors. Its methods compute on the parameter's device; the host reads nothing.
+
+    Sums, factors and states are those of the whole parameter, whose shape is ``managed.shape``. If ranks have parts of
+    it, all compute the same from the same sums.
+    """
 
     name = ""
     #: By which a checkpoint knows the rule: above those of `lomo_kernels.rules.RULES`.
@@ -111,7 +115,7 @@ class TensorRule(FactoredRule):
 
     def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
         none = _none(sums.rows.device)
-        return Factors(none, none, _inverse_rms(sums.rows.sum(), managed.param.numel()))
+        return Factors(none, none, _inverse_rms(sums.rows.sum(), math.prod(managed.shape)))
 
 
 class RowsRule(TensorRule):
@@ -120,7 +124,7 @@ class RowsRule(TensorRule):
     name, number = "rows", 101
 
     def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
-        if managed.param.dim() < 2:
+        if len(managed.shape) < 2:
             return super().factors(managed, sums, state, step)
         none = _none(sums.rows.device)
         _, rows, columns = sums.shape
@@ -162,8 +166,8 @@ class AdaLomoRule(FactoredRule):
         return f"AdaLomoRule(eps={self.eps}, clip_threshold={self.clip_threshold}, decay_rate={self.decay_rate})"
 
     def new_state(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
-        matrices, rows, columns = shape_of_matrices(managed.local.shape)
-        row = (matrices, rows) if managed.local.dim() > 1 else (0,)
+        matrices, rows, columns = shape_of_matrices(managed.shape)
+        row = (matrices, rows) if len(managed.shape) > 1 else (0,)
         return tuple(
             torch.zeros(shape, dtype=torch.float32, device=managed.local.device) for shape in (row, (matrices, columns))
         )

@@ -76,8 +76,7 @@ class Lomo(torch.optim.Optimizer):
             the engine here. See `docs/distributed/README.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
         rule: "sgd"; "sign" (SignSGD): each element of the clipped gradient counts as 1 or -1, or 0 if it is zero; or
-            "tensor", "rows", "adalomo" (`lomo_kernels.optim.factored_rules`), without `fused_layers`, `clip_tensor`,
-            FSDP2, tensor parallel and ZeRO-3.
+            "tensor", "rows", "adalomo" (`lomo_kernels.optim.factored_rules`), without `fused_layers` and `clip_tensor`.
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..ops.scalars import NAMES, NEUTRAL, STEP
 from .hyperparameters import GroupScalars
-from .placement import Placement
+from .placement import Placement, shape_of
 
 # A gradient up to this size waits in a buffer for one list call (per call from Python: 1.4 us for a list of many
 # against 2.5 us each, one thread of a CPU).
@@ -80,7 +81,12 @@ class ManagedParameter:
 
     def set_placement(self, placement: Placement) -> None:
         """Called before every step if there are several processes: an engine may have moved the parameter's part."""
-        self.local, self.shard, self.weight = placement
+        self.local, self.shard, self.weight, self.groups, self.blocks = placement
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of the whole parameter."""
+        return shape_of(self.param)
 
     @property
     def scaled(self) -> bool:

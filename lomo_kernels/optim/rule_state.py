@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engines.base import ParallelEngine
 from .factored_rules import FactoredRule
 from .managed_parameter import ManagedParameter
 from .parameter_scalars import ParameterScalars
@@ -19,6 +20,7 @@ class RuleState:
     Args:
         scalars: of each parameter's update. The rule changes their coefficients.
         devices: those of the parameters.
+        engine: adds up over ranks that have parts of a parameter; None: there is one process.
     """
 
     def __init__(
@@ -27,8 +29,10 @@ class RuleState:
         managed_params: Sequence[ManagedParameter],
         scalars: ParameterScalars,
         devices: Iterable[torch.device],
+        engine: ParallelEngine | None,
     ) -> None:
         self.rule = rule
+        self.engine = engine
         self._managed_params = tuple(managed_params)  # parameters that are added later get a new `RuleState`
         self.scalars = scalars
         self._states = [rule.new_state(managed) if managed.supported else () for managed in managed_params]

@@ -73,7 +73,7 @@ class TrainingState:
         self.skipped = torch.zeros((), dtype=torch.int64, device=devices[0])
         self.norm = torch.zeros((), dtype=torch.float64, device=devices[0])
         self._measuring = False  # the slots are those of a step that has not ended
-        self.strategy = choose_strategy(clip_tensor, rule, managed_params, group_of, self.devices)
+        self.strategy = choose_strategy(clip_tensor, rule, managed_params, group_of, self.devices, engine)
         if before is not None:
             self.load(before.export())
 

@@ -144,8 +144,8 @@ class Training:
         self.started = True
 
     def _prepare_rule(self) -> None:
-        """For a rule with factors: finds the embeddings' weights. Raises ValueError if a gradient's sums cannot be
-        had."""
+        """For a rule with factors: finds the embeddings' weights. Raises ValueError or NotImplementedError if a
+        gradient's sums cannot be had."""
         rule = self.settings.factored_rule
         if rule is None:
             return
@@ -154,11 +154,13 @@ class Training:
                 f"Lomo: rule {rule.name!r} needs sums of each gradient, and with fused_layers there is none. Use "
                 "fused_layers=False"
             )
-        if self.engine is not None and not self.engine.has_whole_grads:
-            raise NotImplementedError(
-                f"Lomo: rule {rule.name!r} needs sums along a whole gradient's rows and columns, and each rank has a "
-                "part of it (FSDP2, tensor parallel, ZeRO-3). Use data parallel (process_group=), or rule='sgd'"
-            )
+        for managed in self.managed_params:
+            if managed.groups and managed.blocks is None:
+                raise NotImplementedError(
+                    f"Lomo: rule {rule.name!r} needs sums along rows and columns of {managed.name}, and the placements "
+                    f"{getattr(managed.param, 'placements', None)} give a rank rows that do not follow each other. "
+                    "Redistribute it to Shard and Replicate, or use rule='sgd'"
+                )
         model = self._given_model()
         modules = () if model is None else model.modules()
         weights = {id(getattr(module, "weight", None)) for module in modules if isinstance(module, nn.Embedding)}

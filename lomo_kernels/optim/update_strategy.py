@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engines.base import ParallelEngine
 from .factored_pass import FactoredPass
 from .factored_rules import FactoredRule
 from .managed_parameter import DeviceState, ManagedParameter
@@ -138,16 +139,18 @@ def choose_strategy(
     managed_params: Sequence[ManagedParameter],
     group_of: Sequence[int],
     devices: Mapping[torch.device, DeviceState],
+    engine: ParallelEngine | None,
 ) -> UpdateStrategy:
     """The strategy for these options of `Lomo`, of which at most one is given.
 
     Args:
         managed_params, group_of, devices: as `ParameterScalars` takes them.
+        engine: adds up over ranks that have parts of a parameter; None: there is one process.
     """
     if clip_tensor is None and rule is None:
         return UpdateStrategy()
     scalars = ParameterScalars(managed_params, group_of, devices)
     if rule is not None:
-        return FactoredStrategy(RuleState(rule, managed_params, scalars, devices))
+        return FactoredStrategy(RuleState(rule, managed_params, scalars, devices, engine))
     assert clip_tensor is not None
     return TensorClipStrategy(TensorClip(clip_tensor, scalars, devices, len(managed_params)))

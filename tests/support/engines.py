@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lomo_kernels import Lomo
+from support.factored import RULES, FactoredTextbook
 from support.models import (
     Options,
     Planted,
@@ -36,6 +38,8 @@ from support.models import (
 from support.textbook import Textbook
 
 LR = 0.3
+#: Gradients that would be zero without rounding: softmax does not see a key's bias. AdaLomo makes steps of them.
+ROUNDING_ONLY = ("blocks.0.qkv.bias", "blocks.1.qkv.bias")
 CLIPPED = {"clip_grad_norm": 0.3, "weight_decay": 0.01, "clip_passes": "two"}
 
 
@@ -218,13 +222,26 @@ def mean_loss(model: nn.Module, step: int, count: int) -> Tensor:
     return sum(loss_of(model, count * step + n) for n in range(count)) / count
 
 
+def model_and_book(
+    engine: Engine, settings: dict[str, Any], model: nn.Module | None = None
+) -> tuple[nn.Module, Textbook | FactoredTextbook]:
+    """A model that is not spread yet, and what trains a copy of it on one process with the same settings."""
+    of_book = {name: value for name, value in settings.items() if name != "loss_scale"}
+    if settings.get("rule") not in RULES:
+        model = model or engine.make()
+        return model, Textbook(model, **of_book)
+    options = replace(engine.options, frozen=(*engine.options.frozen, *ROUNDING_ONLY))
+    model = model or engine.make(options)
+    return model, FactoredTextbook(model, **of_book)
+
+
 def equals_one_process(engine: Engine, settings: dict[str, Any], model: nn.Module | None = None) -> None:
     """Five steps, with the norms and losses of each, and an evaluation between them."""
-    model = model or engine.make()
-    book = Textbook(model, lr=LR, **{name: value for name, value in settings.items() if name != "loss_scale"})
+    settings = {"lr": LR} | settings
+    model, book = model_and_book(engine, settings, model)
     before = weights_of(book.model)
     spread = engine.spread(model)
-    optimizer = engine.lomo(spread, lr=LR, **settings)
+    optimizer = engine.lomo(spread, **settings)
     count, mine = engine.batches()
     module = engine.module(spread)
     for step in range(5):
@@ -236,7 +253,7 @@ def equals_one_process(engine: Engine, settings: dict[str, Any], model: nn.Modul
         assert all(param.grad is None for param in module.parameters())
         with torch.no_grad():
             assert module(*batch(7)).item() == pytest.approx(loss_of(book.model, 7).item(), abs=2e-6)
-    assert_close(engine.weights(spread), book.model)
+    assert_close(engine.weights(spread), book.model, atol=2e-6 if settings.get("rule") in RULES else 1e-6)
     for name, param in book.model.named_parameters():
         moved = param.requires_grad and not name.startswith("spare")
         assert moved != torch.equal(param, before[name]), name

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lomo_kernels import Lomo
+
 RULES = ["tensor", "rows", "adalomo"]
 
 
@@ -24,6 +26,7 @@ class FactoredTextbook:
         weight_decay: float = 0.0,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        clip_passes: str = "two",
     ) -> None:
         self.model = copy.deepcopy(model).double()
         self.rule, self.lr, self.weight_decay = rule, lr, weight_decay
@@ -33,20 +36,30 @@ class FactoredTextbook:
         self.embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
         self.state: dict[int, tuple[Any, Any]] = {}
         self.steps = 0
+        self.norm = 0.0
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, loss: Tensor) -> None:
+        self.backward(loss)
+        self.apply()
 
     @torch.no_grad()
-    def step(self, loss: Tensor) -> None:
-        with torch.enable_grad():
-            loss.backward()
+    def apply(self) -> None:
+        """The update from what stands in ``.grad``, which is dropped."""
         self.steps += 1
         params = [param for param in self.model.parameters() if param.grad is not None]
-        norm = math.sqrt(sum(param.grad.square().sum().item() for param in params))
+        norm = self.norm = math.sqrt(sum(param.grad.square().sum().item() for param in params))
         for param in params:
             g = param.grad.clamp(-self.clip_grad_value, self.clip_grad_value)
             g = g * min(1.0, self.clip_grad_norm / (norm + 1e-6))
             u = getattr(self, self.rule)(param, g)
             param.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * u)
             param.grad = None
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
 
     def tensor(self, param: Tensor, g: Tensor) -> Tensor:
         return g / (g.square().mean().sqrt() + 1e-12)
@@ -72,6 +85,16 @@ class FactoredTextbook:
             u = g * (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
         u = u / max(1.0, u.square().mean().sqrt().item())
         return u * max(1e-3, param.square().mean().sqrt().item())
+
+
+def rule_state(optimizer: Lomo) -> dict[str, Tensor]:
+    """Copies of what its rule keeps for each parameter, by names: none of the rules without state."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return {
+        f"{index} {name}": optimizer.state[param][name].clone()
+        for index, param in enumerate(params)
+        for name in optimizer._training.state.strategy.states
+    }
 
 
 def assert_equal(model: nn.Module, book: FactoredTextbook, atol: float = 2e-6) -> None:

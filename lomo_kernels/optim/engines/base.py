@@ -9,7 +9,8 @@ the optimizer has one `ParallelEngine`, which `choose.choose_engine` makes, and 
    backward ends.
 2. How are norms combined? Each parameter's slot holds the sum of squares of its local gradient. The sum of slot times
    weight goes through `sum_`, after which every rank has the same number, hence the same overflow flag, clip
-   coefficient and decision to skip.
+   coefficient and decision to skip. Sums of one parameter, which rules with row and column factors need, go
+   through `sum_parts_`, over the ranks that have its other parts.
 
 Every method is called by all ranks in the same order, and may communicate. What autograd or `step` calls runs under
 `no_grad`; what `backward` calls itself runs as its caller does, on tensors that need no gradient. Nothing here reads a
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from ..managed_parameter import ManagedParameter
 from ..placement import Placement
+from .sums import sum_in_order
 
 StoredGrads = list[tuple[ManagedParameter, Tensor]]
 
@@ -43,6 +45,8 @@ class ParallelEngine:
     #: Whether a backward may begin after the loss's own nodes, which then run in a backward of their own. It may not if
     #: module hooks have something called when a backward ends.
     may_skip_loss = False
+    #: The type of device on which `groups` communicate; None: that of the parameters.
+    device_type: str | None = None
     #: All ranks, as groups over which something is done in turn to reach everyone: one, or one per mesh dimension.
     groups: Sequence[dist.ProcessGroup] = ()
 
@@ -76,6 +80,18 @@ class ParallelEngine:
     def sum_(self, total: Tensor) -> None:
         """Adds up `total` (float64: this rank's weighted sum of squares, or one for each parameter) over all ranks, in
         place."""
+
+    def sum_parts_(self, total: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
+        """Adds up `total` (float64, one dimension) over each of `groups` in turn, in place: the same bits everywhere.
+        With a parameter's own groups (`Placement.groups`) that is the sum over its parts, each counted once."""
+        numbers = self._where_ranks_meet(total)
+        for group in groups:
+            numbers = sum_in_order(numbers, group)
+        total.copy_(numbers)
+
+    def _where_ranks_meet(self, total: Tensor) -> Tensor:
+        """`total` on the device of `groups`: itself if it is there."""
+        return total if self.device_type in (None, total.device.type) else total.to(self.device_type)
 
     def graph_leaves(self) -> Iterable[Tensor]:
         """Parameters, ours and others, that backward gives gradients though the graph has something else for them."""

@@ -19,11 +19,10 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..managed_parameter import ManagedParameter
-from ..placement import Placement
+from ..placement import Block, Placement
 from .base import ParallelEngine
 
 Shard = tuple[int, int, int]
@@ -40,7 +39,7 @@ class DTensorEngine(ParallelEngine):
 
     def __init__(self, managed_params: Sequence[ManagedParameter], *, stochastic: bool) -> None:
         self._stochastic = stochastic
-        self._placed: dict[int, tuple[Any, Shard, float]] = {}  # by parameter, while its layout stays the same
+        self._placed: dict[int, tuple[Any, tuple[Any, ...]]] = {}  # by parameter, while its layout stays the same
         meshes = []
         for managed in managed_params:
             if isinstance(managed.param, DTensor):
@@ -66,7 +65,7 @@ class DTensorEngine(ParallelEngine):
         world = dist.group.WORLD
         assert world is not None  # there is a mesh
         self.groups = [world] if self._size == dist.get_world_size() else largest.get_all_groups()
-        self._device_type = largest.device_type
+        self.device_type = largest.device_type
 
     def begin_training(self, managed_params: Sequence[ManagedParameter], model: nn.Module | None) -> None:
         ids = {id(managed.param) for managed in managed_params}
@@ -101,15 +100,18 @@ class DTensorEngine(ParallelEngine):
             mesh = param.device_mesh
             copies = math.prod(n for n, kind in zip(mesh.shape, param.placements, strict=True) if kind.is_replicate())
             weight = mesh.size() / self._size / copies
-            shard = shard_of(param)
+            block = block_of(param)
+            shard = None if block is None else shard_of(block, param.shape)
             if shard is None and self._stochastic:
                 raise NotImplementedError(
                     f"Lomo: {managed.name} of shape {list(param.shape)} is cut to {list(local.shape)} by "
                     f"{param.placements}; stochastic rounding needs rows at equal distance. Shard it in at most two "
                     'dimensions, the first one of them, or use rounding="nearest"'
                 )
-            self._placed[managed.index] = key, shard or _whole(local), weight
-        return Placement(local, *self._placed[managed.index][1:])
+            groups = _groups_of_parts(param)
+            blocks = None if block is None or not groups else (block,) if local.numel() else ()
+            self._placed[managed.index] = key, (shard or _whole(local), weight, groups, blocks)
+        return Placement(local, *self._placed[managed.index][1])
 
     def reduce_grad(self, managed: ManagedParameter, grad: Tensor) -> Iterable[tuple[ManagedParameter, Tensor]]:
         if not isinstance(grad, DTensor):
@@ -120,9 +122,9 @@ class DTensorEngine(ParallelEngine):
         local = grad._local_tensor
         if isinstance(local, AsyncCollectiveTensor):
             local = local.wait()
-        if local.device.type != self._device_type:
+        if local.device.type != self.device_type:
             # CPU offload: not every version of FSDP2 has waited for its copy, and a kernel on the CPU reads at once.
-            torch.get_device_module(self._device_type).current_stream().synchronize()
+            torch.get_device_module(self.device_type).current_stream().synchronize()
         if local.is_cuda:
             # With HSDP or FSDPModule.set_all_reduce_hook this hook runs on another stream than the one whose memory the
             # shard is, and FSDP2 counts on .grad to hold it. On its own stream this costs nothing.
@@ -133,16 +135,11 @@ class DTensorEngine(ParallelEngine):
         return ((managed, local),)
 
     def sum_(self, total: Tensor) -> None:
-        there = total if total.device.type == self._device_type else total.to(self._device_type)
-        if len(self.groups) == 1:
-            dist.all_reduce(there, group=self.groups[0])
-        else:
-            # The groups of one mesh dimension may each all-reduce in an order of their own: a last bit that differs, in
-            # the norm and so in the clip coefficient, and replicas that drift apart. Gathered, all add alike.
-            for group in self.groups:
-                parts = [torch.empty_like(there) for _ in range(dist.get_world_size(group))]
-                dist.all_gather(parts, there, group=group)
-                there = torch.stack(parts).sum(0)
+        if len(self.groups) > 1:
+            self.sum_parts_(total.view(-1), self.groups)
+            return
+        there = self._where_ranks_meet(total)
+        dist.all_reduce(there, group=self.groups[0])
         if there is not total:
             total.copy_(there)
 
@@ -167,20 +164,59 @@ def _ranks_of(mesh: DeviceMesh) -> set[int]:
         return set(mesh.mesh.flatten().tolist())
 
 
-def shard_of(param: DTensor) -> Shard | None:
-    """Where the local shard's elements lie in the whole parameter: ``(offset, row_length, row_stride)``, as the
-    operators take it. None where three numbers cannot say it: a block that is cut in three dimensions or so."""
-    shape, whole = param._local_tensor.shape, param.shape
-    if not whole or param._local_tensor.numel() == 0:
-        return 0, 1, 1
+def _groups_of_parts(param: DTensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups of the mesh dimensions that cut a parameter. Others have copies of the same part."""
+    mesh = param.device_mesh
+    cutting = (dim for dim, placement in enumerate(param.placements) if not placement.is_replicate())
+    return tuple(mesh.get_group(dim) for dim in cutting if mesh.size(dim) > 1)
+
+
+def block_of(param: DTensor) -> Block | None:
+    """The elements that the local shard consists of. None if they are no block of the whole parameter."""
     with _disable_current_modes():  # see `_ranks_of`
-        computed, start = compute_local_shape_and_global_offset(whole, param.device_mesh, param.placements)
-    if tuple(computed) != tuple(shape):
-        return None
+        coordinate = param.device_mesh.get_coordinate()
+    if coordinate is None:  # this rank has no part
+        return Block((0,) * param.dim(), tuple(param._local_tensor.shape))
+    block = cut_block(tuple(param.shape), param.device_mesh.shape, coordinate, param.placements)
+    return block if block is not None and block.shape == tuple(param._local_tensor.shape) else None
+
+
+def cut_block(
+    shape: tuple[int, ...], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
+) -> Block | None:
+    """The block of a tensor that the rank at `coordinate` of a mesh has. None if its elements are no block.
+
+    Of two mesh dimensions that cut the same dimension of the tensor, FSDP2's comes first in the mesh but cuts last,
+    what tensor parallel has cut before: torch calls that a strided shard, whose split factor is the number of tensor
+    parallel's parts.
+    """
+    start, length = [0] * len(shape), list(shape)
+    cuts = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    strided = [dim for dim in cuts if hasattr(placements[dim], "split_factor")]
+    for mesh_dim in (*(dim for dim in cuts if dim not in strided), *reversed(strided)):
+        placement = placements[mesh_dim]
+        dim = placement.dim % len(shape)
+        if mesh_dim in strided:
+            before = [other for other in cuts if other > mesh_dim and placements[other].dim % len(shape) == dim]
+            if math.prod(mesh_shape[other] for other in before) != placement.split_factor:
+                return None
+        size = -(-length[dim] // mesh_shape[mesh_dim])  # as `torch.chunk`
+        first = min(size * coordinate[mesh_dim], length[dim])
+        start[dim] += first
+        length[dim] = min(size, length[dim] - first)
+    return Block(tuple(start), tuple(length))
+
+
+def shard_of(block: Block, whole: Sequence[int]) -> Shard | None:
+    """Where a block's elements lie in the whole parameter: ``(offset, row_length, row_stride)``, as the operators take
+    it. None where three numbers cannot say it: a block that is cut in three dimensions or so."""
+    shape = block.shape
+    if not whole or math.prod(shape) == 0:
+        return 0, 1, 1
     # The last dimension that is cut ends a row; those before it count rows, which follow each other at equal distance
     # if, of these dimensions, all before the last cut one have length 1.
     strides = [math.prod(whole[d + 1 :]) for d in range(len(whole))]
-    offset = sum(first * stride for first, stride in zip(start, strides, strict=True))
+    offset = sum(first * stride for first, stride in zip(block.start, strides, strict=True))
     cut = [d for d in range(len(whole)) if shape[d] != whole[d]]
     last = cut[-1] if cut else 0
     before = cut[-2] if len(cut) > 1 else 0

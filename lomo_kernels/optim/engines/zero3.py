@@ -20,6 +20,7 @@ expert not chosen) must still be part of the graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from packaging.requirements import Requirement
 from torch import Tensor
 
 from ..managed_parameter import ManagedParameter
-from ..placement import Placement
+from ..placement import Block, Placement, blocks_of_range
 from ..streams import current, here
 from .base import ParallelEngine, StoredGrads
 from .in_flight import BUCKET_BYTES, IN_FLIGHT_BYTES, InFlight
@@ -88,12 +89,14 @@ class ZeRO3(ParallelEngine):
         _check_engine(engine)
         for managed in managed_params:
             _check_parameter(managed)
-        self._offload, self._module, self._device = engine.optimizer, engine.module, engine.device
+        self._offload, self._module = engine.optimizer, engine.module
         first: Any = managed_params[0].param
         self._group = first.ds_process_group
         self.groups = [self._group]
         self.grad_divisor = dist.get_world_size(self._group)
         self._rank = dist.get_rank(self._group)
+        self.device_type = torch.device(engine.device).type
+        self._blocks: dict[int, tuple[Block, ...]] = {}  # of each parameter's part
         self._counted: list[tuple[Any, str, int]] = []
         self._forget()
 
@@ -101,7 +104,13 @@ class ZeRO3(ParallelEngine):
         # Parts are of one size; what pads the last of them has gradients of zero and is read by no one.
         param: Any = managed.param
         elements = param.ds_tensor.numel()
-        return Placement(param.ds_tensor, (self._rank * elements, elements, elements))
+        offset = self._rank * elements
+        if managed.index not in self._blocks:
+            shape = tuple(param.ds_shape)
+            self._blocks[managed.index] = blocks_of_range(shape, offset, min(offset + elements, math.prod(shape)))
+        return Placement(
+            param.ds_tensor, (offset, elements, elements), groups=(self._group,), blocks=self._blocks[managed.index]
+        )
 
     def begin_backward(self, *, again: bool = False) -> None:
         self._forget()
@@ -162,7 +171,7 @@ class ZeRO3(ParallelEngine):
             persistent[0].all_gather(persistent)
 
     def sum_(self, total: Tensor) -> None:
-        there = total.to(self._device)
+        there = self._where_ranks_meet(total)
         dist.all_reduce(there, group=self._group)
         if there is not total:
             total.copy_(there)

@@ -1,0 +1,151 @@
+"""A gradient as the matrices that rules with row and column factors work on, or this rank's part of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .factored_rules import Factors, Sums, shape_of_matrices
+from .managed_parameter import ManagedParameter
+from .placement import Block
+
+
+class _Matrix:
+    """Matrices below each other: a block of a parameter, or all of it.
+
+    Args:
+        grad, weight: [rows, columns], views if memory allows.
+        shard: where their elements lie in the whole parameter, as the operators take it.
+        block: which elements they are; None: all. At least two dimensions, as the others.
+        whole: the shape of the whole parameter.
+    """
+
+    def __init__(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        shard: tuple[int, ...] | None,
+        block: Block | None = None,
+        whole: tuple[int, ...] = (),
+    ) -> None:
+        self.grad, self.weight, self.shard = grad, weight, list(shard or ())
+        self._block = block if block is not None and block.shape != whole else None
+        if self._block is not None:
+            within = [slice(first, first + length) for first, length in zip(*self._block, strict=True)]
+            self._whole, self._rows, self._columns = whole, tuple(within[:-1]), (*within[:-2], within[-1])
+
+    def add_sums(self, sums: Sums, scalars: Tensor) -> None:
+        """Adds the gradient's sums of squares to those of the whole gradient."""
+        if self._block is None:
+            torch.ops.lomo_kernels.factor_sums_.default(*sums, self.grad, scalars)
+            return
+        *matrices, rows, columns = self._block.shape
+        count = math.prod(matrices)
+        of_rows, of_columns = sums.rows.new_zeros(count * rows), sums.columns.new_zeros(count, columns)
+        torch.ops.lomo_kernels.factor_sums_.default(of_rows, of_columns, self.grad, scalars)
+        self._of_rows(sums.rows).add_(of_rows.view(*matrices, rows))
+        self._of_columns(sums.columns).add_(of_columns.view(*matrices, columns))
+
+    def factors(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """Row factors and column factors, as the operators take them."""
+        rows, columns = factors.rows, factors.columns
+        if self._block is not None and rows.numel():
+            rows = self._of_rows(rows).reshape(-1).contiguous()
+        if self._block is not None and columns.numel():
+            columns = self._of_columns(columns).reshape(-1, self._block.shape[-1]).contiguous()
+        return rows, columns
+
+    def _of_rows(self, of_whole: Tensor) -> Tensor:
+        return of_whole.view(self._whole[:-1])[self._rows]
+
+    def _of_columns(self, of_whole: Tensor) -> Tensor:
+        return of_whole.view(*self._whole[:-2], self._whole[-1])[self._columns]
+
+
+class FactoredPart:
+    """A gradient of one parameter, or this rank's part of it, and the whole gradient's sums.
+
+    Args:
+        grad: of the shape of ``managed.local``.
+    """
+
+    def __init__(self, managed: ManagedParameter, grad: Tensor) -> None:
+        self.managed = managed
+        shape = managed.shape
+        matrices, rows, columns = shape_of_matrices(shape)
+        self._matrices, self._columns = matrices, columns
+        self.elements = matrices * rows * columns  # of the whole parameter
+        self._lengths = [matrices * rows, matrices * columns, 1]
+        #: Number of elements of the tensor that `add_sums` takes.
+        self.length = sum(self._lengths)
+        self._local = managed.local.detach()
+        if not self.elements:
+            self._blocks = []
+        elif managed.blocks is None:
+            of_all = matrices * rows, columns
+            self._blocks = [_Matrix(grad.reshape(of_all), self._local.reshape(of_all), managed.shard)]
+        else:
+            self._blocks = list(self._cut(grad, managed.blocks, tuple(shape)))
+
+    def _cut(self, grad: Tensor, blocks: Sequence[Block], whole: tuple[int, ...]) -> Iterable[_Matrix]:
+        added = max(2 - len(whole), 0)  # dimensions that make a vector a matrix of one row
+        begin = 0
+        for block in blocks:
+            size, shard = math.prod(block.shape), self.managed.shard
+            block = Block((0,) * added + block.start, (1,) * added + block.shape)
+            piece, weight = grad, self._local
+            if size != grad.numel():  # a flat part, of several blocks or with padding
+                assert shard is not None
+                piece, weight = (tensor.view(-1)[begin : begin + size] for tensor in (grad, self._local))
+                shard = shard[0] + begin, size, size
+            matrix = size // block.shape[-1], block.shape[-1]
+            yield _Matrix(piece.reshape(matrix), weight.reshape(matrix), shard, block, (1,) * added + whole)
+            begin += size
+
+    def add_sums(self, out: Tensor, *, of_param: bool) -> None:
+        """Adds up the squares of the gradient, and of the parameter if `of_param`.
+
+        Args:
+            out: zeros, float64 [length], which holds the sums. Before `sums` is used, those of other ranks' parts have
+                to be added.
+        """
+        rows, columns, self.param_squares = out.split(self._lengths)
+        self.sums = Sums(rows, columns.view(self._matrices, self._columns))
+        for block in self._blocks:
+            block.add_sums(self.sums, self.managed.scalars.vector)
+            if of_param:
+                # Not what the last update could have added up: ``.data`` may have changed the parameter since, unseen,
+                # and a resumed run would add up in another order.
+                torch.ops.lomo_kernels.sq_norm_.default([self.param_squares], [block.weight], None)
+
+    def add_sq_norm(self, factors: Factors, slot: Tensor) -> None:
+        """Adds the sum of squares of the factored gradient to `slot`, float64 [1]."""
+        for block in self._blocks:
+            torch.ops.lomo_kernels.factored_sq_norm_.default(
+                slot, block.grad, *block.factors(factors), self.managed.scalars.vector
+            )
+
+    def update(self, factors: Factors, vector: Tensor, *, rule: int, stochastic: bool, seed: int) -> None:
+        """Updates the parameter. `vector`: the scalars of its update."""
+        local, managed = self._local, self.managed
+        for block in self._blocks:
+            torch.ops.lomo_kernels.factored_update_.default(
+                block.weight,
+                block.grad,
+                *block.factors(factors),
+                vector,
+                rule,
+                stochastic,
+                seed,
+                managed.index,
+                block.shard,
+            )
+        if len(self._blocks) == 1 and self._blocks[0].weight.data_ptr() != local.data_ptr():
+            # `reshape` made a copy: the rows do not follow each other in memory.
+            local.copy_(self._blocks[0].weight.view(local.shape))
+        torch.autograd.graph.increment_version(managed.local)
+        if managed.shard is not None:
+            torch.autograd.graph.increment_version(managed.param)
