@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,8 @@ from test_distributed_sharded import WAYS
 from lomo_kernels.optim import tensor_clip
 
 
-def train(rank: int, way: str, options: dict[str, Any]) -> None:
+def train(rank: int, way: str, options: dict[str, Any], parts: int = 1) -> None:
+    """`parts`: backwards of each step, accumulated."""
     engine = (ENGINES | WAYS)[way]
     model = engine.make()
     book = AdaGC(model, lr=0.05, clip_grad_norm=options.get("clip_grad_norm"))
@@ -27,9 +29,13 @@ def train(rank: int, way: str, options: dict[str, Any]) -> None:
         for step in range(7):
             factor = 20.0 if step % 3 == 2 else 1.0
             book.step(mean_loss(book.model, step, count) * factor)
-            loss = engine.module(spread)(*batch(count * step + mine)) * factor
-            with mock.patch.object(ranks, "sum_", wraps=ranks.sum_) as messages:
-                optimizer.backward(loss)
+            for part in range(parts):
+                loss = engine.module(spread)(*batch(count * step + mine)) * (factor / parts)
+                with (
+                    optimizer.accumulate() if part < parts - 1 else nullcontext(),
+                    mock.patch.object(ranks, "sum_", wraps=ranks.sum_) as messages,
+                ):
+                    optimizer.backward(loss)
             if "loss_scale" in options and step > WARM:
                 assert messages.call_count == 2, "the norm of all gradients, and the norm of each"
         assert min(book.coefs) < 1.0
@@ -51,7 +57,13 @@ def test_four_ranks(ranks: Any, way: str) -> None:
     ranks(4).call(train, way, {"clip_grad_norm": 0.4})
 
 
+@pytest.mark.parametrize("way", ["FSDP2", "tensor parallel", "data parallel"])
+def test_accumulated(ranks: Any, way: str) -> None:
+    ranks(2).call(train, way, {}, 2)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_zero3(ranks_with_deepspeed: Any, options: dict[str, Any]) -> None:
     ranks_with_deepspeed(2).call(train, "ZeRO-3", options)
+    ranks_with_deepspeed(2).call(train, "ZeRO-3", options, 2)

@@ -45,12 +45,19 @@ class TensorClip:
         scalars: of each parameter's update. This class sets their clip coefficients.
         devices: those of the parameters. The means are on the first one.
         parameters: the number of parameters.
+        engine: adds up over ranks that have parts of a parameter; None: there is one process.
     """
 
     def __init__(
-        self, factor: float, scalars: ParameterScalars, devices: Iterable[torch.device], parameters: int
+        self,
+        factor: float,
+        scalars: ParameterScalars,
+        devices: Iterable[torch.device],
+        parameters: int,
+        engine: ParallelEngine | None,
     ) -> None:
         self._factor = factor
+        self.engine = engine
         self.scalars = scalars
         self._bounds = {device: torch.zeros(parameters, dtype=torch.float64, device=device) for device in devices}
         self.means = torch.full_like(next(iter(self._bounds.values())), math.inf)

@@ -27,7 +27,8 @@ class TensorClipPass(UpdatePass, NormPass):
     def __init__(self, *args: Any, tensor_clip: TensorClip, **options: Any) -> None:
         super().__init__(*args, vector_of=tensor_clip.scalars.vector, norm_known=True, **options)
         self._clip = tensor_clip
-        if self._engine is not None and not self._engine.has_whole_grads:
+        engine = tensor_clip.engine  # the gradients that come may be local ones already, and `self._engine` None
+        if engine is not None and not engine.has_whole_grads:
             self._batch = BATCH  # a count, because parts have different sizes and ranks must send alike
 
     def _handle(self, managed: ManagedParameter, grad: Tensor) -> None:
@@ -37,8 +38,8 @@ class TensorClipPass(UpdatePass, NormPass):
 
     def _handle_list(self, managed_params: Sequence[ManagedParameter], grads: list[Tensor]) -> None:
         NormPass._handle_list(self, managed_params, grads)
-        if self._batch and self._engine is not None:
-            self._clip.clip_over_ranks(managed_params, self._engine)
+        if self._batch and self._clip.engine is not None:
+            self._clip.clip_over_ranks(managed_params, self._clip.engine)
         else:
             for managed in managed_params:
                 self._clip.clip(managed)

@@ -153,4 +153,4 @@ def choose_strategy(
     if rule is not None:
         return FactoredStrategy(RuleState(rule, managed_params, scalars, devices, engine))
     assert clip_tensor is not None
-    return TensorClipStrategy(TensorClip(clip_tensor, scalars, devices, len(managed_params)))
+    return TensorClipStrategy(TensorClip(clip_tensor, scalars, devices, len(managed_params), engine))
