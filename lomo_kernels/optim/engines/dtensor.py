@@ -164,17 +164,24 @@ def _ranks_of(mesh: DeviceMesh) -> set[int]:
         return set(mesh.mesh.flatten().tolist())
 
 
+def _coordinate(mesh: DeviceMesh) -> Sequence[int] | None:
+    """Where this rank is in a mesh. None: it is not in it."""
+    with _disable_current_modes():  # see `_ranks_of`
+        return mesh.get_coordinate()
+
+
 def _groups_of_parts(param: DTensor) -> tuple[dist.ProcessGroup, ...]:
     """The groups of the mesh dimensions that cut a parameter. Others have copies of the same part."""
     mesh = param.device_mesh
+    if _coordinate(mesh) is None:  # this rank has no part, and no such group
+        return ()
     cutting = (dim for dim, placement in enumerate(param.placements) if not placement.is_replicate())
     return tuple(mesh.get_group(dim) for dim in cutting if mesh.size(dim) > 1)
 
 
 def block_of(param: DTensor) -> Block | None:
     """The elements that the local shard consists of. None if they are no block of the whole parameter."""
-    with _disable_current_modes():  # see `_ranks_of`
-        coordinate = param.device_mesh.get_coordinate()
+    coordinate = _coordinate(param.device_mesh)
     if coordinate is None:  # this rank has no part
         return Block((0,) * param.dim(), tuple(param._local_tensor.shape))
     block = cut_block(tuple(param.shape), param.device_mesh.shape, coordinate, param.placements)
