@@ -7,24 +7,27 @@ import torch
 
 from lomo_kernels.demo.model import ByteLlama, Config
 
-from .buffers import Probe
+from .buffers import Baseline
 from .methods import METHODS, cannot
 
 CONFIG = Config(layers=8, d_model=512, heads=8, kv_heads=8, ffn=1408, vocab=256)
-TOKENS = {"short": [512], "full": [512]}
-CONTESTANTS = ("Lomo", "Lomo, clipping, two passes", "Lomo, fused", "Lomo, clipping, one pass, fused")
+IMPLEMENTATIONS = ("Lomo", "Lomo, clipping, two passes", "Lomo, fused", "Lomo, clipping, one pass, fused")
 
 
-def test_captured(paired, device, contestant, tokens):
+def parameters(device, full):
+    return {"implementation": IMPLEMENTATIONS, "model": ["8 layers, width 512"], "tokens": [512]}
+
+
+def test_captured(paired, device, implementation, model, tokens):
     if device != "cuda":
         pytest.skip("CUDA graphs need a GPU")
-    assert not cannot(contestant, torch.bfloat16, device)
-    model = ByteLlama(CONFIG).to(device, torch.bfloat16)
-    update = METHODS[contestant](model, torch.tensor(1e-6, dtype=torch.float64, device=device))
+    assert not cannot(implementation, torch.bfloat16, device)
+    llama = ByteLlama(CONFIG).to(device, torch.bfloat16)
+    update = METHODS[implementation](llama, torch.tensor(1e-6, dtype=torch.float64, device=device))
     windows = torch.randint(CONFIG.vocab, (1, tokens + 1), device=device)
 
-    def step(_: int = 0) -> None:
-        update(model.loss(windows))
+    def step(_=0):
+        update(llama.loss(windows))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -35,5 +38,4 @@ def test_captured(paired, device, contestant, tokens):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    case = {"model": "8 layers, width 512", "tokens": tokens}
-    paired(contestant, case, lambda _: graph.replay(), Probe("the eager step", step))
+    paired(lambda _: graph.replay(), Baseline("the eager step", step))

@@ -5,33 +5,19 @@ The budgets are shares of what all gradients take: two passes keep nothing, one 
 
 from __future__ import annotations
 
-import pytest
+import itertools
 
-from .bench_step import Case, Trained, base, llama  # noqa: F401 (fixtures)
-from .buffers import Probe
-from .methods import OWN_NORMS, SHARES, cannot
-from .results import BASE
+from .bench_step import COLUMNS, pytestmark, test_step  # noqa: F401 (the same step, of other methods)
+from .methods import OWN_NORMS, SHARES
 
-pytestmark = pytest.mark.timeout(1800)
-
-CONTESTANTS = (
-    "AdamW, clip_grad_norm_",
-    "lomo_optim, clipping",
-    "Lomo, clipping, two passes",
+IMPLEMENTATIONS = (
+    *("AdamW, clip_grad_norm_", "lomo_optim, clipping", "Lomo, clipping, two passes"),
     *(f"Lomo, clipping, {share} kept" for share in SHARES),
-    "Lomo, clipping, one pass",
-    *OWN_NORMS,
+    *("Lomo, clipping, one pass", *OWN_NORMS),
 )
-CASES = {
-    "cpu": {"short": [Case("17M", 256)], "full": [Case("107M", 256), Case("107M", 256, True)]},
-    "cuda": {"short": [Case("1.1B", 1024)], "full": [Case("1.1B", 1024), Case("1.1B", 1024, True)]},
-}
 
 
-def test_step(paired, missing, case, contestant, llama, base, device):  # noqa: F811
-    if lacking := cannot(contestant, llama.embedding.weight.dtype, device):
-        missing(*lacking)
-    described = {"model": case.model, "tokens": case.tokens, "checkpointing": case.checkpointing}
-    trained = Trained(contestant, llama, case, device)
-    trained.step(2)  # the first step only finds out what fits, the second one keeps that
-    paired(contestant, described, trained.step, Probe(BASE, base.step), memory=trained.memory)
+def parameters(device, full):
+    """Without checkpointing, and in full with it, too."""
+    model, tokens = ("1.1B", 1024) if device == "cuda" else ("107M" if full else "17M", 256)
+    return {COLUMNS: list(itertools.product([model], [tokens], (False, True)[: 1 + full], IMPLEMENTATIONS))}

@@ -10,16 +10,13 @@ import torch
 
 from lomo_kernels import ops, reference
 
-from .buffers import Probe, scalar
+from .buffers import Baseline, scalar
 
 SHAPE = {"cpu": (1024, 1024), "cuda": (11008, 4096)}  # of the weight; the second is LLaMA-7B's
-TOKENS = {
-    "cpu": {"short": [256], "full": [16, 64, 256, 1024, 4096]},
-    "cuda": {"short": [256, 4096], "full": [256, 1024, 4096, 16384]},
-}
-DTYPES = ("bfloat16", "float32")  # float16 goes as bfloat16 does
-#: Each for one layer `of` a weight, its factors and scalars.
-CALLS = {
+TOKENS = {"cpu": [256], "cuda": [256, 4096]}
+ALL_TOKENS = {"cpu": [16, 64, 256, 1024, 4096], "cuda": [256, 1024, 4096, 16384]}
+#: Each for one layer: `of` has a weight, its factors and scalars.
+IMPLEMENTATIONS = {
     "product, sgd_": lambda of, _: ops.sgd_(of.weight, of.gy.T @ of.x, lr=of.lr),
     "product, sq_norm_": lambda of, _: ops.sq_norm_(of.slot, of.gy.T @ of.x),
     "addmm_": lambda of, _: of.weight.addmm_(of.gy.T, of.x, alpha=-1e-9),
@@ -30,7 +27,11 @@ CALLS = {
     ),
     "linear_sq_norm_": lambda of, _: ops.linear_sq_norm_(of.slot, of.x, of.gy),
 }
-CONTESTANTS = tuple(CALLS)
+
+
+def parameters(device, full):
+    tokens = (ALL_TOKENS if full else TOKENS)[device]  # float16 goes as bfloat16 does
+    return {"implementation": IMPLEMENTATIONS, "dtype": ["bfloat16", "float32"], "tokens": tokens}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def layer(tokens, dtype, device):
     shapes = {"weight": (rows, columns), "x": (tokens, columns), "gy": (tokens, rows)}
     random = {name: torch.randn(shape, device=device).to(getattr(torch, dtype)) for name, shape in shapes.items()}
     layer = SimpleNamespace(**random, lr=scalar(1e-9, device), slot=scalar(0.0, device))
-    expected = reference.linear_gradient([layer.x], [layer.gy])  # a bench of wrong results is worth nothing
+    expected = reference.linear_gradient([layer.x], [layer.gy])
     weight = torch.zeros_like(expected)
     ops.linear_sgd_(weight, layer.x, layer.gy, lr=1.0)
     assert (weight + expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -49,6 +50,6 @@ def layer(tokens, dtype, device):
     return layer
 
 
-def test_linear(paired, layer, contestant, tokens, dtype):
-    product = Probe("product", lambda _: layer.gy.T @ layer.x)  # no way to a new weight needs less
-    paired(contestant, {"dtype": dtype, "tokens": tokens}, partial(CALLS[contestant], layer), product)
+def test_linear(paired, layer, implementation):
+    product = Baseline("product", lambda _: layer.gy.T @ layer.x)  # no way to a new weight needs less
+    paired(partial(IMPLEMENTATIONS[implementation], layer), product)

@@ -7,36 +7,44 @@ import torch
 
 from lomo_kernels import ops, reference
 
-from .buffers import Probe, scalar
+from .buffers import Baseline, scalar
 
 TENSORS, ELEMENTS = 300, 4096  # the norms of a Llama of 65B are 161 vectors of 8192
-CONTESTANTS = ("sgd_list_", "_foreach_add_", "sq_norm_list_", "_foreach_norm")
+IMPLEMENTATIONS = ("sgd_list_", "_foreach_add_", "sq_norm_list_", "_foreach_norm")
+
+
+def parameters(device, full):
+    return {"implementation": IMPLEMENTATIONS, "dtype": ["bfloat16"], "tensors": [TENSORS], "elements": [ELEMENTS]}
 
 
 @pytest.fixture(scope="module")
-def calls(device):
-    """By contestant: the name and the call of the probe, the same done one by one, and the call."""
+def calls(dtype, tensors, elements, device):
+    """By implementation: its call, and the same for one tensor after the other."""
     torch.manual_seed(0)
-    params, grads = ([torch.randn(ELEMENTS, device=device).bfloat16() for _ in range(TENSORS)] for _ in range(2))
+    of = {"dtype": getattr(torch, dtype), "device": device}
+    params, grads = ([torch.randn(elements, **of) for _ in range(tensors)] for _ in range(2))
     lr = scalar(1e-3, device)
-    slots = list(torch.zeros(TENSORS, dtype=torch.float64, device=device))
+    slots = list(torch.zeros(tensors, dtype=torch.float64, device=device))
     expected = [reference.updated(param, grad, lr=1e-3) for param, grad in zip(params, grads, strict=True)]
-    ops.sgd_list_(params, grads, lr=lr)  # a bench of wrong results is worth nothing
+    ops.sgd_list_(params, grads, lr=lr)
     assert all(map(torch.equal, params, expected))
 
-    def each(call, *lists, **options):
-        for tensors in zip(*lists, strict=True):
-            call(*tensors, **options)
+    def updates(_):
+        for param, grad in zip(params, grads, strict=True):
+            ops.sgd_(param, grad, lr=lr)
 
-    updates = Probe("sgd_, one by one", lambda _: each(ops.sgd_, params, grads, lr=lr))
-    norms = Probe("sq_norm_, one by one", lambda _: each(ops.sq_norm_, slots, grads))
+    def norms(_):
+        for slot, grad in zip(slots, grads, strict=True):
+            ops.sq_norm_(slot, grad)
+
+    singly = Baseline("sgd_, one by one", updates), Baseline("sq_norm_, one by one", norms)
     return {
-        "sgd_list_": (lambda _: ops.sgd_list_(params, grads, lr=lr), updates),
-        "_foreach_add_": (lambda _: torch._foreach_add_(params, grads, alpha=-1e-3), updates),
-        "sq_norm_list_": (lambda _: ops.sq_norm_list_(slots, grads), norms),
-        "_foreach_norm": (lambda _: torch._foreach_norm(grads), norms),
+        "sgd_list_": (lambda _: ops.sgd_list_(params, grads, lr=lr), singly[0]),
+        "_foreach_add_": (lambda _: torch._foreach_add_(params, grads, alpha=-1e-3), singly[0]),
+        "sq_norm_list_": (lambda _: ops.sq_norm_list_(slots, grads), singly[1]),
+        "_foreach_norm": (lambda _: torch._foreach_norm(grads), singly[1]),
     }
 
 
-def test_lists(paired, calls, contestant):
-    paired(contestant, {"dtype": "bfloat16", "tensors": TENSORS, "elements": ELEMENTS}, *calls[contestant])
+def test_lists(paired, calls, implementation):
+    paired(*calls[implementation])

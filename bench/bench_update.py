@@ -14,10 +14,9 @@ from torch import nn
 
 from lomo_kernels import ops, reference
 
-from .buffers import Buffers, scalar
+from .buffers import DTYPES, Buffers, scalar
 from .methods import missing_peer
 
-ELEMENTS = {"short": [2**16, 2**24], "full": [2**power for power in (10, 13, 16, 18, 20, 24, 28)]}
 LR = 1e-3
 EVERY = {"weight_decay": 0.01, "inv_scale": 0.5, "clip_value": 3.0, "clip_coef": 0.5}
 STREAMS = 3  # reads the parameter and the gradient, writes the parameter
@@ -42,16 +41,16 @@ def plain(buffers: Buffers, lr: float, weight_decay: float | None = None) -> Cal
     return call
 
 
-def stepped(buffers: Buffers, holder: dict[str, Any], key: str, step: Callable[[], object]) -> Call:
-    """An optimizer's step on one parameter: one optimizer for all, whose `holder` has them in turn. `.grad` is set anew
-    each time: optimizers may take it away."""
+def stepped(buffers: Buffers, target: dict[str, Any], key: str, step: Callable[[], object]) -> Call:
+    """An optimizer's step on one parameter. One optimizer serves all buffers: `target[key]` is set to them in turn.
+    `.grad` is set anew each time, since optimizers may take it away."""
     params = [nn.Parameter(param) for param in buffers.params]
-    held = [[param] for param in params] if key == "params" else params
+    values = [[param] for param in params] if key == "params" else params
 
     def call(number: int) -> None:
         number %= len(params)
         params[number].grad = buffers.grads[number]
-        holder[key] = held[number]
+        target[key] = values[number]
         step()
 
     return call
@@ -66,13 +65,13 @@ def lomo_optim(buffers: Buffers, lr: float) -> Call:
     """What its hook does with the first gradient that it finds."""
     from lomo_optim import Lomo
 
-    held = {"weight": nn.Parameter(buffers.params[0])}
-    model = SimpleNamespace(named_parameters=held.items, parameters=held.values)
-    return stepped(buffers, held, "weight", partial(Lomo(model, lr=lr).grad_func, None))
+    params = {"weight": nn.Parameter(buffers.params[0])}
+    model = SimpleNamespace(named_parameters=params.items, parameters=params.values)
+    return stepped(buffers, params, "weight", partial(Lomo(model, lr=lr).grad_func, None))
 
 
 #: The last ones may overwrite the gradients.
-MAKERS: dict[str, Callable[[Buffers, float], Call]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Buffers, float], Call]] = {
     "sgd_ nearest": ours,
     "sgd_ nearest, every scalar": partial(ours, **EVERY),
     "sgd_ nearest, with its norm": partial(ours, norm=True),
@@ -85,37 +84,36 @@ MAKERS: dict[str, Callable[[Buffers, float], Call]] = {
     "optimi SGD, no Kahan": partial(sgd, module="optimi", kahan_sum=False),
     "optimi SGD": partial(sgd, module="optimi"),
 }
-CONTESTANTS = tuple(MAKERS)
+
+
+def parameters(device: str, full: bool) -> dict[str, Any]:
+    sizes = [2**power for power in ((10, 13, 16, 18, 20, 24, 28) if full else (16, 24))]
+    return {"implementation": IMPLEMENTATIONS, "dtype": DTYPES, "elements": sizes}
 
 
 def wrong(name: str, dtype: torch.dtype, device: str) -> str:
-    """What is wrong with a contestant's result on 10,007 elements; empty where nothing is. A bench of wrong results is
-    worth nothing."""
+    """What is wrong with an update of 10,007 elements. Empty if nothing is."""
     buffers = Buffers(dtype, 10_007, device)
     before, grad = (tensor.clone() for tensor in buffers.pair(0))
-    scalars = EVERY if "every scalar" in name else {}
-    if name == "mul_, add_":
-        scalars = {"weight_decay": EVERY["weight_decay"]}
+    decay = {"weight_decay": EVERY["weight_decay"]}
+    scalars = EVERY if "every scalar" in name else decay if name == "mul_, add_" else {}
     expected = reference.updated(before, grad, lr=0.5, stochastic="stochastic" in name, **scalars)
-    MAKERS[name](buffers, 0.5)(0)
+    IMPLEMENTATIONS[name](buffers, 0.5)(0)
     after = buffers.pair(0)[0]
     if name.startswith("sgd_"):
-        differ = after != expected
-        limit = "the reference's bits"
+        differ, limit = after != expected, "the reference's bits"
     else:  # two roundings instead of one
         differ = (after.double() - expected.double()).abs() > 4 * torch.finfo(dtype).eps * (1 + expected.double().abs())
         limit = "four units in the last place"
     return f"{int(differ.sum())} of 10007 elements are not within {limit}" if differ.any() else ""
 
 
-def test_update(paired, missing, buffers, contestant, dtype, elements, device):
-    if lacking := missing_peer(contestant):
-        missing(*lacking)
-    if dtype == "float32" and contestant in ("sgd_ stochastic", "optimi SGD"):
-        pytest.skip("float32 is not rounded")
-    if reason := wrong(contestant, buffers.dtype, device):
-        assert not contestant.startswith("sgd_"), reason
-        missing(f"{contestant}, {dtype}, {device}", reason)
-    call = MAKERS[contestant](buffers, LR)
-    case = {"dtype": dtype, "elements": elements}
-    paired(contestant, case, call, buffers.probe(STREAMS))
+def test_update(paired, buffers, implementation, dtype, device):
+    if lacking := missing_peer(implementation):
+        pytest.skip(lacking)
+    if dtype == "float32" and implementation in ("sgd_ stochastic", "optimi SGD"):
+        pytest.skip(f"{implementation}, float32: float32 is not rounded")
+    if reason := wrong(implementation, buffers.dtype, device):
+        assert not implementation.startswith("sgd_"), reason
+        pytest.skip(f"{implementation}, {dtype}, {device}: {reason}")
+    paired(IMPLEMENTATIONS[implementation](buffers, LR), buffers.probe(STREAMS))

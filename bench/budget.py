@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 LEAST = 8.0  # seconds: a stage is not started if fewer are left, since importing torch takes most of them
 POLL = 0.1  # seconds
+GRACE = 5.0  # seconds before a stage's limit, or a quarter of it: it is interrupted, so that pytest writes what it has
 OUTPUT = 64 * 2**20  # bytes: a stage that prints more is killed before it fills the disk
 INTERRUPTED = (signal.SIGTERM, signal.SIGHUP)
 
@@ -70,31 +72,37 @@ class Running:
     def __init__(self, stage: Stage, left: float, output: Path, start: Callable[[Stage, Path], Process]) -> None:
         self.stage, self.output = stage, output
         self.limit = min(stage.limit, left)
+        self.interrupted = False
         self.begin = time.monotonic()
         self.process = start(stage, output)
 
     def outcome(self) -> Outcome | None:
         """None while it runs. At its limit, and at its end, the whole process group is killed."""
         status, seconds = self.process.poll(), time.monotonic() - self.begin
-        if status is not None:
-            words = f"exit status {status}" if status > 0 else f"killed by signal {-status}"
-            words = "passed" if status == 0 else words
-        elif seconds >= self.limit:
+        if status == 0:
+            words = "passed"
+        elif seconds >= self.limit or (self.interrupted and status is not None):
             words = f"stopped at its limit of {self.limit:.0f} s"
+        elif status is not None:
+            words = f"exit status {status}" if status > 0 else f"killed by signal {-status}"
         elif self.output.stat().st_size > OUTPUT:
             words = f"stopped after {OUTPUT >> 20} MiB of output"
         else:
+            if not self.interrupted and seconds >= self.limit - min(GRACE, self.limit / 4):
+                self.interrupted = True
+                self._send(signal.SIGINT)
             return None
         self.kill()
         return Outcome(self.stage, words, seconds, self.output)
 
     def kill(self) -> None:
         """Kills the group: also the children of a leader that has ended, such as workers of pytest-xdist."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+        self._send(signal.SIGKILL)
         self.process.poll()
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
 
 def groups(stages: list[Stage]) -> Iterator[list[Stage]]:
@@ -107,11 +115,10 @@ def run(
     stages: list[Stage],
     end: float,
     folder: Path,
-    tick: Callable[[], None] = lambda: None,
     start: Callable[[Stage, Path], Process] = spawn,
 ) -> Iterator[Outcome]:
     """Yields each stage's outcome as it ends, the last before the time `end` of `time.monotonic()`. Output goes into
-    ``folder/<name>.txt``. `tick` is called every 0.1 s."""
+    ``folder/<name>.txt``."""
 
     def interrupted(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -132,7 +139,6 @@ def run(
                     yield Outcome(stage, f"cannot be started: {error}", 0.0, output)
             while running:
                 time.sleep(POLL)
-                tick()
                 for job in list(running):
                     if outcome := job.outcome():
                         running.remove(job)

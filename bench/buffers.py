@@ -5,22 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from .measure import repeated
+from .measure import calibrated, timed
 
+DTYPES = ("bfloat16", "float16", "float32")
 CACHE = {"cpu": 2**28, "cuda": 2**29}  # bytes that the calls go through: several times the largest last-level caches
 VIEWS = 2**14  # at most so many buffers: below 4 Ki elements of 16 bits they stay in the last-level cache
 
 PROBE_ROUNDS = 15  # of which the fastest probe is chosen
 
 
-class Probe(NamedTuple):
-    """The limit of memory bandwidth: its time is that of `call`, times `scale` where that moves other bytes."""
+class Baseline(NamedTuple):
+    """What a benchmark is compared with: its time is that of `call`, times `scale` if that moves other bytes."""
 
     name: str
     call: Callable[[int], object]
@@ -61,19 +63,19 @@ class Buffers:
         number %= len(self.params)
         return self.params[number], self.grads[number]
 
-    def probe(self, streams: int) -> Probe:
+    def probe(self, streams: int) -> Baseline:
         """What moves as many bytes as an update (3 streams) or a norm (1), and does nothing else."""
         if self.device == "cuda":
-            return Probe("copy", lambda number: torch.Tensor.copy_(*self.pair(number)), streams / 2)
+            return Baseline("copy", lambda number: torch.Tensor.copy_(*self.pair(number)), streams / 2)
         import lomo_kernels_testing as native  # built by `make testing`
 
         def read_1(number: int) -> None:
             native.read_1(self.pair(number)[1].data_ptr(), self.nbytes)
 
-        return Probe("read 1", read_1) if streams == 1 else self._read_2_write_1
+        return Baseline("read 1", read_1) if streams == 1 else self._read_2_write_1
 
     @cached_property
-    def _read_2_write_1(self) -> Probe:
+    def _read_2_write_1(self) -> Baseline:
         """The fastest of the ways to do it: which that is depends on the processor and on the buffers' size."""
         import lomo_kernels_testing as native
 
@@ -81,11 +83,13 @@ class Buffers:
             param, grad = self.pair(number)
             native.read_2_write_1(param.data_ptr(), grad.data_ptr(), self.nbytes, way)
 
+        numbers = count()
         ways = [partial(call, way=way) for way in range(native.READ_2_WRITE_1)]
-        samples = repeated(self.device, *ways)
-        rounds = [[sample() for sample in samples] for _ in range(PROBE_ROUNDS)]
+        probes = [lambda way=way: way(next(numbers)) for way in ways]
+        times = calibrated(probes[0], self.device)[0]
+        rounds = [[timed(probe, times, self.device) for probe in probes] for _ in range(PROBE_ROUNDS)]
         medians = [median(seconds) for seconds in zip(*rounds, strict=True)]
-        return Probe("read 2, write 1", ways[medians.index(min(medians))])
+        return Baseline("read 2, write 1", ways[medians.index(min(medians))])
 
 
 def free_memory(device: str) -> int:

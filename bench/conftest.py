@@ -1,19 +1,17 @@
-"""What the benches share: the device, the extent, and a record of what was measured."""
+"""What the benches share: options, parameters, the device, and rounds that alternate with a baseline's."""
 
 from __future__ import annotations
 
-import math
+import itertools
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
 from lomo_kernels import backends
 
-from . import ranks, results
+from . import measure, ranks, results
 from .buffers import Buffers
-from .measure import Clock, environment, repeated, rounds_for
 
 
 def pytest_addoption(parser):
@@ -21,138 +19,122 @@ def pytest_addoption(parser):
     group.addoption("--full", action="store_true", help="every size and case, not the short selection")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels are measured")
     group.addoption("--processes", type=int, default=1, help="this many share the rounds (set by python -m bench)")
-    group.addoption("--record", metavar="FILE", type=Path, help="write the measurements there")
 
 
 def pytest_configure(config):
-    config.measurements, config.missing = [], {}
+    config.missing = set()
     torch.set_num_threads(1)  # the probe of memory bandwidth has one, and a thread of two is not measured well
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda needs a GPU: torch.cuda.is_available() is False")
 
 
 def pytest_generate_tests(metafunc):
-    """Arguments named as a constant of the module (`tokens`: TOKENS, `contestant`: CONTESTANTS), which may differ by
-    extent: {"short": …, "full": …}, under the device where they differ; without a constant, `dtype` is each of them."""
-    extent = "full" if metafunc.config.getoption("full") else "short"
-    for name in metafunc.fixturenames:
-        every = results.DTYPES if name == "dtype" else None
-        if values := getattr(metafunc.module, f"{name.upper().rstrip('S')}S", every):
-            if isinstance(values, dict):
-                values = values.get(metafunc.config.getoption("device"), values)
-            scope = "function" if name == "contestant" else "module"  # contestants share what a case sets up
-            metafunc.parametrize(name, values[extent] if isinstance(values, dict) else values, ids=str, scope=scope)
+    """`parameters(device, full)` of the module: values by the names of arguments. Implementations share what a case
+    sets up, so cases have the scope of the module."""
+    device, full = map(metafunc.config.getoption, ("device", "full"))
+    for names, values in metafunc.module.parameters(device, full).items():
+        if set(names.split(", ")) <= set(metafunc.fixturenames):
+            scope = "function" if "implementation" in names else "module"
+            metafunc.parametrize(names, values, ids=identifier, scope=scope)
 
 
-def pytest_collection_modifyitems(items):
+def identifier(value):
+    """`checkpointing` is the only parameter that is true or false."""
+    return ("checkpointing" if value else "kept") if isinstance(value, bool) else str(value)
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=Clock.read))
+        item.add_marker(pytest.mark.benchmark(timer=measure.CLOCKS[config.getoption("device")]))
 
 
-def pytest_sessionfinish(session):
-    write(session.config)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """What is skipped is named in the results."""
+    report = yield
+    if report.skipped:
+        item.config.missing.add(report.longrepr[2].removeprefix("Skipped: "))
+    return report
 
 
-def write(config):
-    """After every measurement: the process may be killed."""
-    if file := config.getoption("record"):
-        config.about = getattr(config, "about", None) or environment(config.getoption("device"))
-        results.write(file, results.Results(config.about, config.missing, config.measurements))
+def pytest_benchmark_generate_machine_info(config):
+    return results.machine_info(config.getoption("device"))
+
+
+def pytest_benchmark_generate_commit_info():
+    return {"id": results.commit()}
+
+
+def pytest_benchmark_update_json(config, output_json):
+    output_json["missing"] = sorted(config.missing)
 
 
 @pytest.fixture(scope="session")
 def device(request):
-    name = request.config.getoption("device")
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.fail("--device cuda needs a GPU: torch.cuda.is_available() is False")
-    return name
+    return request.config.getoption("device")
 
 
-@pytest.fixture(scope="session")
-def setting(device):
-    """What the process is set to, part of every case."""
-    serving = backends.choice(device.upper())
-    tuned = os.environ.get("MALLOC_MMAP_MAX_") == "0"
-    allocator = {"malloc": "tuned" if tuned else "stock"} if device == "cpu" else {}
-    return {"backend": serving.backend, "detail": serving.detail, **allocator}
-
-
-@pytest.fixture(scope="session")
-def missing(request):
-    """missing(name, reason): names a contestant that cannot run here, and skips the test."""
-
-    def skip(name, reason):
-        request.config.missing[name] = reason
-        pytest.skip(f"{name}: {reason}")
-
-    return skip
+@pytest.fixture
+def benchmark(benchmark, device, request):
+    """pytest-benchmark's, with the question and the setting of the process."""
+    choice = backends.choice(device.upper())
+    setting = {"backend": choice.backend, "detail": choice.detail}
+    if device == "cpu":
+        setting["malloc"] = "tuned" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "stock"
+    benchmark.group = request.module.__name__.split("bench_")[-1]
+    benchmark.fullname += f" {' '.join(setting.values())}"
+    benchmark.extra_info |= setting
+    return benchmark
 
 
 @pytest.fixture(scope="module")
-def buffers(elements, dtype, device, missing):
+def buffers(elements, dtype, device):
     try:
         return Buffers(getattr(torch, dtype), elements, device)
     except MemoryError as error:
-        missing(f"{elements} elements, {dtype}", str(error))
-
-
-@pytest.fixture
-def record(request, setting):
-    """record(contestant, case, …): keeps a `results.Measurement` of this file's question."""
-    question = request.module.__name__.split("bench_")[-1]
-
-    def keep(contestant, case, **measured):
-        one = results.Measurement(question, contestant, {**setting, **case}, **measured)
-        request.config.measurements.append(one)
-        write(request.config)
-        return one
-
-    return keep
+        pytest.skip(f"{elements} elements, {dtype}: {error}")
 
 
 @pytest.fixture(scope="module")
-def samples(case, device, request):
-    """Seconds and memory of steps over two processes, by contestant."""
+def rank(model, tokens, device, request):
+    """Rank 0 of two processes, with the implementations that the module makes."""
     if device != "cpu":
         pytest.skip("one GPU has no two ranks")
-    timed = request.config.getoption("benchmark_enable")
-    rounds = rounds_for(math.inf, request.config.getoption("processes")) if timed else 0
-    return ranks.measured(request.module.made, case, rounds)
+    with ranks.started(request.module.make, model, tokens) as rank:
+        yield rank
 
 
 @pytest.fixture
-def ranked(record, samples):
-    """ranked(contestant, case, name): records the samples of this name beside the first name's."""
-    seconds, memory = samples
-    first = next(iter(seconds))
+def paired(benchmark, device, request):
+    """paired(call, baseline, …): times `call` in rounds, each followed by a round of the baseline; `extra_info` takes
+    the rest. Calls get a running number, to use buffers in turn. It runs on over both: with numbers of their own, the
+    call would find in the cache what the baseline has just used."""
 
-    def run(contestant, case, name):
-        beside = {"beside": first, "beside_seconds": seconds[first]}
-        record(contestant, case, seconds=seconds[name], memory=memory[name], **beside)
+    def run(call, baseline=None, **extra_info):
+        numbers, samples = itertools.count(), []
 
-    return run
+        def target():
+            call(next(numbers))
 
+        def compared():
+            baseline.call(next(numbers))
 
-@pytest.fixture
-def paired(benchmark, record, device, request):
-    """paired(contestant, case, call, beside, …): times `call`, in every round right after the probe `beside`."""
+        def teardown():
+            if baseline:
+                samples.append(measure.timed(compared, compared_iterations, device) * baseline.scale)
 
-    def run(contestant, case, call, beside=None, **more):
-        calls = [call, beside.call] if beside else [call]
         if benchmark.disabled:
-            benchmark.pedantic(lambda: [each(0) for each in calls])
+            compared_iterations = 1
+            benchmark.pedantic(target, teardown=teardown())
             return
-        mine, *other = repeated(device, *calls)
-        seconds, beside_seconds = [], []
-
-        def before():
-            beside_seconds.extend(probe() * beside.scale for probe in other)
-
-        def sample():
-            seconds.append(mine())
-            Clock.seconds += seconds[-1]
-
-        rounds = rounds_for(mine() + sum(probe() for probe in other), request.config.getoption("processes"))
-        benchmark.pedantic(sample, setup=before, rounds=rounds)
-        measured = {"seconds": seconds, "beside": beside.name if beside else "", "beside_seconds": beside_seconds}
-        record(contestant, case, **measured, **more)
+        iterations, seconds = measure.calibrated(target, device)
+        if baseline:
+            compared_iterations, more = measure.calibrated(compared, device)
+            extra_info["baseline"] = baseline.name
+            seconds += more
+        rounds = measure.rounds_for(seconds, request.config.getoption("processes"))
+        benchmark.extra_info |= extra_info
+        benchmark.pedantic(target, teardown=teardown, iterations=iterations, rounds=rounds, warmup_rounds=1)
+        benchmark.extra_info["baseline_seconds"] = samples[1 : rounds + 1]  # without the warm-up's
 
     return run

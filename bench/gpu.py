@@ -3,23 +3,22 @@
     make gpu PYTHON=python3 BUDGET=540 RESULTS=folder ARGS="stage …"
 
 ARGS names stages. Without it, all stages run that have not passed according to RESULTS: a second call continues the
-first. The build always runs; it is short if nothing has changed. RESULTS gets every result as soon as it exists:
-measurements and the stages' outcomes in ``<device>-<date>-<time>.json`` (copy it into bench/results, where
-`python -m bench.report` reads it), each test in ``tests.jsonl``, the stages' output in ``log.txt``, the summary in
-``summary.txt``. Only this package is installed (editable, without its dependencies). LOMO_COMMIT names the commit if
-there is no git repository.
+first. The build always runs; it is short if nothing has changed. RESULTS gets the results of each stage when it ends:
+its measurements in ``<device>/<stage>.json`` and its outcome in ``<device>/stages.json`` (copy the folder into
+bench/results, where `python -m bench.report` reads it), each test in ``tests.jsonl``, the stages' output in
+``log.txt``, the summary in ``summary.txt``. Only this package is installed (editable, without its dependencies).
+LOMO_COMMIT names the commit if there is no git repository.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import importlib.util
 import json
 import os
-import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from . import budget, results
 from .budget import Outcome, Stage
@@ -52,16 +52,11 @@ class Run:
 
     def __init__(self, folder: Path, device: str) -> None:
         self.device, self.scratch = device, Path(tempfile.mkdtemp(prefix="lomo-gpu-"))
-        folder.mkdir(parents=True, exist_ok=True)
-        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        now = datetime.datetime.now()
-        known = sorted(folder.glob(f"{slug}-*.json"))
-        self.file = known[-1] if known else folder / f"{slug}-{now:%Y-%m-%d-%H%M}.json"
-        self.tests = folder / "tests.jsonl"
-        self.passed = {
-            name for name, check in (results.read(self.file).checks if known else {}).items() if check["status"] == 0
-        }
-        self.seen: dict[Path, int] = {}
+        self.folder = folder / results.slug(device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.stages, self.tests = self.folder / "stages.json", folder / "tests.jsonl"
+        self.checks = json.loads(self.stages.read_text()) if self.stages.exists() else {}
+        self.passed = {name for name, check in self.checks.items() if check["status"] == 0}
         self.log = (folder / "log.txt").open("a")
         self.begin = time.monotonic()
 
@@ -74,16 +69,16 @@ class Run:
         """The stage with the files for its results added."""
         command = stage.command
         if "--benchmark-enable" in command:
-            command = [*command, f"--record={self.scratch / stage.name}.json"]
+            command = [*command, f"--benchmark-json={self.scratch / stage.name}.json"]
         paths = {"LOMO_STAGE": stage.name, "LOMO_OUTCOMES": str(self.tests)}
         return stage._replace(command=command, environment={**stage.environment, **paths})
 
     def take_in(self) -> None:
-        """Adds new measurements of running stages to the file of results."""
+        """Keeps what stages have measured. One that is killed while it writes leaves a part of a file."""
         for file in self.scratch.glob("*.json"):
-            if self.seen.get(file) != (changed := file.stat().st_mtime_ns):
-                self.seen[file] = changed
-                results.add(self.file, results.read(file))
+            with contextlib.suppress(ValueError):
+                results.write(self.folder / file.name, results.pooled([results.read(file)]))
+                file.unlink()
 
     def end(self, outcome: Outcome) -> None:
         """Writes a stage's outcome and its output."""
@@ -93,9 +88,11 @@ class Run:
         self.say(f"{outcome.stage.name}: {outcome.status}, {outcome.seconds:.0f} s")
         if outcome.started:
             check = {"status": int(not outcome.passed), "said": outcome.status, "seconds": round(outcome.seconds, 1)}
-            check["output"] = printed.splitlines()[-15:]
-            checks = {outcome.stage.name: check}
-            results.add(self.file, results.Results({"device": self.device, "commit": results.commit()}, checks=checks))
+            self.checks[outcome.stage.name] = check | {"commit": results.commit(), "output": printed.splitlines()[-15:]}
+            self.stages.write_text(json.dumps(self.checks, indent=1))
+
+    def measured(self) -> list[dict[str, Any]]:
+        return [results.read(file) for file in sorted(self.folder.glob("*.json")) if file != self.stages]
 
     def outcomes(self) -> list[dict[str, str]]:
         """The last outcome of each test of each stage. Skips half a line, which a killed process may have left."""
@@ -107,30 +104,32 @@ class Run:
         return list(told.values())
 
 
-def figures(measured: results.Results) -> Iterator[str]:
+def figures(benchmarks: list[dict[str, Any]]) -> Iterator[str]:
     """The headlines among the measurements."""
-    if reached := [f"{ceiling.contestant} {ceiling.reached}" for ceiling in measured.of("ceilings")]:
-        yield ", ".join(reached)
     rows: dict[str, list[str]] = {}
-    for measurement in measured.measurements:
-        case, who = measurement.case, measurement.contestant
-        if not (measurement.beside_seconds and (results.ours(who) or who in ("add_", "addmm_"))):
+    for benchmark in benchmarks:
+        case, extra = benchmark["params"], benchmark["extra_info"]
+        name, question = case["implementation"], benchmark["group"]
+        if question == "ceilings":
+            work, unit, size = ("moved", "GB/s", 1e9) if "moved" in extra else ("operations", "TFLOP/s", 1e12)
+            reached = extra[work] / benchmark["stats"]["median"] / size
+            rows.setdefault("ceilings", []).append(f"{name} {reached:.4g} {unit}")
+        if not (results.ratios(benchmark) and (results.ours(name) or name in ("add_", "addmm_"))):
             continue
+        ratio = statistics.median(results.ratios(benchmark))
         if case.get("elements") == 2**28:
-            row = rows.setdefault(f"{case['backend']}, {case['dtype']}, 2^28 elements, of a copy", [])
-            row.append(f"{who.removeprefix('sgd_ ')} {measurement.fraction.median:.2f}")
-        elif measurement.question in ("step", "linear", "captured"):
-            about = f"{measurement.question}, {case.get('model', case.get('dtype'))}, {case['tokens']} tokens"
-            row = rows.setdefault(f"{about}, time over {measurement.beside}", [])
-            row.append(f"{who} {measurement.ratio.median:.2f}")
+            row = rows.setdefault(f"{extra['backend']}, {case['dtype']}, 2^28 elements, of a copy", [])
+            row.append(f"{name.removeprefix('sgd_ ')} {1 / ratio:.2f}")
+        elif question in ("step", "linear", "captured"):
+            about = f"{question}, {case.get('model', case.get('dtype'))}, {case['tokens']} tokens"
+            rows.setdefault(f"{about}, time over {extra['baseline']}", []).append(f"{name} {ratio:.2f}")
     yield from (f"{case}: {'; '.join(row)}" for case, row in rows.items())
 
 
 def summary(run: Run, outcomes: list[Outcome], named: list[Stage]) -> list[str]:
     """About thirty lines: how each stage ended, what failed, the headlines, what is left."""
-    measured = results.read(run.file) if run.file.exists() else results.Results({})
-    about, tests = measured.environment, run.outcomes()
-    lines = [f"{run.device}, commit {about.get('commit', 'unknown')}: {run.file.name}"]
+    measured, tests = run.measured(), run.outcomes()
+    lines = [f"{run.device}, commit {results.commit()}: {run.folder}"]
     passed = [f"{outcome.stage.name} {outcome.seconds:.0f} s" for outcome in outcomes if outcome.passed]
     lines.append(f"passed: {', '.join(passed) or 'nothing'}")
     lines += [f"NOT PASSED {outcome.stage.name}: {outcome.status}" for outcome in outcomes if not outcome.passed]
@@ -143,9 +142,9 @@ def summary(run: Run, outcomes: list[Outcome], named: list[Stage]) -> list[str]:
     lines += failed[:8]
     if len(failed) > 8:
         lines.append(f"and {len(failed) - 8} more failed tests, in {run.tests.name}")
-    lines += figures(measured)
-    if measured.missing:
-        lines.append(f"missing: {'; '.join(measured.missing)}")
+    lines += figures([benchmark for content in measured for benchmark in content["benchmarks"]])
+    if missing := sorted({reason for content in measured for reason in content["missing"]}):
+        lines.append(f"missing: {'; '.join(missing)}")
     done = run.passed | {outcome.stage.name for outcome in outcomes if outcome.passed}
     left = [stage.name for stage in named if stage.name not in done]
     lines.append(f'left: make gpu ARGS="{" ".join(left)}"' if left else "every stage has passed")
@@ -192,7 +191,7 @@ def main(
     def go(chosen: list[Stage]) -> None:
         ready = [run.ready(stage) for stage in chosen]
         end = begin + asked.budget - RESERVE
-        with contextlib.closing(budget.run(ready, end, run.scratch, run.take_in, start)) as ended:
+        with contextlib.closing(budget.run(ready, end, run.scratch, start)) as ended:
             for outcome in ended:
                 outcomes.append(outcome)
                 run.end(outcome)

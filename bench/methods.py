@@ -42,7 +42,7 @@ def fastest(kind: type[torch.optim.Optimizer], dtype: torch.dtype, device: str) 
         return plain(kind, lr=lr, fused=True)(model).update
 
     try:
-        return {"foreach": True} if wrong(fused, dtype, device, adamw=issubclass(kind, ADAM)) else {"fused": True}
+        return {"foreach": True} if wrong(kind.__name__, fused, dtype, device) else {"fused": True}
     except RuntimeError:  # torch has no fused path for this dtype and device
         return {"foreach": True}
 
@@ -129,75 +129,58 @@ OWN_NORMS = ("Lomo, clip_tensor", "AdaLomo")
 METHODS |= dict(zip(OWN_NORMS, (clipped_by_tensor, attached(lomo, rule="adalomo")), strict=True))
 
 LLAMA_107M = Config(layers=8, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048)  # on a CPU; over ranks, too
+STEEP = 256.0  # times the loss
 TINY = Config(layers=2, d_model=64, heads=4, kv_heads=2, ffn=96, vocab=64)
 
 
 @functools.cache
-def wrong(
-    method: Method,
-    dtype: torch.dtype,
-    device: str,
-    *,
-    clipped: bool = False,
-    adamw: bool = False,
-    adalomo: bool = False,
-) -> str:
-    """What is wrong with a method's first step on a tiny model; empty where nothing is. A bench of wrong results is
-    worth nothing.
+def wrong(name: str, method: Method, dtype: torch.dtype, device: str) -> str:
+    """What is wrong with the first step, on a tiny model, of a method of this name. Empty if nothing is.
 
-    Expected is the step in float64 from the gradients of a plain backward in `dtype`, within four units of the last
+    Expected is torch's step in float64 from the gradients of a plain backward in `dtype`, within four units of the last
     place of `dtype`: a coefficient, a gradient and a weight are each rounded to it.
     """
     model = ByteLlama(TINY).to(device, dtype)
     windows = torch.randint(TINY.vocab, (1, 33), generator=torch.Generator().manual_seed(0)).to(device)
     params = dict(model.named_parameters())
-    before = {name: param.detach().double() for name, param in params.items()}
     # A steep loss, which clipping makes a difference to, and steps of the size of weights.
-    grads = torch.autograd.grad(64 * model.loss(windows), list(params.values()))
-    lr = 4.0
-    coefficient = 1.0
-    if clipped:
-        norm = sum(grad.double().square().sum() for grad in grads) ** 0.5
-        assert norm > 2 * CLIP, "nothing to clip"
-        coefficient = CLIP / (norm + 1e-6)
-    method(model, lr)(64 * model.loss(windows))
-    unit = torch.finfo(dtype).eps
-    for (name, param), grad in zip(params.items(), grads, strict=True):
-        change = coefficient * grad.double()
-        if adamw:  # the first step: both moments are the gradient's own
-            change = change / (change.abs() + ADAMW["eps"]) + ADAMW["weight_decay"] * before[name]
-        if adalomo:
-            change = first_of_adalomo(change, before[name])
-        expected = before[name] - lr * change
-        differ = (param.double() - expected).abs() > 4 * unit * (before[name].abs() + lr * change.abs().max())
-        if differ.any() or not param.isfinite().all():
-            return f"{int(differ.sum())} of {param.numel()} elements of {name} are off by more than four units"
+    grads = torch.autograd.grad(STEEP * model.loss(windows), list(params.values()))
+    before = [param.detach().double() for param in params.values()]
+    expected = [nn.Parameter(weight.clone()) for weight in before]
+    for weight, grad in zip(expected, grads, strict=True):
+        weight.grad = grad.double()
+    if clips(name):
+        assert nn.utils.clip_grad_norm_(expected, CLIP) > 2 * CLIP, "nothing to clip"
+    first_step(name, expected)
+    method(model, 1.0)(STEEP * model.loss(windows))
+    for (param_name, param), weight, old in zip(params.items(), expected, before, strict=True):
+        limit = 4 * torch.finfo(dtype).eps * (old.abs() + (weight - old).abs().max())
+        differ = ((param.double() - weight).abs() > limit) | ~param.isfinite()
+        if differ.any():
+            return f"{int(differ.sum())} of {param.numel()} elements of {param_name} are off by more than four units"
     return ""
 
 
-def first_of_adalomo(grad: Tensor, weight: Tensor) -> Tensor:
-    """What AdaLomo's first step takes off, over the learning rate. Both float64."""
-    squares = grad.square() + 1e-30
-    change = grad / squares.sqrt()
-    if grad.dim() > 1:
-        row, column = squares.mean(1, keepdim=True), squares.mean(0)
-        change = grad / (row / row.mean()).sqrt() / column.sqrt()
-    size, of_weight = (some.square().mean().sqrt() for some in (change, weight))
-    return change / size.clamp(min=1.0) * of_weight.clamp(min=1e-3)
+def first_step(name: str, params: list[nn.Parameter]) -> None:
+    """torch's, with learning rate 1, of the rule that a method is named after. AdaLomo's is Adafactor's."""
+    if "AdaLomo" in name:
+        torch.optim.Adafactor(params, lr=1.0, weight_decay=0.0).step()
+    else:
+        (ADAM if "AdamW" in name else SGD)(params, lr=1.0).step()
 
 
-def missing_peer(contestant: str) -> tuple[str, str] | None:
-    """The peer that a contestant's name begins with, and why, where it is not installed."""
+def missing_peer(name: str) -> str:
+    """Why the peer that an implementation's name begins with is not installed. Empty if it is."""
     for peer, packages in {"optimi": ("optimi",), "lomo_optim": LOMO_OPTIM_NEEDS}.items():
-        if contestant.startswith(peer) and (absent := lacking(packages)):
-            return peer, f"{' and '.join(absent)} not installed: pip install '.[bench]' in the source folder"
-    return None
+        if name.startswith(peer) and (absent := lacking(packages)):
+            return f"{peer}: {' and '.join(absent)} not installed: pip install '.[bench]' in the source folder"
+    return ""
 
 
-def cannot(name: str, dtype: torch.dtype, device: str) -> tuple[str, str] | None:
-    """What is missing, a peer or a right result, and why, where the method cannot run."""
+def cannot(name: str, dtype: torch.dtype, device: str) -> str:
+    """Why the method cannot run: a missing peer, or a wrong result. Empty if it can."""
     if absent := missing_peer(name):
         return absent
-    reason = wrong(METHODS[name], dtype, device, clipped=clips(name), adamw="AdamW" in name, adalomo=name == "AdaLomo")
+    reason = wrong(name, METHODS[name], dtype, device)
     assert not (reason and ours(name)), reason
-    return (f"{name}, {str(dtype).removeprefix('torch.')}, {device}", reason) if reason else None
+    return reason and f"{name}, {str(dtype).removeprefix('torch.')}, {device}: {reason}"

@@ -1,161 +1,124 @@
-"""Plots of measured results: an SVG for each of `PLOTS` and of the memory, the same whenever the results are.
+"""Plots of measured results: an SVG for each of `PLOTS`, the same whenever the results are.
 
 Colours are Okabe and Ito's, which the colour-blind tell apart. Blue is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("agg")
 
+import numpy as np
+import pandas as pd
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import report
+from .report import Device, cases
 from .results import BASE, FORWARD, clips, ours
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from .report import Device
 
 BLUE, RED, GREY, PALE = "#0072B2", "#D55E00", "#6E6E6E", "#C9C9C9"
 OTHERS = ["#E69F00", "#222222", "#CC79A7", RED, "#009E73", "#56B4E9", "#F0E442"]
 MARKS = "oD^vsPX*"
-CATEGORIES = {
-    "parameters": PALE,
-    "gradients": RED,
-    "optimizer states": "#E69F00",
-    "activations": "#56B4E9",
-    "kept factors": "#009E73",
-    "temporaries": "#CC79A7",
-    "workspace": "#F0E442",
-    "gathered parameters": BLUE,
-    "not named": GREY,
-}
+CATEGORIES = dict(
+    zip(report.CATEGORIES, (PALE, RED, "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", GREY), strict=True)
+)
 STYLE = {
     "svg.hashsalt": "lomo_kernels",  # no random identifiers
     "svg.fonttype": "path",  # the same on every reader's machine
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"},
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E6"},
     "savefig.facecolor": "white",  # opaque: readable in dark mode
     "figure.constrained_layout.use": True,
 }
 
 
-class Plot(NamedTuple):
-    """One panel for each case of `each`, and in it a line of `y` over `x` for each label. `axes` are their settings;
-    its values of `x` stand on a logarithmic axis with `ticks`."""
-
-    x: str
-    y: str
-    each: Sequence[str]
-    title: str
-    axes: dict[str, Any]
-    ticks: bool = True
-    select: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows
-
-    def __call__(self, device: Device, question: str) -> Figure | None:
-        rows = self.select(device.of_question(question))
-        each = [key for key in self.each if key in rows]
-        panels = list(rows.groupby(each, sort=False)) if self.y in rows else []
-        if not panels:
-            return None
-        figure, column = plt.subplots(len(panels), 1, figsize=(10, 3.7 * len(panels)), squeeze=False)
-        for axes, (case, group) in zip(column[:, 0], panels, strict=True):
-            lines(axes, group.dropna(subset=[self.y]), self.x, self.y)
-            if self.ticks:
-                values = sorted(group[self.x].unique())
-                axes.set_xscale("log", base=2)
-                axes.set_xticks(values, map(report.count, values))
-            said = report.words(dict(zip(each, case, strict=True)))
-            axes.set(**self.axes, title=self.title.format(case=said, beside=group["beside"].iloc[0]))
-        return figure
+def panels(
+    rows: pd.DataFrame, x: str, y: str, title: str, *keys: str, ticks: bool = True, **settings: object
+) -> Figure:
+    """One panel for each case of `keys`, and in it a line of `y` over `x` for each label, with the range of nineteen
+    samples of twenty as bars. With `ticks` x is logarithmic. `settings` are of the axes."""
+    each = list(cases(rows, *keys))
+    figure, column = plt.subplots(len(each), 1, figsize=(10, 3.7 * len(each)), squeeze=False)
+    for axes, (case, group) in zip(column[:, 0], each, strict=True):
+        seen = {True: 0, False: 0}
+        for label, line in group.dropna(subset=[y]).sort_values(x, kind="stable").groupby("label", sort=False):
+            median, low, high = np.array([report.percentiles(samples) for samples in line[y]]).T
+            mine = ours(label)
+            style = {"color": BLUE if mine else OTHERS[seen[mine] % len(OTHERS)], "linewidth": 1.3 + mine}
+            style |= {"marker": MARKS[seen[mine] % len(MARKS)], "elinewidth": 0.7, "label": label}
+            axes.errorbar(line[x], median, (median - low, high - median), **style)
+            seen[mine] += 1
+        if y != "cost":
+            axes.axhline(1, color=GREY, linewidth=1.2)
+        if ticks:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(values := sorted(group[x].unique()), map(report.count, values))
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+        axes.set(title=title.format(case=case, baseline=group["baseline"].iloc[0]), **settings)
+    return figure
 
 
-def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
-    """One line for each label, with the range of nineteen samples of twenty as bars."""
-    seen = {True: 0, False: 0}
-    for label, group in rows.groupby("label", sort=False):
-        number, mine = seen[ours(label)], ours(label)
-        seen[mine] += 1
-        group = group.sort_values(x)
-        bars = zip(*((of.median - of.low, of.high - of.median) for of in group[y]), strict=True)
-        axes.errorbar(
-            group[x],
-            [of.median for of in group[y]],
-            list(bars),
-            color=BLUE if mine else OTHERS[number % len(OTHERS)],
-            marker=MARKS[number % len(MARKS)],
-            linewidth=1.3 + mine,
-            elinewidth=0.7,
-            label=label,
-        )
-    if y in ("fraction", "ratio"):
-        axes.axhline(1, color=GREY, linewidth=1.2)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+def update(rows: pd.DataFrame) -> Figure:
+    """A bar may leave the axes: one sample next to a stalled probe would press all together."""
+    title = "{case}: fraction of the speed of the probe “{baseline}”"
+    return panels(rows, "elements", "fraction", title, "dtype", ylim=(0, 1.3), xlabel="elements of the parameter")
 
 
-def first_cases(rows: pd.DataFrame) -> pd.DataFrame:
+def hooks(rows: pd.DataFrame) -> Figure:
+    title = "{case}: µs per parameter above a bare backward"
+    axes = {"yscale": "log", "xlabel": "number of parameters"}
+    return panels(rows, "parameters", "cost", title, "shape", "dtype", **axes)
+
+
+def step(rows: pd.DataFrame) -> Figure | None:
     """The first case measured without and with checkpointing."""
+    if "ratio" not in rows:
+        return None
     keys = [key for key in ("model", "tokens", "malloc") if key in rows]
     rows = rows[(rows[keys] == rows.groupby("checkpointing")[keys].transform("first")).all(axis="columns")]
-    clipping = rows["contestant"].map(lambda name: "clipped" if clips(name) else "no clipping")
-    rows = rows.assign(label=rows["contestant"], clipping=clipping, MiB=rows["peak"] / 2**20)
-    return rows[rows["contestant"] != FORWARD]
+    rows = rows[rows["implementation"] != FORWARD]
+    clipping = rows["implementation"].map(lambda name: "clipped" if clips(name) else "no clipping")
+    peak = rows["memory"].map(lambda memory: memory["peak"] / 2**20)
+    rows = rows.assign(label=rows["implementation"], clipping=clipping, MiB=peak)
+    axes = {"xlabel": "peak memory above the weights, MiB", "ylabel": f"time, {BASE} = 1", "xlim": (0, None)}
+    return panels(rows, "MiB", "ratio", "{case}", *report.STEP, "malloc", "clipping", ticks=False, **axes)
 
 
-PROBED = "{case}: fraction of the speed of the probe “{beside}”"
-ABOVE = "{case}: µs per parameter above a bare backward"
-AXES = {"xlabel": "peak memory above the weights, MiB", "ylabel": f"time, {BASE} = 1", "xlim": (0, None)}
-CASE = [*report.STEP, "malloc", "clipping"]
-PLOTS = {
-    # A bar may leave the axes: one sample beside a stalled probe would press all together.
-    "update": Plot(
-        "elements",
-        "fraction",
-        ["dtype"],
-        PROBED,
-        {"xlabel": "elements of the parameter", "ylim": (0, 1.3)},
-        select=report.usual,
-    ),
-    "hooks": Plot("parameters", "cost", ["shape", "dtype"], ABOVE, {"xlabel": "number of parameters", "yscale": "log"}),
-    "step": Plot("MiB", "ratio", CASE, "{case}", AXES, ticks=False, select=first_cases),
-}
-
-
-def memory(device: Device, question: str) -> Figure | None:
-    """Stacked bars by category of the paper's case at its peak, beside the paper's own."""
-    rows = report.papers_case(device.of_question(question))
-    panels = list(rows.groupby("checkpointing", sort=False))
-    if not panels:
+def memory(rows: pd.DataFrame) -> Figure | None:
+    """Stacked bars by category of the paper's case at its peak, next to the paper's own."""
+    rows = report.table_1(rows)
+    each = list(cases(rows, "checkpointing"))
+    if not each:
         return None
-    figure, row = plt.subplots(1, len(panels), figsize=(12, 2 + 0.15 * len(rows)), squeeze=False)
-    for axes, (saved, group) in zip(row[0], panels, strict=True):
-        bars = group.set_index("label")[::-1].filter(like=", at peak").rename(columns=lambda name: name.split(",")[0])
-        bars = bars.fillna(0) / 2**30
-        bars.loc[:, bars.max() >= 0.005].plot.barh(stacked=True, ax=axes, width=0.75, color=CATEGORIES, legend=saved)
-        axes.set(title=report.words({"checkpointing": saved}), xlabel="GiB", ylabel="")
+    figure, columns = plt.subplots(1, len(each), figsize=(12, 2 + 0.15 * len(rows)), squeeze=False)
+    for number, (axes, (case, group)) in enumerate(zip(columns[0], each, strict=True)):
+        bars = pd.DataFrame(group["memory"].tolist(), group["label"])[::-1].fillna(0) / 2**30
+        bars = bars.loc[:, bars.max() >= 0.005]
+        bars.plot.barh(stacked=True, ax=axes, width=0.75, color=CATEGORIES, legend=number > 0)
+        axes.set(title=case, xlabel="GiB", ylabel="")
         axes.grid(axis="y", visible=False)
     return figure
 
 
+PLOTS: dict[str, Callable[[pd.DataFrame], Figure | None]] = {
+    "update": update,
+    "hooks": hooks,
+    "step": step,
+    "memory": memory,
+}
+
+
 def draw(device: Device, folder: Path) -> Iterator[Path]:
     """Draws what was measured on the device."""
-    for question, plot in {**PLOTS, "memory": memory}.items():
+    for question, plot in PLOTS.items():
+        rows = device.of_question(question)
         with plt.rc_context(STYLE):
-            figure = plot(device, question) if len(device.of_question(question)) else None
-            if figure is not None:
+            if len(rows) and (figure := plot(rows)):
                 file = folder / f"{device.name}-{question}.svg"
                 figure.savefig(file, metadata={"Date": None})
                 plt.close(figure)

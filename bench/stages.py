@@ -71,7 +71,7 @@ def stages(capability: str, cores: int) -> list[Stage]:
     large, ours = "16777216 or 268435456", "(sgd_ or sq_norm_) and "
     steps = ("--full", "-k")
     layers = "(linear and bfloat16) or (291 and bfloat16) or captured"
-    simulated = "real_run and checkpointing and not lomo_optim and not fp32 and not foreach and not clipping"
+    simulated = "llama-1b and checkpointing and not lomo_optim and not fp32 and not foreach and not clipping"
     counted = bench("", 0, "update norm", "--full", "-k", f"{ours} bfloat16 and 268435456").command
     counted = [*NCU, *(word for word in counted if word != "--benchmark-enable")]  # then each is called once
     return [

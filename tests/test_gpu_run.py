@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import budget, gpu, results
 from bench.budget import Stage
+from bench.buffers import DTYPES
 
 TESTS = Path(__file__).parent
 slow = pytest.mark.slow  # the pretended run takes 35 s
@@ -59,6 +61,24 @@ def test_whatever_a_stage_does_the_next_one_runs(tmp_path: Path) -> None:
         assert not alive(int(outcomes[name].output.read_text())), f"{name}: its child lives on"
     assert outcomes["fails"].output.read_text() == "why\n"
     assert len(gpu.ends(outcomes["spews"].output)) < 1.1 * gpu.PRINTED
+
+
+def test_what_a_stage_has_before_its_limit_is_kept(tmp_path: Path) -> None:
+    """It is interrupted, as by Ctrl-C, and pytest writes what it has measured."""
+    (tmp_path / "test_slow.py").write_text("""
+import time
+def test_one(benchmark):
+    benchmark.pedantic(int, rounds=2)
+def test_two(benchmark):
+    time.sleep(600)
+""")
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--rootdir", str(tmp_path), str(tmp_path)]
+    command += ["--benchmark-enable", f"--benchmark-json={tmp_path}/measured.json"]
+    environment = {"PYTEST_XDIST_WORKER": "", "PYTEST_ADDOPTS": ""}
+    outcome = run([Stage("slow", 16, command, environment)], tmp_path, 60)["slow"]
+    assert outcome.status == "stopped at its limit of 16 s", outcome.output.read_text()
+    (benchmark,) = json.loads((tmp_path / "measured.json").read_text())["benchmarks"]
+    assert benchmark["name"] == "test_one" and len(benchmark["stats"]["data"]) == 2
 
 
 def test_the_budget_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,10 +154,14 @@ def walked(machine: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def measured(machine: Path, walked: object) -> results.Results:
-    (file,) = (machine / "results").glob("*.json")
-    assert file.name.startswith("pretended-gpu-")
-    return results.read(file)
+def folder(machine: Path, walked: object) -> Path:
+    """The results of the pretended device."""
+    return machine / "results" / "pretended-gpu"
+
+
+@pytest.fixture(scope="module")
+def measured(folder: Path) -> list[dict[str, Any]]:
+    return [results.read(file) for file in sorted(folder.glob("*.json")) if file.name != "stages.json"]
 
 
 def lines(file: Path) -> list[dict[str, str]]:
@@ -146,10 +170,10 @@ def lines(file: Path) -> list[dict[str, str]]:
 
 @slow
 def test_every_stage_but_those_that_cannot_passes_on_a_pretended_gpu(
-    walked: subprocess.CompletedProcess[str], measured: results.Results, machine: Path
+    walked: subprocess.CompletedProcess[str], folder: Path, machine: Path
 ) -> None:
     """One hangs and one fails."""
-    said = {name: check["said"] for name, check in measured.checks.items()}
+    said = {name: check["said"] for name, check in json.loads((folder / "stages.json").read_text()).items()}
     expected = {stage.name: "passed" for stage in gpu.stages("9.0", 16)}
     expected |= {"hang": "stopped at its limit of 2 s", "fail": "exit status 3"}
     assert said == expected, walked.stdout[-3000:] + (machine / "results" / "log.txt").read_text()[-3000:]
@@ -160,25 +184,33 @@ def test_every_stage_but_those_that_cannot_passes_on_a_pretended_gpu(
 
 
 @slow
-def test_all_that_was_measured_is_in_the_results(measured: results.Results) -> None:
-    assert measured.environment["device"] == "Pretended GPU"
-    assert measured.environment["commit"] == "c" * 40
+def test_all_that_was_measured_is_in_the_results(measured: list[dict[str, Any]]) -> None:
+    assert {content["machine_info"]["device"] for content in measured} == {"Pretended GPU"}
+    assert {content["commit_info"]["id"] for content in measured} == {"c" * 40}
+    benchmarks = [benchmark for content in measured for benchmark in content["benchmarks"]]
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for benchmark in benchmarks:
+        case = benchmark["params"] | benchmark["extra_info"]
+        cases.setdefault(benchmark["group"], []).append(case)
+        assert benchmark["stats"]["data"] and len(case["baseline_seconds"]) in (0, len(benchmark["stats"]["data"]))
     questions = {"ceilings", "update", "norm", "lists", "linear", "captured", "hooks", "step", "memory", "embedding"}
-    assert measured.questions() == questions
+    assert cases.keys() == questions
     for question in ("update", "norm"):
-        found = {(one.case["backend"], one.case["dtype"], one.case["elements"]) for one in measured.of(question)}
-        assert found == {(b, d, n) for b in ("cuda", "triton") for d in results.DTYPES for n in (2**24, 2**28)}
-    assert {one.case["model"] for one in measured.of("step")} == {"1.1B", "6.7B"}
-    assert {one.case["tokens"] for one in measured.of("linear")} == {256, 1024, 4096, 16384}
-    assert {"lomo_optim", "optimi"} <= measured.missing.keys(), "missing peers are no failures"
+        found = {(case["backend"], case["dtype"], case["elements"]) for case in cases[question]}
+        assert found == {(b, d, n) for b in ("cuda", "triton") for d in DTYPES for n in (2**24, 2**28)}
+    assert {case["model"] for case in cases["step"]} == {"1.1B", "6.7B"}
+    assert {case["tokens"] for case in cases["linear"]} == {256, 1024, 4096, 16384}
+    missing = " ".join(reason for content in measured for reason in content["missing"])
+    assert "lomo_optim: lomo_optim" in missing and "optimi: optimi" in missing, "missing peers are no failures"
 
 
 @slow
-def test_the_report_shows_it(measured: results.Results, machine: Path) -> None:
-    (file,) = (machine / "results").glob("*.json")
+def test_the_report_shows_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = pytest.importorskip("bench.report", reason="tables need the extra 'bench'")
-    device = report.Device.of((file,), measured)
-    text = "\n".join(part for name in report.TABLES for part in report.tables(name, device))
+    monkeypatch.setattr(results, "RESULTS", folder.parent)
+    (device,) = report.devices()
+    names = ["environment", *report.TABLES]
+    text = "\n".join(part for name in names for part in report.tables(name, device))
     for words in ("| device | Pretended GPU |", "| copy |", "- hang: stopped at its limit of 2 s", "| addmm_ |"):
         assert words in text
 

@@ -136,17 +136,15 @@ def make_tiny() -> None:
     buffers.CACHE["cuda"] = 2**16
     whole = buffers.Buffers.__init__
     buffers.Buffers.__init__ = lambda self, dtype, elements, device: whole(self, dtype, min(elements, 2000), device)
-    measure.SAMPLE["cuda"], measure.ROUNDS = 1e-5, (2, 3)
+    measure.ROUND["cuda"], measure.ROUNDS = 1e-5, (2, 3)
     bench_ceilings.BYTES["cuda"], bench_ceilings.SIDE["cuda"] = 2**16, 32
     bench_linear.SHAPE["cuda"] = (40, 32)
-    bench_embedding.ROWS["cuda"], bench_embedding.WIDTH["cuda"] = 300, 16
+    bench_embedding.SHAPE["cuda"] = (300, 16)
     bench_captured.CONFIG = TINY
     bench_step.MODELS.update({"1.1B": TINY, "6.7B": dataclasses.replace(TINY, layers=1)})
     attach = bench_step.Trained.__init__
-    bench_step.Trained.__init__ = lambda self, name, model, case, *rest: attach(
-        self, name, model, case._replace(tokens=16), *rest
-    )
-    bench_memory.RUN["cuda"] = ("tiny", TINY, 16)
+    bench_step.Trained.__init__ = lambda self, name, whole, tokens, *rest: attach(self, name, whole, 16, *rest)
+    bench_memory.RUN["cuda"] = ("llama-1b", TINY, 16)
 
 
 def pytest_configure(config: Any) -> None:
