@@ -62,8 +62,14 @@ def spawn(stage: Stage, output: Path) -> Process:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            preexec_fn=os.setpgrp,
+            preexec_fn=_lead,
         )
+
+
+def _lead() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would what it starts."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Running:

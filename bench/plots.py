@@ -119,7 +119,7 @@ def draw(device: Device, folder: Path) -> Iterator[Path]:
         rows = device.of_question(question)
         with plt.rc_context(STYLE):
             if len(rows) and (figure := plot(rows)):
-                file = folder / f"{device.name}-{question}.svg"
+                file = folder / f"{device.folder.name}-{question}.svg"
                 figure.savefig(file, metadata={"Date": None})
                 plt.close(figure)
                 yield file

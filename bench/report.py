@@ -8,6 +8,7 @@ that the documents say what the committed results say.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -27,37 +28,25 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"tables and plots need {error.name}: pip install '.[bench]'", name=error.name) from error
 
 MARK = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- end bench -->)", re.DOTALL)
-HEADLINE = 2**24  # elements: neither a parameter nor its gradient fits in a cache
 GIB, MIB = 2**30, 2**20
 STEP = ("model", "tokens", "checkpointing")
+PAPERS = f"LLaMA-7B, sequence {paper.SEQUENCE}, batch {paper.BATCH}"
 #: In the order of tables and bars. "not named" is what the paper's totals have beyond its categories.
-CATEGORIES = (
-    *("parameters", "gradients", "optimizer states", "activations", "kept factors", "temporaries", "workspace"),
-    "not named",
-)
+CATEGORIES = ["parameters", "gradients", "optimizer states", "activations", "kept factors", "temporaries", "workspace"]
+CATEGORIES += ["not named"]
 
 
 class Device(NamedTuple):
     """What was measured on one device: the contents of its files by name, and a row for each benchmark."""
 
-    name: str
+    folder: Path
     files: dict[str, dict[str, Any]]
     rows: pd.DataFrame
 
     @classmethod
     def of(cls, folder: Path) -> Device:
         files = {file.name: results.read(file) for file in sorted(folder.glob("*.json")) if file.name != "stages.json"}
-        return cls(folder.name, files, frame([one for run in files.values() for one in run["benchmarks"]]))
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """The machine, as the newest file has it."""
-        return dict(max(self.files.values(), key=lambda run: run["datetime"])["machine_info"])
-
-    @property
-    def title(self) -> str:
-        detail = [] if "capability" in self.about else [str(self.rows["detail"].iloc[0])]
-        return ", ".join([self.about["device"], *detail])
+        return cls(folder, files, frame([one for run in files.values() for one in run["benchmarks"]]))
 
     def of_question(self, question: str) -> pd.DataFrame:
         """The rows of a question, without columns that it does not have."""
@@ -77,16 +66,14 @@ def frame(benchmarks: list[dict[str, Any]]) -> pd.DataFrame:
         usual = first.setdefault(row["question"], row)
         if row["backend"] == "cpu" and row["detail"] != usual["detail"]:
             continue
-        other = [row[key] for key in ("backend", "detail") if row[key] != usual[key]]
-        other += [f"{row['malloc']} malloc"] if row.get("malloc") != usual.get("malloc") else []
-        row["label"] = ", ".join([row["implementation"], *other])
+        backend = [] if row["backend"] == usual["backend"] else [row["backend"]]
+        malloc = [] if row.get("malloc") == usual.get("malloc") else [f"{row['malloc']} malloc"]
+        row["label"] = ", ".join([row["implementation"], *backend, *malloc])
         if seconds := benchmark["stats"]["data"]:
             row["seconds"] = np.median(seconds)
         if ratios := results.ratios(benchmark):
-            row |= {"ratio": np.array(ratios), "fraction": 1 / np.array(ratios)}
-            if "parameters" in row:
-                above = np.subtract(seconds, row["baseline_seconds"])
-                row["cost"] = 1e6 * above / row["parameters"]
+            above = np.subtract(seconds, row["baseline_seconds"]) / row.get("parameters", 1)
+            row |= {"ratio": np.array(ratios), "fraction": 1 / np.array(ratios), "cost": 1e6 * above}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -94,22 +81,20 @@ def frame(benchmarks: list[dict[str, Any]]) -> pd.DataFrame:
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def percentiles(samples: Any) -> tuple[float, float, float]:
+def percentiles(samples: Any) -> Any:
     """Median, and the range of nineteen samples of twenty.
 
     Of 1367 comparisons between four runs of one commit the ranges were apart in 1, those of four samples of five in 8.
     """
-    median, low, high = np.percentile(samples, (50, 2.5, 97.5))
-    return float(median), float(low), float(high)
+    return np.percentile(samples, (50, 2.5, 97.5))
 
 
 def spread(samples: Any, digits: int = 2, more: int = 2) -> str:
     """Small ones have more digits."""
     if not isinstance(samples, np.ndarray):
         return "-"
-    median, low, high = percentiles(samples)
-    digits += more * (median < 0.1)
-    return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    digits += more * (np.median(samples) < 0.1)
+    return "{:.{digits}f} ({:.{digits}f}-{:.{digits}f})".format(*percentiles(samples), digits=digits)
 
 
 def number(form: str, unit: float = 1.0) -> Callable[[Any], str]:
@@ -126,34 +111,27 @@ def count(value: float) -> str:
 
 def words(case: dict[str, Any]) -> str:
     """A case in words."""
+    forms = {"checkpointing": lambda saved: "checkpointing" if saved else "no checkpointing"}
+    forms |= {"model": "Llama {}".format, "malloc": "{} malloc".format}
+    forms |= {key: str for key in ("dtype", "shape", "group", "baseline", "clipping")}
+    return ", ".join(forms[key](value) if key in forms else f"{count(value)} {key}" for key, value in case.items())
 
-    def word(key: str, value: Any) -> str:
-        if key == "checkpointing":
-            return "checkpointing" if value else "no checkpointing"
-        if isinstance(value, (int, float)):
-            return f"{count(value)} {key}"
-        return {"model": f"Llama {value}", "malloc": f"{value} malloc"}.get(key, str(value))
 
-    return ", ".join(word(key, value) for key, value in case.items())
+def markdown(head: str, cells: pd.DataFrame) -> str:
+    """Numbers stand to the right; ours is bold."""
+    labels = [f"**{label}**" if ours(label) else label for label in cells.index]
+    lines = [[head, *cells.columns], *([label, *row] for label, row in zip(labels, cells.to_numpy(), strict=True))]
+    text = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    return "\n".join([text[0], "|---|" + "---:|" * len(cells.columns), *text[1:]]) + "\n"
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def markdown(head: str, cells: pd.DataFrame) -> str:
-    """Numbers stand to the right; ours is bold."""
-    lines = [
-        [head, *cells.columns],
-        *([f"**{row[0]}**" if ours(row[0]) else row[0], *row[1:]] for row in cells.itertuples()),
-    ]
-    text = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
-    return "\n".join([text[0], "|---|" + "---:|" * len(cells.columns), *text[1:]]) + "\n"
-
-
 def cases(rows: pd.DataFrame, *keys: str) -> Iterator[tuple[str, pd.DataFrame]]:
     """Each case of these columns, in words, and its rows."""
     present = [key for key in keys if key in rows]
-    for case, group in rows.groupby(present, sort=False):
+    for case, group in rows.groupby(present, sort=False) if len(rows) else []:
         yield words(dict(zip(present, case, strict=True))), group
 
 
@@ -171,18 +149,11 @@ def bandwidth(rows: pd.DataFrame) -> Iterator[str]:
     for dtype, group in cases(rows, "dtype"):
         head = f"{dtype}, fraction of the probe “{group['baseline'].iloc[0]}”"
         yield pivot(head, group, "fraction", functools.partial(spread, more=0), "elements")
-
-
-def norm(rows: pd.DataFrame) -> Iterator[str]:
-    yield from bandwidth(rows)
-    rows = rows[(rows["elements"] == min(HEADLINE, rows["elements"].max())) & (rows["label"] == rows["implementation"])]
-    for elements, group in cases(rows, "elements"):
-        yield pivot(f"{elements}, error relative to float64", group, "error", number("{:.0e}"), "dtype")
-
-
-def update_short(rows: pd.DataFrame) -> Iterator[str]:
-    shown = ("sgd_ nearest", "sgd_ stochastic", "add_", "SGD foreach", "lomo_optim")
-    yield from bandwidth(rows[rows["implementation"].isin(shown) & (rows["dtype"] == "bfloat16")])
+    if "error" in rows:  # of one size, which no cache holds
+        rows = rows[
+            (rows["elements"] == min(2**24, rows["elements"].max())) & (rows["label"] == rows["implementation"])
+        ]
+        yield pivot("error relative to float64", rows, "error", number("{:.0e}"), "elements", "dtype")
 
 
 def relative(rows: pd.DataFrame) -> Iterator[str]:
@@ -192,7 +163,7 @@ def relative(rows: pd.DataFrame) -> Iterator[str]:
 
 def hooks(rows: pd.DataFrame) -> Iterator[str]:
     for case, group in cases(rows, "shape", "dtype", "malloc"):
-        yield pivot(f"µs per parameter of {case}", group, "cost", lambda of: spread(of, 1), "parameters")
+        yield pivot(f"µs per parameter of {case}", group, "cost", functools.partial(spread, digits=1), "parameters")
 
 
 def ceilings(rows: pd.DataFrame) -> Iterator[str]:
@@ -212,45 +183,29 @@ def steps(rows: pd.DataFrame, unit: str = "GiB", short: bool = False) -> Iterato
             head = f"time, {malloc} malloc" if malloc else "time"
             columns[head] = timed.set_index("implementation")["ratio"].map(spread)
         memory = pd.DataFrame(first["memory"].tolist(), first.index)
-        if unit == "GiB":
-            columns["peak above the weights, GiB"] = memory["peak"].map(number("{:.3f}", GIB))
-        else:
-            columns["peak above the weights, MiB"] = memory["peak"].map(number("{:.0f}", MIB))
-            columns["kept between steps, MiB"] = memory["states"].map(number("{:.0f}", MIB))
-        relative = f", time relative to {group['baseline'].iloc[0]}" if "ratio" in group else ""
-        yield markdown(case + relative, pd.DataFrame(columns, first.index).fillna("-"))
-
-
-def step_short(rows: pd.DataFrame) -> Iterator[str]:
-    """Of the first case five methods."""
-    fused = (f"Lomo, clipping, {passes}, fused" for passes in ("two passes", "one pass"))
-    shown = rows["implementation"].isin([BASE, "lomo_optim, clipping", "Lomo", *fused])
-    first = (rows[list(STEP)] == rows.iloc[0][list(STEP)]).all(axis="columns")
-    yield from steps(rows[shown & first], short=True)
+        show = number("{:.3f}", GIB) if unit == "GiB" else number("{:.0f}", MIB)
+        columns[f"peak above the weights, {unit}"] = memory["peak"].map(show)
+        if "ranks" in group:
+            columns[f"kept between steps, {unit}"] = memory["states"].map(show)
+        baseline = f", time relative to {group['baseline'].iloc[0]}" if "ratio" in group else ""
+        yield markdown(case + baseline, pd.DataFrame(columns, first.index).fillna("-"))
 
 
 def table_1(rows: pd.DataFrame) -> pd.DataFrame:
     """LLaMA-7B as the paper's Table 1 has it, the loss not in chunks, after the paper's own rows."""
-    rows = rows[rows["model"] == paper.MODEL]
-    if "chunk" in rows:
-        rows = rows[rows["chunk"].isna()]
-    if rows.empty:
-        return rows
-    old = rows["kernels"].notna() if "kernels" in rows else pd.Series(False, rows.index)
-    rows = rows.assign(label=rows["implementation"] + ", simulated" + old.map({True: ", kernels of 2023", False: ""}))
+    rows = rows.reindex(columns=[*rows.columns.union(["chunk", "kernels"])])
+    rows = rows[(rows["model"] == paper.MODEL) & rows["chunk"].isna()]
+    old = rows["kernels"].map({"of 2023": ", kernels of 2023"}).fillna("")
+    rows = rows.assign(label=rows["implementation"] + ", simulated" + old)
     papers = []
-    for checkpointing, totals in paper.TOTALS.items():
-        for method, total in totals.items():
-            parts = {**paper.TABLE_1[method], "activations": paper.ACTIVATIONS[checkpointing]}
-            parts["not named"] = round(total - sum(parts.values()), 2)
-            memory = {name: size * GIB for name, size in parts.items()}
-            row = {"label": f"{method}, the paper", "checkpointing": checkpointing, "memory": memory, "most": memory}
-            papers.append(row)
-    rows = pd.concat([pd.DataFrame(papers), rows], ignore_index=True)
+    for checkpointing, method in itertools.product(paper.TOTALS, paper.TABLE_1):
+        parts = {**paper.TABLE_1[method], "activations": paper.ACTIVATIONS[checkpointing]}
+        parts["not named"] = round(paper.TOTALS[checkpointing][method] - sum(parts.values()), 2)
+        memory = {name: size * GIB for name, size in parts.items()}
+        papers.append([f"{method}, the paper", checkpointing, memory, memory])
+    columns = ["label", "checkpointing", "memory", "most"]
+    rows = pd.concat([pd.DataFrame(papers, columns=columns), rows[columns]]) if len(rows) else rows
     return rows.assign(peak=rows["memory"].map(lambda memory: sum(memory.values())))
-
-
-PAPERS = f"LLaMA-7B, sequence {paper.SEQUENCE}, batch {paper.BATCH}"
 
 
 def memory(rows: pd.DataFrame) -> Iterator[str]:
@@ -258,15 +213,12 @@ def memory(rows: pd.DataFrame) -> Iterator[str]:
         most = pd.DataFrame(group["most"].tolist(), group["label"]).reindex(columns=CATEGORIES)
         cells = most.assign(peak=group["peak"].to_numpy()).map(number("{:.2f}", GIB))
         yield markdown(f"{PAPERS}, {case}; GiB", cells)
-    if "measured" in rows:
-        rows = rows.dropna(subset="measured")
-        kept = rows["checkpointing"].map(lambda saved: words({"checkpointing": saved}))
-        cells = pd.DataFrame(
-            {"measured": rows["measured"], "simulated": rows["memory"].map(lambda of: sum(of.values()))}
-        )
-        ratio = (cells["simulated"] / cells["measured"]).map(number("{:.3f}"))
-        cells = cells.map(number("{:.1f}", MIB)).assign(**{"simulated / measured": ratio})
-        yield markdown("really run on this machine: peak, MiB", cells.set_index(rows["implementation"] + ", " + kept))
+    rows = rows.reindex(columns=[*rows.columns.union(["measured"])]).dropna(subset="measured")
+    for case, group in cases(rows, "checkpointing"):
+        simulated = group["memory"].map(lambda of: sum(of.values()))
+        cells = pd.DataFrame({"measured": group["measured"], "simulated": simulated}).map(number("{:.1f}", MIB))
+        cells["simulated / measured"] = (simulated / group["measured"]).map(number("{:.3f}"))
+        yield markdown(f"really run on this machine, {case}: peak, MiB", cells.set_index(group["implementation"]))
 
 
 def memory_short(rows: pd.DataFrame) -> Iterator[str]:
@@ -275,20 +227,13 @@ def memory_short(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def environment(device: Device) -> Iterator[str]:
-    about = {key.replace("_", " "): value for key, value in device.about.items() if key != "capability"}
-    about["peers"] = ", ".join(map(" ".join, about["peers"].items()))
-    yield markdown("", pd.Series(about).astype(str).to_frame(""))
-    files = {
-        f"[{name}]({device.name}/{name})": {
-            "date": run["datetime"][:10],
-            "torch": run["machine_info"]["torch"],
-            "commit": run["commit_info"]["id"][:7] + "+" * run["commit_info"]["id"].endswith("+"),
-        }
-        for name, run in device.files.items()
-    }
-    yield markdown("file", pd.DataFrame(files).T)
-    stages = results.RESULTS / device.name / "stages.json"
-    if stages.exists():
+    files = {}
+    for name, run in device.files.items():
+        about = run["machine_info"] | {"peers": ", ".join(map(" ".join, run["machine_info"]["peers"].items()))}
+        commit = re.sub(r"^(.{7})[^+]*", r"\1", run["commit_info"]["id"])
+        files[f"[{name}]({device.folder.name}/{name})"] = {"date": run["datetime"][:10], "commit": commit, **about}
+    yield markdown("", pd.DataFrame(files).T)
+    if (stages := device.folder / "stages.json").exists():
         checks = json.loads(stages.read_text()).items()
         yield "".join(f"- {stage}: {check['said']}, {check['seconds']:.0f} s\n" for stage, check in checks)
     if missing := sorted({reason for run in device.files.values() for reason in run["missing"]}):
@@ -297,25 +242,31 @@ def environment(device: Device) -> Iterator[str]:
 
 def source(device: Device) -> Iterator[str]:
     """One line: what gave the figures."""
-    dates = sorted({run["datetime"][:10] for run in device.files.values()})
-    threads = "" if "capability" in device.about else f"{device.about['threads']} thread, "
-    yield f"{device.title}, {threads}torch {device.about['torch']}, {' and '.join(dates)}.\n"
+    runs = sorted(device.files.values(), key=lambda run: run["datetime"])
+    about, dates = runs[-1]["machine_info"], " and ".join(sorted({run["datetime"][:10] for run in runs}))
+    torch = " and ".join(sorted({run["machine_info"]["torch"] for run in runs}))
+    yield f"{about['device']}, {device.rows['detail'].iloc[0]}, {about['threads']} thread, torch {torch}, {dates}.\n"
 
 
 #: By name in a document's mark; the first word is the question.
 TABLES: dict[str, Callable[[pd.DataFrame], Iterator[str]]] = {
     "ceilings": ceilings,
-    "update": bandwidth,
-    "update short": update_short,
-    "norm": norm,
+    **dict.fromkeys(("update", "update short", "norm"), bandwidth),
     **dict.fromkeys(("lists", "linear", "embedding", "captured"), relative),
     "hooks": hooks,
     "step": steps,
-    "step short": step_short,
-    "clipping": functools.partial(steps, short=True),
+    **dict.fromkeys(("step short", "clipping"), functools.partial(steps, short=True)),
     **dict.fromkeys(("data_parallel", "sharded"), functools.partial(steps, unit="MiB")),
     "memory": memory,
     "memory short": memory_short,
+}
+#: What short tables show: of a case these implementations.
+SHORT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "update short": ({"dtype": "bfloat16"}, ("sgd_ nearest", "sgd_ stochastic", "add_", "SGD foreach", "lomo_optim")),
+    "step short": (
+        {"model": "107M", "tokens": 256, "checkpointing": False},
+        (BASE, "lomo_optim, clipping", "Lomo", *(f"Lomo, clipping, {n}, fused" for n in ("two passes", "one pass"))),
+    ),
 }
 
 
@@ -327,6 +278,9 @@ def tables(name: str, device: Device) -> list[str]:
     if about := {"environment": environment, "source": source}.get(name):
         return list(about(device))
     table, rows = TABLES[name], device.of_question(name.split()[0])
+    if name in SHORT and len(rows):
+        case, shown = SHORT[name]
+        rows = rows[(rows[[*case]] == pd.Series(case)).all(axis="columns") & rows["implementation"].isin(shown)]
     return list(table(rows)) if len(rows) else []
 
 
@@ -337,7 +291,7 @@ def filled(text: str, measured: list[Device]) -> str:
         parts = []
         for device in measured:
             found = tables(match[2], device)
-            parts += [f"{device.title}:\n"] * (len(measured) > 1 and len(found) > 0) + found
+            parts += [f"{device.folder.name}:\n"] * (len(measured) > 1 and len(found) > 0) + found
         return match[1] + "\n" + "\n".join(parts or ["Not measured yet.\n"]) + "\n" + match[3]
 
     return MARK.sub(table, text)
