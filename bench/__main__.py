@@ -1,7 +1,7 @@
 """``python -m bench [QUESTION …] [--full] [--device …]``: measures, and prints the tables of what was measured.
 
 Each question is a file ``bench_<question>.py``, which pytest runs alone, too. What only a fresh process can be set to
-(allocator, backend) is set here: `settings` says which ones a question is asked with. The results of ``--full`` go to
+(the allocator) is set here: `settings` says which ones a question is asked with. The results of ``--full`` go to
 ``bench/results/<device>/<question>.json``, others to ``build/bench``; ``pytest-benchmark compare`` reads both.
 """
 
@@ -29,7 +29,6 @@ QUESTIONS = (
 # is asked by three, some minutes apart, and their samples are pooled.
 PROCESSES = 3
 ONCE = ("step", "clipping", "memory")  # whole steps take longest, and what is simulated is the same in all
-OURS = "sgd_ or sq_norm_"
 ALLOCATING = "lomo_optim or (vector_norm and float32)"  # float32 copies of 16-bit gradients and parameters
 TESTING = ROOT / "build" / "testing"  # from which pytest takes lomo_kernels_testing
 TABLE = ["--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname"]
@@ -42,10 +41,8 @@ Setting = tuple[dict[str, str], str]  # environment, and which of the tests (pyt
 
 
 def settings(question: str, device: str) -> list[Setting]:
-    if device == "cuda":
-        if question not in ("update", "norm", "lists"):
-            return [({}, "")]
-        return [({"LOMO_KERNELS_BACKEND": "cuda"}, ""), ({"LOMO_KERNELS_BACKEND": "triton"}, OURS)]
+    if device == "cuda":  # LOMO_KERNELS_BACKEND says which backend, as on a CPU LOMO_KERNELS_ISA which instruction set
+        return [({}, "")]
     if question in ("update", "norm"):
         return [({}, ""), (TUNED, ALLOCATING)]
     if question in ("step", "clipping"):
@@ -69,8 +66,6 @@ def main() -> int:
     parser.add_argument("question", nargs="*", help=f"{', '.join(QUESTIONS)} (default: all)")
     parser.add_argument("--full", action="store_true", help="every size and case: more than an hour, not minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to write, a folder for each device")
-    parser.add_argument("-k", dest="select", default="", help="only these tests, as pytest's -k selects them")
     arguments = parser.parse_args()
     questions = arguments.question or QUESTIONS
     if unknown := set(questions) - set(QUESTIONS):
@@ -79,22 +74,20 @@ def main() -> int:
         parser.error("--device cuda needs a GPU: torch.cuda.is_available() is False in this environment")
     if {"update", "norm"} & {*questions} and arguments.device == "cpu" and not any(TESTING.glob("*_testing.*.so")):
         parser.error("the probes of memory bandwidth are not built: run `make testing` first, then .venv/bin/python")
-    complete = arguments.full and not arguments.select
-    folder = (arguments.output or (RESULTS if complete else ROOT / "build" / "bench")) / folder_of(arguments.device)
+    folder = (RESULTS if arguments.full else ROOT / "build" / "bench") / folder_of(arguments.device)
     folder.mkdir(parents=True, exist_ok=True)  # before the measuring, which may take an hour
     answers: dict[str, dict[str, Any]] = {}
     failed = []
     processes = PROCESSES if arguments.full else 1
     for turn, question in itertools.product(range(processes), questions):
         for environment, select in [] if turn and question in ONCE else settings(question, arguments.device):
-            select = " and ".join(f"({part})" for part in (select, arguments.select) if part)
-            options = [f"--device={arguments.device}", *(["-k", select] if select else [])]
-            options += [f"--processes={1 if question in ONCE else processes}", *["--full"] * arguments.full]
+            options = [f"--device={arguments.device}", f"--processes={1 if question in ONCE else processes}"]
+            options += [*["-k", select][: 2 * bool(select)], *["--full"] * arguments.full]
             run, status = measure(question, environment, options)
             if run:
                 answers[question] = results.pooled([answers[question], run] if question in answers else [run])
                 results.write(folder / f"{question}.json", answers[question])
-            if status not in (0, 5):  # 5: -k left nothing
+            if status:
                 failed.append(f"{question} {environment or ''}")
     if answers:
         from . import report

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import cached_property, partial
 from itertools import count
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -38,14 +36,8 @@ class Buffers:
     """Pairs of a parameter and its gradient, each of `elements` numbers, to be used in turn."""
 
     def __init__(self, dtype: torch.dtype, elements: int, device: str) -> None:
-        """
-        Raises:
-            MemoryError: they would take more than half of the free memory.
-        """
         pair = 2 * elements * dtype.itemsize
         count = min(max(-(-CACHE[device] // pair), 1), VIEWS)
-        if 2 * count * pair > free_memory(device):
-            raise MemoryError(f"{count * pair / 2**30:.1f} GiB of buffers are more than half of the free memory")
         generator = torch.Generator(device).manual_seed(0)
         random = torch.randn(2, min(2**22, count * elements), device=device, generator=generator).to(dtype)
 
@@ -90,12 +82,3 @@ class Buffers:
         rounds = [[timed(probe, times, self.device) for probe in probes] for _ in range(PROBE_ROUNDS)]
         medians = [median(seconds) for seconds in zip(*rounds, strict=True)]
         return Baseline("read 2, write 1", ways[medians.index(min(medians))])
-
-
-def free_memory(device: str) -> int:
-    """Bytes that can be had without swapping."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    assert found, "no MemAvailable in /proc/meminfo"
-    return int(found[1]) * 1024

@@ -89,10 +89,7 @@ def benchmark(benchmark, device, request):
 
 @pytest.fixture(scope="module")
 def buffers(elements, dtype, device):
-    try:
-        return Buffers(getattr(torch, dtype), elements, device)
-    except MemoryError as error:
-        pytest.skip(f"{elements} elements, {dtype}: {error}")
+    return Buffers(getattr(torch, dtype), elements, device)
 
 
 @pytest.fixture(scope="module")

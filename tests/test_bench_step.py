@@ -48,15 +48,6 @@ def test_a_wrong_method_is_found(method: Method, name: str, because: str) -> Non
     assert "elements of" in methods.wrong(name, method, torch.bfloat16, "cpu"), because
 
 
-def test_the_fused_path_is_taken_where_it_is_right() -> None:
-    class Wrong(torch.optim.SGD):
-        def __init__(self, params: list[nn.Parameter], lr: float, fused: bool = False, foreach: bool = False) -> None:
-            super().__init__(params, lr=2 * lr if fused else lr)
-
-    assert methods.fastest(torch.optim.SGD, torch.float32, "cpu") == {"fused": True}
-    assert methods.fastest(Wrong, torch.float32, "cpu") == {"foreach": True}
-
-
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[ByteLlama]:
     monkeypatch.setitem(bench_step.MODELS, "tiny", methods.TINY)
