@@ -22,8 +22,7 @@ cuda_build := $(if $(CI),$(if $(nvcc),,$(comma)cuda-build))
 need_compiler := for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/dev/null && exit; done; \
   echo "A C++17 compiler is needed: install one (Debian, Ubuntu: apt install g++) or set CXX." >&2; exit 1
 
-after := echo "Next: '$(bin)/python -m bench.report' writes bench/results/README.md and the documents' tables from it;" \
-  "'$(bin)/python -m bench.compare OLD NEW' says what became faster or slower."
+after := echo "'$(bin)/pytest-benchmark compare OLD NEW' shows results of two files side by side."
 
 .PHONY: help demo test sanitize bench bench-full machine-code gpu lint format testing clean environment FORCE
 .NOTPARALLEL:
@@ -44,6 +43,7 @@ bench: testing   ## measure a short selection; ARGS="update norm" selects questi
 
 bench-full: testing   ## measure every size and case, which takes more than an hour
 	@$(bin)/python -m bench --full $(ARGS)
+	@echo "Next: '$(bin)/python -m bench.report' writes bench/results/README.md and the documents' tables from it."
 	@$(after)
 
 machine-code: $(stamps)/test   ## count the GPU kernels' instructions, without a GPU

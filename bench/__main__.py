@@ -31,9 +31,7 @@ PROCESSES = 3
 ONCE = ("step", "clipping", "memory")  # whole steps take longest, and what is simulated is the same in all
 ALLOCATING = "lomo_optim or (vector_norm and float32)"  # float32 copies of 16-bit gradients and parameters
 TESTING = ROOT / "build" / "testing"  # from which pytest takes lomo_kernels_testing
-TABLE = ["--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname"]
-OPTIONS = ["-q", "-p", "no:cacheprovider", "--benchmark-enable", *TABLE]
-THREADS = {"OMP_NUM_THREADS": "1"}
+OPTIONS = ["-q", "-p", "no:cacheprovider", "--benchmark-enable", "--benchmark-columns=median,iqr,rounds"]
 # Freed memory stays with the process: no page is given back to the system and faulted in again.
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
@@ -106,7 +104,9 @@ def measure(question: str, environment: dict[str, str], options: list[str]) -> t
         file = Path(folder) / "measured.json"
         command = [sys.executable, "-m", "pytest", *OPTIONS, f"--benchmark-json={file}", f"bench/bench_{question}.py"]
         print("+", *map("=".join, environment.items()), f"bench_{question}", *options, flush=True)
-        status = subprocess.run([*command, *options], cwd=ROOT, env={**os.environ, **THREADS, **environment}).returncode
+        status = subprocess.run(
+            [*command, *options], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        ).returncode
         return (results.read(file) if file.exists() else None), status
 
 

@@ -116,22 +116,19 @@ def paired(benchmark, device, request):
         def compared():
             baseline.call(next(numbers))
 
-        def teardown():
-            if baseline:
-                samples.append(measure.timed(compared, compared_iterations, device) * baseline.scale)
-
         if benchmark.disabled:
-            compared_iterations = 1
-            benchmark.pedantic(target, teardown=teardown())
-            return
+            benchmark.pedantic(target)
+            return compared() if baseline else None
         iterations, seconds = measure.calibrated(target, device)
-        if baseline:
-            compared_iterations, more = measure.calibrated(compared, device)
-            extra_info["baseline"] = baseline.name
-            seconds += more
-        rounds = measure.rounds_for(seconds, request.config.getoption("processes"))
-        benchmark.extra_info |= extra_info
-        benchmark.pedantic(target, teardown=teardown, iterations=iterations, rounds=rounds, warmup_rounds=1)
+        compared_iterations, compared_seconds = measure.calibrated(compared, device) if baseline else (0, 0.0)
+
+        def compare():
+            samples.append(measure.timed(compared, compared_iterations, device) * baseline.scale)
+
+        rounds = measure.rounds_for(seconds + compared_seconds, request.config.getoption("processes"))
+        rounds_of = {"iterations": iterations, "rounds": rounds, "warmup_rounds": 1}
+        benchmark.extra_info |= extra_info | ({"baseline": baseline.name} if baseline else {})
+        benchmark.pedantic(target, teardown=compare if baseline else None, **rounds_of)
         benchmark.extra_info["baseline_seconds"] = samples[1 : rounds + 1]  # without the warm-up's
 
     return run

@@ -46,7 +46,8 @@ def lines(rows: pd.DataFrame, x: str, y: str, title: str, keys: list[str], **set
     figure, column = plt.subplots(len(panels), 1, figsize=(10, 3.7 * len(panels)), squeeze=False)
     for axes, (case, group) in zip(column[:, 0], panels, strict=True):
         seen = {True: 0, False: 0}
-        for label, line in group.sort_values(x, kind="stable").groupby("label", sort=False):
+        for label, line in group.groupby("label", sort=False):
+            line = line.sort_values(x)
             median, low, high = np.array([report.percentiles(samples) for samples in line[y]]).T
             number, mine = seen[ours(label)], ours(label)
             style = {"color": BLUE if mine else OTHERS[number % len(OTHERS)], "marker": MARKS[number % len(MARKS)]}
@@ -57,7 +58,9 @@ def lines(rows: pd.DataFrame, x: str, y: str, title: str, keys: list[str], **set
             axes.set_xscale("log", base=2)
             axes.set_xticks(values := sorted(group[x].unique()), map(report.count, values))
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-        axes.set(title=title.format(case=case, baseline=group["baseline"].iloc[0]), **settings)
+        axes.set(title=title.format(case=case, baseline=group["baseline"].iloc[0]), **{"xlabel": x} | settings)
+        if y != "cost":
+            axes.axhline(1, color=GREY, linewidth=1.2)
     return figure
 
 

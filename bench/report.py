@@ -54,7 +54,7 @@ class Device(NamedTuple):
 
 
 def devices() -> list[Device]:
-    return [Device.of(folder) for folder in sorted(results.RESULTS.iterdir()) if folder.is_dir()]
+    return [Device.of(folder) for folder in sorted({file.parent for file in results.RESULTS.glob("*/*.json")})]
 
 
 def frame(benchmarks: list[dict[str, Any]]) -> pd.DataFrame:

@@ -67,7 +67,7 @@ def synthetic():
             "Lomo, clipping, one pass, fused": (0.97, 150),
             "Lomo": (1.0, 110),
         }.items():
-            case = {"model": "30M", "tokens": 256, "checkpointing": checkpointing}
+            case = {"model": "107M", "tokens": 256, "checkpointing": checkpointing}
             memory = {"weights": 50 * 2**20, "states": 0, "peak": peak * 2**20}
             runs["step"].append(timed(who, speed, baseline=BASE, memory=memory, **case))
         for who, states in (("AdamW", 25), ("Lomo, clipping, two passes, fused", 0)):
@@ -166,7 +166,7 @@ def test_hooks_cost_what_is_above_a_bare_backward(machine):
 
 def test_steps_name_their_baseline_and_have_a_column_for_each_malloc(tmp_path, machine):
     text = table(machine, "step")
-    case = "Llama 30M, 256 tokens, no checkpointing"
+    case = "Llama 107M, 256 tokens, no checkpointing"
     assert f"| {case}, time relative to {BASE} | step, s | tokens/s | time, stock malloc |" in text
     assert "| AdamW | 0.00125 | 204800 | 1.25 (1.23-1.27) | 0.586 |" in text
     runs = synthetic()
@@ -206,7 +206,7 @@ def test_the_papers_totals_are_its_own(machine):
 def test_a_model_that_ran_stands_next_to_its_simulation(tmp_path):
     run = {"model": "small", "sequence": 1, "batch": 1, "checkpointing": True}
     device = device_of(tmp_path, {"memory": run_of("memory", [simulated("Lomo", {"all": 2**20}, 2**21, **run)])})
-    assert "| **Lomo, checkpointing** | 2.0 | 1.0 | 0.500 |" in table(device, "memory")
+    assert "| **Lomo** | 2.0 | 1.0 | 0.500 |" in table(device, "memory")
     assert table(device, "memory short") == "" and list(plots.draw(device, tmp_path)) == []
 
 
@@ -226,10 +226,10 @@ def test_each_file_has_its_date_and_commit_and_a_gpu_its_stages(tmp_path, monkey
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     text = table(device, "environment")
     assert "- ncu: passed, 3 s\n- more: exit status 1, 4 s\n" in text and "- optimi: not installed" in text
-    assert "| [a.json](machine-avx2/a.json) | 2026-01-02 | 2.13 | aaaaaaa |" in text
+    assert "| [a.json](machine-avx2/a.json) | 2026-01-02 | aaaaaaa | Machine |" in text
     assert "| **sq_norm_** | 0.90 (" in table(device, "norm")
-    assert "| **sq_norm_, triton, triton** | 0.70 (" in table(device, "norm")
-    assert table(device, "source") == "Machine, torch 2.13, 2026-01-02.\n"
+    assert "| **sq_norm_, triton** | 0.70 (" in table(device, "norm")
+    assert table(device, "source") == "Machine, cuda, 1 thread, torch 2.13, 2026-01-02.\n"
 
 
 @pytest.mark.parametrize(
