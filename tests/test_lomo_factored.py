@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import math
 import pickle
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,26 @@ from support.models import Options, assert_same_bits, gives, loss_of, on_gradien
 from support.ways import WAYS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lomo_kernels import AdaLomo, Lomo
 from lomo_kernels.optim.factored_rules import NUMBERS, FactoredRule, Factors, Sums, TensorRule
 from lomo_kernels.optim.managed_parameter import ManagedParameter
 from lomo_kernels.optim.rule_state import RuleState
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts the calls of this library's operators by name."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "lomo_kernels":
+            self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
 
 # ---- The rules ------------------------------------------------------------------------------------------------------
 
@@ -51,7 +67,23 @@ def test_steps_are_those_of_the_rule(options: dict[str, Any], rule: str) -> None
         optimizer.backward(model(tokens(step)))
         book.step(book.model(tokens(step)))
         assert all(param.grad is None for param in model.parameters())
+        assert optimizer.last_grad_norm.item() == pytest.approx(book.norm, rel=1e-6)
     assert_equal(model, book)
+
+
+@pytest.mark.parametrize("clip_grad_value", [None, 0.01])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_gradient_is_read_no_more_often_than_the_rule_needs(rule: str, clip_grad_value: float | None) -> None:
+    """The norm is the root of the rows' sums, unless a clip value has changed these."""
+    model = nn.ModuleList(nn.Linear(150, 150, bias=False) for _ in range(3))
+    optimizer = Lomo(model, rule=rule, clip_grad_value=clip_grad_value)
+    counts: Counter[str] = Counter()
+    with CountCalls(counts):
+        optimizer.backward(sum(gives(layer.weight, torch.ones(150, 150)) for layer in model))
+    of_norm, of_size = 3 * (clip_grad_value is not None), 3 * (rule == "adalomo")
+    expected = {"factor_sums_": 3, "factored_update_": 3, "factored_sq_norm_": of_size, "sq_norm_": of_norm + of_size}
+    assert counts == Counter({f"lomo_kernels::{name}": count for name, count in expected.items() if count})
+    assert optimizer.last_grad_norm.item() == pytest.approx(3**0.5 * 150)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -143,9 +143,10 @@ class FactoredPart:
                 managed.index,
                 block.shard,
             )
-        if len(self._blocks) == 1 and self._blocks[0].weight.data_ptr() != local.data_ptr():
+        weight = self._blocks[0].weight if len(self._blocks) == 1 else local
+        if weight.untyped_storage()._cdata != local.untyped_storage()._cdata:
             # `reshape` made a copy: the rows do not follow each other in memory.
-            local.copy_(self._blocks[0].weight.view(local.shape))
+            local.copy_(weight.view(local.shape))
         torch.autograd.graph.increment_version(managed.local)
         if managed.shard is not None:
             torch.autograd.graph.increment_version(managed.param)

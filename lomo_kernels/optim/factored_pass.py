@@ -42,7 +42,7 @@ class FactoredPass(UpdatePass, NormPass):
         self._handle_list([managed], [grad])
 
     def _handle_list(self, managed_params: Sequence[ManagedParameter], grads: list[Tensor]) -> None:
-        if not self.norm_known:
+        if not self.norm_known and managed_params[0].scalars.clamps:
             NormPass._handle_list(self, managed_params, grads)
         together: dict[tuple[dist.ProcessGroup, ...], list[FactoredPart]] = {}
         for managed, grad in zip(managed_params, grads, strict=True):
@@ -60,6 +60,9 @@ class FactoredPass(UpdatePass, NormPass):
         sums = torch.zeros(sum(part.length for part in parts), dtype=torch.float64, device=device)
         for part, piece in zip(parts, _pieces(sums, [part.length for part in parts]), strict=True):
             part.add_sums(piece, of_param=rule.needs_scale)
+            if not (self.norm_known or part.managed.scalars.clamps):
+                # Nothing has clipped the gradient, so the rows' sums are its norm: a read less, of four with "adalomo".
+                part.managed.slot.add_(part.sums.rows.sum())
         self._add_other_ranks(sums, groups)
         factors = [rule.factors(part.managed, part.sums, state.of(part.managed), state.step(device)) for part in parts]
         coefs = [of_part.coef for of_part in factors]

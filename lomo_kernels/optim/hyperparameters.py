@@ -100,10 +100,12 @@ class GroupScalars:
         self.lr, self.weight_decay, self.clip_value = (
             LiveScalar(vector[NAMES.index(name)]) for name in ("lr", "weight_decay", "clip_value")
         )
+        self.clamps = True  # whether the group has a clip value
 
     def set(self, group: dict[str, Any], lr: float | Tensor | None) -> None:
         """Takes over a group's present values; `lr`, if given, stands in for the group's."""
         self.lr.set(group["lr"] if lr is None else lr)
         self.weight_decay.set(group["weight_decay"])
         clip_value = group["clip_grad_value"]
+        self.clamps = clip_value is not None
         self.clip_value.set(math.inf if clip_value is None else clip_value)
