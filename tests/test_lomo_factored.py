@@ -433,8 +433,6 @@ def test_refused_options() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="expected one of 'sgd', 'sign', 'tensor', 'rows', 'adalomo'"):
         Lomo(model, rule="adam")
-    with pytest.raises(ValueError, match="needs sums of each gradient, and with fused_layers there is none"):
-        Lomo(model, rule="adalomo", fused_layers=True)
     with pytest.raises(ValueError, match="clip_tensor bounds a gradient"):
         Lomo(model, rule="rows", clip_tensor=1.04)
     refused: dict[str, dict[str, Any]] = {

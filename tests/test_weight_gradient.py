@@ -48,7 +48,7 @@ def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("formed tiles")
 
-    monkeypatch.setattr(WeightGradient, "_tiles", refuse)
+    monkeypatch.setattr(WeightGradient, "tiles", refuse)
 
 
 @pytest.mark.usefixtures("no_tiles")
@@ -67,8 +67,8 @@ def test_a_tied_head_is_normed_without_tiles(
 def test_where_the_parts_cancel_tiles_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedding's rows undo the head's gradient, but for a hundredth."""
     used: list[bool] = []
-    tiles = WeightGradient._tiles
-    monkeypatch.setattr(WeightGradient, "_tiles", lambda self, weight: used.append(True) or tiles(self, weight))
+    tiles = WeightGradient.tiles
+    monkeypatch.setattr(WeightGradient, "tiles", lambda self, weight: used.append(True) or tiles(self, weight))
     head, _, _ = pairs(torch.float32, 40)
     few = torch.zeros(40, VOCAB)
     few[:, :12] = head.grad_output[:, :12]

@@ -181,7 +181,7 @@ def zero_tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[
 
 def add_rows(tile: Tensor, first: int, index: Tensor, grad_output: Tensor, padding_idx: int) -> None:
     """Adds an embedding's rows to the tile that begins with row `first`, in a fixed order."""
-    (row,), gy = _rows_of([index], [padding_idx]), flat(grad_output)
+    (row,), gy = rows_of([index], [padding_idx]), flat(grad_output)
     here = (row >= first) & (row < first + len(tile))
     if _may_be_read(tile.device):
         tile.index_add_(0, row[here] - first, gy[here].float())  # on a CPU one after the other; index_put_ is not
@@ -196,7 +196,7 @@ def _may_be_read(device: torch.device) -> bool:
     return device.type == "cpu" and _simulated_device is None
 
 
-def _rows_of(indices: Sequence[Tensor], padding_idx: Sequence[int]) -> list[Tensor]:
+def rows_of(indices: Sequence[Tensor], padding_idx: Sequence[int]) -> list[Tensor]:
     """The tokens' rows, int64 [tokens], one per use; -1 where a token counts nothing."""
     flat = [index.reshape(-1).long() for index in indices]
     return [torch.where(row == padding, -1, row) for row, padding in zip(flat, padding_idx, strict=True)]
@@ -206,20 +206,44 @@ def _embedding_column_tiles(
     indices: Sequence[Tensor], grad_outputs: Sequence[Tensor], padding_idx: Sequence[int]
 ) -> Iterator[Tensor]:
     """Some columns of the gradient's rows that tokens looked up, and of zeros: as many rows as there are tokens."""
-    rows_of, gys = _rows_of(indices, padding_idx), [flat(grad_output) for grad_output in grad_outputs]
-    lengths = [len(row) for row in rows_of]
-    tokens, columns = sum(lengths), gys[0].shape[1]
-    row, order = torch.cat(rows_of).sort(stable=True)
-    number = torch.ones_like(row)  # of a token's row, among those that were looked up, from one
-    number[1:] = row[1:] != row[:-1]
-    spare = torch.full_like(row, tokens)  # a last row, for tokens that count nothing
-    place = torch.empty_like(order).scatter_(0, order, torch.where(row >= 0, number.cumsum(0) - 1, spare))
+    rows_of_uses, gys = rows_of(indices, padding_idx), [flat(grad_output) for grad_output in grad_outputs]
+    tokens, columns = sum(len(row) for row in rows_of_uses), gys[0].shape[1]
+    numbers = numbered(torch.cat(rows_of_uses)).split([len(row) for row in rows_of_uses])
     width = max(1, min(columns, GPU_TILE_BYTES // (4 * (tokens + 1))))
     for first in range(0, columns, width):
-        tile = torch.zeros(tokens + 1, min(width, columns - first), dtype=torch.float32, device=row.device)
-        for here, gy in zip(place.split(lengths), gys, strict=True):
-            tile.index_put_((here,), gy[:, first : first + width].float(), accumulate=True)
-        yield tile[:-1]
+        yield sum_tokens(tokens + 1, numbers, [gy[:, first : first + width] for gy in gys])[:-1]
+
+
+def numbered(row: Tensor) -> Tensor:
+    """For each token a number of its row, below the number of tokens. For a token that counts nothing it is the number
+    of tokens.
+
+    Args:
+        row: as `rows_of` gives it.
+    """
+    tokens = len(row)
+    row, order = row.sort(stable=True)
+    number = torch.ones_like(row)  # of a token's row, among those that were looked up, from one
+    number[1:] = row[1:] != row[:-1]
+    number = torch.where(row >= 0, number.cumsum(0) - 1, tokens)
+    return torch.empty_like(order).scatter_(0, order, number)
+
+
+def sum_tokens(rows: int, numbers: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Tensor:
+    """The tokens' gradients, summed by the numbers of their rows, in a fixed order: float32 [rows, columns].
+
+    Args:
+        numbers: of each use's tokens, below `rows`.
+        grad_outputs: [..., columns] of each use.
+    """
+    gys = [flat(grad_output) for grad_output in grad_outputs]
+    total = torch.zeros(rows, gys[0].shape[1], dtype=torch.float32, device=gys[0].device)
+    for number, gy in zip(numbers, gys, strict=True):
+        if total.is_cpu:
+            total.index_add_(0, number, gy.float())  # one after the other; index_put_ is not
+        else:
+            total.index_put_((number,), gy.float(), accumulate=True)  # sorts first
+    return total
 
 
 def _embedding_tiles(

@@ -25,7 +25,7 @@ class AdaLomo(Lomo):
         eps: added to the squares of the gradient, and the least size of a weight that an update is scaled by.
         clip_threshold: bound on the RMS of an update before it is scaled by the weight's size.
         decay_rate: at step t, the state keeps ``1 - t ** decay_rate`` of what it was.
-        options: of `Lomo`, except ``rule``, ``fused_layers`` and ``clip_tensor``.
+        options: of `Lomo`, except ``rule`` and ``clip_tensor``.
 
     Raises:
         TypeError, ValueError, NotImplementedError, RuntimeError: as `Lomo`.

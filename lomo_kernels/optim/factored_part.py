@@ -13,7 +13,7 @@ from .managed_parameter import ManagedParameter
 from .placement import Block
 
 
-class _Matrix:
+class Matrices:
     """Matrices below each other: a block of a parameter, or all of it.
 
     Args:
@@ -58,6 +58,12 @@ class _Matrix:
             columns = self._of_columns(columns).reshape(-1, self._block.shape[-1]).contiguous()
         return rows, columns
 
+    def update(self, factors: Factors, vector: Tensor, rule: int, stochastic: bool, seed: int, index: int) -> None:
+        """Updates the weight; see `factored_update_`."""
+        torch.ops.lomo_kernels.factored_update_.default(
+            self.weight, self.grad, *self.factors(factors), vector, rule, stochastic, seed, index, self.shard
+        )
+
     def _of_rows(self, of_whole: Tensor) -> Tensor:
         return of_whole.view(self._whole[:-1])[self._rows]
 
@@ -69,10 +75,10 @@ class FactoredPart:
     """A gradient of one parameter, or this rank's part of it, and the whole gradient's sums.
 
     Args:
-        grad: of the shape of ``managed.local``.
+        grad: of the shape of ``managed.local``; or as matrices.
     """
 
-    def __init__(self, managed: ManagedParameter, grad: Tensor) -> None:
+    def __init__(self, managed: ManagedParameter, grad: Tensor | Matrices) -> None:
         self.managed = managed
         shape = managed.shape
         matrices, rows, columns = shape_of_matrices(shape)
@@ -82,15 +88,16 @@ class FactoredPart:
         #: Number of elements of the tensor that `add_sums` takes.
         self.length = sum(self._lengths)
         self._local = managed.local.detach()
-        if not self.elements:
-            self._blocks = []
-        elif managed.blocks is None:
-            of_all = matrices * rows, columns
-            self._blocks = [_Matrix(grad.reshape(of_all), self._local.reshape(of_all), managed.shard)]
-        else:
+        self._blocks: list[Matrices] = []
+        if isinstance(grad, Matrices):
+            self._blocks = [grad]
+        elif self.elements and managed.blocks is not None:
             self._blocks = list(self._cut(grad, managed.blocks, tuple(shape)))
+        elif self.elements:
+            of_all = matrices * rows, columns
+            self._blocks = [Matrices(grad.reshape(of_all), self._local.reshape(of_all), managed.shard)]
 
-    def _cut(self, grad: Tensor, blocks: Sequence[Block], whole: tuple[int, ...]) -> Iterable[_Matrix]:
+    def _cut(self, grad: Tensor, blocks: Sequence[Block], whole: tuple[int, ...]) -> Iterable[Matrices]:
         added = max(2 - len(whole), 0)  # dimensions that make a vector a matrix of one row
         begin = 0
         for block in blocks:
@@ -102,7 +109,7 @@ class FactoredPart:
                 piece, weight = (tensor.view(-1)[begin : begin + size] for tensor in (grad, self._local))
                 shard = shard[0] + begin, size, size
             matrix = size // block.shape[-1], block.shape[-1]
-            yield _Matrix(piece.reshape(matrix), weight.reshape(matrix), shard, block, (1,) * added + whole)
+            yield Matrices(piece.reshape(matrix), weight.reshape(matrix), shard, block, (1,) * added + whole)
             begin += size
 
     def add_sums(self, out: Tensor, *, of_param: bool) -> None:
@@ -132,17 +139,7 @@ class FactoredPart:
         """Updates the parameter. `vector`: the scalars of its update."""
         local, managed = self._local, self.managed
         for block in self._blocks:
-            torch.ops.lomo_kernels.factored_update_.default(
-                block.weight,
-                block.grad,
-                *block.factors(factors),
-                vector,
-                rule,
-                stochastic,
-                seed,
-                managed.index,
-                block.shard,
-            )
+            block.update(factors, vector, rule, stochastic, seed, managed.index)
         weight = self._blocks[0].weight if len(self._blocks) == 1 else local
         if weight.untyped_storage()._cdata != local.untyped_storage()._cdata:
             # `reshape` made a copy: the rows do not follow each other in memory.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 from .factor_store import SavedFactors
 from .factored_part import FactoredPart
 from .factored_rules import Factors
+from .fused_factored import LookedUpRows, formed, update_by_row
 from .managed_parameter import ManagedParameter
 from .passes import NormPass, UpdatePass
 from .rule_state import RuleState
 from .tensor_clip_pass import BATCH
+from .weight_gradient import WeightGradient
 
 
 class FactoredPass(UpdatePass, NormPass):
@@ -94,7 +97,22 @@ class FactoredPass(UpdatePass, NormPass):
         part.update(factors, cells.vector, rule=self.rule, stochastic=self.stochastic, seed=self.seed)
 
     def _handle_factors(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
-        raise AssertionError("no layer is fused")
+        """Factors of a layer's uses: see `fused_factored`. No rank has a part of a fused layer's weight."""
+        uses, param = [held.factors for held in saved], managed.param.detach()
+        add_norm = None if self.norm_known else partial(NormPass._handle, self, managed)
+        if self._rule_state.rule.is_by_row(managed):
+            self.changed, self.kept_if_not_finite = True, "parameters (in fused layers, rows)"
+            rest = self.rule, self.stochastic, self.seed, managed.index
+            update_by_row(managed, WeightGradient(uses, grad).tiles(param), self._rule_state, add_norm, rest)
+            return
+        rows = LookedUpRows(uses, param) if grad is None and LookedUpRows.suit(uses, param) else None
+        gradient = formed(uses, grad, param) if rows is None else rows.grad
+        uses.clear()  # frees the factors, as autograd would have done by now
+        if isinstance(saved, list):
+            saved.clear()
+        if add_norm is not None and managed.scalars.clamps:
+            add_norm(gradient)
+        self._apply([FactoredPart(managed, gradient if rows is None else rows)], ())
 
 
 def _pieces(tensor: Tensor, lengths: list[int]) -> Sequence[Tensor]:

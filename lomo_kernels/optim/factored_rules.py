@@ -11,7 +11,8 @@ the mean of the squares. These factors are not the factors of a fused layer.
 ===========  ===========================================================================================================
 
 A tensor of more than two dimensions counts as several matrices, of its last two dimensions. A gradient of zeros gives
-u = 0. A parameter whose gradient is not finite stays as it is, and so does its state.
+u = 0. A parameter whose gradient is not finite stays as it is, and so does its state. In a fused linear layer
+with "rows" this holds for each row.
 
 A step reads a gradient three times: for the sums; with "adalomo", for the size of u; for the update
 (`lomo_kernels.ops.factored` says why no fewer are enough).
@@ -75,6 +76,10 @@ class FactoredRule:
         """The same in every process: ranks compare it."""
         return f"{type(self).__name__}()"
 
+    def is_by_row(self, managed: ManagedParameter) -> bool:
+        """Whether u depends, in each row, on this row of the gradient only."""
+        return False
+
     def new_state(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
         """The state of a parameter before its first step."""
         return ()
@@ -122,6 +127,10 @@ class RowsRule(TensorRule):
     """Each row's gradient over its RMS; each column's in an embedding; vectors as `TensorRule`."""
 
     name, number = "rows", 101
+
+    def is_by_row(self, managed: ManagedParameter) -> bool:
+        # Not of a user's subclass, whose factors may be others.
+        return type(self) is RowsRule and managed.param.dim() > 1 and not managed.is_embedding
 
     def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
         if len(managed.shape) < 2:

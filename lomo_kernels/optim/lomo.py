@@ -64,19 +64,19 @@ class Lomo(torch.optim.Optimizer):
             updates far below a weight's last bit still count on average.
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
             scaling all weights stay as they are. Otherwise the elements that are not finite keep their weights; with
-            `clip_tensor`, "tensor", "rows" and "adalomo" the whole parameter does. "raise": it also raises
-            FloatingPointError, which takes a host synchronisation per step.
+            `clip_tensor`, "tensor", "rows" and "adalomo" the whole parameter does (with "rows" in a fused linear layer,
+            the row). "raise": it also raises FloatingPointError, which takes a host synchronisation per step.
         fused_layers: True: the weights of the model's `nn.Linear`, `nn.Embedding` and (GPT-2) `Conv1D` get no gradient.
             Their updates are formed tile by tile from the gradient's factors: the layer's input and the gradient of its
-            output. If you pass parameters or groups, pass the model here. `summary` says which weights are fused. Not
-            over several ranks, and not with the rules "tensor", "rows" and "adalomo".
+            output. If you pass parameters or groups, pass the model here. `summary` says which weights are fused. The
+            rules "tensor" and "adalomo" form a linear layer's gradient once. Not over several ranks.
         process_group: False: none. A `torch.distributed.ProcessGroup`: data parallel without a wrapper. Gradients are
             averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
             DTensor parameters (FSDP2, tensor parallel). If you pass parameters or groups of DeepSpeed's engine, pass
             the engine here. See `docs/distributed/README.md`.
         seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
         rule: "sgd"; "sign" (SignSGD): each element of the clipped gradient counts as 1 or -1, or 0 if it is zero; or
-            "tensor", "rows", "adalomo" (`lomo_kernels.optim.factored_rules`), without `fused_layers` and `clip_tensor`.
+            "tensor", "rows", "adalomo" (`lomo_kernels.optim.factored_rules`), without `clip_tensor`.
 
     Raises:
         TypeError, ValueError: an argument or a parameter is not as above, or is not the same on every rank.

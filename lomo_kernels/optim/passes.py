@@ -134,6 +134,7 @@ class Pass:
                 held.check(managed.name, self.outcome)
                 if held.made is not None:
                     held.join()
+            del held  # so that `saved` alone keeps them
             self._handle_factors(managed, grad, saved)
             return
         assert grad is not None

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ..layers import FusedLayer, fused_class_of, layers_of
+from .factored_rules import FactoredRule
 from .managed_parameter import ManagedParameter
 from .placement import shape_of
 
@@ -20,6 +21,7 @@ def summary(
     *,
     kept: bool,
     evicted: Iterable[ManagedParameter] = (),
+    rule: FactoredRule | None = None,
 ) -> str:
     """One line for parameters that differ only in the numbers in their names.
 
@@ -27,13 +29,16 @@ def summary(
         model: in which layers are fused, if any.
         kept: whether gradients, or their factors, are kept until backward has ended.
         evicted: those that did not fit into `clip_memory`.
+        rule: if it has row and column factors.
     """
+    only_looked_up = _only_looked_up(managed_params, model)
     reasons, twice = _reasons(managed_params, model), {managed.index for managed in evicted}
     lines: dict[tuple[str, ...], list[ManagedParameter]] = {}
     for managed in managed_params:
         name = re.sub(r"(?<![^.])\d+(?![^.])", "*", managed.name)
         shape, dtype = str(list(shape_of(managed.param))), str(managed.param.dtype).removeprefix("torch.")
-        gradient = "computed twice" if managed.index in twice else _gradient(managed, kept)
+        gradient = _gradient(managed, kept, rule, managed.index in only_looked_up)
+        gradient = "computed twice" if managed.index in twice else gradient
         lines.setdefault((name, shape, dtype, gradient, reasons[managed.index]), []).append(managed)
     rows = [_HEADER]
     for (name, shape, dtype, gradient, reason), same in lines.items():
@@ -44,14 +49,29 @@ def summary(
     return "\n".join([*text, *_totals(managed_params, kept, twice)])
 
 
-def _gradient(managed: ManagedParameter, kept: bool) -> str:
+def _gradient(managed: ManagedParameter, kept: bool, rule: FactoredRule | None, only_looked_up: bool) -> str:
     if not managed.param.requires_grad:
         return "none"
-    if managed.fused:
-        return "its factors are kept, or it, if smaller" if kept else "never exists"
+    if managed.fused and kept:
+        return "its factors are kept, or it, if smaller"
+    if managed.fused:  # see `fused_factored`
+        if rule is None or rule.is_by_row(managed):
+            return "never exists"
+        return "its tokens' rows, or it, if smaller" if only_looked_up else "formed once, and freed"
     if kept:
         return "kept" if managed.small else "kept, and it is large"
     return "freed in its hook"
+
+
+def _only_looked_up(managed_params: Sequence[ManagedParameter], model: nn.Module | None) -> set[int]:
+    """Indices of the parameters whose layers are all embeddings."""
+    by_id = {id(managed.param): managed.index for managed in managed_params}
+    layers = [] if model is None else [module for module, _ in layers_of(model, by_id)]
+    embeddings, others = (
+        {by_id[id(module._parameters["weight"])] for module in layers if isinstance(module, nn.Embedding) is is_one}
+        for is_one in (True, False)
+    )
+    return embeddings - others
 
 
 def _reasons(managed_params: Sequence[ManagedParameter], model: nn.Module | None) -> dict[int, str]:

@@ -144,16 +144,11 @@ class Training:
         self.started = True
 
     def _prepare_rule(self) -> None:
-        """For a rule with factors: finds the embeddings' weights. Raises ValueError or NotImplementedError if a
-        gradient's sums cannot be had."""
+        """For a rule with factors: finds the embeddings' weights. Raises NotImplementedError if a gradient's sums
+        cannot be had."""
         rule = self.settings.factored_rule
         if rule is None:
             return
-        if self.attachment.model is not None:
-            raise ValueError(
-                f"Lomo: rule {rule.name!r} needs sums of each gradient, and with fused_layers there is none. Use "
-                "fused_layers=False"
-            )
         for managed in self.managed_params:
             if managed.groups and managed.blocks is None:
                 raise NotImplementedError(
@@ -161,7 +156,7 @@ class Training:
                     f"{getattr(managed.param, 'placements', None)} give a rank rows that do not follow each other. "
                     "Redistribute it to Shard and Replicate, or use rule='sgd'"
                 )
-        model = self._given_model()
+        model = self._given_model() if self.attachment.model is None else self.attachment.model
         modules = () if model is None else model.modules()
         weights = {id(getattr(module, "weight", None)) for module in modules if isinstance(module, nn.Embedding)}
         for managed in self.managed_params:
@@ -319,7 +314,11 @@ class Training:
     def summary(self) -> str:
         """See `Lomo.summary`."""
         return summary(
-            self.managed_params, self.attachment.model, kept=self.keeps_gradients, evicted=self.clip_budget.evicted
+            self.managed_params,
+            self.attachment.model,
+            kept=self.keeps_gradients,
+            evicted=self.clip_budget.evicted,
+            rule=self.settings.factored_rule,
         )
 
     def grad_norms(self) -> dict[str, Tensor]:

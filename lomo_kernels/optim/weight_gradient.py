@@ -47,7 +47,7 @@ class WeightGradient:
                 found = gram.tied(*self.linear, *self.embedding, self.paddings)
                 if found is not None and found.add_to(slot, inv_scale, weight.numel()):
                     return
-            for _, tile in self._tiles(weight):
+            for _, tile in self.tiles(weight):
                 torch.ops.lomo_kernels.sq_norm_.default([slot], [tile], inv_scale)
 
     def update_(self, weight: Tensor, *arguments: Any) -> None:
@@ -57,9 +57,9 @@ class WeightGradient:
         elif self.grad is None and not self.linear[0]:
             torch.ops.lomo_kernels.embedding_update_.default(weight, *self.embedding, self.paddings, *arguments)
         else:
-            tiled.update_by_tiles(weight, self._tiles(weight), *arguments)
+            tiled.update_by_tiles(weight, self.tiles(weight), *arguments)
 
-    def _tiles(self, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first row, its gradient) of each tile; a tile is valid until the next is asked for."""
         tiles = (
             tiled.linear_tiles(*self.linear)
