@@ -201,6 +201,29 @@ struct Float16 {
   }
 };
 
+// ---- Split weights ----
+//
+// A bfloat16 and a low part of 16 bits that together are a float32: (bits of the bfloat16 << 16) + the low part, a
+// signed number, are its bits. The bfloat16 is the nearest one. A tie goes away from zero: then the low part has 16
+// bits.
+
+// split() makes no pair of which this is NaN, unless `high` is. Such a pair has a low part that is older than its
+// `high`: then it counts as zero.
+LOMO_FN float joined(uint32_t high, uint32_t low) {
+  const uint32_t bits = (high << 16) + static_cast<uint32_t>(static_cast<int32_t>(low << 16) >> 16);
+  return float_of(is_nan(float_of(bits)) ? high << 16 : bits);
+}
+
+// kOrdinary: as in BFloat16::round.
+template <bool kOrdinary = false>
+LOMO_FN uint32_t high_part(float x) {
+  return BFloat16::round<kOrdinary>(x, 0x8000u);
+}
+template <bool kOrdinary = false>
+LOMO_FN uint32_t low_part(float x) {
+  return !kOrdinary && is_nan(x) ? 0u : bits_of(x) & 0xffffu;
+}
+
 // ---- Random bits ----
 //
 // A counter through a hash, so they do not depend on threads, blocks, backends or sharding.
@@ -376,13 +399,23 @@ LOMO_FN Floats updated(Floats param, Floats scaled_grad, const Scalars& s) {
   return p - s.lr * R::direction(g);
 }
 
-// An element whose scaled gradient is not finite keeps its parameter.
+// An element whose scaled gradient is not finite keeps its parameter, with its low part.
 template <class P, class R, bool kStochastic>
 LOMO_FN uint32_t update_element(uint32_t param, float grad, const Scalars& s, uint32_t random) {
   const float g = grad * s.inv_scale;
   const float p = updated<R>(P::widen(param), g, s);
   const uint32_t rounded = kStochastic ? P::stochastic(p, random) : P::nearest(p);
   return is_finite(g) ? rounded : param;
+}
+
+// The same of a split weight. kFinite: as is_finite(grad * s.inv_scale), and all scalars are finite.
+template <class R, bool kFinite = false>
+LOMO_FN void update_split(uint32_t& param, uint32_t& low, float grad, const Scalars& s) {
+  const float g = grad * s.inv_scale;
+  const float p = updated<R>(joined(param, low), g, s);
+  const bool kept = !kFinite && !is_finite(g);
+  param = kept ? param : high_part<kFinite>(p);
+  low = kept ? low : low_part<kFinite>(p);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -123,8 +124,9 @@ inline void check_no_overlap(std::vector<Region> regions, const char* op) {
     for (const Region* other : open) {
       const bool harmless = region.access == other->access && region.access != Access::kWritten;
       if (harmless || !share_memory(*other, region)) continue;
-      LOMO_CHECK(region.access != other->access, op, ": two ", region.name,
-                 "s share memory; it would be updated twice. Nothing was changed");
+      const bool alike = region.name == std::string_view(other->name);
+      LOMO_CHECK(region.access != other->access, op, ": ", alike ? "two " : other->name, alike ? region.name : " and ",
+                 alike ? "s" : region.name, " share memory; it would be updated twice. Nothing was changed");
       const auto [read, written] = std::minmax(*other, region, [](auto& a, auto& b) { return a.access < b.access; });
       fail(op, ": ", written.name, " and ", read.name, " share memory: ", read.name,
            " would change before it is read. Nothing was changed. Pass a copy of ", read.name);

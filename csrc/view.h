@@ -9,6 +9,9 @@
 
 namespace lomo {
 
+// Bytes of an element.
+inline int64_t size_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
 // A strided tensor as the kernels see it. Elements are numbered in row-major order of the shape, whatever the strides.
 struct View {
   char* data;
@@ -17,7 +20,7 @@ struct View {
   bool contiguous;
   std::vector<int64_t> sizes, strides;  // only where not contiguous
 
-  int64_t element_size() const { return dtype == kFloat32 ? 4 : 2; }
+  int64_t element_size() const { return size_of(dtype); }
   char* at(int64_t element) const { return data + element * element_size(); }
 
   // First and one past the last byte that the elements lie in.
@@ -28,15 +31,20 @@ struct View {
   }
 };
 
-inline View view_of(const Tensor& tensor, void* data, const Device& device, const char* op, const char* name) {
+inline View view_of(const Tensor& tensor, void* data, DType dtype, const Device& device, const char* op,
+                    const char* name) {
   check_device(tensor, device, op, name);
-  View view{static_cast<char*>(data), dtype_of(tensor, op, name), tensor.numel(), tensor.is_contiguous(), {}, {}};
+  View view{static_cast<char*>(data), dtype, tensor.numel(), tensor.is_contiguous(), {}, {}};
   if (!view.contiguous) {
     const auto sizes = tensor.sizes(), strides = tensor.strides();
     view.sizes.assign(sizes.begin(), sizes.end());
     view.strides.assign(strides.begin(), strides.end());
   }
   return view;
+}
+
+inline View view_of(const Tensor& tensor, void* data, const Device& device, const char* op, const char* name) {
+  return view_of(tensor, data, dtype_of(tensor, op, name), device, op, name);
 }
 
 // Whether two elements may lie in the same place (an expanded tensor, say): such a tensor cannot be updated in place.

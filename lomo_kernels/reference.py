@@ -12,7 +12,7 @@ contracted into a fused multiply-add::
     g = g * clip_coef
     p = float32(param) * decay             decay = float32(1 - lr * weight_decay), computed in float64
     p = p - float32(lr) * direction(g)     two roundings; direction: the rule's
-    param = round(p)                       to the parameter's dtype
+    param = round(p)                       to the parameter's dtype, or split(p)
 
 A factor that is not given is 1 and a clip value that is not given is infinite; both change no bit.
 The update is LOMO's, arXiv 2306.09782, Algorithm 1: a rule without momentum, applied inside backward. A rule is one
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .numbers import mix64, stream_key
 from .ops import scalars as vectors
+from .ops._arguments import check_low
 from .ops._overlap import Access, check_no_overlap, regions
 from .ops.factored import check_factors
 from .rules import RULES
@@ -143,6 +144,36 @@ def round_float16(x: Tensor, random: Tensor | None = None) -> Tensor:
     stochastic = _float16_bits(x, random)
     overflowed = (stochastic & 0x7FFF) == 0x7C00
     return _from_bits16(torch.where(overflowed, nearest, stochastic), torch.float16)
+
+
+# ---- Split weights: a bfloat16 and a low part that together are a float32 -------------------------------------------
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 whose bits are ``(bits of high << 16) + low``.
+
+    `split` makes no pair of which this is NaN, unless `high` is. Such a pair has a low part that is older than its
+    `high`: then `low` counts as zero.
+
+    Args:
+        high: bfloat16.
+        low: int16, of the same shape.
+    """
+    u = (_bits(high.to(torch.float32)) + low.to(torch.int64)) & MASK32
+    x = u.to(torch.int32).view(torch.float32)  # int64 to int32 keeps the low 32 bits
+    return torch.where(x.isnan(), high.to(torch.float32), x)
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 to a pair (bfloat16, int16) of which `join` makes the same bits.
+
+    The first is the nearest bfloat16; a tie goes away from zero, so that the second, the difference of the bits, has 16
+    bits. NaN becomes quiet, and has zero as its second part.
+    """
+    u = _bits(x)
+    high = _bfloat16_bits(x, torch.full_like(u, 0x8000))
+    low = torch.where(x.isnan(), 0, u - (high << 16))
+    return _from_bits16(high, torch.bfloat16), low.to(torch.int16)
 
 
 def round_to(x: Tensor, dtype: torch.dtype, stream: int | None, index: Tensor) -> Tensor:
@@ -266,14 +297,44 @@ def updated(
     shard: Sequence[int] | None = None,
 ) -> Tensor:
     """What `lomo_kernels.ops.sgd_` makes of `param`, as a new tensor. Arguments as there, numbers only."""
-    g = scaled_gradient(grad, inv_scale)
-    finite = g.isfinite()
-    g = clipped(g, clip_value, clip_coef)
-    p = param.to(torch.float32) * _float32(1.0 - lr * weight_decay)
-    p = p - _float32(lr) * DIRECTIONS[rule](g)
+    p, finite = _stepped(param.to(torch.float32), grad, lr, weight_decay, inv_scale, clip_value, clip_coef, rule)
     stream = stream_key(seed, parameter_id, step) if stochastic else None
     index = element_index(param.numel(), shard).view(param.shape).to(param.device)
     return torch.where(finite, round_to(p, param.dtype, stream, index), param)
+
+
+def updated_split(
+    param: Tensor,
+    low: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    inv_scale: float = 1.0,
+    clip_value: float = float("inf"),
+    clip_coef: float = 1.0,
+    rule: str = "sgd",
+) -> tuple[Tensor, Tensor]:
+    """`updated` of a bfloat16 parameter and its low part, both as new tensors."""
+    p, finite = _stepped(join(param, low), grad, lr, weight_decay, inv_scale, clip_value, clip_coef, rule)
+    new_param, new_low = split(p)
+    return torch.where(finite, new_param, param), torch.where(finite, new_low, low)
+
+
+def _stepped(
+    p: Tensor,
+    grad: Tensor,
+    lr: float,
+    weight_decay: float,
+    inv_scale: float,
+    clip_value: float,
+    clip_coef: float,
+    rule: str,
+) -> tuple[Tensor, Tensor]:
+    """The float32 parameter `p` after a step, before it is rounded, and whether each element's gradient is finite."""
+    g = scaled_gradient(grad, inv_scale)
+    direction = DIRECTIONS[rule](clipped(g, clip_value, clip_coef))
+    return p * _float32(1.0 - lr * weight_decay) - _float32(lr) * direction, g.isfinite()
 
 
 def _float32(value: float) -> Tensor:
@@ -284,9 +345,11 @@ def _float32(value: float) -> Tensor:
 # ---- As a backend ---------------------------------------------------------------------------------------------------
 
 
-def _check_no_overlap(op: str, params: list[Tensor], grads: list[Tensor], slots: list[Tensor], slot: str) -> None:
-    written, added = regions(Access.WRITTEN, "param", params), regions(Access.ADDED, slot, slots)
-    check_no_overlap(op, written, added, regions(Access.READ, "grad", grads))
+def _check_no_overlap(
+    op: str, params: list[Tensor], grads: list[Tensor], slots: list[Tensor], slot: str, low: Sequence[Tensor] = ()
+) -> None:
+    written = [*regions(Access.WRITTEN, "param", params), *regions(Access.WRITTEN, "low", low)]
+    check_no_overlap(op, written, regions(Access.ADDED, slot, slots), regions(Access.READ, "grad", grads))
 
 
 def _sq_norm_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> None:
@@ -306,22 +369,29 @@ def _update_(
     seed: int,
     parameter_id: list[int],
     shard: list[int],
+    low: list[Tensor],
 ) -> None:
     op = "update_"
-    _check_no_overlap(op, params, grads, sq_norm, "sq_norm")
+    check_low(op, params, low, stochastic=stochastic)
+    _check_no_overlap(op, params, grads, sq_norm, "sq_norm", low)
     for param in params:
         vectors.check_vector(op, scalars, param.device)
     numbers = vectors.numbers_of(scalars)
-    found_inf = numbers.pop("found_inf")
+    found_inf, step = numbers.pop("found_inf"), numbers.pop("step")
     name = {number: name for name, number in RULES.items()}[rule]
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if sq_norm:
             sq_norm[i].add_(sum_of_squares(grad, numbers["inv_scale"]))
         if found_inf != 0.0:
             continue
+        if low and low[i].numel():
+            new_param, new_low = updated_split(param, low[i], grad, **numbers, rule=name)
+            param.detach().copy_(new_param)
+            low[i].copy_(new_low)
+            continue
         local = shard[3 * i : 3 * i + 3] or None
         keys: dict[str, Any] = {"seed": seed, "parameter_id": parameter_id[i], "shard": local}
-        param.detach().copy_(updated(param, grad, **numbers, rule=name, stochastic=stochastic, **keys))
+        param.detach().copy_(updated(param, grad, **numbers, step=step, rule=name, stochastic=stochastic, **keys))
 
 
 def _clipping_of(scalars: Tensor) -> dict[str, float]:
@@ -400,9 +470,10 @@ def _update_layer(
     seed: int,
     parameter_id: int,
     shard: list[int],
+    low: Tensor | None = None,
 ) -> None:
-    slots = [] if sq_norm is None else [sq_norm]
-    _update_([weight], [grad], scalars, slots, rule, stochastic, seed, [parameter_id], shard)
+    slots, lows = ([] if tensor is None else [tensor] for tensor in (sq_norm, low))
+    _update_([weight], [grad], scalars, slots, rule, stochastic, seed, [parameter_id], shard, lows)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = {

@@ -102,10 +102,10 @@ def state_of(optimizer: Lomo) -> list[float]:
     return [getattr(optimizer, name).item() for name in names]
 
 
-def stochastic(rank: int, way: str, folder: str, rule: str, resumed: bool) -> list[float]:
+def stochastic(rank: int, way: str, folder: str, rule: str, resumed: bool, rounding: str = "stochastic") -> list[float]:
     """Random bits go on where they stopped: seed and step come from the checkpoint. So do the loss scale and the state
-    of a rule."""
-    options = {"lr": 1e-3, "rounding": "stochastic", "loss_scale": "dynamic", "clip_passes": "two", "rule": rule}
+    of a rule. Low parts are cut anew."""
+    options = {"lr": 1e-3, "rounding": rounding, "loss_scale": "dynamic", "clip_passes": "two", "rule": rule}
     model, alone = Planted(torch.bfloat16), Planted(torch.bfloat16)
     if dist.get_world_size() > 1:
         fully_shard(model)
@@ -132,6 +132,14 @@ def test_state_goes_on_on_more_ranks_and_on_one(ranks: Any, tmp_path: Path, way:
     ranks(2).call(stochastic, way, str(tmp_path), rule, False)
     ranks(4).call(stochastic, way, str(tmp_path), rule, True)
     ranks(1).call(stochastic, way, str(tmp_path), rule, True)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adalomo"])
+@pytest.mark.parametrize("way", WAYS)
+def test_low_parts_go_on_on_more_ranks_and_on_one(ranks: Any, tmp_path: Path, way: str, rule: str) -> None:
+    ranks(2).call(stochastic, way, str(tmp_path), rule, False, "split")
+    ranks(4).call(stochastic, way, str(tmp_path), rule, True, "split")
+    ranks(1).call(stochastic, way, str(tmp_path), rule, True, "split")
 
 
 def several(rank: int, way: str, folder: str, rule: str) -> None:

@@ -212,6 +212,13 @@ def test_a_resumed_run_has_the_bits_of_one_process(call: Any, engine: str, dtype
         call(2, resumed, engine, dtype, {"rule": rule})
 
 
+@EVERY_ENGINE
+def test_a_resumed_run_of_split_weights_has_the_bits_of_one_process(call: Any, engine: str) -> None:
+    call(2, resumed, engine, torch.bfloat16, {"rounding": "split", "clip_grad_norm": 1e6, "clip_passes": "two"})
+    call(4, resumed, engine, torch.bfloat16, {"rounding": "split"})
+    call(2, resumed, engine, torch.bfloat16, {"rounding": "split", "rule": "rows"})
+
+
 # ---- `clip_memory`: all keep every gradient, or none does, also if only some have room for theirs -------------------
 
 

@@ -92,6 +92,12 @@ fully_shard(model)
 optimizer = Lomo(model, lr=3e-2)
 """
 AFTER_SHARDED = "optimizer.backward(model(loader[0]))\ntorch.distributed.destroy_process_group()\n"
+SPLIT = """
+model.bfloat16()
+optimizer = Lomo(model, lr=3e-2, rounding="split")
+optimizer.backward(model(loader[0]))
+param = model.head.weight
+"""
 #: What a page's programs take for given, and what is run after them.
 AROUND = {
     "README.md": (MODEL + SCHEDULER, ""),
@@ -100,6 +106,10 @@ AROUND = {
         MODEL.replace("return nn", "return Loss(nn").replace("batch.flatten())", "batch.flatten()))")
         + "class Loss:\n    def __init__(self, loss): self.loss = loss\n",
         "",
+    ),
+    "docs/numerics.md": (
+        MODEL + SPLIT,
+        "assert not torch.equal(weights, param) and torch.equal(weights.bfloat16(), param)",
     ),
     "docs/distributed/README.md": (MODEL + SHARDED, AFTER_SHARDED),
     "docs/distributed/dtensor.md": (MODEL + SHARDED, AFTER_SHARDED),

@@ -585,7 +585,7 @@ BAD = {
     "padding_idx is a float": ({"padding_idx": 1.0}, TypeError, "padding_idx … float … int"),
     "lr is missing": ({"lr": None}, TypeError, "lr … None … number"),
     "clip_value is zero": ({"clip_value": 0.0}, ValueError, "clip_value … 0.0 … > 0"),
-    "unknown rounding": ({"rounding": "up"}, ValueError, "rounding … up … nearest … stochastic"),
+    "unknown rounding": ({"rounding": "up"}, ValueError, "rounding … up … nearest … stochastic … split"),
     "slot of float32": ({"sq_norm": torch.zeros(1)}, ValueError, "sq_norm … float32 … float64"),
 }
 SHARED_MEMORY = {

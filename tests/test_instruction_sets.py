@@ -65,10 +65,18 @@ def cases(param_dtype, rounding):
     yield param.view(100, 1000), grad, ARGUMENTS["all"] | {"rounding": rounding}
 
 
+def split_cases():
+    """Parameters of `cases` with low parts."""
+    for param, grad, arguments in cases(torch.bfloat16, "nearest"):
+        low = torch.randint(-(2**15), 2**15, param.shape, generator=oracle.generator(6), dtype=torch.int16)
+        yield param, low, grad, {k: v for k, v in arguments.items() if k in ("lr", *ARGUMENTS["all"])}
+
+
 @functools.cache
 def expected_digests():
     """The updates' digests, by the reference."""
-    return {
+    pairs = (reference.updated_split(p, low, g, **reference_arguments(given)) for p, low, g, given in split_cases())
+    return {"split": digest(itertools.chain.from_iterable(pairs))} | {
         f"{oracle.name_of(dtype)} {rounding}": digest(
             reference.updated(p, g, **reference_arguments(arguments)) for p, g, arguments in cases(dtype, rounding)
         )
@@ -79,7 +87,12 @@ def expected_digests():
 
 def digests():
     """The updates' and the norms' digests, by the operators."""
-    result, norms = {}, []
+    result, norms, parts = {}, [], []
+    for param, low, grad, arguments in split_cases():
+        param = param.clone(memory_format=torch.preserve_format)
+        ops.sgd_(param, grad, **arguments, low=low, rounding="split")
+        parts += [param, low]
+    result["split"] = digest(parts)
     for dtype in DTYPES:
         for rounding in ROUNDINGS:
             updated = []
@@ -160,7 +173,13 @@ def embedding_digests():
 #: Instructions per element that an update of ordinary numbers may take: what g++ 12 makes for AVX2, and a quarter more.
 #: One hash serves two bfloat16 elements or one float16 element, which the processor converts in one instruction. The
 #: limits hold for AVX-512 too, whose machine code has some 0.6 times as many: it was never counted while it ran.
-LIMITS = {"bfloat16 nearest": 2.3, "bfloat16 stochastic": 3.6, "float16 nearest": 1.2, "float16 stochastic": 3.6}
+LIMITS = {
+    "bfloat16 nearest": 2.3,
+    "bfloat16 stochastic": 3.6,
+    "bfloat16 split": 3.3,
+    "float16 nearest": 1.2,
+    "float16 stochastic": 3.6,
+}
 
 COUNT = """
 import json
@@ -179,11 +198,12 @@ def instructions():
     counts = {}
     scalars = vector("update_", torch.device("cpu"), {"lr": 0.1})
     for dtype in (torch.bfloat16, torch.float16):
-        for rounding in ROUNDINGS:
+        for rounding in (*ROUNDINGS, "split") if dtype is torch.bfloat16 else ROUNDINGS:
 
-            def call(elements, dtype=dtype, stochastic=rounding == "stochastic"):
+            def call(elements, dtype=dtype, rounding=rounding):
                 param, grad = torch.ones(elements, dtype=dtype), torch.full((elements,), 0.01, dtype=dtype)
-                arguments = [param], [grad], scalars, [], RULES["sgd"], stochastic, 0, [0], []
+                low = [torch.zeros(elements, dtype=torch.int16)] if rounding == "split" else []
+                arguments = [param], [grad], scalars, [], RULES["sgd"], rounding == "stochastic", 0, [0], [], low
                 update = functools.partial(torch.ops.lomo_kernels.update_.default, *arguments)
                 for _ in range(50):  # until Python has specialised its bytecode
                     update()

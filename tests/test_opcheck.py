@@ -25,6 +25,10 @@ def tensor(n, dtype=torch.float32, seed=0):
     return oracle.ordinary(n, dtype, seed)
 
 
+def low(n):
+    return torch.randint(-(2**15), 2**15, (n,), generator=oracle.generator(9), dtype=torch.int16)
+
+
 def scalars(**numbers):
     return vector("test", torch.device("cpu"), {"lr": 0.1} | numbers)
 
@@ -41,10 +45,10 @@ CASES = {
         OPS.sq_norm_,
         ([slot(), slot()], [tensor(40), tensor(3, torch.float16)], number(0.5, torch.float32)),
     ),
-    "update_": lambda: (OPS.update_, ([tensor(40)], [tensor(40, seed=1)], scalars(), [], 0, False, 0, [0], [])),
+    "update_": lambda: (OPS.update_, ([tensor(40)], [tensor(40, seed=1)], scalars(), [], 0, False, 0, [0], [], [])),
     "update_ with a graph": lambda: (
         OPS.update_,
-        ([tensor(40).requires_grad_()], [tensor(40, seed=1)], scalars(), [], 0, False, 0, [0], []),
+        ([tensor(40).requires_grad_()], [tensor(40, seed=1)], scalars(), [], 0, False, 0, [0], [], []),
     ),
     "update_ with everything": lambda: (
         OPS.update_,
@@ -58,11 +62,12 @@ CASES = {
             1,
             [2],
             [4, 5, 6],
+            [],
         ),
     ),
     "update_ empty": lambda: (
         OPS.update_,
-        ([tensor(0, torch.float16)], [tensor(0)], scalars(step=3), [], 1, True, 0, [0], []),
+        ([tensor(0, torch.float16)], [tensor(0)], scalars(step=3), [], 1, True, 0, [0], [], []),
     ),
     "update_ of two": lambda: (
         OPS.update_,
@@ -76,12 +81,50 @@ CASES = {
             1,
             [0, 1],
             [0, 5, 8, 0, 6, 6],
+            [],
+        ),
+    ),
+    "update_ of two, split": lambda: (
+        OPS.update_,
+        (
+            [tensor(40, torch.bfloat16).view(5, 8).t().requires_grad_(), tensor(6)],
+            [tensor(40, seed=1).view(8, 5), tensor(6, torch.bfloat16)],
+            scalars(**EVERY_SCALAR),
+            [slot(), slot()],
+            0,
+            False,
+            0,
+            [0, 1],
+            [],
+            [low(40).view(8, 5), low(0)],
         ),
     ),
     "linear_sq_norm_": lambda: (OPS.linear_sq_norm_, (slot(), [GRAD], [GRAD[..., :2]], number(0.5))),
     "linear_update_": lambda: (
         OPS.linear_update_,
         (tensor(10).view(2, 5), [GRAD, GRAD], [GRAD[..., :2]] * 2, scalars(), slot(), 1, False, 0, 0, [3, 5, 7]),
+    ),
+    "linear_update_ split": lambda: (
+        OPS.linear_update_,
+        (
+            tensor(10, torch.bfloat16).view(2, 5),
+            *([GRAD], [GRAD[..., :2]]),
+            *(scalars(), None, 1, False, 0, 0, [], low(10).view(2, 5)),
+        ),
+    ),
+    "factored_update_ split": lambda: (
+        OPS.factored_update_,
+        (
+            *(tensor(30, torch.bfloat16).view(6, 5), tensor(30, seed=1).view(6, 5), tensor(6), tensor(0)),
+            *(scalars(), 0, False, 0, 0, [], low(30).view(6, 5)),
+        ),
+    ),
+    "embedding_update_ split": lambda: (
+        OPS.embedding_update_,
+        (
+            *(tensor(20, torch.bfloat16).view(4, 5), [INDEX], [GRAD], [-1]),
+            *(scalars(), None, 0, False, 0, 0, [], low(20).view(5, 4).t()),
+        ),
     ),
     "factor_sums_": lambda: (
         OPS.factor_sums_,
@@ -170,11 +213,11 @@ def test_the_schema_tells_what_is_mutated(name):
     mutated = [a.name for a in getattr(OPS, name).default._schema.arguments if a.alias_info and a.alias_info.is_write]
     written = {
         "sq_norm_": ["slots"],
-        "update_": ["params", "sq_norm"],
+        "update_": ["params", "sq_norm", "low"],
         "factor_sums_": ["row_sums", "column_sums"],
-        "factored_update_": ["param"],
+        "factored_update_": ["param", "low"],
     }
-    assert mutated == written.get(name, ["slot"] if "norm" in name else ["weight", "sq_norm"])
+    assert mutated == written.get(name, ["slot"] if "norm" in name else ["weight", "sq_norm", "low"])
 
 
 # ---- Without data ---------------------------------------------------------------------------------------------------
@@ -187,6 +230,8 @@ def call_all(param, grad, slots):
     ops.sgd_list_([param], [grad], lr=0.1, clip_value=1.0, sq_norm=[second])
     ops.sq_norm_(first, grad, inv_scale=0.5)
     ops.sq_norm_list_(slots, [grad, grad])
+    low = torch.zeros_like(param, dtype=torch.int16)
+    ops.sgd_(param.bfloat16(), grad, lr=0.1, low=low, rounding="split")
 
 
 def refuse_all(empty):
@@ -201,9 +246,9 @@ def refuse_all(empty):
         lambda: ops.sgd_list_([param], [], lr=0.1),
         lambda: ops.sq_norm_(slots, grad),
         lambda: ops.sq_norm_list_([slot], [grad, grad]),
-        lambda: OPS.update_([param], [short], vector, [], 0, False, 0, [0], []),
-        lambda: OPS.update_([param], [grad], slot, [], 0, False, 0, [0], []),
-        lambda: OPS.update_([param], [grad, grad], vector, [], 0, False, 0, [0], []),
+        lambda: OPS.update_([param], [short], vector, [], 0, False, 0, [0], [], []),
+        lambda: OPS.update_([param], [grad], slot, [], 0, False, 0, [0], [], []),
+        lambda: OPS.update_([param], [grad, grad], vector, [], 0, False, 0, [0], [], []),
         lambda: OPS.sq_norm_([slots], [grad], None),
         lambda: OPS.sq_norm_([slot], [grad, grad], None),
     ):

@@ -133,6 +133,7 @@ def test_categories_are_told_apart(peaks: Callable[..., Peak]) -> None:
     assert states["AdamW, fp32 master"] == pytest.approx(6 * weights, abs=scalars)
     assert states["SGD, fp32 master"] == 2 * weights
     assert states["AdamW"] == pytest.approx(2 * weights, abs=scalars)
+    assert states["Lomo, split"] == pytest.approx(weights, abs=2 * scalars)
     assert states["SGD"] == 0
     assert states["Lomo, clipping, two passes, fused"] < scalars
     assert gradients["AdamW"] == gradients["SGD"] == gradients["Lomo, clipping, one pass"] == weights

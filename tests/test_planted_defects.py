@@ -297,5 +297,5 @@ def test_a_defect_of_sq_norm_is_noticed(monkeypatch, defect, test, arguments):
 def test_without_the_wrapper_nothing_bumps_the_version_counter():
     """torch's operator alone does not, which is why the tests of the counter are worth having."""
     param, scalars = torch.ones(5), vector("test", torch.device("cpu"), {"lr": 0.1})
-    torch.ops.lomo_kernels.update_.default([param], [torch.ones(5)], scalars, [], 0, False, 0, [0], [])
+    torch.ops.lomo_kernels.update_.default([param], [torch.ones(5)], scalars, [], 0, False, 0, [0], [], [])
     assert param._version == 0 and (param != 1).all()

@@ -201,6 +201,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "norm, one pass": {"clip_grad_norm": 0.1, "clip_passes": "one"},
     "value": {"clip_grad_value": 1e-3},
     "stochastic": {"rounding": "stochastic", "seed": 11},
+    "split": {"rounding": "split"},
     "static scale": {"loss_scale": 64.0},
     "dynamic scale": {"loss_scale": "dynamic", "clip_grad_norm": 0.1, "clip_passes": "two"},
 }

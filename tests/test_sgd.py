@@ -708,8 +708,8 @@ BAD = {
     "slot of float32": ({"sq_norm": torch.zeros(1)}, ValueError, "sq_norm … float32 … float64"),
     "slot of two elements": ({"sq_norm": torch.zeros(2).double()}, ValueError, "sq_norm … [2] … one"),
     "slot on meta": ({"sq_norm": torch.zeros(1, device="meta").double()}, ValueError, "sq_norm … meta … cpu"),
-    "unknown rounding": ({"rounding": "up"}, ValueError, "rounding … up … nearest … stochastic"),
-    "rounding is None": ({"rounding": None}, ValueError, "rounding … None … nearest … stochastic"),
+    "unknown rounding": ({"rounding": "up"}, ValueError, "rounding … up … nearest … stochastic … split"),
+    "rounding is None": ({"rounding": None}, ValueError, "rounding … None … nearest … stochastic … split"),
     "seed is a float": ({"seed": 1.0}, TypeError, "seed … float … int"),
     "seed of 65 bits": ({"seed": 2**64}, ValueError, "seed … 18446744073709551616 … 64"),
     "step is a float": ({"step": 1.0}, TypeError, "step … float … int"),
@@ -857,6 +857,14 @@ RAW = {
     "shard without rows": {8: [0, 0, 0]},
     "shard whose rows overlap": {8: [0, 3, 1]},
     "shard before the whole": {8: [-1, 3, 3]},
+    "low of a float32 param": {9: [torch.zeros(12).short()]},
+    "low of a float16 param": {0: [torch.ones(12).half()], 9: [torch.zeros(12).short()]},
+    "low of another shape": {0: [torch.ones(12).bfloat16()], 9: [torch.zeros(3, 4).short()]},
+    "low of no element": {0: [torch.ones(12).bfloat16()], 9: [torch.zeros(0).short()]},
+    "low of bfloat16": {0: [torch.ones(12).bfloat16()], 9: [torch.zeros(12).bfloat16()]},
+    "low of int64": {0: [torch.ones(12).bfloat16()], 9: [torch.zeros(12).long()]},
+    "low of expanded memory": {0: [torch.ones(12).bfloat16()], 9: [torch.zeros(1).short().expand(12)]},
+    "low and stochastic": {0: [torch.ones(12).bfloat16()], 5: True, 9: [torch.zeros(12).short()]},
 }
 
 
@@ -864,23 +872,32 @@ RAW = {
 @pytest.mark.parametrize("name", RAW)
 def test_the_raw_operator_refuses_bad_input(name):
     """Whoever calls torch.ops directly gets an exception, not a crash."""
-    good = [[torch.ones(12)], [torch.ones(12)], VECTOR, [], 0, False, 0, [0], []]
+    good = [[torch.ones(12)], [torch.ones(12)], VECTOR, [], 0, False, 0, [0], [], []]
     arguments = [RAW[name].get(i, value) for i, value in enumerate(good)]
-    before = good[0][0].clone()
-    with pytest.raises((RuntimeError, NotImplementedError, ValueError)):
+    before = [tensor.clone() for tensor in (*arguments[0], *arguments[9])]
+    with pytest.raises((RuntimeError, NotImplementedError, ValueError, TypeError)):
         torch.ops.lomo_kernels.update_.default(*arguments)
-    assert torch.equal(good[0][0], before)
+    assert all(map(torch.equal, (*arguments[0], *arguments[9]), before))
 
 
 @pytest.mark.skipif(PLAIN_TORCH, reason="plain torch has only the wrappers' checks")
 @pytest.mark.parametrize(
     "change",
-    [{1: [torch.ones(3)]}, {1: []}, {3: [torch.ones(1).double()]}, {7: [0]}, {7: []}, {8: [0, 1, 1]}, {8: [0] * 6}],
+    [
+        {1: [torch.ones(3)]},
+        {1: []},
+        {3: [torch.ones(1).double()]},
+        {7: [0]},
+        {7: []},
+        {8: [0, 1, 1]},
+        {8: [0] * 6},
+        {9: [torch.zeros(0).short()]},
+    ],
     ids=str,
 )
 def test_the_raw_operator_refuses_bad_lists(change):
     params, grads = [torch.ones(3), torch.ones(4)], [torch.ones(3), torch.ones(4)]
-    good = [params, grads, VECTOR, [], 0, False, 0, [0, 1], []]
+    good = [params, grads, VECTOR, [], 0, False, 0, [0, 1], [], []]
     with pytest.raises(RuntimeError, match="update_"):
         torch.ops.lomo_kernels.update_.default(*[change.get(i, value) for i, value in enumerate(good)])
     assert all((p == 1).all() for p in params)

@@ -6,9 +6,7 @@
 
 #include <numeric>
 
-#include "../update.h"
 #include "step.h"
-#include "traverse.h"
 
 namespace lomo {
 namespace {
@@ -149,7 +147,7 @@ double sum_over_rows(const Gradient& g, const F& tile) {
         std::fill_n(sums, n, 0.0f);  // and never a copy of the first token's: 0 + -0 is 0
         for (int64_t i = first; i < end; ++i) {
           const Use& use = g.uses[tokens[i].use];
-          const int64_t size = use.dtype == kFloat32 ? 4 : 2;
+          const int64_t size = size_of(use.dtype);
           const char* values = tokens[i].values + column * use.column_stride * size;
           add_row[use.dtype](sums, gathered(values, use.column_stride, n, size, buffer), n);
         }
@@ -162,28 +160,69 @@ double sum_over_rows(const Gradient& g, const F& tile) {
 
 // ---- The update ----
 
-struct Weight {
-  View view;
-  int64_t rows, columns, row_stride, column_stride;
+// Where the elements of a matrix lie.
+struct Layout {
+  int64_t row_stride, column_stride;
 };
 
-Weight weight_of(const Tensor& weight, const Gradient& g, const char* op) {
+Layout layout_of(const View& view, int64_t columns) {
+  return view.contiguous ? Layout{columns, 1} : Layout{view.strides[0], view.strides[1]};
+}
+
+struct Weight {
+  View view;
+  std::optional<View> low;
+  int64_t rows, columns;
+  Layout layout, low_layout;
+};
+
+Weight weight_of(const Tensor& weight, const Tensor* low, const Gradient& g, bool stochastic, const char* op) {
   LOMO_CHECK(weight.dim() == 2 && weight.size(1) == g.columns, op, ": weight has shape ", shape_of(weight),
              ", expected [num_embeddings, ", g.columns, "]");
   const View view = view_of(weight, weight.mutable_data_ptr(), kCPU, op, "weight");
+  const auto low_view = low ? low_of(*low, weight, stochastic, kCPU, op) : std::nullopt;
   if (view.numel) {
-    LOMO_CHECK(!overlaps_itself(view), op,
-               ": several elements of weight share one place in memory (an expanded tensor?); it cannot be updated in "
-               "place. Pass a contiguous weight");
+    check_writable(view, op, "weight");
     std::vector<Region> regions{region_of(view, Access::kWritten, "weight")};
+    if (low_view) regions.push_back(region_of(*low_view, Access::kWritten, "low"));
     for (const View& grad : g.grad_outputs) {
       if (grad.numel) regions.push_back(region_of(grad, Access::kRead, "grad_output"));
     }
     check_no_overlap(regions, op);
   }
-  if (view.contiguous) return {view, weight.size(0), g.columns, g.columns, 1};
-  return {view, weight.size(0), g.columns, view.strides[0], view.strides[1]};
+  return {view,
+          low_view,
+          weight.size(0),
+          g.columns,
+          layout_of(view, g.columns),
+          low_view ? layout_of(*low_view, g.columns) : Layout{}};
 }
+
+// n elements of a matrix that follow one another in a row, as consecutive ones: where they lie, or a copy.
+class Run {
+ public:
+  Run(const View& view, const Layout& layout, int64_t row, int64_t column, int64_t n)
+      : place_(view.at(row * layout.row_stride + column * layout.column_stride)),
+        stride_(layout.column_stride),
+        size_(view.element_size()),
+        n_(n) {
+    elements_ = const_cast<void*>(gathered(place_, stride_, n, size_, buffer_));
+  }
+
+  void* data() { return elements_; }
+
+  // Brings copied elements back.
+  void store() {
+    if (elements_ != buffer_) return;
+    for (int64_t i = 0; i < n_; ++i) std::copy_n(buffer_ + i * size_, size_, place_ + i * stride_ * size_);
+  }
+
+ private:
+  char* place_;
+  int64_t stride_, size_, n_;
+  void* elements_;
+  alignas(64) char buffer_[kTile * 4];
+};
 
 // Updates n elements that follow one another, the first of them in this row and column.
 struct Updater {
@@ -193,20 +232,19 @@ struct Updater {
   uint64_t key;
 
   void operator()(int64_t row, int64_t column, int64_t n, DType grad_dtype, const void* grad) const {
-    const DType dtype = weight.view.dtype;
-    const int64_t size = weight.view.element_size(), stride = weight.column_stride;
-    char* place = weight.view.at(row * weight.row_stride + column * stride);
-    alignas(64) char buffer[kTile * 4];
-    void* elements = const_cast<void*>(gathered(place, stride, n, size, buffer));
-    const int64_t begin = row * weight.columns + column;
-    for_each_run(shard, begin, n, [&](int64_t first, int64_t length, uint64_t index) {
-      const int64_t i = first - begin;
-      kernels().update[step.rule][dtype][grad_dtype][step.stochastic](
-          static_cast<char*>(elements) + i * size,
-          static_cast<const char*>(grad) + i * (grad_dtype == kFloat32 ? 4 : 2), length, step.scalars, {key, index});
-    });
-    if (elements != buffer) return;
-    for (int64_t i = 0; i < n; ++i) std::copy_n(buffer + i * size, size, place + i * stride * size);
+    Run p(weight.view, weight.layout, row, column, n);
+    const auto run = [&](void* low) {
+      update_elements(step, step.scalars, key, shard, weight.view.dtype, p.data(), low, grad_dtype, grad,
+                      row * weight.columns + column, n);
+    };
+    if (weight.low) {
+      Run low(*weight.low, weight.low_layout, row, column, n);
+      run(low.data());
+      low.store();
+    } else {
+      run(nullptr);
+    }
+    p.store();
   }
 };
 
@@ -228,7 +266,8 @@ void update_others(const Weight& weight, const std::vector<Token>& tokens, const
     while (first < last) {
       const int64_t end = token == tokens.end() ? last : std::min(last, token->row);
       // Rows without gaps between them are one long row.
-      const int64_t step = weight.view.contiguous ? end - first : 1, length = step * weight.columns;
+      const bool gapless = weight.view.contiguous && (!weight.low || weight.low->contiguous);
+      const int64_t step = gapless ? end - first : 1, length = step * weight.columns;
       for (; first < end; first += step) {
         for (int64_t column = 0; column < length; column += kTile) {
           update(first, column, std::min(kTile, length - column), weight.view.dtype, zeros);
@@ -255,14 +294,15 @@ void embedding_sq_norm_(const Tensor& slot, const std::vector<Tensor>& indices, 
 void embedding_update_(const Tensor& weight_tensor, const std::vector<Tensor>& indices,
                        const std::vector<Tensor>& grad_outputs, const std::vector<int64_t>& padding_idx,
                        const Tensor& scalars, const std::optional<Tensor>& sq_norm, int64_t rule, bool stochastic,
-                       int64_t seed, int64_t parameter_id, const std::vector<int64_t>& shard_numbers) {
+                       int64_t seed, int64_t parameter_id, const std::vector<int64_t>& shard_numbers,
+                       const std::optional<Tensor>& low) {
   const char* op = "embedding_update_";
   const Step step = step_from(scalars, rule, stochastic, seed, op);
   const Shard shard = shard_of(shard_numbers.data(), shard_numbers.size(), op);
   LOMO_CHECK(weight_tensor.dim() == 2, op, ": weight has shape ", shape_of(weight_tensor),
              ", expected [num_embeddings, embedding_dim]");
   const Gradient g = gradient_of(indices, grad_outputs, padding_idx, weight_tensor.size(0), op);
-  const Weight weight = weight_of(weight_tensor, g, op);
+  const Weight weight = weight_of(weight_tensor, low ? &*low : nullptr, g, stochastic, op);
   double* slot = sq_norm ? slot_of(*sq_norm, kCPU, op, "sq_norm") : nullptr;
   if (step.found_inf && !slot) return;
   const Updater update{weight, step, shard, stochastic ? stream_key(seed, parameter_id, step.step) : 0};

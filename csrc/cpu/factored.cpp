@@ -4,9 +4,7 @@
 
 #include <numeric>
 
-#include "../update.h"
 #include "step.h"
-#include "traverse.h"
 
 namespace lomo {
 namespace {
@@ -182,12 +180,12 @@ void factored_sq_norm_(const Tensor& slot, const Tensor& grad, const Tensor& row
 
 void factored_update_(const Tensor& param, const Tensor& grad, const Tensor& row_factors, const Tensor& column_factors,
                       const Tensor& scalars, int64_t rule, bool stochastic, int64_t seed, int64_t parameter_id,
-                      const std::vector<int64_t>& shard) {
+                      const std::vector<int64_t>& shard, const std::optional<Tensor>& low) {
   const char* op = "factored_update_";
   const Step step = step_from(scalars, rule, stochastic, seed, op);
   const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, op);
-  const Update update =
-      update_of(param, grad, nullptr, parameter_id, shard_of(shard.data(), shard.size(), op), kCPU, op);
+  const Update update = update_of(param, grad, nullptr, parameter_id, shard_of(shard.data(), shard.size(), op),
+                                  low ? &*low : nullptr, stochastic, kCPU, op);
   std::vector<Region> regions{vector_region<float>(row_factors, Access::kRead, "row_factors"),
                               vector_region<float>(column_factors, Access::kRead, "column_factors")};
   add_regions(update, regions);
@@ -197,23 +195,12 @@ void factored_update_(const Tensor& param, const Tensor& grad, const Tensor& row
   applied.inv_scale = applied.clip_coef = 1.0f;
   applied.clip_value = __builtin_inff();
   if (step.found_inf) return;
-  const View& p = update.param;
-  const auto update_run = kernels().update[step.rule][p.dtype][kFloat32][step.stochastic];
   const uint64_t key = step.stochastic ? stream_key(step.seed, parameter_id, step.step) : 0;
   for_each_piece(shape, [&](int64_t, const Piece& piece) {
     const int64_t begin = piece.row * shape.columns + piece.column, n = piece.rows * piece.columns;
-    Tile tile(p, begin, n);
     alignas(64) float f[kPiece];
     factors.multiply(f, update.grad, shape, piece, step.scalars);
-    if (step.stochastic) {
-      for_each_run(update.shard, begin, n, [&](int64_t first, int64_t length, uint64_t index) {
-        const int64_t i = first - begin;
-        update_run(static_cast<char*>(tile.data()) + i * p.element_size(), f + i, length, applied, {key, index});
-      });
-    } else {
-      update_run(tile.data(), f, n, applied, {});
-    }
-    tile.store();
+    update_tile(update, step, applied, key, begin, n, kFloat32, f);
   });
 }
 

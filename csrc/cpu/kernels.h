@@ -12,6 +12,9 @@ namespace lomo {
 // sums are formed tile by tile, in the same order whatever calls for them.
 constexpr int64_t kTile = 4096;
 
+// How a new parameter of 16 bits is stored.
+enum Rounding : int { kToNearest, kToRandom, kSplitUp, kRoundings };
+
 // A run of elements whose indices in the whole parameter are consecutive, for stochastic rounding.
 struct Stream {
   uint64_t key;          // of (seed, parameter id, step), see numerics.h
@@ -52,9 +55,10 @@ struct Kernels {
   // Adds a row of n <= kTile elements to kTile float32 sums: sums[i] += row[i].
   void (*add_row[kDTypes])(float* sums, const void* row, int64_t n);
 
-  // The update of numerics.h on n elements: [rule][parameter dtype][gradient dtype][0 nearest, 1 stochastic].
-  void (*update[Rules::kCount][kDTypes][kDTypes][2])(void* param, const void* grad, int64_t n, const Scalars& scalars,
-                                                     Stream stream);
+  // The update of numerics.h on n elements: [rule][parameter dtype][gradient dtype][rounding]. `low`: of a split
+  // bfloat16 parameter. float16 parameters are not split.
+  void (*update[Rules::kCount][kDTypes][kDTypes][kRoundings])(void* param, void* low, const void* grad, int64_t n,
+                                                              const Scalars& scalars, Stream stream);
 
   // Factored gradients, see lomo_kernels/ops/factored.py. Adds the squares of a block of clipped rows, at most
   // kFactorRows of them, `stride` elements from one to the next, to the sums of its rows and columns.

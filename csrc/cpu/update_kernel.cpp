@@ -12,6 +12,12 @@ namespace {
 
 constexpr int kGroup = 64;  // elements updated at a time
 
+// A bfloat16 parameter whose low parts lie elsewhere, in the same order.
+struct Split {
+  using Storage = BFloat16::Storage;
+  static constexpr int kPerHash = 1;
+};
+
 // Where a group's random bits come from; see numerics.h.
 struct Random {
   uint64_t block;
@@ -146,8 +152,8 @@ LOMO_FN bool are_ordinary(const uint16_t* rounded) {
 // kFinite: all its scaled gradients are finite, and the scalars, so that no element has to keep its parameter.
 
 template <class R, bool kFinite, bool kStochastic, class G>
-LOMO_FN void update_group(uint32_t* __restrict p, const typename G::Storage* __restrict g, const Scalars& s, Random,
-                          Float32, G) {
+LOMO_FN void update_group(uint32_t* __restrict p, uint16_t*, const typename G::Storage* __restrict g, const Scalars& s,
+                          Random, Float32, G) {
   for (int i = 0; i < kGroup; ++i) p[i] = update_element<Float32, R, false>(p[i], G::widen(g[i]), s, 0);
 }
 
@@ -172,8 +178,8 @@ LOMO_FN uint32_t update_bfloat16(uint32_t param, float grad, const Scalars& s, u
 }
 
 template <class R, bool kFinite, bool kStochastic, class G>
-LOMO_FN void update_group(uint16_t* p, const typename G::Storage* __restrict g, const Scalars& s, Random random,
-                          BFloat16, G) {
+LOMO_FN void update_group(uint16_t* p, uint16_t*, const typename G::Storage* __restrict g, const Scalars& s,
+                          Random random, BFloat16, G) {
   Pair* __restrict pairs = reinterpret_cast<Pair*>(p);
 #if defined(__clang__)
 #pragma clang loop vectorize(assume_safety)
@@ -187,6 +193,28 @@ LOMO_FN void update_group(uint16_t* p, const typename G::Storage* __restrict g, 
     const uint32_t even = update_bfloat16<R, kFinite, kStochastic>(pairs[i] & 0xffffu, g_even, s, bits & 0xffffu);
     const uint32_t odd = update_bfloat16<R, kFinite, kStochastic>(pairs[i] >> 16, g_odd, s, bits >> 16);
     pairs[i] = even | odd << 16;
+  }
+}
+
+template <class R, bool kFinite, bool kStochastic, class G>
+LOMO_FN void update_group(uint16_t* p, uint16_t* low, const typename G::Storage* __restrict g, const Scalars& s, Random,
+                          Split, G) {
+  Pair* __restrict pairs = reinterpret_cast<Pair*>(p);
+  Pair* __restrict low_pairs = reinterpret_cast<Pair*>(low);
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+  for (int i = 0; i < kGroup / 2; ++i) {
+    float g_even, g_odd;
+    pair_of(g, i, g_even, g_odd, G{});
+    uint32_t even = pairs[i] & 0xffffu, odd = pairs[i] >> 16;
+    uint32_t low_even = low_pairs[i] & 0xffffu, low_odd = low_pairs[i] >> 16;
+    update_split<R, kFinite>(even, low_even, g_even, s);
+    update_split<R, kFinite>(odd, low_odd, g_odd, s);
+    pairs[i] = even | odd << 16;
+    low_pairs[i] = low_even | low_odd << 16;
   }
 }
 
@@ -216,7 +244,7 @@ __attribute__((noinline)) void update_others(uint16_t* __restrict p, const typen
 }
 
 template <class R, bool kFinite, bool kStochastic, class G>
-LOMO_FN void update_group(uint16_t* __restrict p, const typename G::Storage* __restrict g, const Scalars& s,
+LOMO_FN void update_group(uint16_t* __restrict p, uint16_t*, const typename G::Storage* __restrict g, const Scalars& s,
                           Random random, Float16, G) {
   alignas(64) uint16_t rounded[kGroup];
   Words counter = counters(random.counter);
@@ -269,18 +297,23 @@ LOMO_FN bool all_finite(const uint32_t*) {
 
 // Fewer elements than a group, padded with zeros: element 0 stands at `place` of the group.
 template <class P, class G, class R, bool kStochastic>
-__attribute__((noinline)) void update_part(typename P::Storage* p, const typename G::Storage* g, int64_t place,
-                                           int64_t n, const Scalars& s, Random random) {
+__attribute__((noinline)) void update_part(typename P::Storage* p, uint16_t* low, const typename G::Storage* g,
+                                           int64_t place, int64_t n, const Scalars& s, Random random) {
+  constexpr bool kSplits = std::is_same_v<P, Split>;
   typename P::Storage p_group[kGroup] = {};
+  uint16_t low_group[kSplits ? kGroup : 1] = {};
   typename G::Storage g_group[kGroup] = {};
   for (int64_t i = 0; i < n; ++i) p_group[place + i] = p[i], g_group[place + i] = g[i];
-  update_group<R, false, kStochastic>(p_group, g_group, s, random, P{}, G{});
+  for (int64_t i = 0; kSplits && i < n; ++i) low_group[place + i] = low[i];
+  update_group<R, false, kStochastic>(p_group, low_group, g_group, s, random, P{}, G{});
   for (int64_t i = 0; i < n; ++i) p[i] = p_group[place + i];
+  for (int64_t i = 0; kSplits && i < n; ++i) low[i] = low_group[place + i];
 }
 
 template <class P, class G, class R, bool kStochastic>
-LOMO_FN void update_run(typename P::Storage* p, const typename G::Storage* g, int64_t n, const Scalars& s,
-                        Stream stream) {
+LOMO_FN void update_run(typename P::Storage* p, uint16_t* low, const typename G::Storage* g, int64_t n,
+                        const Scalars& s, Stream stream) {
+  const auto low_at = [&](int64_t i) { return std::is_same_v<P, Split> ? low + i : nullptr; };
   // A float32 update waits for memory, whatever it computes.
   const bool look = sizeof(typename P::Storage) == 2 && is_finite(s.lr) && is_finite(s.clip_coef) &&
                     is_finite(s.decay) && s.inv_scale <= 1.0f && s.inv_scale >= -1.0f;
@@ -292,59 +325,61 @@ LOMO_FN void update_run(typename P::Storage* p, const typename G::Storage* g, in
   int64_t i = 0;
   if (const int64_t place = static_cast<int64_t>(stream.first_index % P::kPerHash); place) {
     i = n < kGroup - place ? n : kGroup - place;
-    update_part<P, G, R, kStochastic>(p, g, place, i, s, random);
+    update_part<P, G, R, kStochastic>(p, low, g, place, i, s, random);
     random.counter += kGroup / P::kPerHash;
   }
   for (; i + kGroup <= n; i += kGroup) {
     if (seen || (look && all_finite<G>(g + i))) {
-      update_group<R, true, kStochastic>(p + i, g + i, s, random, P{}, G{});
+      update_group<R, true, kStochastic>(p + i, low_at(i), g + i, s, random, P{}, G{});
     } else {
-      update_group<R, false, kStochastic>(p + i, g + i, s, random, P{}, G{});
+      update_group<R, false, kStochastic>(p + i, low_at(i), g + i, s, random, P{}, G{});
     }
     random.counter += kGroup / P::kPerHash;
   }
-  if (i < n) update_part<P, G, R, kStochastic>(p + i, g + i, 0, n - i, s, random);
+  if (i < n) update_part<P, G, R, kStochastic>(p + i, low_at(i), g + i, 0, n - i, s, random);
 }
 
 // One key of random bits serves 2^32 counters.
 template <class P, class G, class R, bool kStochastic>
-LOMO_FN void update_runs(void* param, const void* grad, int64_t n, const Scalars& s, Stream stream) {
+LOMO_FN void update_runs(void* param, void* low_parts, const void* grad, int64_t n, const Scalars& s, Stream stream) {
   constexpr uint64_t kPerKey = uint64_t{P::kPerHash} << 32;
   auto* p = static_cast<typename P::Storage*>(param);
+  auto* low = static_cast<uint16_t*>(low_parts);
   const auto* g = static_cast<const typename G::Storage*>(grad);
   for (int64_t i = 0, m; i < n; i += m) {
     const uint64_t left = kPerKey - stream.first_index % kPerKey;
     m = left < static_cast<uint64_t>(n - i) ? static_cast<int64_t>(left) : n - i;
-    update_run<P, G, R, kStochastic>(p + i, g + i, m, s, stream);
+    update_run<P, G, R, kStochastic>(p + i, std::is_same_v<P, Split> ? low + i : nullptr, g + i, m, s, stream);
     stream.first_index += static_cast<uint64_t>(m);
   }
 }
 
 // Scalars that are neutral here are known to the compiler, which leaves out their instructions.
 template <class P, class G, class R, bool kStochastic>
-void update(void* param, const void* grad, int64_t n, const Scalars& given, Stream stream) {
+void update(void* param, void* low, const void* grad, int64_t n, const Scalars& given, Stream stream) {
   Scalars s = given;
   if (s.inv_scale != 1.0f || s.clip_value != __builtin_inff()) {
-    update_runs<P, G, R, kStochastic>(param, grad, n, s, stream);
+    update_runs<P, G, R, kStochastic>(param, low, grad, n, s, stream);
     return;
   }
   s.inv_scale = 1.0f, s.clip_value = __builtin_inff();
   if (s.clip_coef != 1.0f || s.decay != 1.0f) {
-    update_runs<P, G, R, kStochastic>(param, grad, n, s, stream);
+    update_runs<P, G, R, kStochastic>(param, low, grad, n, s, stream);
     return;
   }
   s.clip_coef = 1.0f, s.decay = 1.0f;
-  update_runs<P, G, R, kStochastic>(param, grad, n, s, stream);
+  update_runs<P, G, R, kStochastic>(param, low, grad, n, s, stream);
 }
 
 template <class G, class R>
 void install(Kernels& k, DType g, int rule) {
   auto& update_of = k.update[rule];
-  update_of[kFloat32][g][0] = update_of[kFloat32][g][1] = update<Float32, G, R, false>;  // float32 is not rounded
-  update_of[kBFloat16][g][0] = update<BFloat16, G, R, false>;
-  update_of[kBFloat16][g][1] = update<BFloat16, G, R, true>;
-  update_of[kFloat16][g][0] = update<Float16, G, R, false>;
-  update_of[kFloat16][g][1] = update<Float16, G, R, true>;
+  for (auto& update_float32 : update_of[kFloat32][g]) update_float32 = update<Float32, G, R, false>;  // not rounded
+  update_of[kBFloat16][g][kToNearest] = update<BFloat16, G, R, false>;
+  update_of[kBFloat16][g][kToRandom] = update<BFloat16, G, R, true>;
+  update_of[kBFloat16][g][kSplitUp] = update<Split, G, R, false>;
+  update_of[kFloat16][g][kToNearest] = update<Float16, G, R, false>;
+  update_of[kFloat16][g][kToRandom] = update<Float16, G, R, true>;
 }
 
 }  // namespace

@@ -42,12 +42,14 @@ void run(const std::vector<Update>& updates, const Step& step, const Device& dev
 
 void update_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const Tensor& scalars,
              const std::vector<Tensor>& sq_norm, int64_t rule, bool stochastic, int64_t seed,
-             const std::vector<int64_t>& parameter_id, const std::vector<int64_t>& shard) {
+             const std::vector<int64_t>& parameter_id, const std::vector<int64_t>& shard,
+             const std::vector<Tensor>& low) {
   if (params.empty()) return;
   const char* op = "update_";
+  LOMO_CHECK(low.empty(), op, ": rounding=\"split\" has no kernel for GPUs yet; use rounding=\"stochastic\"");
   const Device device = device_of(params[0], op, "param");
   const Step step{scalars_on(scalars, device, op), checked_rule(rule, op), stochastic, seed};
-  run(updates_of(params, grads, sq_norm, parameter_id, shard, device, op), step, device);
+  run(updates_of(params, grads, sq_norm, parameter_id, shard, low, stochastic, device, op), step, device);
 }
 
 }  // namespace

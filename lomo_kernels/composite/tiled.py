@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._arguments import library
+from ..ops._arguments import check_low, library
 from . import gram
 from .gram import flat
 
@@ -296,14 +296,17 @@ def update_by_tiles(
     seed: int,
     parameter_id: int,
     shard: Sequence[int],
+    low: Tensor | None = None,
 ) -> None:
     """``update_`` on `weight`, tile by tile. Arguments as of ``linear_update_``."""
     weight = weight.detach()
+    if low is not None:
+        check_low("update_", [weight], [low], stochastic=stochastic)
     columns = weight.shape[1]
     for first, tile in tiles:
         rows = weight[first : first + len(tile)]
         begin, numel = first * columns, tile.numel()
-        if shard:
+        if shard and stochastic:
             params, grads, shards = _parts(rows, tile, begin, shard)
         else:
             params, grads, shards = [rows], [tile], [begin, numel, numel]
@@ -317,6 +320,7 @@ def update_by_tiles(
             seed,
             [parameter_id] * len(params),
             shards,
+            [] if low is None else [low[first : first + len(tile)]],
         )
 
 

@@ -107,6 +107,56 @@ def check_pair(op: str, param: Tensor, grad: Tensor) -> None:
         raise ValueError(f"{op}: grad is on {grad.device}, param is on {param.device}")
 
 
+def check_low(op: str, params: Sequence[Tensor], low: Sequence[Tensor], *, stochastic: bool) -> None:
+    """Raises TypeError or ValueError unless `low` is empty or has the low part of each parameter: int16, of the
+    parameter's shape and device. That of a float32 parameter has no elements."""
+    if not low:
+        return
+    check_lengths(op, "params", len(params), low=len(low))
+    if stochastic:
+        raise ValueError(f"{op}: low was given, and rounding is stochastic, expected one of the two")
+    for param, part in zip(params, low, strict=True):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{op}: low is a {type(part).__name__}, expected an int16 tensor of the parameter's shape")
+        if param.dtype is torch.float16:
+            raise TypeError(
+                f'{op}: a parameter is float16, and rounding="split" is for bfloat16; make the parameter bfloat16, or '
+                'use rounding="stochastic"'
+            )
+        if param.dtype is torch.float32:
+            if part.numel():
+                raise ValueError(f"{op}: a float32 parameter has a low part, expected it of bfloat16 parameters only")
+        elif part.dtype is not torch.int16 or part.layout is not torch.strided or part.shape != param.shape:
+            raise ValueError(
+                f"{op}: low has shape {list(part.shape)} and dtype {part.dtype}, expected a dense int16 tensor of the "
+                f"parameter's shape {list(param.shape)}"
+            )
+        if part.device != param.device:
+            raise ValueError(f"{op}: low is on {part.device}, the parameter is on {param.device}")
+
+
+def low_parts(op: str, rounding: str, params: Sequence[Tensor], low: Sequence[Tensor | None]) -> list[Tensor]:
+    """The low parts as the operators take them, from one or None per parameter. Empty unless `rounding` is "split".
+
+    Raises:
+        TypeError, ValueError: as `check_low`; or a bfloat16 parameter to split has none.
+    """
+    if rounding != "split":
+        if any(part is not None for part in low):
+            raise ValueError(f'{op}: low was given, and rounding is {rounding!r}, expected "split" or no low')
+        return []
+    parts = []
+    for param, part in zip(params, low, strict=True):
+        if part is None and param.dtype is torch.bfloat16:
+            raise TypeError(
+                f'{op}: low is None and rounding is "split", expected an int16 tensor of the shape of the parameter. '
+                "It begins with zeros, and each step changes it together with the parameter"
+            )
+        parts.append(torch.empty(0, dtype=torch.int16, device=param.device) if part is None else part)
+    check_low(op, params, parts, stochastic=False)
+    return parts
+
+
 def check_slot(op: str, name: str, slot: Tensor, device: torch.device) -> None:
     """Raises TypeError or ValueError unless `slot` can take a sum of squares."""
     if not isinstance(slot, Tensor):

@@ -52,9 +52,11 @@ def check_linear(op: str, inputs: Sequence[Tensor], grad_outputs: Sequence[Tenso
             raise ValueError(f"{op}: the pairs differ in their last dimensions, expected uses of one layer")
 
 
-def check_factors_apart(op: str, factors: Sequence[Tensor], weight: Tensor | None, slot: Tensor | None) -> None:
-    """Raises RuntimeError if the weight or the slot, which are written, shares memory with a factor or with each other:
-    then a part would change before it is used."""
+def check_factors_apart(
+    op: str, factors: Sequence[Tensor], weight: Tensor | None, slot: Tensor | None, low: Sequence[Tensor] = ()
+) -> None:
+    """Raises RuntimeError if the weight, its low part or the slot, which are written, shares memory with a factor or
+    with each other: then a part would change before it is used."""
     slots = [] if slot is None else [slot]
     weights = [] if weight is None else [weight]
     if not have_addresses((*weights, *slots)):
@@ -62,6 +64,7 @@ def check_factors_apart(op: str, factors: Sequence[Tensor], weight: Tensor | Non
     check_no_overlap(
         op,
         regions(Access.WRITTEN, "weight", weights),
+        regions(Access.WRITTEN, "low", low),
         regions(Access.ADDED, "slot" if weight is None else "sq_norm", slots),
         regions(Access.READ, "a factor of its gradient", factors),
     )

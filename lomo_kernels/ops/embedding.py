@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._arguments import (
     Scalar,
+    check_low,
     check_served,
     check_shard,
     check_slot,
@@ -36,7 +37,8 @@ library.define(
 )
 library.define(
     "embedding_update_(Tensor(a!) weight, Tensor[] indices, Tensor[] grad_outputs, int[] padding_idx, Tensor scalars, "
-    "Tensor(b!)? sq_norm, int rule, bool stochastic, int seed, int parameter_id, int[] shard) -> ()"
+    "Tensor(b!)? sq_norm, int rule, bool stochastic, int seed, int parameter_id, int[] shard, "
+    "Tensor(c!)? low=None) -> ()"
 )
 
 
@@ -52,10 +54,17 @@ def _(
     grad_outputs: list[Tensor],
     padding_idx: list[int],
     scalars: Tensor,
-    *rest: Any,
+    sq_norm: Tensor | None,
+    rule: int,
+    stochastic: bool,
+    seed: int,
+    parameter_id: int,
+    shard: list[int],
+    low: Tensor | None = None,
 ) -> None:
     _check_update("embedding_update_", weight, indices, grad_outputs, padding_idx)
     check_vector("embedding_update_", scalars, weight.device)
+    check_low("embedding_update_", [weight], [] if low is None else [low], stochastic=stochastic)
 
 
 def _check_update(
@@ -115,6 +124,7 @@ def embedding_sgd_(
     sq_norm: Tensor | None = None,
     parameter_id: int = 0,
     shard: Sequence[int] | None = None,
+    low: Tensor | None = None,
     **step: Unpack[Step],
 ) -> None:
     """`sgd_` on an embedding's weight, its gradient being the sum, per row, of the tokens that looked the row up.
@@ -129,14 +139,14 @@ def embedding_sgd_(
         padding_idx: tokens with this index count nothing, as in `torch.nn.functional.embedding`; its row still decays.
         sq_norm: float64, one element: what `embedding_sq_norm_` adds is added to it.
         shard: ``(offset, row_length, row_stride)`` if `weight` is a part of a larger parameter, as in `sgd_`.
-        lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step, rule, rounding, seed, parameter_id: as in
-            `sgd_`.
+        lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step, rule, rounding, seed, parameter_id, low: as
+            in `sgd_`.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `weight` share memory with each other, a factor, `sq_norm` or a scalar, or `sq_norm`
-            does with a factor or a scalar; on the CPU, an index out
-            of range. Nothing is changed then. (On a GPU such tokens are left out, as nothing is read by the host.)
+        RuntimeError: elements of `weight` or `low` share memory with each other, a factor, `sq_norm` or a scalar, or
+            `sq_norm` does with a factor or a scalar; on the CPU, an index out of range. Nothing is changed then. (On a
+            GPU such tokens are left out, as nothing is read by the host.)
     """
     op = "embedding_sgd_"
     index_list, grad_outputs = pair_lists(op, "indices", indices, grad_output)
@@ -147,9 +157,9 @@ def embedding_sgd_(
     if padding_idx is not None and padding_idx >= weight.shape[0]:
         raise ValueError(f"{op}: padding_idx is {padding_idx}, expected a row of weight, < {weight.shape[0]}")
     check_served(weight)
-    check_factors_apart(op, [*index_list, *grad_outputs], weight, sq_norm)
     slots = [] if sq_norm is None else [sq_norm]
-    scalars, *settings = update_arguments(op, weight.device, slots, ("weight", [weight]), step)
+    scalars, settings, lows = update_arguments(op, slots, "weight", [weight], [low], step)
+    check_factors_apart(op, [*index_list, *grad_outputs], weight, sq_norm, lows)
     torch.ops.lomo_kernels.embedding_update_.default(
         weight,
         index_list,
@@ -160,5 +170,6 @@ def embedding_sgd_(
         *settings,
         integer(op, "parameter_id", parameter_id),
         [] if shard is None else check_shard(op, shard, weight.numel()),
+        low,
     )
     increment_version([weight])

@@ -7,7 +7,7 @@ order, each product rounded. An element whose scaled gradient is not finite has 
 - ``factor_sums_`` adds the sums of g² along rows and along columns; one read of the gradient.
 - ``factored_sq_norm_`` adds the sum of f²; one read.
 - ``factored_update_`` updates the parameter with f as its gradient; one read. An element whose f is not finite keeps
-  its parameter.
+  its parameter. `low` is as of `sgd_`.
 
 A rule reads a gradient three times if its factors depend on the sums, and its coefficient on the sum of f². All
 elements have to be summed before the first factor is known. The coefficient has to be known before the first update.
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import check_pair, check_slot, library
+from ._arguments import check_low, check_pair, check_slot, library
 from .scalars import check_vector
 
 library.define("factor_sums_(Tensor(a!) row_sums, Tensor(b!) column_sums, Tensor grad, Tensor scalars) -> ()")
@@ -33,7 +33,7 @@ library.define(
 )
 library.define(
     "factored_update_(Tensor(a!) param, Tensor grad, Tensor row_factors, Tensor column_factors, Tensor scalars, "
-    "int rule, bool stochastic, int seed, int parameter_id, int[] shard) -> ()"
+    "int rule, bool stochastic, int seed, int parameter_id, int[] shard, Tensor(b!)? low=None) -> ()"
 )
 
 
@@ -87,7 +87,9 @@ def _(
     seed: int,
     parameter_id: int,
     shard: Sequence[int],
+    low: Tensor | None = None,
 ) -> None:
     check_pair("factored_update_", param, grad)
+    check_low("factored_update_", [param], [] if low is None else [low], stochastic=stochastic)
     check_factors("factored_update_", grad, row_factors, column_factors, torch.float32)
     check_vector("factored_update_", scalars, param.device)

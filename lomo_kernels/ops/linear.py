@@ -7,13 +7,14 @@ two factors in its place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._arguments import (
     Scalar,
+    check_low,
     check_served,
     check_shard,
     check_slot,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 library.define("linear_sq_norm_(Tensor(a!) slot, Tensor[] inputs, Tensor[] grad_outputs, Tensor? inv_scale) -> ()")
 library.define(
     "linear_update_(Tensor(a!) weight, Tensor[] inputs, Tensor[] grad_outputs, Tensor scalars, Tensor(b!)? sq_norm, "
-    "int rule, bool stochastic, int seed, int parameter_id, int[] shard) -> ()"
+    "int rule, bool stochastic, int seed, int parameter_id, int[] shard, Tensor(c!)? low=None) -> ()"
 )
 
 
@@ -42,9 +43,22 @@ def _(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale:
 
 
 @torch.library.register_fake("lomo_kernels::linear_update_")
-def _(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], scalars: Tensor, *rest: Any) -> None:
+def _(
+    weight: Tensor,
+    inputs: list[Tensor],
+    grad_outputs: list[Tensor],
+    scalars: Tensor,
+    sq_norm: Tensor | None,
+    rule: int,
+    stochastic: bool,
+    seed: int,
+    parameter_id: int,
+    shard: list[int],
+    low: Tensor | None = None,
+) -> None:
     _check_update("linear_update_", weight, inputs, grad_outputs)
     check_vector("linear_update_", scalars, weight.device)
+    check_low("linear_update_", [weight], [] if low is None else [low], stochastic=stochastic)
 
 
 def _check_update(op: str, weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor]) -> None:
@@ -95,6 +109,7 @@ def linear_sgd_(
     sq_norm: Tensor | None = None,
     parameter_id: int = 0,
     shard: Sequence[int] | None = None,
+    low: Tensor | None = None,
     **step: Unpack[Step],
 ) -> None:
     """`sgd_` on a linear layer's weight, its gradient being ``grad_output.T @ input``, of which only a tile exists.
@@ -109,13 +124,13 @@ def linear_sgd_(
         grad_output: [..., out_features], the same leading dimensions and dtype; a list where `input` is one.
         sq_norm: float64, one element: what `linear_sq_norm_` adds is added to it.
         shard: ``(offset, row_length, row_stride)`` if `weight` is a part of a larger parameter, as in `sgd_`.
-        lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step, rule, rounding, seed, parameter_id: as in
-            `sgd_`.
+        lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step, rule, rounding, seed, parameter_id, low: as
+            in `sgd_`.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `weight` share memory with each other, with a factor or with `sq_norm`; a factor
-            shares memory with `sq_norm`; or a scalar does with `weight` or `sq_norm`. Nothing is changed then.
+        RuntimeError: elements of `weight` or `low` share memory with each other, with a factor or with `sq_norm`; a
+            factor shares memory with `sq_norm`; or a scalar does with what is written. Nothing is changed then.
     """
     op = "linear_sgd_"
     inputs, grad_outputs = pair_lists(op, "input", input, grad_output)
@@ -123,9 +138,9 @@ def linear_sgd_(
         raise TypeError(f"{op}: weight is a {type(weight).__name__}, expected a tensor")
     _check_update(op, weight, inputs, grad_outputs)
     check_served(weight)
-    check_factors_apart(op, [*inputs, *grad_outputs], weight, sq_norm)
     slots = [] if sq_norm is None else [sq_norm]
-    scalars, *settings = update_arguments(op, weight.device, slots, ("weight", [weight]), step)
+    scalars, settings, lows = update_arguments(op, slots, "weight", [weight], [low], step)
+    check_factors_apart(op, [*inputs, *grad_outputs], weight, sq_norm, lows)
     torch.ops.lomo_kernels.linear_update_.default(
         weight,
         inputs,
@@ -135,5 +150,6 @@ def linear_sgd_(
         *settings,
         integer(op, "parameter_id", parameter_id),
         [] if shard is None else check_shard(op, shard, weight.numel()),
+        low,
     )
     increment_version([weight])

@@ -14,12 +14,14 @@ from ._arguments import (
     Scalar,
     as_list,
     check_lengths,
+    check_low,
     check_pair,
     check_served,
     check_shard,
     check_slot,
     integer,
     library,
+    low_parts,
 )
 from ._overlap import check_scalars_apart
 from .scalars import check_vector, vector
@@ -29,16 +31,25 @@ if TYPE_CHECKING:
 
 library.define(
     "update_(Tensor(a!)[] params, Tensor[] grads, Tensor scalars, Tensor(b!)[] sq_norm, int rule, bool stochastic, "
-    "int seed, int[] parameter_id, int[] shard) -> ()"
+    "int seed, int[] parameter_id, int[] shard, Tensor(c!)[] low) -> ()"
 )
 
 
 @torch.library.register_fake("lomo_kernels::update_")
-def _(params: list[Tensor], grads: list[Tensor], scalars: Tensor, *rest: Any) -> None:
+def _(
+    params: list[Tensor],
+    grads: list[Tensor],
+    scalars: Tensor,
+    sq_norm: list[Tensor],
+    rule: int,
+    stochastic: bool,
+    *rest: Any,
+) -> None:
     check_lengths("update_", "params", len(params), grads=len(grads))
     for param, grad in zip(params, grads, strict=True):
         check_pair("update_", param, grad)
         check_vector("update_", scalars, param.device)
+    check_low("update_", params, rest[-1], stochastic=stochastic)
 
 
 class Step(TypedDict, total=False):
@@ -57,6 +68,7 @@ class Step(TypedDict, total=False):
 
 
 ARGUMENTS = tuple(Step.__annotations__)
+ROUNDINGS = ("nearest", "stochastic", "split")
 
 
 def sgd_(
@@ -66,6 +78,7 @@ def sgd_(
     sq_norm: Tensor | None = None,
     parameter_id: int = 0,
     shard: Sequence[int] | None = None,
+    low: Tensor | None = None,
     **step: Unpack[Step],
 ) -> None:
     """One step of SGD, or of another rule, on `param`, in place, in one pass over memory.
@@ -85,6 +98,8 @@ def sgd_(
         shard: ``(offset, row_length, row_stride)`` if `param` is a part of a larger parameter: element i of the part
             is element ``offset + (i // row_length) * row_stride + i % row_length`` of the whole, so a sharded update
             equals the whole one.
+        low: with ``rounding="split"``, for a bfloat16 parameter: int16, the parameter's shape and device; zeros before
+            the first step. It is changed together with `param`.
         lr: learning rate, >= 0.
         weight_decay: decoupled (``lr * weight_decay`` of the weight is taken off), >= 0; default 0.
         inv_scale: one over the loss scale, > 0; default 1.
@@ -92,20 +107,20 @@ def sgd_(
         clip_coef: factor on the clamped gradient, as from global norm clipping, >= 0; default 1.
         found_inf: if not zero, the parameter is left untouched, bit for bit (`sq_norm` is added all the same).
         rule: ``"sgd"`` (default): the direction is the gradient. ``"sign"``: its sign, and zero for zero.
-        rounding: ``"nearest"`` (default, ties to even) or ``"stochastic"`` (unbiased); float32 parameters are not
-            rounded.
+        rounding: of bfloat16 and float16 parameters. ``"nearest"`` (default, ties to even). ``"stochastic"``
+            (unbiased). ``"split"``: what does not fit into a bfloat16 parameter is kept in `low`; not for float16.
         seed, parameter_id, step: key the random bits of stochastic rounding, with the element's index; default 0.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `param` share memory with each other, with `grad` or with `sq_norm`, or `grad` shares
-            memory with `sq_norm`, or a scalar does with `param` or `sq_norm`; nothing is changed then.
+        RuntimeError: elements of `param` or `low` share memory with each other, with `grad` or with `sq_norm`, or
+            `grad` shares memory with `sq_norm`, or a scalar does with what is written; nothing is changed then.
     """
     op = "sgd_"
     check_pair(op, param, grad)
     check_served(param)
     slots = [] if sq_norm is None else [sq_norm]
-    scalars, *settings = update_arguments(op, param.device, slots, ("param", [param]), step)
+    scalars, settings, lows = update_arguments(op, slots, "param", [param], [low], step)
     torch.ops.lomo_kernels.update_.default(
         [param],
         [grad],
@@ -114,6 +129,7 @@ def sgd_(
         *settings,
         [integer(op, "parameter_id", parameter_id)],
         [] if shard is None else check_shard(op, shard, param.numel()),
+        lows,
     )
     increment_version([param])
 
@@ -125,6 +141,7 @@ def sgd_list_(
     sq_norm: Sequence[Tensor] | Tensor | None = None,
     parameter_id: Sequence[int] | None = None,
     shard: Sequence[Sequence[int]] | None = None,
+    low: Sequence[Tensor | None] | None = None,
     **step: Unpack[Step],
 ) -> None:
     """`sgd_` for many small parameters in one call.
@@ -134,6 +151,7 @@ def sgd_list_(
         sq_norm: None, or one slot per parameter (a list, or one float64 vector).
         parameter_id: one per parameter; default 0, 1, 2 and so on.
         shard: None, or one ``(offset, row_length, row_stride)`` per parameter.
+        low: None, or one per parameter; None for a float32 parameter.
         lr, weight_decay, inv_scale, clip_value, clip_coef, found_inf, step, rule, rounding, seed: as in `sgd_`, for
             all.
 
@@ -147,7 +165,8 @@ def sgd_list_(
     ids = range(len(params)) if parameter_id is None else as_list(op, "parameter_id", parameter_id)
     slots = [] if sq_norm is None else as_list(op, "sq_norm", sq_norm)
     shards = [] if shard is None else as_list(op, "shard", shard)
-    check_lengths(op, "params", len(params), grads=len(grads), parameter_id=len(ids))
+    lows = [None] * len(params) if low is None else as_list(op, "low", low)
+    check_lengths(op, "params", len(params), grads=len(grads), parameter_id=len(ids), low=len(lows))
     if sq_norm is not None:
         check_lengths(op, "params", len(params), sq_norm=len(slots))
     if shard is not None:
@@ -162,7 +181,7 @@ def sgd_list_(
             raise ValueError(f"{op}: params are on {params[0].device} and {param.device}, expected one device")
     check_served(params[0])
     numbers = [check_shard(op, one, param.numel()) for one, param in zip(shards, params, strict=False)]
-    scalars, *settings = update_arguments(op, params[0].device, slots, ("param", params), step)
+    scalars, settings, parts = update_arguments(op, slots, "param", params, lows, step)
     torch.ops.lomo_kernels.update_.default(
         params,
         grads,
@@ -171,38 +190,44 @@ def sgd_list_(
         *settings,
         [integer(op, "parameter_id", i) for i in ids],
         [number for three in numbers for number in three],
+        parts,
     )
     increment_version(params)
 
 
 def update_arguments(
-    op: str, device: torch.device, slots: Sequence[Tensor], written: tuple[str, Sequence[Tensor]], step: Step
-) -> tuple[Tensor, int, bool, int]:
-    """What every update operator takes from `step`: the vector of scalars, rule, stochastic, seed. Checks these, and
-    the slots.
+    op: str, slots: Sequence[Tensor], name: str, params: Sequence[Tensor], low: Sequence[Tensor | None], step: Step
+) -> tuple[Tensor, tuple[int, bool, int], list[Tensor]]:
+    """What every update operator takes: the vector of scalars; rule, stochastic, seed; low parts. Checks these, and the
+    slots.
 
     Args:
-        written: the parameters, and the operator's name for one.
+        name: the operator's name for a parameter.
+        low: one per parameter.
     """
-    for name in step:
-        if name not in ARGUMENTS:
-            raise TypeError(f"{op}: got an unexpected argument {name!r}, expected some of {', '.join(ARGUMENTS)}")
+    device = params[0].device
+    for given in step:
+        if given not in ARGUMENTS:
+            raise TypeError(f"{op}: got an unexpected argument {given!r}, expected some of {', '.join(ARGUMENTS)}")
     for slot in slots:
         check_slot(op, "sq_norm", slot, device)
-    check_scalars_apart(op, step, ("sq_norm", slots), written)
-    return (
-        vector(op, device, step),
+    rounding = check_rounding(op, step.get("rounding", "nearest"))
+    parts = low_parts(op, rounding, params, low)
+    check_scalars_apart(op, step, ("sq_norm", slots), (name, params))
+    check_scalars_apart(op, step, ("sq_norm", ()), ("low", parts))
+    settings = (
         rule_number(step.get("rule", "sgd"), op),
-        is_stochastic(op, step.get("rounding", "nearest")),
+        rounding == "stochastic",
         integer(op, "seed", step.get("seed", 0)),
     )
+    return vector(op, device, step), settings, parts
 
 
-def is_stochastic(op: str, rounding: str) -> bool:
-    """Raises ValueError unless `rounding` is one of the two modes."""
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f'{op}: rounding is {rounding!r}, expected "nearest" or "stochastic"')
-    return rounding == "stochastic"
+def check_rounding(op: str, rounding: str) -> str:
+    """Returns `rounding`. Raises ValueError unless it is one of the three modes."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f'{op}: rounding is {rounding!r}, expected "nearest", "stochastic" or "split"')
+    return rounding
 
 
 def increment_version(params: list[Tensor]) -> None:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from . import split
 from .engines.choose import is_engine
 from .parameters import check_groups
 
@@ -80,4 +81,5 @@ def _parts(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
         "fused_layers": False if model is None else of(model, "the model"),
         **training.settings.arguments(),
     }
-    return groups, settings, training.state.export() | training.state.export_norms()
+    numbers = training.state.export() | training.state.export_norms() | split.export(training.managed_params)
+    return groups, settings, numbers

@@ -21,6 +21,7 @@ class Matrices:
         shard: where their elements lie in the whole parameter, as the operators take it.
         block: which elements they are; None: all. At least two dimensions, as the others.
         whole: the shape of the whole parameter.
+        low: the low parts of a weight that is split, as `weight`.
     """
 
     def __init__(
@@ -30,8 +31,9 @@ class Matrices:
         shard: tuple[int, ...] | None,
         block: Block | None = None,
         whole: tuple[int, ...] = (),
+        low: Tensor | None = None,
     ) -> None:
-        self.grad, self.weight, self.shard = grad, weight, list(shard or ())
+        self.grad, self.weight, self.low, self.shard = grad, weight, low, list(shard or ())
         self._block = block if block is not None and block.shape != whole else None
         if self._block is not None:
             within = [slice(first, first + length) for first, length in zip(*self._block, strict=True)]
@@ -61,7 +63,7 @@ class Matrices:
     def update(self, factors: Factors, vector: Tensor, rule: int, stochastic: bool, seed: int, index: int) -> None:
         """Updates the weight; see `factored_update_`."""
         torch.ops.lomo_kernels.factored_update_.default(
-            self.weight, self.grad, *self.factors(factors), vector, rule, stochastic, seed, index, self.shard
+            self.weight, self.grad, *self.factors(factors), vector, rule, stochastic, seed, index, self.shard, self.low
         )
 
     def _of_rows(self, of_whole: Tensor) -> Tensor:
@@ -95,7 +97,8 @@ class FactoredPart:
             self._blocks = list(self._cut(grad, managed.blocks, tuple(shape)))
         elif self.elements:
             of_all = matrices * rows, columns
-            self._blocks = [Matrices(grad.reshape(of_all), self._local.reshape(of_all), managed.shard)]
+            low = None if managed.low is None else managed.low.reshape(of_all)
+            self._blocks = [Matrices(grad.reshape(of_all), self._local.reshape(of_all), managed.shard, low=low)]
 
     def _cut(self, grad: Tensor, blocks: Sequence[Block], whole: tuple[int, ...]) -> Iterable[Matrices]:
         added = max(2 - len(whole), 0)  # dimensions that make a vector a matrix of one row
@@ -103,13 +106,15 @@ class FactoredPart:
         for block in blocks:
             size, shard = math.prod(block.shape), self.managed.shard
             block = Block((0,) * added + block.start, (1,) * added + block.shape)
-            piece, weight = grad, self._local
+            piece, weight, low = grad, self._local, self.managed.low
             if size != grad.numel():  # a flat part, of several blocks or with padding
                 assert shard is not None
                 piece, weight = (tensor.view(-1)[begin : begin + size] for tensor in (grad, self._local))
+                low = None if low is None else low.view(-1)[begin : begin + size]
                 shard = shard[0] + begin, size, size
             matrix = size // block.shape[-1], block.shape[-1]
-            yield Matrices(piece.reshape(matrix), weight.reshape(matrix), shard, block, (1,) * added + whole)
+            low = None if low is None else low.reshape(matrix)
+            yield Matrices(piece.reshape(matrix), weight.reshape(matrix), shard, block, (1,) * added + whole, low)
             begin += size
 
     def add_sums(self, out: Tensor, *, of_param: bool) -> None:
@@ -140,10 +145,17 @@ class FactoredPart:
         local, managed = self._local, self.managed
         for block in self._blocks:
             block.update(factors, vector, rule, stochastic, seed, managed.index)
-        weight = self._blocks[0].weight if len(self._blocks) == 1 else local
-        if weight.untyped_storage()._cdata != local.untyped_storage()._cdata:
-            # `reshape` made a copy: the rows do not follow each other in memory.
-            local.copy_(weight.view(local.shape))
+        if len(self._blocks) == 1:
+            _bring_back(self._blocks[0].weight, local)
+            if managed.low is not None and self._blocks[0].low is not None:
+                _bring_back(self._blocks[0].low, managed.low)
         torch.autograd.graph.increment_version(managed.local)
         if managed.shard is not None:
             torch.autograd.graph.increment_version(managed.param)
+
+
+def _bring_back(matrix: Tensor, tensor: Tensor) -> None:
+    """Copies a matrix back to the tensor that `reshape` made it of, if it is a copy: then the rows do not follow each
+    other in memory."""
+    if matrix.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
+        tensor.copy_(matrix.view(tensor.shape))

@@ -105,7 +105,7 @@ class FactoredPass(UpdatePass, NormPass):
             rest = self.rule, self.stochastic, self.seed, managed.index
             update_by_row(managed, WeightGradient(uses, grad).tiles(param), self._rule_state, add_norm, rest)
             return
-        rows = LookedUpRows(uses, param) if grad is None and LookedUpRows.suit(uses, param) else None
+        rows = LookedUpRows(uses, param, managed.low) if grad is None and LookedUpRows.suit(uses, param) else None
         gradient = formed(uses, grad, param) if rows is None else rows.grad
         uses.clear()  # frees the factors, as autograd would have done by now
         if isinstance(saved, list):

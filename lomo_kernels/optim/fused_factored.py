@@ -56,9 +56,10 @@ def update_by_row(
         elif add_norm is not None:
             managed.slot.add_(sums.rows.sum())
         factors = rule_state.rule.factors(managed, sums, (), step)
+        low = None if managed.low is None else managed.low[here]
         shard = [first * weight.shape[1], tile.numel(), tile.numel()]
         torch.ops.lomo_kernels.factored_update_.default(
-            weight[here], tile, factors.rows, factors.columns, vector, *rest, shard
+            weight[here], tile, factors.rows, factors.columns, vector, *rest, shard, low
         )
     torch.autograd.graph.increment_version(managed.param)
 
@@ -88,14 +89,16 @@ class LookedUpRows(Matrices):
     Args:
         uses: of embeddings.
         weight: [rows, columns], all of it.
+        low: of a weight that is split, the same.
     """
 
-    def __init__(self, uses: Sequence[LayerFactors], weight: Tensor) -> None:
+    def __init__(self, uses: Sequence[LayerFactors], weight: Tensor, low: Tensor | None = None) -> None:
         rows_of_uses = tiled.rows_of([use.input for use in uses], [use.padding_idx or 0 for use in uses])
         row = torch.cat(rows_of_uses)
         number, tokens = tiled.numbered(row), len(row)
         numbers = number.split([len(rows) for rows in rows_of_uses])
-        super().__init__(tiled.sum_tokens(tokens + 1, numbers, [use.grad_output for use in uses])[:-1], weight, None)
+        total = tiled.sum_tokens(tokens + 1, numbers, [use.grad_output for use in uses])[:-1]
+        super().__init__(total, weight, None, low=low)
         #: Each row's index: int64 [tokens]. A row of zeros has some index.
         self.index = row.new_zeros(tokens + 1).scatter_(0, number, row.clamp(min=0))[:-1]
 
@@ -128,5 +131,16 @@ class LookedUpRows(Matrices):
         if of_columns.numel():
             f.mul_(of_columns)
         torch.ops.lomo_kernels.embedding_update_.default(
-            self.weight, [self.index], [f], [-1], without_clipping(vector), None, rule, stochastic, seed, index, []
+            self.weight,
+            [self.index],
+            [f],
+            [-1],
+            without_clipping(vector),
+            None,
+            rule,
+            stochastic,
+            seed,
+            index,
+            [],
+            self.low,
         )

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import copies, resume
+from . import copies, resume, split
 from .engines.choose import is_engine
 from .factored_rules import FactoredRule
 from .groups import add_group
@@ -60,8 +60,9 @@ class Lomo(torch.optim.Optimizer):
         clip_passes: "one" is another name for ``clip_memory=None``, and "two" for 0.
         loss_scale: None, a number, "dynamic", or "auto". "auto" is dynamic if a parameter is float16, or if the first
             backward computes in float16, as under autocast. Over several processes autocast only gives a warning.
-        rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters. Stochastic rounding is unbiased:
-            updates far below a weight's last bit still count on average.
+        rounding: of bfloat16 and float16 parameters: "nearest"; "stochastic", which is unbiased: updates far below a
+            weight's last bit still count on average; or "split", for bfloat16: what a weight has no room for is kept,
+            2 bytes per element. Both together are the float32 weight, exactly (`docs/numerics.md`).
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
             scaling all weights stay as they are. Otherwise the elements that are not finite keep their weights; with
             `clip_tensor`, "tensor", "rows" and "adalomo" the whole parameter does (with "rows" in a fused linear layer,
@@ -294,7 +295,8 @@ class Lomo(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, rule, means of
-        `clip_tensor`, and names and shapes of parameters. AdaLomo's state is in ``"state"`` only.
+        `clip_tensor`, and names and shapes of parameters. AdaLomo's state and the low parts of ``rounding="split"``
+        are in ``"state"`` only.
 
         ``"state"`` repeats these numbers for each parameter, because `torch.distributed.checkpoint` keeps nothing else.
         All tensors are copies.
@@ -339,6 +341,7 @@ class Lomo(torch.optim.Optimizer):
         Lomo.__init__(self, groups, **settings)  # a subclass may take other arguments
         self._training.state.load(numbers)
         self._training.state.load_norms(numbers)
+        split.load(self._training.managed_params, numbers[split.LOW])
 
     def _run(self, work: Callable[[TrainingStep], _T]) -> _T:
         self._check_not_wrapped()

@@ -76,6 +76,7 @@ class ManagedParameter:
         self.scaled_grad: Tensor | None = None  # what accumulate() left in .grad, with `grad_scale` in it
         self.grad_scale: Tensor | None = None
         self.zeros: tuple[Tensor, int] | None = None  # what zero_grad() left in .grad, and its version
+        self.low: Tensor | None = None  # of a parameter that is split
         self.dtype: torch.dtype | None = None
         self.set_placement(Placement(param))
 

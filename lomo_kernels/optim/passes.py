@@ -19,6 +19,7 @@ from .engines.base import ParallelEngine
 from .factor_store import FactorStore, SavedFactors
 from .hyperparameters import GroupScalars
 from .managed_parameter import ManagedParameter
+from .split import low_parts_of
 from .streams import Streams
 from .weight_gradient import WeightGradient
 
@@ -205,7 +206,7 @@ class UpdatePass(Pass):
         norm_known: clip coefficient and overflow flag are known (a norm pass came before). Otherwise this pass adds up
             the norms.
         rule: its number in `lomo_kernels.rules.RULES`.
-        stochastic, seed: of the rounding.
+        stochastic, splits, seed: of the rounding.
         vector_of: gives the scalars of a parameter's update; None: they are its group's.
     """
 
@@ -225,6 +226,7 @@ class UpdatePass(Pass):
         norm_known: bool,
         rule: int,
         stochastic: bool,
+        splits: bool,
         seed: int,
         engine: ParallelEngine | None = None,
         factors_only_if_smaller: bool = False,
@@ -235,6 +237,7 @@ class UpdatePass(Pass):
         self.norm_known = norm_known
         self.rule = rule
         self.stochastic = stochastic
+        self.splits = splits
         self.seed = seed
 
     def _handle(self, managed: ManagedParameter, grad: Tensor) -> None:
@@ -249,6 +252,7 @@ class UpdatePass(Pass):
             self.seed,
             [managed.index],
             [] if managed.shard is None else list(managed.shard),
+            [] if managed.low is None else [managed.low],
         )
         torch.autograd.graph.increment_version(managed.local)
         if managed.shard is not None:
@@ -266,6 +270,7 @@ class UpdatePass(Pass):
             self.seed,
             managed.index,
             [],
+            managed.low,
         )
         torch.autograd.graph.increment_version(param)
 
@@ -287,6 +292,7 @@ class UpdatePass(Pass):
             self.seed,
             [managed.index for managed in managed_params],
             [number for managed in managed_params for number in managed.shard or ()] if sharded else [],
+            low_parts_of(managed_params) if self.splits else [],
         )
         torch.autograd.graph.increment_version(params)
         if sharded:

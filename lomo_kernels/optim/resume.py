@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from . import split
 from .hyperparameters import check_group
 from .managed_parameter import ManagedParameter
 from .saved_numbers import EXPECTED, KEY, check_layout, entry_of, read_numbers, read_rule_state
@@ -71,6 +72,8 @@ def read(
     options = _options(theirs, groups, defaults, dropped is not None)
     if numbers is not None and strategy.states:
         numbers[RULE_STATE] = read_rule_state(state_dict["state"], order, managed_params, strategy)
+    if numbers is not None:
+        numbers[split.LOW] = split.read(state_dict["state"], order, managed_params, splits=settings.splits)
     return Resumed(options, numbers, dropped or [])
 
 
@@ -169,6 +172,7 @@ def load(optimizer: Any, state_dict: Any) -> None:
         if loaded.numbers["scaling"] != kind:  # what the first backward of the run that is resumed has settled
             training.set_loss_scale(loaded.numbers["scaling"])
         training.state.load(loaded.numbers)
+        split.load(training.managed_params, loaded.numbers[split.LOW])
         training.settings = replace(training.settings, seed=loaded.numbers["seed"])
     optimizer.param_groups = [
         new | {key: group[key] for key in ("params", "param_names") if key in group}

@@ -19,6 +19,7 @@ from .managed_parameter import ManagedParameter
 from .placement import shape_of
 from .scaling import GROWTH_INTERVAL, KINDS, LARGEST_SCALE, SMALLEST_SCALE
 from .settings import Settings
+from .split import LOW
 from .update_strategy import CLIP_MEANS, RULE_STATE, UpdateStrategy
 
 KEY = "lomo"  # of the library's entry in a state dict
@@ -113,7 +114,7 @@ def _of_parameters(
     for name, numbers in state.items():
         if not isinstance(numbers, dict):
             raise TypeError(f"Lomo: the state of {name} is a {type(numbers).__name__}, expected a dict")
-        _check_keys(numbers, (*_NUMBERS, "rule"), optional=(CLIP_MEANS, *STATES, *states))
+        _check_keys(numbers, (*_NUMBERS, "rule"), optional=(CLIP_MEANS, LOW, *STATES, *states))
     trained = [name for name in state if name not in frozen] or list(state)
     first = state[trained[0]]
     for name in trained:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..ops.update import is_stochastic
+from ..ops.update import check_rounding
 from ..rules import RULES, rule_number
 from .clip_memory import clip_memory_of
 from .factored_rules import FACTORED_RULES, FactoredRule, factored_rule
@@ -21,7 +21,7 @@ class Settings:
     clip_memory: float | str
     clip_tensor: float | None
     loss_scale: float | str | None
-    stochastic: bool
+    rounding: str
     raise_nonfinite: bool
     seed: int
     process_group: Any
@@ -50,7 +50,7 @@ class Settings:
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f'Lomo: nonfinite is {nonfinite!r}, expected "skip" or "raise"')
         LossScale.check(loss_scale)
-        stochastic = is_stochastic("Lomo", rounding)
+        rounding = check_rounding("Lomo", rounding)
         seed = check_seed(seed, "Lomo: seed")
         factored = factored_rule(rule)
         if factored is None:
@@ -60,8 +60,16 @@ class Settings:
         raises = nonfinite == "raise"
         name = rule if factored is None else factored.name
         return Settings(
-            clip_grad_norm, clip_memory, clip_tensor, loss_scale, stochastic, raises, seed, group, name, factored
+            clip_grad_norm, clip_memory, clip_tensor, loss_scale, rounding, raises, seed, group, name, factored
         )
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding == "stochastic"
+
+    @property
+    def splits(self) -> bool:
+        return self.rounding == "split"
 
     @property
     def kernel_rule(self) -> int:
@@ -75,7 +83,7 @@ class Settings:
             "clip_memory": self.clip_memory,
             "clip_tensor": self.clip_tensor,
             "loss_scale": self.loss_scale,
-            "rounding": "stochastic" if self.stochastic else "nearest",
+            "rounding": self.rounding,
             "nonfinite": "raise" if self.raise_nonfinite else "skip",
             "process_group": self.process_group,
             "seed": self.seed,

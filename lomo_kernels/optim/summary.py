@@ -107,6 +107,8 @@ def _totals(managed_params: Sequence[ManagedParameter], kept: bool, twice: set[i
         f"{len(fused)} of {len(trained)} trained parameters, {without / max(elements, 1):.1%} of their elements, are"
         " weights of fused layers."
     ]
+    if low := [managed.low for managed in managed_params if managed.low is not None]:
+        lines.append(f'rounding="split" keeps {sum(part.nbytes for part in low) / 2**20:.2f} MiB of low parts.')
     if kept:
         others = [managed for managed in trained if not managed.fused and managed.index not in twice]
         lines.append(f"Until backward has ended, {_mebibytes(others)} MiB of other gradients are kept.")

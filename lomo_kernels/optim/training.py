@@ -27,6 +27,7 @@ from .placement import is_here, shape_of
 from .repeat_check import RepeatCheck
 from .scaling import computes_in_float16
 from .settings import Settings
+from .split import lacks_low_part, make_low_parts, state_of
 from .state import TrainingState
 from .step import Steps
 from .summary import summary
@@ -175,11 +176,12 @@ class Training:
         self.check_not_ended()
         groups = self.groups
         check_groups(self.managed_params, groups)
+        splits = self.settings.splits
         for managed in self.managed_params:
             if self.engine is not None:
                 managed.set_placement(self.engine.localize(managed))
             unfrozen = managed.param.requires_grad and not managed.supported
-            stale = self._stale or unfrozen
+            stale = self._stale or unfrozen or (splits and lacks_low_part(managed))
             if stale or managed.local.dtype is not managed.dtype or managed.local.device != managed.device:
                 self.make_state()
             if managed.scaled_grad is not None or managed.zeros is not None:
@@ -241,6 +243,8 @@ class Training:
 
     def _new_state(self, before: TrainingState | None = None) -> TrainingState:
         settings = self.settings
+        if settings.splits:
+            make_low_parts(self.managed_params)
         return TrainingState(
             self.managed_params,
             self.groups,
@@ -259,10 +263,8 @@ class Training:
         optimizer = self.optimizer()
         assert optimizer is not None
         for managed in self.managed_params:
-            optimizer.state[managed.param] = self.state.by_parameter(managed.index) | {
-                "seed": self.settings.seed,
-                "rule": NUMBERS[self.settings.rule],
-            }
+            numbers = {"seed": self.settings.seed, "rule": NUMBERS[self.settings.rule]}
+            optimizer.state[managed.param] = self.state.by_parameter(managed.index) | numbers | state_of(managed)
 
     def join_engine(
         self, managed_params: Sequence[ManagedParameter], groups: Sequence[dict[str, Any]]

@@ -251,6 +251,7 @@ class TrainingStep:
             engine=engine,
             rule=self._settings.kernel_rule,
             stochastic=self._settings.stochastic,
+            splits=self._settings.splits,
             seed=self._settings.seed,
             factors_only_if_smaller=factors_only_if_smaller,
         )

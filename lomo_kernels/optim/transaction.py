@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .attachment import cut
+from .split import LOW, export, load
 
 
 def all_or_nothing(optimizer: Any, change: Callable[[], None]) -> None:
@@ -18,7 +19,7 @@ def all_or_nothing(optimizer: Any, change: Callable[[], None]) -> None:
         len(training.managed_params),
         training.attachment.extent(),
     )
-    state, numbers = dict(optimizer.state), training.state.export()
+    state, numbers, low = dict(optimizer.state), training.state.export(), export(training.managed_params)[LOW]
     try:
         change()
     except BaseException:
@@ -30,4 +31,5 @@ def all_or_nothing(optimizer: Any, change: Callable[[], None]) -> None:
         optimizer.state.clear()
         optimizer.state.update(state)
         training.state.load(numbers)
+        load(training.managed_params, low)
         raise

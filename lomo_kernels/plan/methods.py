@@ -97,7 +97,10 @@ def lomo(lr: float = LR, **options: Any) -> Callable[[nn.Module], Attached]:
     """`Lomo` with these options."""
 
     def attach(model: nn.Module) -> Attached:
-        return Attached(Lomo(model, lr=lr, **options).backward, lambda: [])
+        optimizer = Lomo(model, lr=lr, **options)
+        return Attached(
+            optimizer.backward, lambda: [state["low"] for state in optimizer.state.values() if "low" in state]
+        )
 
     return attach
 
@@ -137,6 +140,7 @@ METHODS: dict[str, Method] = {
     "lomo_optim, clipping": Method(lomo_optim(clip=CLIP), steps=2),
     "Lomo": Method(lomo()),
     "Lomo, fused": Method(lomo(fused_layers=True)),
+    "Lomo, split": Method(lomo(rounding="split")),
     "Lomo, clipping, two passes": Method(lomo(**_clip, clip_passes="two")),
     "Lomo, clipping, two passes, fused": Method(lomo(**_clip, clip_passes="two", fused_layers=True)),
     "Lomo, clipping, one pass": Method(lomo(**_clip, clip_passes="one")),

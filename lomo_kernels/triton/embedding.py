@@ -272,8 +272,10 @@ def embedding_update_(
     seed: int,
     parameter_id: int,
     shard: list[int],
+    low: Tensor | None = None,
 ) -> None:
     op, device = "embedding_update_", weight.device
+    launch.refuse_split(op, [] if low is None else [low])
     check_embedding(op, indices, grad_outputs, padding_idx, weight)
     check_weight(op, weight, None, grad_outputs[0].shape[-1], "[num_embeddings, embedding_dim]")
     step = launch.step_scalars(op, scalars, device)

@@ -52,6 +52,11 @@ def fail(*parts: object) -> NoReturn:
     raise RuntimeError("".join(map(str, parts)))
 
 
+def refuse_split(op: str, low: object) -> None:
+    if low:
+        fail(op, ': rounding="split" has no kernel for GPUs yet; use rounding="stochastic"')
+
+
 def check_element_type(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.dtype not in TYPES:
         fail(op, ": ", name, " has dtype ", tensor.dtype, ", expected float32, bfloat16 or float16")

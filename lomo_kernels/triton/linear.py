@@ -615,8 +615,10 @@ def linear_update_(
     seed: int,
     parameter_id: int,
     shard: list[int],
+    low: Tensor | None = None,
 ) -> None:
     op, device = "linear_update_", weight.device
+    launch.refuse_split(op, [] if low is None else [low])
     check_linear(op, inputs, grad_outputs, weight)
     rows, columns = grad_outputs[0].shape[-1], inputs[0].shape[-1]
     check_weight(op, weight, rows, columns, "[out_features, in_features] of grad_output and input")

@@ -285,8 +285,10 @@ def update_(
     seed: int,
     parameter_id: list[int],
     shard: list[int],
+    low: list[Tensor],
 ) -> None:
     op, n = "update_", len(params)
+    launch.refuse_split(op, low)
     if len(grads) != n:
         fail(op, ": ", n, " params, ", len(grads), " grads")
     if sq_norm and len(sq_norm) != n:

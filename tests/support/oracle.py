@@ -42,7 +42,9 @@ FORMATS = {
     torch.bfloat16: Format(16, 8, -133),
     torch.float16: Format(16, 11, -24),
 }
-BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+BITS = {torch.float64: torch.int64, torch.float32: torch.int32} | dict.fromkeys(
+    (torch.bfloat16, torch.float16, torch.int16), torch.int16
+)
 
 
 def decode(bits, form):

@@ -54,6 +54,8 @@ class Textbook:
         ]
         self.clip_grad_norm = clip_grad_norm
         self.stochastic = rounding == "stochastic"
+        split = [param for param in self.model.parameters() if rounding == "split" and param.dtype is torch.bfloat16]
+        self.low = {id(param): torch.zeros_like(param, dtype=torch.int16) for param in split}
         self.seed = seed
         self.dynamic = loss_scale == "dynamic"
         self.loss_scale = 2.0**16 if self.dynamic else 1.0 if loss_scale is None else loss_scale
@@ -97,20 +99,21 @@ class Textbook:
         for group in self.groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    new = reference.updated(
-                        param,
-                        param.grad,
-                        lr=group["lr"],
-                        weight_decay=group["weight_decay"],
-                        inv_scale=1.0 / self.loss_scale,
-                        clip_value=math.inf if group["clip_grad_value"] is None else group["clip_grad_value"],
-                        clip_coef=coefficient,
-                        rule=self.rule,
-                        stochastic=self.stochastic,
-                        seed=self.seed,
-                        parameter_id=index,
-                        step=step,
-                    )
+                    numbers = {
+                        "lr": group["lr"],
+                        "weight_decay": group["weight_decay"],
+                        "inv_scale": 1.0 / self.loss_scale,
+                        "clip_value": math.inf if group["clip_grad_value"] is None else group["clip_grad_value"],
+                        "clip_coef": coefficient,
+                        "rule": self.rule,
+                    }
+                    if id(param) in self.low:
+                        low = self.low[id(param)]
+                        new, new_low = reference.updated_split(param, low, param.grad, **numbers)
+                        low.copy_(new_low)
+                    else:
+                        keys = {"seed": self.seed, "parameter_id": index, "step": step}
+                        new = reference.updated(param, param.grad, **numbers, stochastic=self.stochastic, **keys)
                     param.copy_(new)
                 index += 1
         self._move_scale(overflowed=False)
