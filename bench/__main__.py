@@ -104,9 +104,8 @@ def measure(question: str, environment: dict[str, str], options: list[str]) -> t
         file = Path(folder) / "measured.json"
         command = [sys.executable, "-m", "pytest", *OPTIONS, f"--benchmark-json={file}", f"bench/bench_{question}.py"]
         print("+", *map("=".join, environment.items()), f"bench_{question}", *options, flush=True)
-        status = subprocess.run(
-            [*command, *options], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        ).returncode
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        status = subprocess.run([*command, *options], cwd=ROOT, env=environment).returncode
         return (results.read(file) if file.exists() else None), status
 
 

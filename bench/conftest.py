@@ -10,8 +10,9 @@ import torch
 
 from lomo_kernels import backends
 
-from . import measure, ranks, results
+from . import measure, results
 from .buffers import Buffers
+from .ranks import started
 
 
 def pytest_addoption(parser):
@@ -93,11 +94,11 @@ def buffers(elements, dtype, device):
 
 
 @pytest.fixture(scope="module")
-def rank(model, tokens, device, request):
+def rank(model, tokens, ranks, device, request):
     """Rank 0 of two processes, with the implementations that the module makes."""
     if device != "cpu":
         pytest.skip("one GPU has no two ranks")
-    with ranks.started(request.module.make, model, tokens) as rank:
+    with started(request.module.make, model, tokens) as rank:
         yield rank
 
 
