@@ -32,7 +32,7 @@ MODELS = {
 #: Ours, without fused layers, which reduction rules out.
 OPTIONS: dict[str, dict[str, Any]] = {
     "Lomo": {},
-    "Lomo, clipping, two passes": {"clip_grad_norm": CLIP},
+    "Lomo, clipping, two passes": {"clip_grad_norm": CLIP, "clip_passes": "two"},
     "Lomo, clipping, one pass": {"clip_grad_norm": CLIP, "clip_passes": "one"},
 }
 
