@@ -133,7 +133,7 @@ gpu.main(["--results", {str(tmp_path)!r}], lambda capability, cores: stages)
     said, _ = run.communicate(timeout=30)
     assert not alive(int(pid))
     assert said.splitlines()[-1] == 'left: make gpu ARGS="hang ncu"'
-    assert (tmp_path / "summary.txt").read_text().splitlines()[1] == "passed: build 0 s"
+    assert (tmp_path / "summary.txt").read_text().splitlines()[1].startswith("passed: build ")
 
 
 @pytest.fixture(scope="module")
