@@ -3,7 +3,7 @@
 ::
 
     engine, *_ = deepspeed.initialize(model=model, config=config)  # "zero_optimization": {"stage": 3}, no optimizer
-    optimizer = Lomo(engine, lr=3e-2, clip_grad_norm=1.0)  # with parameter groups: process_group=engine
+    optimizer = Lomo(engine, lr=0.5, clip_grad_norm=1.0)  # with parameter groups: process_group=engine
     for batch in loader:
         optimizer.backward(engine.module(**batch).loss)  # not engine(...); no engine.backward, no engine.step
 
