@@ -16,7 +16,7 @@ from support.models import assert_close, loss_of, transformer_of_vectors
 from support.textbook import Textbook
 
 DOCUMENTS = Path(__file__).parent.parent / "docs" / "distributed"
-RANKS, STEPS, LR = 2, 3, 3e-2  # ranks of a node
+RANKS, STEPS, LR = 2, 3, 0.5  # ranks of a node; the learning rate of the documents
 
 BEFORE = """
 import os
