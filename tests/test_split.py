@@ -404,7 +404,7 @@ def test_tensors_that_share_memory_are_refused() -> None:
     with pytest.raises(RuntimeError, match="low and grad share memory: grad would change before it is read"):
         ops.sgd_(weight, grad, lr=0.1, low=part, rounding="split")
     with pytest.raises(RuntimeError, match="two lows share memory"):
-        ops.sgd_list_([weight, weight.clone()], [weight, weight], lr=0.1, low=[part, part], rounding="split")
+        ops.sgd_list_([weight, weight + 0], [weight + 0] * 2, lr=0.1, low=[part, part], rounding="split")
     with pytest.raises(RuntimeError, match="low and sq_norm share memory"):
         slot = memory[8:12].view(torch.float64)
         ops.sgd_(weight, weight.clone(), lr=0.1, low=part, sq_norm=slot, rounding="split")
