@@ -22,7 +22,7 @@ def info() -> int:
     rows = [("operator", "tensors", "backend", "detail", "why")]
     for choice in backends.choices():
         serving = {name: choice.of(name) for name in ops.OPERATORS}
-        rows += [(name, one.key, one.backend, one.detail, one.reason) for name, one in serving.items()]
+        rows += [(name, serves.key, serves.backend, serves.detail, serves.reason) for name, serves in serving.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -37,11 +37,11 @@ class Choice:
     backend: str  # one of NAMES, "tiled" (for the layers' operators only), or "none"
     detail: str  # instruction set, targets, version; what to do where there is none
     reason: str
-    apart: Mapping[str, Choice] = field(default_factory=dict)  # operators that another one serves
+    overrides: Mapping[str, Choice] = field(default_factory=dict)  # operators that another one serves
 
     def of(self, operator: str) -> Choice:
         """The implementation of one operator."""
-        return self.apart.get(operator, self)
+        return self.overrides.get(operator, self)
 
 
 # ---- Each backend: loads and registers itself, returns what `info` shows, raises ImportError with the reason ---------

@@ -421,11 +421,11 @@ def _factored_update_(
     row_factors: Tensor,
     column_factors: Tensor,
     scalars: Tensor,
-    *rest: Any,
+    *update_arguments: Any,
 ) -> None:
     check_factors("factored_update_", grad, row_factors, column_factors, torch.float32)
     f = factored_gradient(grad, row_factors, column_factors, **_clipping_of(scalars))
-    _update_layer(param, f, vectors.without_clipping(scalars), None, *rest)
+    _update_layer(param, f, vectors.without_clipping(scalars), None, *update_arguments)
 
 
 def _linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
@@ -433,9 +433,9 @@ def _linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tens
 
 
 def _linear_update_(
-    weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], scalars: Tensor, *rest: Any
+    weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], scalars: Tensor, *update_arguments: Any
 ) -> None:
-    _update_layer(weight, linear_gradient(inputs, grad_outputs), scalars, *rest)
+    _update_layer(weight, linear_gradient(inputs, grad_outputs), scalars, *update_arguments)
 
 
 def _embedding_sq_norm_(
@@ -455,9 +455,11 @@ def _embedding_update_(
     grad_outputs: list[Tensor],
     padding_idx: list[int],
     scalars: Tensor,
-    *rest: Any,
+    *update_arguments: Any,
 ) -> None:
-    _update_layer(weight, embedding_gradient(weight.shape[0], indices, grad_outputs, padding_idx), scalars, *rest)
+    _update_layer(
+        weight, embedding_gradient(weight.shape[0], indices, grad_outputs, padding_idx), scalars, *update_arguments
+    )
 
 
 def _update_layer(

@@ -7,6 +7,7 @@ defect it must pass. The inputs of the tests are therefore not weaker than they 
 import math
 
 import pytest
+import test_rules
 import test_sgd
 import test_sq_norm
 import torch
@@ -21,6 +22,14 @@ TINY = torch.finfo(torch.float32).smallest_normal
 
 def float32(value):
     return torch.tensor(value, dtype=torch.float64).float()
+
+
+def sign_with(defect, g):
+    if defect == "the rule is ignored":
+        return g
+    if defect == "the sign of a small gradient is zero":
+        g = torch.where(g.abs() < TINY, g * 0, g)
+    return torch.where(g == 0, 1.0, g.sign()) if defect == "the sign of zero is one" else g.sign()
 
 
 def updated(
@@ -38,6 +47,7 @@ def updated(
     parameter_id=0,
     step=0,
     shard=None,
+    rule="sgd",
 ):
     """The reference's update, but for the defect."""
 
@@ -51,6 +61,8 @@ def updated(
     clamped = g.clamp(-limit, limit)
     finite = (clamped if defect == "the clamp hides infinity" else g).isfinite()
     g = flushed(clamped * float32(clip_coef))
+    if rule == "sign":
+        g = sign_with(defect, clamped if defect == "the sign is that of the gradient before clipping" else g)
     decay = float32(1.0 - lr * weight_decay)
     if defect == "decay is computed in float32":
         decay = 1 - float32(lr) * float32(weight_decay)
@@ -231,6 +243,22 @@ SGD_DEFECTS = {
     ],
 }
 
+#: Defect of the rule "sign": tests that must notice, with their arguments.
+SIGN_DEFECTS = {
+    defect: [(test_rules.test_sign_by_hand,), *extra]
+    for defect, *extra in (
+        ("the rule is ignored", (test_rules.test_update_has_the_reference_bits, "sign", BF16, F32, "stochastic")),
+        ("the sign of zero is one", (test_rules.test_update_has_the_reference_bits, "sign", F32, F32, "nearest")),
+        ("the sign is that of the gradient before clipping",),
+        ("an element whose gradient is not finite is updated", (test_rules.test_ordinary_gradients_too, "sign")),
+    )
+} | {
+    "the sign of a small gradient is zero": [
+        (test_rules.test_update_has_the_reference_bits, "sign", F32, BF16, "nearest"),
+        (test_rules.test_update_has_the_reference_bits, "sign", F16, F32, "stochastic"),
+    ],
+}
+
 #: Defect: tests of `sq_norm_` that must notice, with their arguments.
 SQ_NORM_DEFECTS = {
     "squares in float32": [
@@ -278,7 +306,7 @@ def fails(test, arguments):
     return False
 
 
-@pytest.mark.parametrize(("defect", "test", "arguments"), rows(SGD_DEFECTS))
+@pytest.mark.parametrize(("defect", "test", "arguments"), rows(SGD_DEFECTS) + rows(SIGN_DEFECTS))
 def test_a_defect_of_sgd_is_noticed(monkeypatch, defect, test, arguments):
     monkeypatch.setattr(ops, "sgd_", sgd_with(None))
     assert not fails(test, arguments), "the Python operator without a defect must pass"

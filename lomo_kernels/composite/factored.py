@@ -68,12 +68,12 @@ def factored_update_(
     row_factors: Tensor,
     column_factors: Tensor,
     scalars: Tensor,
-    *rest: Any,
+    *update_arguments: Any,
 ) -> None:
     check_factors("factored_update_", grad, row_factors, column_factors, torch.float32)
     check_vector("factored_update_", scalars, param.device)
     tiles = _tiles(grad, row_factors, column_factors, scalars)
-    tiled.update_by_tiles(param, tiles, without_clipping(scalars), None, *rest)
+    tiled.update_by_tiles(param, tiles, without_clipping(scalars), None, *update_arguments)
 
 
 IMPLEMENTATIONS = {function.__name__: function for function in (factor_sums_, factored_sq_norm_, factored_update_)}

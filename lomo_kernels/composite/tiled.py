@@ -258,15 +258,15 @@ def _embedding_tiles(
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
     if len(inputs) == 1:
         elements = inputs[0].shape[-1] * grad_outputs[0].shape[-1]
-        found = gram.estimate(inputs[0], grad_outputs[0])
-        if found is not None and found.add_to(slot, inv_scale, elements):
+        estimate = gram.estimate(inputs[0], grad_outputs[0])
+        if estimate is not None and estimate.add_to(slot, inv_scale, elements):
             return
     for _, tile in linear_tiles(inputs, grad_outputs):
         torch.ops.lomo_kernels.sq_norm_.default([slot], [tile], inv_scale)
 
 
-def linear_update_(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest: Any) -> None:
-    update_by_tiles(weight, linear_tiles(inputs, grad_outputs), *rest)
+def linear_update_(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *update_arguments: Any) -> None:
+    update_by_tiles(weight, linear_tiles(inputs, grad_outputs), *update_arguments)
 
 
 def embedding_sq_norm_(
@@ -281,9 +281,9 @@ def embedding_sq_norm_(
 
 
 def embedding_update_(
-    weight: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], *rest: Any
+    weight: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], *update_arguments: Any
 ) -> None:
-    update_by_tiles(weight, _embedding_tiles(weight.shape[0], indices, grad_outputs, padding_idx), *rest)
+    update_by_tiles(weight, _embedding_tiles(weight.shape[0], indices, grad_outputs, padding_idx), *update_arguments)
 
 
 def update_by_tiles(

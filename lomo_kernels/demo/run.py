@@ -218,7 +218,7 @@ def summary(results: list[Result]) -> str:
     def times(lomo: Result, value: Callable[[Result], float]) -> str:
         return " and ".join(f"{value(lomo) / value(other):.2f} times that of {other.method}" for other in others)
 
-    beside = " ".join(
+    comparison = " ".join(
         f"{lomo.method}: the peak above the weights is {times(lomo, lambda result: result.peak_bytes)}; the time of a "
         f"step is {times(lomo, lambda result: result.step_seconds)}."
         for lomo in ours
@@ -232,7 +232,7 @@ def summary(results: list[Result]) -> str:
     )
     worse = " and ".join(result.method for result in results if not result.loss_after < result.loss_before)
     return (
-        f"{beside} The lowest held-out loss after fine-tuning is that of "
+        f"{comparison} The lowest held-out loss after fine-tuning is that of "
         f"{best.method}, {best.loss_after:.3f} nats per byte, with {distances}."
         + (f" Fine-tuning did not lower the loss with {worse}." if worse else "")
     )

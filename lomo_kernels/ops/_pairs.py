@@ -16,7 +16,7 @@ INDEX_DTYPES = (torch.int64, torch.int32)
 
 def pair_lists(op: str, name: str, first: Any, grad_output: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Both as lists of equal length, at least one. A single tensor is a list of one."""
-    if {isinstance(one, Tensor) for one in (first, grad_output) if isinstance(one, (Tensor, list, tuple))} == {
+    if {isinstance(given, Tensor) for given in (first, grad_output) if isinstance(given, (Tensor, list, tuple))} == {
         True,
         False,
     }:

@@ -43,13 +43,13 @@ def _(
     sq_norm: list[Tensor],
     rule: int,
     stochastic: bool,
-    *rest: Any,
+    *seed_to_low: Any,
 ) -> None:
     check_lengths("update_", "params", len(params), grads=len(grads))
     for param, grad in zip(params, grads, strict=True):
         check_pair("update_", param, grad)
         check_vector("update_", scalars, param.device)
-    check_low("update_", params, rest[-1], stochastic=stochastic)
+    check_low("update_", params, seed_to_low[-1], stochastic=stochastic)
 
 
 class Step(TypedDict, total=False):
@@ -180,7 +180,7 @@ def sgd_list_(
         if param.device != params[0].device:
             raise ValueError(f"{op}: params are on {params[0].device} and {param.device}, expected one device")
     check_served(params[0])
-    numbers = [check_shard(op, one, param.numel()) for one, param in zip(shards, params, strict=False)]
+    numbers = [check_shard(op, shard, param.numel()) for shard, param in zip(shards, params, strict=False)]
     scalars, settings, parts = update_arguments(op, slots, "param", params, lows, step)
     torch.ops.lomo_kernels.update_.default(
         params,

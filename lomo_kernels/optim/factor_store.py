@@ -83,10 +83,10 @@ class FactorStore:
                 return ()
             factors = held.factors
             self._returned.add(key)
-        for one in ours:
-            one.check(managed.name, outcome)
-            one.join()
-        uses = [one.factors for one in ours]
+        for saved in ours:
+            saved.check(managed.name, outcome)
+            saved.join()
+        uses = [saved.factors for saved in ours]
         ours.clear()
         return [*uses, factors]
 

@@ -102,8 +102,8 @@ class FactoredPass(UpdatePass, NormPass):
         add_norm = None if self.norm_known else partial(NormPass._handle, self, managed)
         if self._rule_state.rule.is_by_row(managed):
             self.changed, self.kept_if_not_finite = True, "parameters (in fused layers, rows)"
-            rest = self.rule, self.stochastic, self.seed, managed.index
-            update_by_row(managed, WeightGradient(uses, grad).tiles(param), self._rule_state, add_norm, rest)
+            draws = self.rule, self.stochastic, self.seed, managed.index
+            update_by_row(managed, WeightGradient(uses, grad).tiles(param), self._rule_state, add_norm, draws)
             return
         rows = LookedUpRows(uses, param, managed.low) if grad is None and LookedUpRows.suit(uses, param) else None
         gradient = formed(uses, grad, param) if rows is None else rows.grad

@@ -34,7 +34,7 @@ def update_by_row(
     tiles: Iterable[tuple[int, Tensor]],
     rule_state: RuleState,
     add_norm: Callable[[Tensor], None] | None,
-    rest: tuple[Any, ...],
+    draws: tuple[Any, ...],
 ) -> None:
     """Updates some rows of a weight after the other. A row whose gradient is not finite stays as it is; the others
     change.
@@ -42,7 +42,7 @@ def update_by_row(
     Args:
         tiles: (first row, gradient of some rows) of each tile, which is used up when the next is asked for.
         add_norm: adds the norm of some rows to the parameter's; None: it is known.
-        rest: arguments of `factored_update_` after ``scalars`` and before ``shard``.
+        draws: arguments of `factored_update_` after ``scalars`` and before ``shard``.
     """
     weight, scalars = managed.param.detach(), managed.scalars.vector
     vector, step = rule_state.scalars.vector(managed), rule_state.step(managed.device)
@@ -59,7 +59,7 @@ def update_by_row(
         low = None if managed.low is None else managed.low[here]
         shard = [first * weight.shape[1], tile.numel(), tile.numel()]
         torch.ops.lomo_kernels.factored_update_.default(
-            weight[here], tile, factors.rows, factors.columns, vector, *rest, shard, low
+            weight[here], tile, factors.rows, factors.columns, vector, *draws, shard, low
         )
     torch.autograd.graph.increment_version(managed.param)
 

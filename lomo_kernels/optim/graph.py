@@ -136,21 +136,21 @@ def nodes_of(loss: Tensor, *, at_most: int | None = None) -> list[Any]:
     release_deep_graphs()
     first = get_gradient_edge(loss).node  # also of a leaf, which has no grad_fn
     nodes: dict[int, Any] = {id(first): first}  # by id, which only living objects have for themselves
-    found = [first]  # in the order in which they were seen: it grows while the loop goes through it
+    nodes_seen = [first]  # in the order in which they were seen: it grows while the loop goes through it
     try:
-        for node in found:
-            if at_most is not None and len(found) >= at_most:
+        for node in nodes_seen:
+            if at_most is not None and len(nodes_seen) >= at_most:
                 break
             for after, _ in node.next_functions:
                 if after is not None and id(after) not in nodes:
                     nodes[id(after)] = after
-                    found.append(after)
+                    nodes_seen.append(after)
     finally:
         if len(nodes) > DEEP:
             # Without the nodes of leaves. They end every chain, and every graph of a parameter shares them.
             _deep_graphs.append({key: node for key, node in nodes.items() if node.next_functions})
             release_deep_graphs()  # joins it with an earlier walk of the same graph
-    return found[:at_most]
+    return nodes_seen[:at_most]
 
 
 # Since torch 2.13, a node that Python has seen is freed through its Python object. A chain of nodes is then freed by

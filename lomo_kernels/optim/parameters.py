@@ -26,17 +26,17 @@ def named_groups(model_or_params: Any) -> list[Any]:
     """
     if isinstance(model_or_params, nn.Module):
         _refuse_wrappers(model_or_params)
-        found: list[Any] = list(model_or_params.named_parameters())
+        params: list[Any] = list(model_or_params.named_parameters())
     elif isinstance(model_or_params, Tensor) or not isinstance(model_or_params, Iterable):
         raise TypeError(
             f"Lomo: model_or_params is a {type(model_or_params).__name__}, expected an nn.Module, an iterable of "
             "parameters or parameter groups"
         )
     else:
-        found = list(model_or_params)
-    if not found:
+        params = list(model_or_params)
+    if not params:
         raise ValueError("Lomo: model_or_params holds no parameters")
-    return found
+    return params
 
 
 def model_to_fuse(model_or_params: Any, fused_layers: bool | nn.Module) -> nn.Module | None:

@@ -108,8 +108,8 @@ class Pass:
         assert grad is not None  # no layer is fused
         ready = self._engine.reduce_grad(managed, grad)
         del grad
-        for one, local in ready:
-            self.add(one, local)
+        for ready_param, local in ready:
+            self.add(ready_param, local)
 
     def take_factors(self, managed: ManagedParameter, factors: Factors) -> Sequence[Factors]:
         """Takes what a fused layer has in place of a gradient, until the weight's hook is called.

@@ -142,7 +142,7 @@ def read_rule_state(
     state: dict[Any, Any], order: Sequence[Any], managed_params: Sequence[ManagedParameter], strategy: UpdateStrategy
 ) -> list[dict[str, Tensor]]:
     """Each parameter's state of the rule. Raises ValueError unless it is of the shapes that the optimizer has."""
-    found = []
+    states = []
     for key, managed in zip(order, managed_params, strict=True):
         ours = strategy.by_parameter(managed.index)
         expected = {name: ours[name] for name in strategy.states if name in ours}
@@ -160,8 +160,8 @@ def read_rule_state(
                 )
             if not bool(((given >= 0) & given.isfinite()).all()):
                 raise ValueError(f"Lomo: the state dict's {name} of {managed.name} has an element that no mean can be")
-        found.append({name: theirs[name] for name in expected})
-    return found
+        states.append({name: theirs[name] for name in expected})
+    return states
 
 
 def _check_means(means: Any, count: int, clip_tensor: float | None) -> None:
@@ -201,7 +201,9 @@ def check_layout(theirs: Any, managed_params: Sequence[ManagedParameter]) -> Non
     """Raises ValueError unless names and shapes are those of `managed_params`. None is not compared, and neither is the
     name of a parameter that was given without one."""
     ours = _layout(managed_params)
-    if not isinstance(theirs, list) or not all(isinstance(one, (list, tuple)) and len(one) == 2 for one in theirs):
+    if not isinstance(theirs, list) or not all(
+        isinstance(entry, (list, tuple)) and len(entry) == 2 for entry in theirs
+    ):
         raise ValueError(f"Lomo: the state dict's parameters are not a list of (name, shape); {EXPECTED}")
     if len(ours) != len(theirs):
         raise ValueError(f"Lomo: the state dict has {len(theirs)} parameters, this optimizer has {len(ours)}")

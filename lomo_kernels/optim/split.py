@@ -100,8 +100,8 @@ def read(
     entries = [state.get(key) for key in order]
     parts = [entry.get(LOW) if isinstance(entry, dict) else None for entry in entries]
     pairs = list(zip(parts, managed_params, strict=True))
-    there = [managed for given, managed in pairs if given is not None]
-    dropped = [managed for managed in there if not (splits and managed.local.dtype is torch.bfloat16)]
+    saved = [managed for given, managed in pairs if given is not None]
+    dropped = [managed for managed in saved if not (splits and managed.local.dtype is torch.bfloat16)]
     if dropped:
         more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
         warnings.warn(
@@ -110,7 +110,7 @@ def read(
             "bfloat16 number that it is",
             stacklevel=6,  # load_state_dict's caller
         )
-    if splits and not there and any(managed.low is not None for managed in managed_params):
+    if splits and not saved and any(managed.low is not None for managed in managed_params):
         warnings.warn(
             'Lomo: the state dict was saved without rounding="split". The low parts begin with zeros: each weight '
             "continues from the bfloat16 number that it is",

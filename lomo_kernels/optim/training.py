@@ -284,10 +284,10 @@ class Training:
         engine.check_consistent(
             {
                 "parameters": [
-                    (one.name, tuple(shape_of(one.param)), one.param.dtype, is_here(one.param))
-                    for one in managed_params
+                    (managed.name, tuple(shape_of(managed.param)), managed.param.dtype, is_here(managed.param))
+                    for managed in managed_params
                 ],
-                "frozen parameters": [one.param.requires_grad for one in managed_params],
+                "frozen parameters": [managed.param.requires_grad for managed in managed_params],
                 "hyperparameters": [(len(group["params"]), *numbers_of(group)) for group in groups],
                 "options": settings.same_everywhere(),
                 "seeds": settings.seed,

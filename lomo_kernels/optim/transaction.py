@@ -13,7 +13,7 @@ def all_or_nothing(optimizer: Any, change: Callable[[], None]) -> None:
     """Calls `change`. If it raises, the optimizer, its parameters' hooks and its layers are as they were before."""
     training = optimizer._training
     changed = [optimizer, training, *training.managed_params]
-    attributes = [vars(one).copy() for one in changed]
+    attributes = [vars(instance).copy() for instance in changed]
     groups, managed_params, attached = (
         len(optimizer.param_groups),
         len(training.managed_params),
@@ -23,8 +23,8 @@ def all_or_nothing(optimizer: Any, change: Callable[[], None]) -> None:
     try:
         change()
     except BaseException:
-        for one, before in zip(changed, attributes, strict=True):
-            one.__dict__ = before
+        for instance, before in zip(changed, attributes, strict=True):
+            instance.__dict__ = before
         training.attachment.cut_back(attached)
         cut(training.managed_params, managed_params)
         cut(optimizer.param_groups, groups)

@@ -44,8 +44,8 @@ class WeightGradient:
             torch.ops.lomo_kernels.embedding_sq_norm_.default(slot, *self.embedding, self.paddings, inv_scale)
         else:
             if self.grad is None and len(self.linear[0]) == 1:
-                found = gram.tied(*self.linear, *self.embedding, self.paddings)
-                if found is not None and found.add_to(slot, inv_scale, weight.numel()):
+                estimate = gram.tied(*self.linear, *self.embedding, self.paddings)
+                if estimate is not None and estimate.add_to(slot, inv_scale, weight.numel()):
                     return
             for _, tile in self.tiles(weight):
                 torch.ops.lomo_kernels.sq_norm_.default([slot], [tile], inv_scale)

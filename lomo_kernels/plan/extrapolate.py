@@ -21,17 +21,17 @@ def peak_of(parts: Parts) -> Peak:
 
 def extrapolate(less: Parts, more: Parts, steps: int) -> Parts:
     """On the lines through both: what comes `steps` after `less`, where `more` comes one after it."""
-    found: Parts = {}
+    parts: Parts = {}
     for key, *pair in _aligned(less, more):
-        found.setdefault(key, []).append(tuple(a + (b - a) * steps for a, b in zip(*pair, strict=True)))
-    return found
+        parts.setdefault(key, []).append(tuple(a + (b - a) * steps for a, b in zip(*pair, strict=True)))
+    return parts
 
 
-def max_steps_below(less: Parts, more: Parts, apart: int, limit: int) -> float:
-    """The last step after `less`, on the lines through both, where no sample is more than `limit`; `more` comes `apart`
+def max_steps_below(less: Parts, more: Parts, steps: int, limit: int) -> float:
+    """The last step after `less`, on the lines through both, where no sample is more than `limit`; `more` comes `steps`
     steps after it."""
-    totals = ((sum(one), sum(other)) for _, one, other in _aligned(less, more))
-    return min((limit - a) * apart // (b - a) if b > a else math.copysign(math.inf, limit - a) for a, b in totals)
+    totals = ((sum(lower), sum(upper)) for _, lower, upper in _aligned(less, more))
+    return min((limit - a) * steps // (b - a) if b > a else math.copysign(math.inf, limit - a) for a, b in totals)
 
 
 def _aligned(less: Parts, more: Parts) -> Iterator[tuple[Any, Sample, Sample]]:

@@ -119,10 +119,10 @@ def _flash_backward(grad_out: Tensor, query: Tensor, key: Tensor, *_: Any, **__:
 
 
 def _workspaces(device: str) -> dict[Any, Callable[..., int]]:
-    def linear(_: Tensor, inputs: list[Tensor], grads: list[Tensor], *rest: Any) -> int:
+    def linear(_: Tensor, inputs: list[Tensor], grads: list[Tensor], *ignored: Any) -> int:
         return tiled.workspace_bytes(grads[0].shape[-1], inputs[0].shape[-1], len(inputs), device)
 
-    def embedding(weight: Tensor, indices: list[Tensor], grads: list[Tensor], *rest: Any) -> int:
+    def embedding(weight: Tensor, indices: list[Tensor], grads: list[Tensor], *ignored: Any) -> int:
         rows = weight.shape[0] if weight.dim() == 2 else indices[0].numel()  # of a norm: the slot is no weight
         return tiled.workspace_bytes(rows, grads[0].shape[-1], len(indices), device)
 

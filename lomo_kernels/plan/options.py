@@ -117,10 +117,10 @@ def chosen(names: Sequence[str] | None, gpus: int) -> list[str]:
     possible = [name for name in possible if not (name.startswith("lomo_optim") and lacking(LOMO_OPTIM_NEEDS))]
     if not names:
         return possible
-    found = []
+    selected = []
     for begin in names:
         those = [name for name in possible if name.lower().startswith(begin.lower())]
         if not those:
             raise ValueError(f"--method {begin} is none of: {'; '.join(possible)}")
-        found += those
-    return list(dict.fromkeys(found))
+        selected += those
+    return list(dict.fromkeys(selected))

@@ -34,11 +34,11 @@ def formulas(device: str) -> Formulas:
     }
 
 
-def _update(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest: Any, **_: Any) -> int:
+def _update(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *ignored: Any, **_: Any) -> int:
     return sum(2 * x.numel() * gy.shape[-1] for x, gy in zip(inputs, grad_outputs, strict=True))
 
 
-def _norm(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *rest: Any, device: str, **_: Any) -> int:
+def _norm(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *ignored: Any, device: str, **_: Any) -> int:
     columns, rows = inputs[0].shape[-1], grad_outputs[0].shape[-1]
     tokens = inputs[0].numel() // max(columns, 1)
     if len(inputs) == 1 and _takes_inner_products(tokens, rows, columns, inputs[0].dtype, device):
@@ -55,5 +55,5 @@ def _takes_inner_products(tokens: int, rows: int, columns: int, dtype: torch.dty
     return not by_tiles and gram.is_cheaper_on_gpu(tokens, rows, columns)
 
 
-def _tile(out: Tensor, grad_output: Tensor, *rest: Any, **_: Any) -> int:
+def _tile(out: Tensor, grad_output: Tensor, *ignored: Any, **_: Any) -> int:
     return 2 * grad_output.shape[0] * out.numel()

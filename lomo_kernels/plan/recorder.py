@@ -142,8 +142,8 @@ class Recorder(LiveBytes):
 
     def _keys(self, tensors: Iterable[Tensor]) -> list[int]:
         local = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)  # of a DTensor
-        found = (self._live.get(id(tensor.untyped_storage())) for tensor in local)
-        return [entry[1].key for entry in found if entry is not None]
+        entries = (self._live.get(id(tensor.untyped_storage())) for tensor in local)
+        return [entry[1].key for entry in entries if entry is not None]
 
     @contextmanager
     def making(self, purpose: str) -> Iterator[None]:
@@ -202,7 +202,7 @@ class Recorder(LiveBytes):
     def parts(self) -> Iterator[tuple[Mark, list[Sample]]]:
         """From the first mark on: each part's name, and the bytes of every category after each allocation in it."""
         now = [0] * len(CATEGORIES)
-        place_of = {name: place for place, name in enumerate(CATEGORIES)}
+        place_of = {name: position for position, name in enumerate(CATEGORIES)}
         size: dict[int, int] = {}
         kind = {key: place_of[category] for key, category in self._is.items()}
         changes = iter(self._category_changes)
@@ -211,12 +211,12 @@ class Recorder(LiveBytes):
         part: Mark | None = None
         marks = iter([*self._marks, _NEVER])
         mark = next(marks)
-        for place, event in enumerate([*self._log, None]):
-            while mark[0] <= place:
+        for position, event in enumerate([*self._log, None]):
+            while mark[0] <= position:
                 if part is not None:
                     yield part, samples
                 part, samples, mark = mark[1], [tuple(now)], next(marks)
-            while change[0] <= place:
+            while change[0] <= position:
                 _, key, category = change
                 now[kind[key]] -= size[key]
                 kind[key] = place_of[category]

@@ -157,8 +157,13 @@ def rows_of_table_1() -> tuple[list[str], list[list[str]]]:
         model, seq, batch = paper.MODEL, paper.SEQUENCE, paper.BATCH
         kept, again = (_of_paper(model, name, 1, checkpointing, batch, seq) for checkpointing in (False, True))
         pairs = [(theirs[category], kept.most[category]) for category in theirs]
-        pairs += [(paper.ACTIVATIONS[one], peak.most["activations"]) for one, peak in ((False, kept), (True, again))]
-        pairs += [(paper.TOTALS[one][name], peak.peak) for one, peak in ((False, kept), (True, again))]
+        pairs += [
+            (paper.ACTIVATIONS[checkpointing], peak.most["activations"])
+            for checkpointing, peak in ((False, kept), (True, again))
+        ]
+        pairs += [
+            (paper.TOTALS[checkpointing][name], peak.peak) for checkpointing, peak in ((False, kept), (True, again))
+        ]
         rows.append([name, *(f"{a:.2f} / {b / GIB:.2f}" for a, b in pairs)])
     return ["", *theirs, "activations", "with checkpoints", "peak", "with checkpoints"], rows
 
@@ -167,10 +172,10 @@ def rows_of_table_2() -> tuple[list[str], list[list[str]]]:
     """The same of Table 2."""
     rows = []
     for (model, name), (gpus, peak) in progress(list(paper.TABLE_2.items()), "Table 2"):
-        found = (
+        peaks = (
             _of_paper(model, name, gpus, True, 1, 1024, group).peak for group in (GROUPS if gpus > 1 else GROUPS[:1])
         )
-        cells = [f"{one / GIB:.2f}" for one in found]
+        cells = [f"{peak_bytes / GIB:.2f}" for peak_bytes in peaks]
         rows.append([f"{model}, {name}", f"{gpus}", f"{peak:.2f}", *cells, *[""] * (len(GROUPS) - len(cells))])
     return ["", "GPUs", "paper", *(f"by {group}" for group in GROUPS)], rows
 

@@ -82,8 +82,8 @@ def _by_place(recorder: Recorder, blocks: int, edge: int) -> Parts:
     """The parts of a step, those of blocks by their distance from the nearer end."""
     parts: Parts = {}
     for (name, number), samples in recorder.parts():
-        place = number if number is None or number < edge else number - blocks
-        parts.setdefault((name, place), []).extend(samples)
+        position = number if number is None or number < edge else number - blocks
+        parts.setdefault((name, position), []).extend(samples)
     return parts
 
 

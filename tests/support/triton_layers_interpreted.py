@@ -19,7 +19,7 @@ from support import oracle
 from support.oracle import ARGUMENTS, DTYPES, ROUNDINGS, assert_same_bits, name_of, reference_arguments
 
 assert backends.choice("CPU").backend == "triton" and launch.INTERPRETED
-assert set(backends.choice("CPU").apart) == set(factored.IMPLEMENTATIONS)  # Triton serves all others
+assert set(backends.choice("CPU").overrides) == set(factored.IMPLEMENTATIONS)  # Triton serves all others
 CPU = torch.device("cpu")
 
 

@@ -131,7 +131,7 @@ class DataParallel(ParallelEngine):
                 continue
             bucket = open_.setdefault(managed.param.dtype, [])
             bucket.append(managed)
-            if sum(one.bytes for one in bucket) >= BUCKET_BYTES:
+            if sum(member.bytes for member in bucket) >= BUCKET_BYTES:
                 self._messages.append(open_.pop(managed.param.dtype))
         self._messages += open_.values()
         self._message_of = {managed.index: position for position, some in enumerate(self._messages) for managed in some}

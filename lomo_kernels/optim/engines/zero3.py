@@ -52,12 +52,16 @@ def check_version(installed: str) -> None:
         required = map(Requirement, requires("lomo_kernels") or ())
     except PackageNotFoundError:  # imported from a source folder that was not installed
         return
-    for one in required:
-        wanted = one.name == "deepspeed" and one.marker is not None and one.marker.evaluate({"extra": "deepspeed"})
-        if wanted and not one.specifier.contains(installed, prereleases=True):
+    for requirement in required:
+        wanted = (
+            requirement.name == "deepspeed"
+            and requirement.marker is not None
+            and requirement.marker.evaluate({"extra": "deepspeed"})
+        )
+        if wanted and not requirement.specifier.contains(installed, prereleases=True):
             raise ImportError(
-                f"Lomo: DeepSpeed is version {installed}, expected {one.specifier}: "
-                f'pip install "deepspeed{one.specifier}"'
+                f"Lomo: DeepSpeed is version {installed}, expected {requirement.specifier}: "
+                f'pip install "deepspeed{requirement.specifier}"'
             )
 
 
@@ -171,10 +175,10 @@ class ZeRO3(ParallelEngine):
             persistent[0].all_gather(persistent)
 
     def sum_(self, total: Tensor) -> None:
-        there = self._where_ranks_meet(total)
-        dist.all_reduce(there, group=self._group)
-        if there is not total:
-            total.copy_(there)
+        on_group_device = self._where_ranks_meet(total)
+        dist.all_reduce(on_group_device, group=self._group)
+        if on_group_device is not total:
+            total.copy_(on_group_device)
 
     def _send_open(self) -> None:
         come, self._open, self._open_bytes = self._open, [], 0
@@ -205,8 +209,8 @@ class ZeRO3(ParallelEngine):
             placed = {
                 device: parts.to(device).split(sizes) for device in {managed.local.device for managed in managed_params}
             }
-            for place, managed in enumerate(managed_params):
-                yield managed, placed[managed.local.device][place]
+            for position, managed in enumerate(managed_params):
+                yield managed, placed[managed.local.device][position]
 
     def _left(self) -> Iterator[tuple[ManagedParameter, Tensor]]:
         if self._open:
@@ -234,11 +238,11 @@ def _check_engine(engine: Any) -> None:
         ),
         "torch_autocast": (engine.torch_autocast_enabled(), "torch.autocast around the forward"),
     }
-    found = [f"{name} (use {instead})" for name, (set_, instead) in ignored.items() if set_]
-    if found:
+    set_options = [f"{name} (use {instead})" for name, (set_, instead) in ignored.items() if set_]
+    if set_options:
         raise ValueError(
-            f"Lomo: the DeepSpeed config has {', '.join(found)}, which only DeepSpeed's own optimizers heed; take it "
-            "out"
+            f"Lomo: the DeepSpeed config has {', '.join(set_options)}, which only DeepSpeed's own optimizers heed; "
+            "take it out"
         )
 
 
