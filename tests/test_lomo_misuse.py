@@ -541,6 +541,21 @@ def test_graphs_of_a_steady_size_are_walked_once(inputs: Tensor, monkeypatch: py
     assert len(walks) == 4, "in the first two steps, and if the number of nodes is not that of the step before"
 
 
+def test_a_graph_that_serves_many_steps_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss needs no forward, so no nodes are made between steps."""
+    walks: list[object] = []
+    monkeypatch.setattr(graph, "nodes_of", lambda loss, nodes_of=graph.nodes_of: walks.append(loss) or nodes_of(loss))
+    params = [nn.Parameter(torch.ones(3)) for _ in range(4)]
+    optimizer = Lomo(params, lr=0.5)
+    loss = torch.stack([param.sum() for param in params]).sum()  # keeps no tensor
+    for _ in range(5):
+        optimizer.backward(loss)
+    assert len(walks) == 1
+    assert all((param == 1 - 5 * 0.5).all() for param in params)
+    optimizer.backward(torch.stack([param.sum() for param in params[1:]]).sum())
+    assert len(walks) == 2
+
+
 def test_accumulation_takes_gradients_in_parts(inputs: Tensor) -> None:
     """Into .grad both parts add up, so what is refused above is right here."""
     model = Shared(reentrant=True)

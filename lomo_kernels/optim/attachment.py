@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers import Factors, factor_sinks, fuse, layers_of, unfuse
 from .accumulation import unscale_grads
 from .managed_parameter import ManagedParameter
-from .owners import claim, forget, optimizer_backward, release
+from .owners import claim, forget, live, optimizer_backward, release
 
 
 class Attachment:
@@ -134,22 +134,28 @@ def _detach(
 def _hook(training: weakref.ref[Any], managed: ManagedParameter) -> Callable[[Tensor], None]:
     """The hook of one parameter. It does not keep the optimizer alive."""
 
+    steps = training().steps  # type: ignore[union-attr]
+
     def on_gradient(_: Tensor) -> None:
-        owner = training()
-        if owner is None:
+        if len(live) > 1 and _is_dropped(training(), managed):  # asking whose backward runs takes 0.4 us
             return
-        backward = optimizer_backward()
-        if backward is not None and backward.owner is not owner:
-            backward.drop(managed.param)
-            owner.passed_over = True
-            return
-        step = owner.steps.current
+        step = steps.current
         if step is not None and step.sink is not None:
             step.sink.take(managed)
-        else:
+        elif (owner := training()) is not None:
             owner.accumulation.note(managed, scaled=step is not None and step.adds_scaled)
 
     return on_gradient
+
+
+def _is_dropped(owner: Any | None, managed: ManagedParameter) -> bool:
+    """Drops the parameter's gradient if it is of another optimizer's backward, and returns whether it was."""
+    backward = optimizer_backward()
+    if owner is None or backward is None or backward.owner is owner:
+        return False
+    backward.drop(managed.param)
+    owner.passed_over = True
+    return True
 
 
 def _factor_sink(training: weakref.ref[Any], managed: ManagedParameter) -> Callable[[Factors], Sequence[Factors]]:

@@ -27,13 +27,13 @@ class Owner(Protocol):
 #: By id of the parameter, which its optimizer keeps alive.
 _owners: dict[int, weakref.ref[Any]] = {}
 #: The optimizers that manage parameters, by id.
-_live: dict[int, weakref.ref[Any]] = {}
+live: dict[int, weakref.ref[Any]] = {}
 
 
 def claim(ids: Iterable[int], owner: weakref.ref[Any]) -> None:
     """Notes that `owner` manages the parameters of these ids."""
     _owners.update(dict.fromkeys(ids, owner))
-    _live[id(owner())] = owner
+    live[id(owner())] = owner
 
 
 def release(ids: list[int]) -> None:
@@ -44,7 +44,7 @@ def release(ids: list[int]) -> None:
 
 def forget(owner_id: int) -> None:
     """Forgets an optimizer, whose parameters were released."""
-    _live.pop(owner_id, None)
+    live.pop(owner_id, None)
 
 
 def owner_of(param: Tensor) -> Any | None:
@@ -91,7 +91,7 @@ class OptimizerBackward:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def begin(self) -> None:
-        for reference in list(_live.values()):
+        for reference in list(live.values()):
             other = reference()
             if other is None or other is self.owner:
                 continue

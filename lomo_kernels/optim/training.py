@@ -176,16 +176,18 @@ class Training:
         self.check_not_ended()
         groups = self.groups
         check_groups(self.managed_params, groups)
-        splits = self.settings.splits
+        engine, splits, stale = self.engine, self.settings.splits, self._stale
         for managed in self.managed_params:
-            if self.engine is not None:
-                managed.set_placement(self.engine.localize(managed))
-            unfrozen = managed.param.requires_grad and not managed.supported
-            stale = self._stale or unfrozen or (splits and lacks_low_part(managed))
-            if stale or managed.local.dtype is not managed.dtype or managed.local.device != managed.device:
-                self.make_state()
+            if engine is not None:
+                managed.set_placement(engine.localize(managed))
+            local = managed.local
+            moved = local.dtype is not managed.dtype or local.device != managed.device
+            unfrozen = not managed.supported and managed.param.requires_grad
+            stale = stale or moved or unfrozen or (splits and lacks_low_part(managed))
             if managed.scaled_grad is not None or managed.zeros is not None:
                 managed.forget_old_grad()
+        if stale:
+            self.make_state()
         self.attachment.hook_all()
         if loss is not None:
             self._scale_float16(loss)
