@@ -1,4 +1,4 @@
-"""What the operators' files share: the library they are defined in, and checks that say what was expected and came."""
+"""What the operators' files share: the library that they are defined in, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def check_shard(op: str, shard: Sequence[int], numel: int) -> list[int]:
 
 
 def as_list(op: str, name: str, values: Iterable[Any]) -> list[Any]:
-    """`values` as a list. Raises TypeError where it is no list or tensor of one dimension or more."""
+    """`values` as a list. Raises TypeError if it is no list and no tensor of one dimension or more."""
     if not isinstance(values, Iterable) or (isinstance(values, Tensor) and values.dim() == 0):
         raise TypeError(f"{op}: {name} is {values!r}, expected a list")
     return list(values)

@@ -22,7 +22,7 @@ class Access(IntEnum):
 
 
 class Region(NamedTuple):
-    """Where a tensor's elements lie: addresses from `begin` to before `end`; an element has `size` bytes."""
+    """The addresses of a tensor's elements: from `begin` to before `end`; an element has `size` bytes."""
 
     begin: int
     end: int
@@ -71,8 +71,8 @@ def regions(access: Access, name: str, tensors: Iterable[Tensor]) -> list[Region
 def _reaches(dims: list[tuple[int, int]], low: int, high: int, budget: list[int]) -> bool:
     """Whether some element of `dims` has an offset in [low, high]. `dims`: (stride, elements), largest stride first.
 
-    Most strides are larger than what the smaller strides span. Then only one or two multiples have to be tried. After
-    `budget` tries the answer is yes.
+    Most strides are larger than what the smaller strides span. Then only one or two multiples have to be tried. The
+    answer is yes after `budget` tries.
     """
     most = sum(stride * (n - 1) for stride, n in dims)
     if high < 0 or low > most:

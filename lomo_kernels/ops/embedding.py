@@ -1,7 +1,7 @@
 """``embedding_update_`` and ``embedding_sq_norm_``: `sgd_` and `sq_norm_` for an embedding whose gradient never exists.
 
-The gradient of ``weight`` in ``y = weight[indices]`` has in row r the sum of the rows of ``grad_output`` whose index is
-r: these operators take the two in its place.
+Row r of the gradient of ``weight`` in ``y = weight[indices]`` is the sum of the rows of ``grad_output`` whose index is
+r. These operators take ``indices`` and ``grad_output`` in place of the gradient.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def embedding_sq_norm_(
     padding_idx: int | None = None,
     inv_scale: Scalar | None = None,
 ) -> None:
-    """Adds the sum of ``(gradient * inv_scale) ** 2`` to `slot`; rows of one index are summed first, in float32.
+    """Adds the sum of ``(gradient * inv_scale) ** 2`` to `slot`. Rows with the same index are summed first, in float32.
 
     Args:
         slot: float64, one element, on the gradient's device.
@@ -101,7 +101,7 @@ def embedding_sq_norm_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout or device; the slot is then unchanged.
-        RuntimeError: on the CPU, a negative index; the slot is then unchanged. (On a GPU such tokens are left out.)
+        RuntimeError: a negative index on the CPU; the slot is then unchanged. (Such tokens are left out on a GPU.)
     """
     op = "embedding_sq_norm_"
     index_list, grad_outputs = pair_lists(op, "indices", indices, grad_output)
@@ -127,10 +127,10 @@ def embedding_sgd_(
     low: Tensor | None = None,
     **step: Unpack[Step],
 ) -> None:
-    """`sgd_` on an embedding's weight, its gradient being the sum, per row, of the tokens that looked the row up.
+    """`sgd_` on an embedding's weight. Each row of the gradient is the sum of the tokens that looked the row up.
 
-    Only rows that occur in `indices` are touched, except for weight decay, which reaches every row. Rows of one index
-    are summed in float32, in a fixed order, and the result is rounded once.
+    Only rows that occur in `indices` are changed, except by weight decay, which reaches every row. Rows with the same
+    index are summed in float32, in a fixed order, and the result is rounded once.
 
     Args:
         weight: [num_embeddings, embedding_dim], float32, bfloat16 or float16. Its version counter is increased.
@@ -144,9 +144,9 @@ def embedding_sgd_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `weight` or `low` share memory with each other, a factor, `sq_norm` or a scalar, or
-            `sq_norm` does with a factor or a scalar; on the CPU, an index out of range. Nothing is changed then. (On a
-            GPU such tokens are left out, as nothing is read by the host.)
+        RuntimeError: elements of `weight` or `low` share memory with each other, a factor, `sq_norm` or a scalar;
+            `sq_norm` shares memory with a factor or a scalar; an index is out of range on the CPU. Nothing is changed
+            then. (Such tokens are left out on a GPU, because the host reads nothing.)
     """
     op = "embedding_sgd_"
     index_list, grad_outputs = pair_lists(op, "indices", indices, grad_output)

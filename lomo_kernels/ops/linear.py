@@ -1,7 +1,7 @@
 """``linear_update_`` and ``linear_sq_norm_``: `sgd_` and `sq_norm_` for a linear layer whose gradient never exists.
 
-The gradient of ``weight`` in ``y = x @ weight.T`` is ``grad_output.T @ x`` over all tokens: these operators take the
-two factors in its place.
+The gradient of ``weight`` in ``y = x @ weight.T`` is ``grad_output.T @ x`` over all tokens. These operators take the
+two factors in place of the gradient.
 """
 
 from __future__ import annotations
@@ -74,11 +74,12 @@ def linear_sq_norm_(
     *,
     inv_scale: Scalar | None = None,
 ) -> None:
-    """Adds the sum of ``(gradient * inv_scale) ** 2`` to `slot`, the gradient being ``grad_output.T @ input``.
+    """Adds the sum of ``(gradient * inv_scale) ** 2`` to `slot`. The gradient is ``grad_output.T @ input``.
 
-    Products are added up in float32. For few tokens the sum is formed from the tokens' inner products (Gram matrices),
-    ``sum_ij (grad_output @ grad_output.T)_ij (input @ input.T)_ij``, where an estimate of its error allows that. The
-    norm is within 1e-5 of float64's, unless the gradient's own float32 sums cancel to less than that.
+    Products are added up in float32. The sum is formed from the tokens' inner products (Gram matrices),
+    ``sum_ij (grad_output @ grad_output.T)_ij (input @ input.T)_ij``, if there are few tokens and an estimate of the
+    error allows this. The norm is within 1e-5 of float64's, unless the gradient's own float32 sums cancel to less than
+    that.
 
     Args:
         slot: float64, one element, on the gradient's device.
@@ -112,10 +113,10 @@ def linear_sgd_(
     low: Tensor | None = None,
     **step: Unpack[Step],
 ) -> None:
-    """`sgd_` on a linear layer's weight, its gradient being ``grad_output.T @ input``, of which only a tile exists.
+    """`sgd_` on a linear layer's weight. The gradient, ``grad_output.T @ input``, is formed tile by tile.
 
-    Products are added up in float32 and the result is rounded once, to the weight's dtype: it agrees with `sgd_` on the
-    float32 gradient within the error of a float32 sum.
+    Products are added up in float32, and the result is rounded once, to the weight's dtype. The result agrees with
+    `sgd_` on the float32 gradient within the error of a float32 sum.
 
     Args:
         weight: [out_features, in_features], float32, bfloat16 or float16. Its autograd version counter is increased.
@@ -130,7 +131,8 @@ def linear_sgd_(
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
         RuntimeError: elements of `weight` or `low` share memory with each other, with a factor or with `sq_norm`; a
-            factor shares memory with `sq_norm`; or a scalar does with what is written. Nothing is changed then.
+            factor shares memory with `sq_norm`; a scalar shares memory with a tensor that is written. Nothing is
+            changed then.
     """
     op = "linear_sgd_"
     inputs, grad_outputs = pair_lists(op, "input", input, grad_output)

@@ -38,9 +38,9 @@ def _(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> Non
 def sq_norm_(slot: Tensor, grad: Tensor, *, inv_scale: Scalar | None = None) -> None:
     """Adds the sum of ``(grad * inv_scale) ** 2`` to `slot`.
 
-    The sum is within 1e-6 (relative) of the float64 sum for every finite gradient, however large or small its elements,
-    and the same from run to run and for any number of threads. A gradient that is not finite, and nothing else, makes
-    the slot infinite or NaN: that is the overflow check of dynamic loss scaling.
+    The sum is within 1e-6 (relative) of the float64 sum for every finite gradient, however large or small its elements.
+    It is the same from run to run and for any number of threads. Only a gradient that is not finite makes the slot
+    infinite or NaN: this is the overflow check of dynamic loss scaling.
 
     Args:
         slot: float64, one element, on the gradient's device. Usually a view of a vector with one slot per parameter.

@@ -84,8 +84,8 @@ def sgd_(
     """One step of SGD, or of another rule, on `param`, in place, in one pass over memory.
 
     Computes ``param = round((1 - lr * weight_decay) * param - lr * direction(clip_coef * clamp(grad * inv_scale)))`` in
-    float32; `lomo_kernels.reference` states it operation by operation, and every backend gives the same bits. An
-    element whose ``grad * inv_scale`` is not finite keeps its parameter.
+    float32. `lomo_kernels.reference` states the formula operation by operation, and every backend gives the same bits.
+    An element whose ``grad * inv_scale`` is not finite keeps its parameter.
 
     Scalars are numbers, or one-element float64 or float32 tensors on the parameter's device (never read by the host).
 
@@ -95,15 +95,15 @@ def sgd_(
         grad: the parameter's shape and device; float32, bfloat16 or float16, not necessarily the parameter's dtype.
         sq_norm: float64, one element: the sum of ``(grad * inv_scale) ** 2``, before clamp and coefficient, is added to
             it in the same pass, as `sq_norm_` does.
-        shard: ``(offset, row_length, row_stride)`` if `param` is a part of a larger parameter: element i of the part
-            is element ``offset + (i // row_length) * row_stride + i % row_length`` of the whole, so a sharded update
-            equals the whole one.
+        shard: ``(offset, row_length, row_stride)`` if `param` is a part of a larger parameter. Element i of the part is
+            element ``offset + (i // row_length) * row_stride + i % row_length`` of the whole. So the updates of all
+            parts give the same bits as one update of the whole.
         low: with ``rounding="split"``, for a bfloat16 parameter: int16, the parameter's shape and device; zeros before
             the first step. It is changed together with `param`.
         lr: learning rate, >= 0.
         weight_decay: decoupled (``lr * weight_decay`` of the weight is taken off), >= 0; default 0.
         inv_scale: one over the loss scale, > 0; default 1.
-        clip_value: each element of ``grad * inv_scale`` is clamped to ``[-clip_value, clip_value]``, > 0; default: not.
+        clip_value: bound on the size of each element of ``grad * inv_scale``, > 0; default: none.
         clip_coef: factor on the clamped gradient, as from global norm clipping, >= 0; default 1.
         found_inf: if not zero, the parameter is left untouched, bit for bit (`sq_norm` is added all the same).
         rule: ``"sgd"`` (default): the direction is the gradient. ``"sign"``: its sign, and zero for zero.
@@ -113,8 +113,8 @@ def sgd_(
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
-        RuntimeError: elements of `param` or `low` share memory with each other, with `grad` or with `sq_norm`, or
-            `grad` shares memory with `sq_norm`, or a scalar does with what is written; nothing is changed then.
+        RuntimeError: elements of `param` or `low` share memory with each other, with `grad` or with `sq_norm`; `grad`
+            shares memory with `sq_norm`; a scalar shares memory with a tensor that is written. Nothing is changed then.
     """
     op = "sgd_"
     check_pair(op, param, grad)

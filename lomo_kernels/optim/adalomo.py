@@ -16,15 +16,15 @@ class AdaLomo(Lomo):
 
     The update is scaled by each weight's own size, so one learning rate suits all layers. The paper takes 5e-4 for
     instruction tuning and 1e-3 for further pre-training. The rule needs no norm of all gradients. So one backward is
-    enough, unless you set `clip_grad_norm`, which the paper does not use, or float16 needs a loss scale.
+    enough, unless you set `clip_grad_norm` (the paper does not) or float16 needs a loss scale.
 
     Args:
         model, lr, clip_grad_norm, clip_grad_value, weight_decay: as in `Lomo`. Decay is ``lr * weight_decay``;
-            lomo_optim multiplies it by the weight's size too.
+            lomo_optim also multiplies the decay by the weight's size.
         loss_scale: as in `Lomo`. lomo_optim's default is 1024, a constant.
         eps: added to the squares of the gradient, and the least size of a weight that an update is scaled by.
         clip_threshold: bound on the RMS of an update before it is scaled by the weight's size.
-        decay_rate: at step t, the state keeps ``1 - t ** decay_rate`` of what it was.
+        decay_rate: the state keeps the share ``1 - t ** decay_rate`` of its former value at step t.
         options: of `Lomo`, except ``rule`` and ``clip_tensor``.
 
     Raises:

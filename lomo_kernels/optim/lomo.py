@@ -30,9 +30,9 @@ class Lomo(torch.optim.Optimizer):
     """SGD without momentum. It updates each parameter and frees its gradient while backward runs.
 
     ``optimizer.backward(loss)`` takes the place of ``loss.backward()``, ``optimizer.step()`` and
-    ``optimizer.zero_grad()``. Only it (and `fused_backward`) frees gradients. A plain ``loss.backward()`` leaves them
-    in ``.grad``, and `step` applies them: so any trainer can use it as a `torch.optim.Optimizer`. A parameter has one
-    optimizer. A newer `Lomo` of some of the parameters takes them over, and the older one cannot be used any more.
+    ``optimizer.zero_grad()``. Only `backward` (and `fused_backward`) frees gradients. A plain ``loss.backward()``
+    leaves gradients in ``.grad``, and `step` applies them. So any trainer can use `Lomo` as a `torch.optim.Optimizer`.
+    A parameter has one optimizer. A newer `Lomo` takes it over, and the older `Lomo` cannot be used any more.
 
     Per element, with g the gradient over the loss scale (`lomo_kernels.reference` states it bit for bit)::
 
@@ -55,27 +55,26 @@ class Lomo(torch.optim.Optimizer):
             number, or a text such as "2GiB". It keeps the gradients that come last in backward. The other layers, those
             nearest to the loss, run backward twice. 0: all layers do; least memory. None: no layer does; fastest.
             "auto": on a GPU what is free, less a tenth of the GPU's memory; on a CPU all gradients, as torch's SGD
-            keeps. Over several ranks, and with reentrant checkpoints, all gradients are kept or none
-            (`docs/choosing.md`).
+            keeps. Several ranks or reentrant checkpoints: all gradients are kept, or none (`docs/choosing.md`).
         clip_passes: "one" is another name for ``clip_memory=None``, and "two" for 0.
         loss_scale: None, a number, "dynamic", or "auto". "auto" is dynamic if a parameter is float16, or if the first
-            backward computes in float16, as under autocast. Over several processes autocast only gives a warning.
+            backward computes in float16, as under autocast. Autocast only gives a warning over several processes.
         rounding: of bfloat16 and float16 parameters: "nearest"; "stochastic", which is unbiased: updates far below a
-            weight's last bit still count on average; or "split", for bfloat16: what a weight has no room for is kept,
-            2 bytes per element. Both together are the float32 weight, exactly (`docs/numerics.md`).
+            weight's last bit still count on average; or "split", for bfloat16: what a weight has no room for is kept, 2
+            bytes per element. The two parts are exactly the float32 weight (`docs/numerics.md`).
         nonfinite: "skip": a step whose gradient is not finite is counted in `skipped_steps`; with clipping or dynamic
             scaling all weights stay as they are. Otherwise the elements that are not finite keep their weights; with
             `clip_tensor`, "tensor", "rows" and "adalomo" the whole parameter does (with "rows" in a fused linear layer,
             the row). "raise": it also raises FloatingPointError, which takes a host synchronisation per step.
         fused_layers: True: the weights of the model's `nn.Linear`, `nn.Embedding` and (GPT-2) `Conv1D` get no gradient.
             Their updates are formed tile by tile from the gradient's factors: the layer's input and the gradient of its
-            output. If you pass parameters or groups, pass the model here. `summary` says which weights are fused. The
+            output. Pass the model here if you pass parameters or groups. `summary` says which weights are fused. The
             rules "tensor" and "adalomo" form a linear layer's gradient once. Not over several ranks.
         process_group: False: none. A `torch.distributed.ProcessGroup`: data parallel without a wrapper. Gradients are
             averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
-            DTensor parameters (FSDP2, tensor parallel). If you pass parameters or groups of DeepSpeed's engine, pass
-            the engine here. See `docs/distributed/README.md`.
-        seed: keys the stochastic rounding, with each parameter's place in ``param_groups`` and the step.
+            DTensor parameters (FSDP2, tensor parallel). Pass DeepSpeed's engine here if you pass its parameters or
+            groups. See `docs/distributed/README.md`.
+        seed: keys the stochastic rounding, with each parameter's position in ``param_groups`` and the step.
         rule: "sgd"; "sign" (SignSGD): each element of the clipped gradient counts as 1 or -1, or 0 if it is zero; or
             "tensor", "rows", "adalomo" (`lomo_kernels.optim.factored_rules`), without `clip_tensor`.
 
@@ -127,17 +126,17 @@ class Lomo(torch.optim.Optimizer):
 
     @as_step(lambda self, *_, **__: not self._training.accumulating)
     def backward(self, loss: Tensor) -> None:
-        """One step of training: runs backward, applies every gradient and frees it. If no norm of all gradients is
-        needed, this happens as soon as a gradient exists.
+        """One step of training: runs backward, applies every gradient and frees it. Each gradient is applied as soon as
+        it exists if no norm of all gradients is needed.
 
-        With `clip_grad_norm` or dynamic loss scaling, weights change when the norm is known. If there is no room to
-        keep all gradients until then, a part of backward, or all of it, runs twice (see `clip_memory`).
-        Gradients that plain backwards (or `accumulate`) left in ``.grad`` are part of the step: the new gradients are
-        added to them, then all are applied and freed. Inside `accumulate` this call only adds to ``.grad``. Parameters
-        of another `Lomo` get no gradient, and their ``.grad`` stays as it was. Leaves that no `Lomo` manages get the
+        Weights change when the norm is known if `clip_grad_norm` or dynamic loss scaling is used. A part of backward,
+        or all of it, runs twice if there is no room to keep all gradients until then (see `clip_memory`). Gradients
+        that plain backwards (or `accumulate`) left in ``.grad`` are part of the step: the new gradients are added to
+        them, then all are applied and freed. This call only adds to ``.grad`` inside `accumulate`. Parameters of
+        another `Lomo` get no gradient, and their ``.grad`` stays as it was. Leaves that no `Lomo` manages get the
         ``.grad`` of one plain backward.
 
-        torch's step hooks are called before and after it, except inside `accumulate`: the optimizer's own
+        torch's step hooks are called before and after a step, except inside `accumulate`: the optimizer's own
         (`register_step_pre_hook`, `register_step_post_hook`) and the global ones. Their args are ``(optimizer, loss)``.
 
         Args:
@@ -152,10 +151,11 @@ class Lomo(torch.optim.Optimizer):
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Inside, `backward` only adds its gradients to ``.grad``. The next `backward` outside applies the sum. Exact.
+        """`backward` only adds its gradients to ``.grad`` inside this context. The next `backward` outside applies the
+        sum. Exact.
 
-        If a `backward` inside breaks off (an interrupt, an error in a hook) after it has added to some gradients, all
-        accumulated gradients are dropped, with a warning. Then begin the step again.
+        All accumulated gradients are dropped, with a warning, if a `backward` inside breaks off (an interrupt, an error
+        in a hook) after it has added to some gradients. Then begin the step again.
         """
         self._check_not_wrapped()
         training = self._training
@@ -171,9 +171,9 @@ class Lomo(torch.optim.Optimizer):
 
     @as_step(lambda self, closure=None: closure is not None or self._training.accumulation.has_gradients())
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Applies the gradients that plain backwards left in ``.grad``. They stay there. If there are none, as after
-        `backward`, this does nothing and calls no step hooks. `closure` is called first, with gradients enabled; its
-        result is returned.
+        """Applies the gradients that plain backwards left in ``.grad``. They stay there. This does nothing and calls no
+        step hooks if there are no gradients, as after `backward`. `closure` is called first, with gradients enabled;
+        its result is returned.
         """
         return self._plain_steps.run(self, closure)
 
@@ -186,9 +186,9 @@ class Lomo(torch.optim.Optimizer):
         """Drops what plain backwards left in ``.grad``.
 
         Args:
-            set_to_none: False: the tensors stay, filled with zeros, and the next backward adds to them. For torch's
-                optimizers they are gradients: weight decay applies to their parameters. So the next `backward` has all
-                gradients in memory; it frees them at its end.
+            set_to_none: False: the tensors stay, filled with zeros, and the next backward adds to them. They count as
+                gradients, as in torch's optimizers: weight decay applies to their parameters. So the next `backward`
+                has all gradients in memory; it frees them at its end.
         """
         itself = self._itself()
         if itself is not None and itself is not self:  # Lightning's wrapper is made of this class
@@ -200,15 +200,15 @@ class Lomo(torch.optim.Optimizer):
         self._training.drop_norm()
 
     def grad_norm(self, loss: Tensor) -> Tensor:
-        """First call of lomo_optim's pair: a backward for the norm. The next `fused_backward` uses it, once.
+        """First call of lomo_optim's pair: a backward for the norm. The next `fused_backward` uses this norm, once.
         Returns the norm, as `last_grad_norm`."""
         self._run(lambda step: step.find_norm(loss))
         return self.last_grad_norm
 
     @as_step(lambda self, *_, **__: not self._training.accumulating)
     def fused_backward(self, loss: Tensor, lr: float | Tensor) -> None:
-        """lomo_optim's name for `backward`, with the learning rate of all groups for this step. After `grad_norm` it
-        runs one backward. An old norm is never used."""
+        """lomo_optim's name for `backward`, with the learning rate of all groups for this step. It runs one backward
+        after `grad_norm`. An old norm is never used."""
         self._run(lambda step: step.fused_backward(loss, lr))
 
     def summary(self) -> str:
@@ -236,13 +236,13 @@ class Lomo(torch.optim.Optimizer):
     def grad_norms(self) -> dict[str, Tensor]:
         """Norm of each parameter's gradient in the last step: unscaled, before clipping of any kind.
 
-        The host does not wait for the device. Over several ranks the norms are of whole parameters and averaged
-        gradients. With sharded parameters this is one all-reduce: every rank has to call it.
+        The host does not wait for the device. The norms of several ranks are those of whole parameters and averaged
+        gradients. The call is one all-reduce if parameters are sharded: every rank has to call it.
 
         Returns:
             A dict by name, in the order of ``param_groups``. Norms are copies: float64, no dimensions, on the first
             parameter's device. A norm is zero if the parameter got no gradient; all are zero after a step that broke
-            off. Without a name the fourth parameter is "parameter 3". A second use of a name gets that added.
+            off. The fourth parameter is "parameter 3" if it has no name. A second use of a name gets this text added.
         """
         return self._training.grad_norms()
 
@@ -261,9 +261,9 @@ class Lomo(torch.optim.Optimizer):
         - ``"unchanged"``: no weight was changed: `grad_norm`, `accumulate`, or a step that broke off early.
         - ``"partial"``: the step broke off, and some weights may have been updated. The others have their old values.
 
-        After an exception the next step starts from the weights as they are, and uses nothing of the broken step.
-        Gradients that were in ``.grad`` before it stay if it has not added to them and has changed no weight. Otherwise
-        they are dropped, with a warning.
+        The next step after an exception starts from the weights as they are, and uses nothing of the broken step.
+        Gradients that were in ``.grad`` before the broken step stay if it has not added to them and has changed no
+        weight. Otherwise they are dropped, with a warning.
         """
         return self._training.steps.outcome
 
@@ -285,7 +285,7 @@ class Lomo(torch.optim.Optimizer):
     # ---- Groups and state -------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `torch.optim.Optimizer`. The new parameters' ids follow the present ones.
+        """Adds a group, as in `torch.optim.Optimizer`. The new parameters' ids follow the present ones.
 
         Raises:
             TypeError, ValueError, NotImplementedError, RuntimeError: as the constructor; nothing is added then.
@@ -295,8 +295,8 @@ class Lomo(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``"lomo"``: step, loss scale, growth tracker, skipped steps, seed, rule, means of
-        `clip_tensor`, and names and shapes of parameters. AdaLomo's state and the low parts of ``rounding="split"``
-        are in ``"state"`` only.
+        `clip_tensor`, and names and shapes of parameters. AdaLomo's state and the low parts of ``rounding="split"`` are
+        only in ``"state"``.
 
         ``"state"`` repeats these numbers for each parameter, because `torch.distributed.checkpoint` keeps nothing else.
         All tensors are copies.
@@ -308,12 +308,12 @@ class Lomo(torch.optim.Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was saved, bit for bit. All of it is loaded, or nothing.
+        """Continues from the step at which `state_dict` was saved, bit for bit. All of it is loaded, or nothing.
 
         Parameters are compared by position and shape; the position keys a parameter's random bits. They are compared by
         name too if both sides have names; what `torch.compile` and ``checkpoint_wrapper`` add to names is ignored. So
-        parameters without names that have equal shapes may be in another order: this is not noticed. The state dict of
-        a `torch.optim.SGD` gives learning rates and weight decay. A warning names what is dropped.
+        another order of parameters without names is not noticed if their shapes are equal. The state dict of a
+        `torch.optim.SGD` gives learning rates and weight decay. A warning names what is dropped.
 
         Raises:
             TypeError, ValueError: `state_dict` is not from `Lomo` or SGD, is of other parameters, of another kind of
