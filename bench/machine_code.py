@@ -137,7 +137,7 @@ def facts_of(kernel: Kernel, arch: int) -> Facts:
 def name_of(kernel: Kernel) -> str:
     if kernel.operator != "sgd_":
         return f"`{kernel.operator}` {kernel.grad}"
-    rounding = "" if kernel.param == "fp32" else ", stochastic" if kernel.stochastic else ", nearest"
+    rounding = "" if kernel.param == "fp32" else f", {kernel.rounding}"
     return f"`sgd_` {kernel.param} by {kernel.grad}{rounding}{', norm' if kernel.norm else ''}"
 
 

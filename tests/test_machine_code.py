@@ -49,7 +49,8 @@ def row_of(kernel):
     short = {"fp32": "fp32", "bf16": "16", "fp16": "16"}
     if kernel.operator == "sq_norm_":
         return f"sq_norm_ {short[kernel.grad]}"
-    return f"sgd_ {kernel.param} by {short[kernel.grad]}{', st' * kernel.stochastic}"
+    rounding = {"nearest": "", "stochastic": ", st", "split": ", split"}[kernel.rounding]
+    return f"sgd_ {kernel.param} by {short[kernel.grad]}{rounding}"
 
 
 @pytest.fixture(
@@ -71,8 +72,8 @@ def measured(request):
 
 
 def test_every_kernel_is_read(measured):
-    """5 ways to round and 3 dtypes of gradients, with and without a norm, and 3 norms alone."""
-    assert len({name_of(kernel) for kernel, _ in measured[2]}) == len(measured[2]) == 5 * 3 * 2 + 3
+    """6 ways to round and 3 dtypes of gradients, with and without a norm, and 3 norms alone."""
+    assert len({name_of(kernel) for kernel, _ in measured[2]}) == len(measured[2]) == 6 * 3 * 2 + 3
 
 
 def test_instructions_per_element(measured):
