@@ -24,7 +24,9 @@ BUILD = ROOT / "build" / "cuda"
 OBJECTS = BUILD / "CMakeFiles" / "_cuda.dir" / "csrc" / "cuda"
 LAYER = 4096 * 4096  # elements of a parameter whose launch is read
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
-MANGLED = {"7Float32": "fp32", "8BFloat16": "bf16", "7Float16": "fp16"}
+#: How a parameter is rounded, by its dtype.
+ROUNDINGS = {"fp32": ("nearest",), "bf16": ("nearest", "stochastic", "split"), "fp16": ("nearest", "stochastic")}
+MANGLED = {"7Float32": "fp32", "13SplitBFloat16": "bf16", "8BFloat16": "bf16", "7Float16": "fp16"}
 
 
 class NoCompiler(Exception):
@@ -81,7 +83,7 @@ class Kernel:
     operator: str
     param: str  # "fp32", "bf16", "fp16"; that of the gradient, if there is no parameter
     grad: str
-    stochastic: bool
+    rounding: str  # "nearest", "stochastic" or "split"
     norm: bool  # whether it adds up squares
     code: list[sass.Instruction]
     registers: int  # of a thread
@@ -95,7 +97,8 @@ class Kernel:
     @property
     def dtypes(self) -> tuple[str, ...]:
         """Of the tensors that it reads."""
-        return (self.grad, self.param) if self.operator == "sgd_" else (self.grad,)
+        written = (self.param, self.param) if self.rounding == "split" else (self.param,)
+        return (self.grad, *written) if self.operator == "sgd_" else (self.grad,)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -111,7 +114,8 @@ class Kernel:
     @property
     def bytes_moved(self) -> int:
         """Per element."""
-        return SIZES[self.grad] + (2 * SIZES[self.param] if self.operator == "sgd_" else 0)
+        written = self.dtypes[1:]
+        return SIZES[self.grad] + 2 * sum(SIZES[dtype] for dtype in written)
 
 
 def cuobjdump() -> str:
@@ -160,7 +164,8 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
                 continue
             dtypes = [MANGLED[dtype] for dtype in re.findall("|".join(MANGLED), name)]
             # The mangled name of a gradient of the parameter's dtype refers back to it.
-            what = operator, dtypes[0], dtypes[-1], "Lb1E" in name
+            rounding = "split" if "13SplitBFloat16" in name else "stochastic" if "Lb1E" in name else "nearest"
+            what = operator, dtypes[0], dtypes[-1], rounding
             resources = code, usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"], threads, elements
             if operator == "sgd_":
                 yield Kernel(*what, False, *resources, -(-tiles // _constant("kTensorBlocks")))
@@ -195,7 +200,13 @@ def triton_source(
 
 
 def _triton_update(
-    arch: int, p: str, g: str, stochastic: bool, norm: bool, clamp: bool = False, listed: bool = False
+    arch: int,
+    p: str,
+    g: str,
+    rounding: str,
+    norm: bool,
+    clamp: bool = False,
+    listed: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     import torch
     import triton.language as tl
@@ -203,15 +214,17 @@ def _triton_update(
     from lomo_kernels.triton import launch, numerics, sgd
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+    stochastic, split = rounding == "stochastic", rounding == "split"
     constants = {"P": types[p], "G": types[g], "STOCHASTIC": stochastic, "ROWS": False, "PAIRS": True, "NORM": norm}
-    constants |= {"RULE": 0, "CLAMP": clamp, "BLOCK": numerics.BLOCK, "ALIGNED": listed}
+    constants |= {"RULE": 0, "CLAMP": clamp, "SPLIT": split, "BLOCK": numerics.BLOCK, "ALIGNED": listed}
     if listed:
-        constants |= {"param": None, "grad": None, "COLUMNS": launch.COLUMNS.value}
+        constants |= {"param": None, "grad": None, "low": None, "COLUMNS": launch.COLUMNS.value}
     else:
-        constants |= {"table": None, "COLUMNS": 0}
+        constants |= {"table": None, "COLUMNS": 0} | ({} if split else {"low": None})
     if not norm:
         constants |= {"partials": None, "counters": None}
-    pointers = {"param": f"*{p}", "grad": f"*{g}", "table": "*i64", "partials": "*fp64", "counters": "*i64"}
+    pointers = {"param": f"*{p}", "grad": f"*{g}", "low": "*i16"}
+    pointers |= {"table": "*i64", "partials": "*fp64", "counters": "*i64"}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[p]
     options = sgd.options(arch, dtype, stochastic, False, norm, clamp)
     return triton_source(sgd.sgd_kernel, pointers, constants), options
@@ -244,12 +257,12 @@ def triton_kernels(arch: int, clamp: bool = False, listed: bool = False) -> Iter
     from lomo_kernels.triton import numerics, sq_norm
 
     cases = [
-        ("sgd_", p, g, stochastic, norm, _triton_update(arch, p, g, stochastic, norm, clamp, listed))
-        for p, g, stochastic, norm in itertools.product(SIZES, SIZES, (False, True), (False, True))
-        if not (stochastic and p == "fp32")
+        ("sgd_", p, g, rounding, norm, _triton_update(arch, p, g, rounding, norm, clamp, listed))
+        for p, g, norm in itertools.product(SIZES, SIZES, (False, True))
+        for rounding in ROUNDINGS[p]
     ]
     if not clamp and not listed:
-        cases += [("sq_norm_", g, g, False, True, _triton_norm(arch, g)) for g in SIZES]
+        cases += [("sq_norm_", g, g, "nearest", True, _triton_norm(arch, g)) for g in SIZES]
     with tempfile.TemporaryDirectory() as folder:
         for *what, (source, options) in cases:
             _, resources = triton_compile(source, options, arch, Path(folder))

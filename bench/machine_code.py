@@ -114,7 +114,7 @@ def facts_of(kernel: Kernel, arch: int) -> Facts:
     """
     count = kernel.elements * kernel.tiles
     read = count * sum(compiled.SIZES[dtype] for dtype in kernel.dtypes)
-    written = count * compiled.SIZES[kernel.param] if kernel.operator == "sgd_" else 0
+    written = count * kernel.bytes_moved - read
     narrowest = min(kernel.widths.values())
     path = sass.hot_path(kernel.code, read, written, narrowest, **dict(kernel.markers))
     if path is None:
@@ -137,7 +137,7 @@ def facts_of(kernel: Kernel, arch: int) -> Facts:
 def name_of(kernel: Kernel) -> str:
     if kernel.operator != "sgd_":
         return f"`{kernel.operator}` {kernel.grad}"
-    rounding = "" if kernel.param == "fp32" else ", stochastic" if kernel.stochastic else ", nearest"
+    rounding = "" if kernel.param == "fp32" else f", {kernel.rounding}"
     return f"`sgd_` {kernel.param} by {kernel.grad}{rounding}{', norm' if kernel.norm else ''}"
 
 

@@ -224,6 +224,11 @@ LOMO_FN uint32_t low_part(float x) {
   return !kOrdinary && is_nan(x) ? 0u : bits_of(x) & 0xffffu;
 }
 
+// In kernels, the type of a parameter whose low parts lie elsewhere, in the same order.
+struct SplitBFloat16 : BFloat16 {
+  static constexpr int kPerHash = 1;
+};
+
 // ---- Random bits ----
 //
 // A counter through a hash, so they do not depend on threads, blocks, backends or sharding.

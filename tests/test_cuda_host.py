@@ -97,6 +97,7 @@ PARTS = {
     "sizes": ("test_sgd.py", "every_size"),
     "arguments": ("test_sgd.py", "every_argument"),
     "rest": ("test_sgd.py", "not every_size and not every_argument and not random_bits"),
+    "split": ("test_split.py", "not any_update and not becomes_nan"),
     "norms": ("test_sq_norm.py", ""),
 }
 

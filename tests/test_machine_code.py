@@ -12,8 +12,8 @@ from bench.results import ROOT
 pytestmark = pytest.mark.timeout(1800)
 
 #: Instructions per element at most, without and with the sum of squares of the same pass: 3 percent above what nvcc
-#: 13.0.88 and Triton 3.9.0 need, and in CUDA without a norm no more than 25. "16": bf16 or fp16. What needs fewer for
-#: good is to be lowered, in the same commit.
+#: 13.0.88 and Triton 3.9.0 need, and in CUDA without a norm no more than 25, except for split weights, which move 10 or
+#: 12 bytes and not 6 or 8. "16": bf16 or fp16. What needs fewer for good is to be lowered, in the same commit.
 INSTRUCTIONS = """
 kernel                    cuda-80     cuda-90     cuda-100    cuda-120    triton-90
 sgd_ fp32 by fp32         12.5 15.3   12.3 15.0   13.2 15.1   12.6 14.8   10.5 17.9
@@ -22,6 +22,8 @@ sgd_ bf16 by fp32         13.7 16.6   13.5 16.3   13.8 15.9   13.6 16.0   20.8 2
 sgd_ bf16 by 16           14.9 18.0   14.4 17.5   14.8 17.1   14.4 17.1   22.9 28.7
 sgd_ bf16 by fp32, st     22.9 25.8   23.3 26.1   23.7 25.8   23.5 25.8   21.5 31.3
 sgd_ bf16 by 16, st       22.9 26.0   23.0 26.0   23.1 25.4   22.8 25.4   23.4 33.8
+sgd_ bf16 by fp32, split  25.2 28.2   25.2 28.0   26.3 28.3   25.3 27.7   32.3 38.5
+sgd_ bf16 by 16, split    25.5 28.5   25.3 28.3   25.7 28.0   25.0 27.6   34.0 40.1
 sgd_ fp16 by fp32         13.7 16.6   13.5 16.3   13.8 15.9   13.6 16.0   13.4 19.8
 sgd_ fp16 by 16           14.9 18.0   14.4 17.5   14.8 17.1   14.4 17.1   15.0 21.3
 sgd_ fp16 by fp32, st     25.0 28.0   25.0 28.2   25.0 27.7   25.0 27.8   32.0 38.1
@@ -49,7 +51,8 @@ def row_of(kernel):
     short = {"fp32": "fp32", "bf16": "16", "fp16": "16"}
     if kernel.operator == "sq_norm_":
         return f"sq_norm_ {short[kernel.grad]}"
-    return f"sgd_ {kernel.param} by {short[kernel.grad]}{', st' * kernel.stochastic}"
+    rounding = {"nearest": "", "stochastic": ", st", "split": ", split"}[kernel.rounding]
+    return f"sgd_ {kernel.param} by {short[kernel.grad]}{rounding}"
 
 
 @pytest.fixture(
@@ -71,8 +74,8 @@ def measured(request):
 
 
 def test_every_kernel_is_read(measured):
-    """5 ways to round and 3 dtypes of gradients, with and without a norm, and 3 norms alone."""
-    assert len({name_of(kernel) for kernel, _ in measured[2]}) == len(measured[2]) == 5 * 3 * 2 + 3
+    """6 ways to round and 3 dtypes of gradients, with and without a norm, and 3 norms alone."""
+    assert len({name_of(kernel) for kernel, _ in measured[2]}) == len(measured[2]) == 6 * 3 * 2 + 3
 
 
 def test_instructions_per_element(measured):

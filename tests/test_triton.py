@@ -86,6 +86,12 @@ CONTRACT = {
     "layouts": ("test_sgd.py", "test_layouts and small or in_a_dimension or expanded or negative_bit or overlap", 60),
     "shards": ("test_sgd.py", "shard or beyond_32", 80),
     "lists": ("test_sgd.py", "list_form and (all] or clip_value] or takes) or empty_list or iterable", 7),
+    "split": (
+        "test_split.py",
+        "every_size and (0] or -1] or -31] or 4095] or 4097]) or every_argument and bfloat16 or strided or lists or "
+        "keeps or found_inf or bad_input or share_memory or layers or wrappers or factored",
+        80,
+    ),
     "autograd": ("test_sgd.py", "version or saved or inference or hook", 10),
     "refusals": ("test_sgd.py", "refuse", 150),
     "sq_norm": ("test_sq_norm.py", f"not ({TOO_LARGE})", 140),
@@ -136,27 +142,39 @@ POINTERS = {"partials": "*fp64", "counters": "*i64", "table": "*i64"}
 #: What is absent in each form of a kernel, and whether it reads a table.
 FORMS = {
     "single": {"table": None, "COLUMNS": 0},
-    "list": {"param": None, "grad": None, "COLUMNS": launch.COLUMNS.value},
+    "list": {"param": None, "grad": None, "low": None, "COLUMNS": launch.COLUMNS.value},
 }
 
 
 def source(kernel, pointers, constants, aligned=True):
     """`kernel` as a launch would specialise it."""
-    return triton_source(kernel, pointers, constants, unaligned=() if aligned else ("param", "grad"))
+    return triton_source(kernel, pointers, constants, unaligned=() if aligned else ("param", "grad", "low"))
 
 
 def update(
-    p, g, stochastic, *, gpu=90, rows=False, pairs=True, norm=False, clamp=False, aligned=True, listed=False, rule=0
+    p,
+    g,
+    stochastic,
+    *,
+    gpu=90,
+    rows=False,
+    pairs=True,
+    norm=False,
+    clamp=False,
+    aligned=True,
+    listed=False,
+    rule=0,
+    split=False,
 ):
     constants = {"P": TYPES[p], "G": TYPES[g], "RULE": rule, "STOCHASTIC": stochastic, "ROWS": rows, "PAIRS": pairs}
-    constants |= {"NORM": norm, "CLAMP": clamp, "BLOCK": BLOCK, "ALIGNED": aligned and listed}
-    constants |= FORMS["list" if listed else "single"]
-    pointers = POINTERS | {"param": f"*{p}", "grad": f"*{g}"}
+    constants |= {"NORM": norm, "CLAMP": clamp, "SPLIT": split, "BLOCK": BLOCK, "ALIGNED": aligned and listed}
+    constants |= FORMS["list" if listed else "single"] | ({} if split and not listed else {"low": None})
+    pointers = POINTERS | {"param": f"*{p}", "grad": f"*{g}", "low": "*i16"}
     if not norm:
         constants |= {"partials": None, "counters": None}
     if listed:
         options = sgd.list_constants(
-            ELEMENTS[p], ELEMENTS[g], stochastic, aligned, gpu=gpu, rule=rule, clamp=clamp, norm=norm
+            ELEMENTS[p], ELEMENTS[g], stochastic, split, aligned, gpu=gpu, rule=rule, clamp=clamp, norm=norm
         )
         assert {key: options.pop(key) for key in constants if key in options} == {
             key: value for key, value in constants.items() if value is not None
@@ -191,6 +209,9 @@ def cases():
         for rounding in ("nearest", "stochastic") if p != "fp32" else ("nearest",):
             stochastic = rounding == "stochastic"
             yield f"{p} by {g} {rounding}", Case(functools.partial(update, p, g, stochastic), *sizes, True)
+        if p == "bf16":
+            split = functools.partial(update, p, g, False, split=True)
+            yield f"{p} by {g} split", Case(split, 2 + 2 + size_of(g), 0, 2 + 2, False)
         full = {"norm": True, "clamp": True, "rows": p != "fp32", "pairs": False}
         yield f"{p} by {g} everything", Case(functools.partial(update, p, g, p != "fp32", **full), *sizes, False)
     for g in TYPES:

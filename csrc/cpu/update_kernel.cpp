@@ -12,12 +12,6 @@ namespace {
 
 constexpr int kGroup = 64;  // elements updated at a time
 
-// A bfloat16 parameter whose low parts lie elsewhere, in the same order.
-struct Split {
-  using Storage = BFloat16::Storage;
-  static constexpr int kPerHash = 1;
-};
-
 // Where a group's random bits come from; see numerics.h.
 struct Random {
   uint64_t block;
@@ -198,7 +192,7 @@ LOMO_FN void update_group(uint16_t* p, uint16_t*, const typename G::Storage* __r
 
 template <class R, bool kFinite, bool kStochastic, class G>
 LOMO_FN void update_group(uint16_t* p, uint16_t* low, const typename G::Storage* __restrict g, const Scalars& s, Random,
-                          Split, G) {
+                          SplitBFloat16, G) {
   Pair* __restrict pairs = reinterpret_cast<Pair*>(p);
   Pair* __restrict low_pairs = reinterpret_cast<Pair*>(low);
 #if defined(__clang__)
@@ -299,7 +293,7 @@ LOMO_FN bool all_finite(const uint32_t*) {
 template <class P, class G, class R, bool kStochastic>
 __attribute__((noinline)) void update_part(typename P::Storage* p, uint16_t* low, const typename G::Storage* g,
                                            int64_t place, int64_t n, const Scalars& s, Random random) {
-  constexpr bool kSplits = std::is_same_v<P, Split>;
+  constexpr bool kSplits = std::is_same_v<P, SplitBFloat16>;
   typename P::Storage p_group[kGroup] = {};
   uint16_t low_group[kSplits ? kGroup : 1] = {};
   typename G::Storage g_group[kGroup] = {};
@@ -313,7 +307,7 @@ __attribute__((noinline)) void update_part(typename P::Storage* p, uint16_t* low
 template <class P, class G, class R, bool kStochastic>
 LOMO_FN void update_run(typename P::Storage* p, uint16_t* low, const typename G::Storage* g, int64_t n,
                         const Scalars& s, Stream stream) {
-  const auto low_at = [&](int64_t i) { return std::is_same_v<P, Split> ? low + i : nullptr; };
+  const auto low_at = [&](int64_t i) { return std::is_same_v<P, SplitBFloat16> ? low + i : nullptr; };
   // A float32 update waits for memory, whatever it computes.
   const bool look = sizeof(typename P::Storage) == 2 && is_finite(s.lr) && is_finite(s.clip_coef) &&
                     is_finite(s.decay) && s.inv_scale <= 1.0f && s.inv_scale >= -1.0f;
@@ -349,7 +343,7 @@ LOMO_FN void update_runs(void* param, void* low_parts, const void* grad, int64_t
   for (int64_t i = 0, m; i < n; i += m) {
     const uint64_t left = kPerKey - stream.first_index % kPerKey;
     m = left < static_cast<uint64_t>(n - i) ? static_cast<int64_t>(left) : n - i;
-    update_run<P, G, R, kStochastic>(p + i, std::is_same_v<P, Split> ? low + i : nullptr, g + i, m, s, stream);
+    update_run<P, G, R, kStochastic>(p + i, std::is_same_v<P, SplitBFloat16> ? low + i : nullptr, g + i, m, s, stream);
     stream.first_index += static_cast<uint64_t>(m);
   }
 }
@@ -377,7 +371,7 @@ void install(Kernels& k, DType g, int rule) {
   for (auto& update_float32 : update_of[kFloat32][g]) update_float32 = update<Float32, G, R, false>;  // not rounded
   update_of[kBFloat16][g][kToNearest] = update<BFloat16, G, R, false>;
   update_of[kBFloat16][g][kToRandom] = update<BFloat16, G, R, true>;
-  update_of[kBFloat16][g][kSplitUp] = update<Split, G, R, false>;
+  update_of[kBFloat16][g][kSplitUp] = update<SplitBFloat16, G, R, false>;
   update_of[kFloat16][g][kToNearest] = update<Float16, G, R, false>;
   update_of[kFloat16][g][kToRandom] = update<Float16, G, R, true>;
 }

@@ -169,9 +169,10 @@ struct Share {
   static constexpr int kPerAccess = kCount / kPerWord;  // words
   uint32_t words[kShare / kPerWord];
 
-  __device__ __forceinline__ float get(int i) const {
-    return T::widen(kWide ? words[i] : i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu);
+  __device__ __forceinline__ uint32_t bits(int i) const {
+    return kWide ? words[i] : i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
   }
+  __device__ __forceinline__ float get(int i) const { return T::widen(bits(i)); }
 };
 
 // A pointer for a wide access. It must be aligned: otherwise a GPU stops with an error, and so does the emulation.

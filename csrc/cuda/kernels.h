@@ -47,6 +47,7 @@ struct Parameter {
   Gradient grad;
   int64_t parameter_id = 0;
   Shard shard;
+  void* low = nullptr;  // low parts, if it is split: bfloat16 then
 };
 
 // Elements are dealt out in tiles of this many, by their number in the tensor and by nothing else: not by the GPU, the

@@ -10,34 +10,43 @@ namespace cuda {
 namespace {
 
 // Whether elements can be paired in the order in which they lie in memory: then their strides do not matter.
-bool lie_alike(const View& param, const View& grad) { return param.strides == grad.strides && is_dense(param); }
+bool lie_alike(const Update& one) {
+  const View& param = one.param;
+  return param.strides == one.grad.strides && (!one.low || param.strides == one.low->strides) && is_dense(param);
+}
 
-// The kernels take contiguous tensors; others are copied, and the parameter's copy is copied back. But where nothing
-// depends on the elements' order (not the random bits, not the order of a sum) and both lie alike without gaps, as
-// channels_last weights do, they are taken as they lie.
+// The kernels take contiguous tensors; others are copied, and the copies of what is written are copied back. But where
+// nothing depends on the elements' order (not the random bits, not the order of a sum) and both lie alike without gaps,
+// as channels_last weights do, they are taken as they lie.
 void run(const std::vector<Update>& updates, const Step& step, const Device& device) {
   Stream stream(device);
   std::vector<Tensor> grads;
-  std::vector<std::pair<Tensor, Tensor>> params;  // the parameter, its copy
+  std::vector<std::pair<Tensor, Tensor>> written;  // a parameter or its low part, and its copy
+  const auto in_order = [&](const View& view) {
+    if (view.contiguous) return static_cast<void*>(view.data);
+    const Tensor original = tensor_of(view, device);
+    written.emplace_back(original, torch::stable::contiguous(original));
+    return written.back().second.mutable_data_ptr();
+  };
   std::vector<Parameter> parameters;
   parameters.reserve(updates.size());
   for (const Update& one : updates) {
     const View &param = one.param, &grad = one.grad;
     Parameter p{param.data, param.dtype, {grad.data, grad.dtype, grad.numel, one.slot}, one.parameter_id, one.shard};
-    const bool as_they_lie = !step.stochastic && !one.slot && lie_alike(param, grad);
-    if (param.numel && !grad.contiguous && !as_they_lie) {
-      grads.push_back(torch::stable::contiguous(tensor_of(grad, device)));
-      p.grad.data = grads.back().const_data_ptr();
-    }
-    if (param.numel && !param.contiguous && !as_they_lie) {
-      const Tensor original = tensor_of(param, device);
-      params.emplace_back(original, torch::stable::contiguous(original));
-      p.data = params.back().second.mutable_data_ptr();
+    if (one.low) p.low = one.low->data;
+    const bool as_they_lie = !step.stochastic && !one.slot && lie_alike(one);
+    if (param.numel && !as_they_lie) {
+      p.data = in_order(param);
+      if (one.low) p.low = in_order(*one.low);
+      if (!grad.contiguous) {
+        grads.push_back(torch::stable::contiguous(tensor_of(grad, device)));
+        p.grad.data = grads.back().const_data_ptr();
+      }
     }
     parameters.push_back(p);
   }
   update(parameters, step, [&] { return stream.workspace(); }, stream.get());
-  for (auto& [original, copy] : params) torch::stable::copy_(original, copy);
+  for (auto& [original, copy] : written) torch::stable::copy_(original, copy);
 }
 
 void update_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const Tensor& scalars,
@@ -46,7 +55,6 @@ void update_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads
              const std::vector<Tensor>& low) {
   if (params.empty()) return;
   const char* op = "update_";
-  LOMO_CHECK(low.empty(), op, ": rounding=\"split\" has no kernel for GPUs yet; use rounding=\"stochastic\"");
   const Device device = device_of(params[0], op, "param");
   const Step step{scalars_on(scalars, device, op), checked_rule(rule, op), stochastic, seed};
   run(updates_of(params, grads, sq_norm, parameter_id, shard, low, stochastic, device, op), step, device);

@@ -5,9 +5,12 @@ namespace lomo {
 namespace cuda {
 namespace {
 
+template <class P>
+constexpr bool kSplits = std::is_same_v<P, SplitBFloat16>;
+
 struct UpdateEntry : Entry {
   void* param;
-  uint64_t key;  // parameter_key
+  uint64_t key;  // parameter_key; the address of its low parts if the parameter is split
   Shard shard;
 };
 
@@ -156,6 +159,33 @@ LOMO_DEVICE bool update_straight(const Share<P, kCount>& p, const Share<G, kCoun
   return all_finite;
 }
 
+// The same of a split parameter. `own_low`: where the low part of its element 0 is.
+template <class P, class G, class R, int kCount>
+LOMO_DEVICE bool update_split_straight(const Share<P, kCount>& p, const Share<P, kCount>& low,
+                                       const Share<G, kCount>& g, const Scalars& scalars, typename P::Storage* own,
+                                       typename P::Storage* own_low) {
+  Share<P, kCount> highs, lows;
+  float scaled[kShare];
+#pragma unroll
+  for (int i = 0; i < kShare; i += 2) {
+    uint32_t high[2], rest[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      scaled[i + k] = g.get(i + k) * scalars.inv_scale;
+      const float x = updated<R>(joined(p.bits(i + k), low.bits(i + k)), scaled[i + k], scalars);
+      high[k] = high_part(x), rest[k] = low_part(x);
+    }
+    highs.words[i / 2] = high[0] | high[1] << 16;
+    lows.words[i / 2] = rest[0] | rest[1] << 16;
+  }
+  const bool all_finite = sum_of_magnitudes(scaled) <= kLargest;
+  if (all_finite) {
+    store_straight(highs, own);
+    store_straight(lows, own_low);
+  }
+  return all_finite;
+}
+
 // Updates 4 elements one by one, by the formula. For the ends of a tensor, for what is not aligned or not finite, and
 // for the ends of a shard's rows and of counters that share a key. `first`: the block's element 0; `x`: counted from
 // there.
@@ -163,10 +193,13 @@ template <class P, class G, class R, int kCount, bool kStochastic>
 LOMO_DEVICE void update_4(const UpdateEntry& entry, const Scalars& scalars, const Shared& shared, int64_t first,
                           uint32_t x) {
   uint32_t p[4], g[4];
+  [[maybe_unused]] uint32_t low[4];
+  [[maybe_unused]] auto* lows = reinterpret_cast<typename P::Storage*>(entry.key);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     p[i] = element<P>(entry.param, first + x + i, entry.numel);
     g[i] = element<G>(entry.grad, first + x + i, entry.numel);
+    if constexpr (kSplits<P>) low[i] = element<P>(lows, first + x + i, entry.numel);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -177,10 +210,15 @@ LOMO_DEVICE void update_4(const UpdateEntry& entry, const Scalars& scalars, cons
       random = random_bits(key, static_cast<uint32_t>(counter));
       if (P::kPerHash == 2) random = index % 2 ? random >> 16 : random & 0xffffu;
     }
-    p[i] = update_element<P, R, kStochastic>(p[i], G::widen(g[i]), scalars, random);
+    if constexpr (kSplits<P>) {
+      update_split<R>(p[i], low[i], G::widen(g[i]), scalars);
+    } else {
+      p[i] = update_element<P, R, kStochastic>(p[i], G::widen(g[i]), scalars, random);
+    }
     const int64_t at = first + x + i;
     if (at >= 0 && at < entry.numel) {
       static_cast<typename P::Storage*>(entry.param)[at] = static_cast<typename P::Storage>(p[i]);
+      if constexpr (kSplits<P>) lows[at] = static_cast<typename P::Storage>(low[i]);
     }
   }
 }
@@ -188,7 +226,8 @@ LOMO_DEVICE void update_4(const UpdateEntry& entry, const Scalars& scalars, cons
 // Blocks that a multiprocessor must have room for, which bounds their registers to 64 or 80: 1024 threads with 64 bytes
 // each under way, or 768 with 96 or 128. Nothing may spill, with no nvcc.
 template <class P, class G, bool kStochastic>
-constexpr int kResident = sizeof(typename P::Storage) + sizeof(typename G::Storage) == 4 && !kStochastic ? 4 : 3;
+constexpr int kResident =
+    sizeof(typename P::Storage) + sizeof(typename G::Storage) == 4 && !kStochastic && !kSplits<P> ? 4 : 3;
 
 template <class P, class G, class R, bool kStochastic, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kResident<P, G, kStochastic>)
@@ -204,12 +243,15 @@ __global__ void __launch_bounds__(kThreads, kResident<P, G, kStochastic>)
     const uint32_t x = tile * uint32_t{kTile} + own_position<kCount>();  // this thread's element 0, in the block
     const auto* own_g = static_cast<const typename G::Storage*>(entry.grad) + block + x;
     auto* own_p = static_cast<typename P::Storage*>(entry.param) + block + x;
+    [[maybe_unused]] auto* own_low = reinterpret_cast<typename P::Storage*>(entry.key) + block + x;
     const bool straight = is_straight(entry, first_tile(entry) + tile);
     Share<P, kCount> p;
+    [[maybe_unused]] Share<P, kCount> low;
     Share<G, kCount> g;
     if (straight) {
       load_straight<Use::once>(g, own_g);
       load_straight<Use::again>(p, own_p);
+      if constexpr (kSplits<P>) load_straight<Use::again>(low, own_low);
     }
     if (tile == 0) {  // while the first loads are under way
       if (threadIdx.x < kStep) prepare_scalar(shared, arguments.step, threadIdx.x);
@@ -223,7 +265,11 @@ __global__ void __launch_bounds__(kThreads, kResident<P, G, kStochastic>)
       sum += sum_squares<kCount>([&](int i) { return g.get(i) * scalars.inv_scale; });
     }
     if (shared.scalars[kFoundInf] != 0.0f) continue;
-    if (straight && update_straight<P, G, R, kCount, kStochastic>(p, g, scalars, shared, x, own_p)) continue;
+    if constexpr (kSplits<P>) {
+      if (straight && update_split_straight<P, G, R, kCount>(p, low, g, scalars, own_p, own_low)) continue;
+    } else {
+      if (straight && update_straight<P, G, R, kCount, kStochastic>(p, g, scalars, shared, x, own_p)) continue;
+    }
 #pragma unroll 1
     for (int i = 0; i < kShare; i += 4) {
       update_4<P, G, R, kCount, kStochastic>(entry, scalars, shared, block, x + distance<kCount>(i));
@@ -239,8 +285,9 @@ UpdateEntry entry_for(const Parameter& parameter, int64_t seed) {
   const uint32_t beyond = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(parameter.data) % 16);
   deal(entry, parameter.grad, parameter.grad.slot ? 0 : beyond / size_of(parameter.dtype));
   if (!is_aligned(parameter.data, parameter.dtype, entry.lead)) entry.straight_end = 0;
+  if (parameter.low && !is_aligned(parameter.low, parameter.dtype, entry.lead)) entry.straight_end = 0;
   entry.param = parameter.data;
-  entry.key = parameter_key(seed, parameter.parameter_id);
+  entry.key = parameter.low ? reinterpret_cast<uint64_t>(parameter.low) : parameter_key(seed, parameter.parameter_id);
   entry.shard = parameter.shard;
   return entry;
 }
@@ -251,7 +298,7 @@ void run(std::vector<UpdateEntry>& entries, const Step& step, const WorkspaceSou
     Arguments<capacity()> arguments{};
     arguments.step = step;
     launch_all(arguments, entries, workspace, [&](uint32_t blocks) {
-      constexpr bool kRounds = sizeof(typename P::Storage) < 4;
+      constexpr bool kRounds = sizeof(typename P::Storage) < 4 && !kSplits<P>;
       launch(kRounds && step.stochastic ? update_kernel<P, G, R, kRounds, capacity()>
                                         : update_kernel<P, G, R, false, capacity()>,
              blocks, arguments, stream);
@@ -259,28 +306,37 @@ void run(std::vector<UpdateEntry>& entries, const Step& step, const WorkspaceSou
   });
 }
 
+// Updates the parameters of one type, by the dtypes of their gradients.
+template <class P, class Chosen>
+void update_those(P, const Chosen& chosen, const std::vector<Parameter>& parameters, const Step& step,
+                  const WorkspaceSource& workspace, void* stream) {
+  for (int g = 0; g < kDTypes; ++g) {
+    std::vector<UpdateEntry> entries;
+    for (const Parameter& parameter : parameters) {
+      if (chosen(parameter) && parameter.grad.dtype == g && parameter.grad.numel) {
+        entries.push_back(entry_for(parameter, step.seed));
+      }
+    }
+    if (entries.empty()) continue;
+    with_format(static_cast<DType>(g), [&](auto grad) {
+      Rules::with(step.rule,
+                  [&](auto rule) { run<P, decltype(grad), decltype(rule)>(entries, step, workspace, stream); });
+    });
+  }
+}
+
 }  // namespace
 
 void update(const std::vector<Parameter>& parameters, const Step& step, const WorkspaceSource& workspace,
             void* stream) {
   for (int p = 0; p < kDTypes; ++p) {
-    for (int g = 0; g < kDTypes; ++g) {
-      std::vector<UpdateEntry> entries;
-      for (const Parameter& parameter : parameters) {
-        if (parameter.dtype == p && parameter.grad.dtype == g && parameter.grad.numel) {
-          entries.push_back(entry_for(parameter, step.seed));
-        }
-      }
-      if (entries.empty()) continue;
-      with_format(static_cast<DType>(p), [&](auto param) {
-        with_format(static_cast<DType>(g), [&](auto grad) {
-          Rules::with(step.rule, [&](auto rule) {
-            run<decltype(param), decltype(grad), decltype(rule)>(entries, step, workspace, stream);
-          });
-        });
-      });
-    }
+    with_format(static_cast<DType>(p), [&](auto param) {
+      const auto chosen = [&](const Parameter& parameter) { return parameter.dtype == p && !parameter.low; };
+      update_those(param, chosen, parameters, step, workspace, stream);
+    });
   }
+  const auto split = [](const Parameter& parameter) { return parameter.low != nullptr; };
+  update_those(SplitBFloat16{}, split, parameters, step, workspace, stream);
 }
 
 }  // namespace cuda

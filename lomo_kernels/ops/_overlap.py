@@ -134,7 +134,7 @@ def check_no_overlap(op: str, *lists: Iterable[Region]) -> None:
         return
     read, written = sorted(conflict, key=lambda region: region.access)
     if read.access == written.access:
-        both = f"two {written.name}s" if read.name == written.name else f"{written.name} and {read.name}"
+        both = f"two {written.name}s" if read.name == written.name else f"{read.name} and {written.name}"
         raise RuntimeError(f"{op}: {both} share memory; it would be updated twice. Nothing was changed")
     raise RuntimeError(
         f"{op}: {written.name} and {read.name} share memory: {read.name} would change before it is read. Nothing was "

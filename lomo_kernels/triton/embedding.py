@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..composite import tiled
+from ..ops._arguments import check_low
 from ..ops._pairs import check_embedding, check_weight
 from . import launch
 from .launch import TYPES
@@ -275,17 +277,22 @@ def embedding_update_(
     low: Tensor | None = None,
 ) -> None:
     op, device = "embedding_update_", weight.device
-    launch.refuse_split(op, [] if low is None else [low])
     check_embedding(op, indices, grad_outputs, padding_idx, weight)
     check_weight(op, weight, None, grad_outputs[0].shape[-1], "[num_embeddings, embedding_dim]")
     step = launch.step_scalars(op, scalars, device)
     launch.check_rule(op, rule)
     where = launch.indices_of(op, shard, weight.numel())
+    lows = [] if low is None else [low]
+    check_low(op, [weight], lows, stochastic=stochastic)
     if sq_norm is not None:
         launch.check_slot(op, "sq_norm", sq_norm, device)
     if weight.numel() == 0:
         return
-    check_writable(op, weight, [*indices, *grad_outputs])
+    check_writable(op, weight, lows, [*indices, *grad_outputs])
+    if lows:
+        rest = (sq_norm, rule, stochastic, seed, parameter_id, shard, low)
+        tiled.embedding_update_(weight, indices, grad_outputs, padding_idx, scalars, *rest)
+        return
     stochastic = stochastic and weight.dtype != torch.float32
     rows, columns = weight.shape
     decays = step.decays  # if the host does not know, every program of the second kernel sees it, and ends if not

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import numbers as formulas
 from ..ops import scalars as vectors
+from ..ops._overlap import overlaps_itself
 from ..rules import RULES
 from .numerics import BLOCK
 
@@ -52,16 +53,18 @@ def fail(*parts: object) -> NoReturn:
     raise RuntimeError("".join(map(str, parts)))
 
 
-def refuse_split(op: str, low: object) -> None:
-    if low:
-        fail(op, ': rounding="split" has no kernel for GPUs yet; use rounding="stochastic"')
-
-
 def check_element_type(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.dtype not in TYPES:
         fail(op, ": ", name, " has dtype ", tensor.dtype, ", expected float32, bfloat16 or float16")
     if tensor.device != device:
         fail(op, ": ", name, " is on ", tensor.device, ", expected ", device, ", where the parameter or slot is")
+
+
+def check_apart(op: str, name: str, tensor: Tensor) -> None:
+    """Raises RuntimeError if elements share memory."""
+    if tensor.numel() and not tensor.is_contiguous() and overlaps_itself(tensor):
+        why = "(an expanded tensor?); it cannot be updated in place. Pass a contiguous one"
+        fail(op, ": several elements of ", name, " share one place in memory ", why)
 
 
 def check_slot(op: str, name: str, slot: Tensor, device: torch.device) -> None:
@@ -248,7 +251,7 @@ class Row(NamedTuple):
     grad: int
     slot: int
     numel: int
-    key: int
+    key: int  # or the address of the low part
     indices: Indices
     variant: tuple[Any, ...]  # dtypes and rounding
     plain: bool  # aligned, in one row, and its pairs are those of the whole parameter

@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..composite import gram, tiled
-from ..ops._overlap import Access, check_no_overlap, overlaps_itself, regions
+from ..ops._arguments import check_low
+from ..ops._overlap import Access, check_no_overlap, regions
 from ..ops._pairs import check_linear, check_weight
 from . import launch
-from .launch import TYPES, fail, generation
+from .launch import TYPES, generation
 from .numerics import (
     add_to_slot,
     add_up,
@@ -618,21 +619,22 @@ def linear_update_(
     low: Tensor | None = None,
 ) -> None:
     op, device = "linear_update_", weight.device
-    launch.refuse_split(op, [] if low is None else [low])
     check_linear(op, inputs, grad_outputs, weight)
     rows, columns = grad_outputs[0].shape[-1], inputs[0].shape[-1]
     check_weight(op, weight, rows, columns, "[out_features, in_features] of grad_output and input")
     step = launch.step_scalars(op, scalars, device)
     launch.check_rule(op, rule)
     launch.indices_of(op, shard, weight.numel())
+    lows = [] if low is None else [low]
+    check_low(op, [weight], lows, stochastic=stochastic)
     if sq_norm is not None:
         launch.check_slot(op, "sq_norm", sq_norm, device)
     if weight.numel() == 0:
         return
-    check_writable(op, weight, [*inputs, *grad_outputs])
-    # The kernel knows a whole weight's indices only.
-    if (shard and stochastic) or by_tiles(inputs, rows, columns, norm=sq_norm is not None):
-        rest = (sq_norm, rule, stochastic, seed, parameter_id, shard)
+    check_writable(op, weight, lows, [*inputs, *grad_outputs])
+    # The kernel knows a whole weight's indices only, and no split weight: its product's tile takes the registers.
+    if lows or (shard and stochastic) or by_tiles(inputs, rows, columns, norm=sq_norm is not None):
+        rest = (sq_norm, rule, stochastic, seed, parameter_id, shard, low)
         tiled.linear_update_(weight, inputs, grad_outputs, scalars, *rest)
         return
     stochastic = stochastic and weight.dtype != torch.float32
@@ -667,10 +669,11 @@ def linear_update_(
             weight.detach().copy_(w)
 
 
-def check_writable(op: str, weight: Tensor, read: list[Tensor]) -> None:
+def check_writable(op: str, weight: Tensor, low: list[Tensor], read: list[Tensor]) -> None:
     """Raises RuntimeError where programs would overwrite what others read, or write one place twice."""
-    if not weight.is_contiguous() and overlaps_itself(weight):
-        why = "(an expanded tensor?); it cannot be updated in place. Pass a contiguous parameter"
-        fail(op, ": several elements of weight share one place in memory ", why)
+    launch.check_apart(op, "weight", weight)
+    for part in low:
+        launch.check_apart(op, "low", part)
     factors = regions(Access.READ, "a factor of its gradient", read)
-    check_no_overlap(op, regions(Access.WRITTEN, "weight", [weight]), factors)
+    written = [*regions(Access.WRITTEN, "weight", [weight]), *regions(Access.WRITTEN, "low", low)]
+    check_no_overlap(op, written, factors)

@@ -134,6 +134,29 @@ def ordinary(x, random, dtype: tl.constexpr):
     return bits
 
 
+# ---- Split weights: a bfloat16 and a low part of 16 bits that together are a float32. See numerics.h. ---------------
+
+
+@triton.jit
+def joined(high, low):
+    """The float32 of both parts. A pair of which it is NaN, though `high` is not, has an old low part: then it counts
+    as zero."""
+    signed = low.to(tl.int16, bitcast=True).to(tl.int32).to(tl.uint32, bitcast=True)
+    x = float_of((high.to(tl.uint32) << 16) + signed)
+    return tl.where(x == x, x, float_of(high.to(tl.uint32) << 16))
+
+
+@triton.jit
+def high_part(x):
+    """The nearest bfloat16. A tie goes away from zero. Of a NaN nothing is rounded: a carry could make it zero."""
+    return ((bits_of(x) + tl.where(x != x, 0, 0x8000)) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def low_part(x):
+    return (tl.where(x != x, 0, bits_of(x)) & 0xFFFF).to(tl.uint16)
+
+
 # ---- Scalars: numbers, or in the device's memory, in arguments of one type, so one kernel serves all. ----------------
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import scalars as vectors
-from ..ops._overlap import Access, check_no_overlap, overlaps_itself, regions
+from ..ops._arguments import check_low
+from ..ops._overlap import Access, check_no_overlap, regions
 from . import launch
 from .launch import COLUMNS, TYPES, fail
 from .numerics import (
@@ -21,8 +23,11 @@ from .numerics import (
     add_to_slot,
     draw,
     elements,
+    high_part,
     is_ordinary,
+    joined,
     load,
+    low_part,
     mix64,
     nearest,
     ordinary,
@@ -45,6 +50,7 @@ INDICES = ("offset", "row_length", "row_stride")
 def sgd_kernel(
     param,
     grad,
+    low,
     numel: tl.int64,
     lr: tl.int64,
     weight_decay: tl.int64,
@@ -73,11 +79,12 @@ def sgd_kernel(
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     NORM: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """A program updates BLOCK elements: of the one tensor in the arguments, or, with COLUMNS, of the tensor that the
-    table says."""
+    table says. SPLIT: a bfloat16 parameter has a low part, whose address stands in the key's place of the table."""
     block = tl.program_id(0).to(tl.int64)
     if COLUMNS:
         block += first_block.to(tl.int64)
@@ -85,6 +92,8 @@ def sgd_kernel(
         row = table + owner * COLUMNS
         param, grad, slot, numel = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
         first, key = tl.load(row + 4), tl.load(row + 5)
+        if SPLIT:
+            low = key
         offset, row_length, row_stride = tl.load(row + 6), tl.load(row + 7), tl.load(row + 8)
         block -= first
         if NORM:
@@ -98,12 +107,16 @@ def sgd_kernel(
     # both: eight of a 16-bit gradient would have to be handed round where it has four of a float32 parameter.
     TOGETHER: tl.constexpr = 4 if tl.float32 == P else 16
     p_bits = load(param, left, BLOCK)
+    if SPLIT:
+        low = elements(low, P, ALIGNED) + start
+        low_bits = load(low, left, BLOCK)
     g_bits = load(elements(grad, G, ALIGNED) + start, left, BLOCK, TOGETHER)
     rate, decay, unscale, limit, coef = step_scalars(
         lr, weight_decay, inv_scale, clip_value, clip_coef, on_device, CLAMP
     )
     scaled = widen(g_bits, G) * unscale
-    p = updated(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
+    before = joined(p_bits, low_bits) if SPLIT else widen(p_bits, P)
+    p = updated(before, scaled, rate, decay, limit, coef, RULE, CLAMP)
     finite = tl.abs(scaled) < float("inf")
     # A gradient that is not finite shows in p, but not if it was clamped or its direction is finite: then the sum says
     # so, or an addition to p.
@@ -129,10 +142,14 @@ def sgd_kernel(
             else:
                 random = draw(stream, start, left, offset, row_length, row_stride, P, ROWS, PAIRS, BLOCK, 2)
                 rounded = tl.where(finite, stochastic(p, random, P), p_bits)
+    elif SPLIT:
+        rounded = tl.where(finite, high_part(p), p_bits)
     else:
         rounded = tl.where(finite, nearest(p, P), p_bits)
     if scalar(found_inf, on_device, tl.float64) == 0.0:
         store(param, rounded, left, BLOCK)
+        if SPLIT:
+            store(low, tl.where(finite, low_part(p), low_bits), left, BLOCK)
     if NORM:
         if not SUM_FIRST:
             total = sum_of_squares(scaled, BLOCK)
@@ -161,35 +178,40 @@ def check(op: str, param: Tensor, grad: Tensor, device: torch.device) -> None:
     launch.check_element_type(op, "grad", grad, device)
     if grad.shape != param.shape:
         fail(op, ": grad has shape ", list(grad.shape), ", param has shape ", list(param.shape))
-    if param.numel() == 0:
-        return
-    if not param.is_contiguous() and overlaps_itself(param):
-        why = "(an expanded tensor?); it cannot be updated in place. Pass a contiguous parameter"
-        fail(op, ": several elements of param share one place in memory ", why)
+    launch.check_apart(op, "param", param)
 
 
-def check_all_apart(op: str, params: list[Tensor], grads: list[Tensor], slots: list[Tensor]) -> None:
+def check_all_apart(op: str, params: list[Tensor], grads: list[Tensor], slots: list[Tensor], low: list[Tensor]) -> None:
     check_no_overlap(
         op,
         regions(Access.WRITTEN, "param", params),
+        regions(Access.WRITTEN, "low", low),
         regions(Access.READ, "grad", grads),
         regions(Access.ADDED, "sq_norm", slots),
     )
 
 
-def in_order(param: Tensor, grad: Tensor, any_order: bool) -> tuple[Tensor, Tensor]:
-    """Both with their elements one after the other, in row-major order or, where `any_order`, in the same order: the
+def in_order(param: Tensor, *others: Tensor, any_order: bool) -> tuple[Tensor, ...]:
+    """All with their elements one after the other, in row-major order or, where `any_order`, in the same order: the
     tensors themselves where they are so, else copies."""
-    if param.is_contiguous() and grad.is_contiguous():
-        return param, grad
-    if any_order and param.stride() == grad.stride() and launch.is_dense(param):
-        return param, grad
-    return param.detach().contiguous(), grad.detach().contiguous()
+    if all(tensor.is_contiguous() for tensor in (param, *others)):
+        return param, *others
+    if any_order and all(param.stride() == other.stride() for other in others) and launch.is_dense(param):
+        return param, *others
+    return tuple(tensor.detach().contiguous() for tensor in (param, *others))
+
+
+def bring_back(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Copies what `in_order` copied back."""
+    for tensor, copy in zip(tensors, copies, strict=True):
+        if copy is not tensor:
+            tensor.detach().copy_(copy)
 
 
 def _alone(
     param: Tensor,
     grad: Tensor,
+    low: Tensor | None,
     scalars: launch.StepScalars,
     sq_norm: Tensor | None,
     rule: int,
@@ -197,9 +219,10 @@ def _alone(
     key: int,
     where: launch.Indices,
 ) -> None:
-    """One parameter by one launch without a table."""
+    """One parameter by one launch without a table. `low`: if it is split."""
     device, numel = param.device, param.numel()
-    p, g = in_order(param, grad, any_order=not stochastic and sq_norm is None)
+    lows = () if low is None else (low,)
+    p, *low_copy, g = in_order(param, *lows, grad, any_order=not stochastic and sq_norm is None)
     blocks = launch.blocks_of(numel)
     with launch.on(device):
         slot, partials, counter = 0, None, None
@@ -209,6 +232,7 @@ def _alone(
         sgd_kernel[(blocks,)](
             p,
             g,
+            low_copy[0] if low_copy else None,
             numel,
             *scalars.arguments,
             scalars.on_device,
@@ -230,19 +254,20 @@ def _alone(
             ROWS=where.rows,
             PAIRS=where.pairs,
             NORM=sq_norm is not None,
+            SPLIT=low is not None,
             BLOCK=BLOCK,
             **options(
                 launch.generation(device), param.dtype, stochastic, where.rows, sq_norm is not None, scalars.clamps
             ),
         )
-        if p is not param:
-            param.detach().copy_(p)
+        bring_back((param, *lows), (p, *low_copy))
 
 
 def list_constants(
     param: torch.dtype,
     grad: torch.dtype,
     stochastic: bool,
+    split: bool,
     plain: bool,
     *,
     gpu: int,
@@ -269,6 +294,7 @@ def list_constants(
         "ROWS": rows,
         "PAIRS": not rows,
         "NORM": norm,
+        "SPLIT": split,
         "BLOCK": BLOCK,
         "COLUMNS": COLUMNS.value,
         **compiled,
@@ -288,7 +314,6 @@ def update_(
     low: list[Tensor],
 ) -> None:
     op, n = "update_", len(params)
-    launch.refuse_split(op, low)
     if len(grads) != n:
         fail(op, ": ", n, " params, ", len(grads), " grads")
     if sq_norm and len(sq_norm) != n:
@@ -297,6 +322,9 @@ def update_(
         fail(op, ": ", n, " params, ", len(parameter_id), " parameter_id")
     if shard and len(shard) != 3 * n:
         fail(op, ": ", n, " params, ", len(shard), " numbers in shard")
+    if low and len(low) != n:
+        fail(op, ": ", n, " params, ", len(low), " low parts")
+    check_low(op, params, low, stochastic=stochastic)
     launch.check_rule(op, rule)
     if n == 0:
         return
@@ -311,27 +339,33 @@ def update_(
         keys.append(launch.parameter_key(seed, parameter_id[i]) if rounded[i] else 0)
     for slot in sq_norm:
         launch.check_slot(op, "sq_norm", slot, device)
-    check_all_apart(op, params, grads, sq_norm)
+    for of_param in low:
+        launch.check_apart(op, "low", of_param)
+    check_all_apart(op, params, grads, sq_norm, low)
+    lows: list[Tensor | None] = [of_param if of_param.numel() else None for of_param in low] or [None] * n
     if launch.is_alone(params):
-        _alone(params[0], grads[0], step, sq_norm[0] if sq_norm else None, rule, rounded[0], keys[0], where[0])
+        of_norm = sq_norm[0] if sq_norm else None
+        _alone(params[0], grads[0], lows[0], step, of_norm, rule, rounded[0], keys[0], where[0])
         return
     with launch.on(device):
         rows, copies = [], []
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if param.numel() == 0:
                 continue
-            p, g = in_order(param, grad, any_order=not rounded[i] and not sq_norm)
-            copies.append((param, p, g))
-            addresses = p.data_ptr(), g.data_ptr()
-            aligned = not (addresses[0] | addresses[1]) % 16
+            written = [param] if lows[i] is None else [param, low[i]]
+            *copied, g = in_order(*written, grad, any_order=not rounded[i] and not sq_norm)
+            copies.append((written, copied, g))
+            addresses = copied[0].data_ptr(), g.data_ptr()
+            low_address = copied[1].data_ptr() if len(copied) > 1 else 0
+            aligned = not (addresses[0] | addresses[1] | low_address) % 16
             rows.append(
                 launch.Row(
                     *addresses,
                     sq_norm[i].data_ptr() if sq_norm else 0,
                     param.numel(),
-                    keys[i],
+                    keys[i] or low_address,
                     where[i],
-                    (param.dtype, grad.dtype, rounded[i]),
+                    (param.dtype, grad.dtype, rounded[i], len(copied) > 1),
                     aligned and where[i].pairs and not where[i].rows,
                 )
             )
@@ -344,7 +378,7 @@ def update_(
                     counters = launch.counters.get(device, len(part))
                 for one in launches:
                     arguments = (
-                        *(None, None, 0),  # tensors are in the table
+                        *(None, None, None, 0),  # tensors are in the table
                         *step.arguments,
                         step.on_device,
                         *(0, 0, 0, 0, 0),
@@ -363,6 +397,5 @@ def update_(
                         norm=bool(sq_norm),
                     )
                     launch.run(sgd_kernel, one, device, arguments, constants)
-        for param, p, _ in copies:
-            if p is not param:
-                param.detach().copy_(p)
+        for written, copied, _ in copies:
+            bring_back(written, copied)

@@ -174,7 +174,7 @@ def test_elements_beyond_32_bits(dtype, far):
     row = [*addresses, 0, far + n, -(far // BLOCK), key, 0, 2**62, 2**62]
     step = launch.step_scalars("", vector("", param.device, {"lr": 0.03}), param.device)
     sgd.sgd_kernel[(2,)](
-        *(None, None, 0),
+        *(None, None, None, 0),
         *step.arguments,
         step.on_device,
         *(0, 0, 0, 0, 0),
@@ -192,6 +192,7 @@ def test_elements_beyond_32_bits(dtype, far):
         ROWS=False,
         PAIRS=True,
         NORM=False,
+        SPLIT=False,
         BLOCK=BLOCK,
         COLUMNS=launch.COLUMNS.value,
     )
