@@ -122,6 +122,30 @@ def test_no_weight_becomes_nan(high: int, low: int, grad: float, lr: float, weig
 # ---- update_ --------------------------------------------------------------------------------------------------------
 
 
+def test_a_weight_that_is_nan_keeps_no_low_part() -> None:
+    size = 4101
+    for kind in ("ordinary", "not finite"):  # fast and slow ways through the kernels
+        grad = torch.full((size,), 0.5, dtype=BF16)
+        param, low = torch.full((size,), math.nan, dtype=BF16), lows(size)
+        if kind == "not finite":
+            grad[::7] = math.inf
+        expected = torch.where(grad.isfinite(), 0, low)
+        ops.sgd_(param, grad, lr=0.1, low=low, rounding="split")
+        assert param.isnan().all()
+        assert torch.equal(low, expected), kind
+
+
+@pytest.mark.parametrize("beyond", [1, 3, 4])
+def test_low_parts_that_are_not_aligned_as_their_weights(beyond: int) -> None:
+    size = 9001
+    param, grad = oracle.ordinary(size, BF16), oracle.ordinary(size, BF16, 1)
+    low = lows(size + beyond)[beyond:]
+    expected = reference.updated_split(param, low, grad, lr=0.03)
+    ops.sgd_(param, grad, lr=0.03, low=low, rounding="split")
+    assert_same_bits(param, expected[0])
+    assert torch.equal(low, expected[1])
+
+
 @pytest.mark.parametrize("size", SIZES)
 @every_grad
 def test_every_size_and_alignment(device: str, grad_dtype: torch.dtype, size: int) -> None:
