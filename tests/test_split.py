@@ -154,7 +154,7 @@ def test_every_size_and_alignment(device: str, grad_dtype: torch.dtype, size: in
     plain: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.1, "clip_coef": 0.7}
     for (param, low, grad), numbers in ((mixed, plain), (ordinary, plain | {"inv_scale": 0.3, "clip_value": 0.9})):
         expected = reference.updated_split(param, low, grad, **numbers)
-        for offsets in ((0, 0, 0), (1, 0, 0), (0, 1, 3), (3, 5, 1)):
+        for offsets in ((0, 0, 0), (0, 1, 0), (3, 3, 3), (3, 5, 1)):  # as (parameter, low part, gradient)
             tensors = [oracle.misaligned(t.to(device), k) for t, k in zip((param, low, grad), offsets, strict=True)]
             (p, around_p), (part, around_low), (g, _) = tensors
             ops.sgd_(p, g, low=part, rounding="split", **numbers)
@@ -209,6 +209,17 @@ def test_an_element_whose_gradient_is_not_finite_keeps_both_parts(
     ops.sgd_(p, grad.to(device), lr=0.03, weight_decay=0.1, clip_value=1.0, low=part, rounding="split")
     assert_same_bits(p, param)
     assert_same_bits(part, low)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "clip_coef"])
+def test_a_scalar_that_is_any_nan_makes_nan_and_a_low_part_of_zero(device: str, name: str) -> None:
+    """A NaN of all bits must not round to zero, as a carry would make it. 5000: whole tiles and an end."""
+    nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32).to(device)
+    param, low = oracle.ordinary(5000, BF16).to(device), lows(5000).to(device)
+    scalars: dict[str, Any] = {"lr": 0.5, name: nan}
+    ops.sgd_(param, torch.ones_like(param), low=low, rounding="split", **scalars)
+    assert param.isnan().all()
+    assert not low.any()
 
 
 @pytest.mark.parametrize("flag", [1.0, 0.5, math.nan], ids=str)

@@ -89,7 +89,7 @@ CONTRACT = {
     "split": (
         "test_split.py",
         "every_size and (0] or -1] or -31] or 4095] or 4097]) or every_argument and bfloat16 or strided or lists or "
-        "keeps or found_inf or bad_input or share_memory or layers or wrappers or factored or not_aligned",
+        "keeps or found_inf or any_nan or bad_input or share_memory or layers or wrappers or factored or not_aligned",
         80,
     ),
     "autograd": ("test_sgd.py", "version or saved or inference or hook", 10),

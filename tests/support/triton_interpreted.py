@@ -117,6 +117,27 @@ def test_rounding_of_any_number_and_any_nan(dtype, rounding):
 
 
 @triton.jit
+def split_kernel(x, high, low, N: tl.constexpr):
+    place = tl.arange(0, N)
+    value = float_of(tl.load(x + place).to(tl.uint32, bitcast=True))
+    tl.store(high + place, numerics.high_part(value).to(tl.int16, bitcast=True))
+    tl.store(low + place, numerics.low_part(value).to(tl.int16, bitcast=True))
+
+
+def test_splitting_of_any_number_and_any_nan():
+    """Ties, both ends of the low part's range, and NaN of whose bits a carry would make minus zero."""
+    n = 2**15
+    special = torch.tensor([0x7FFFFFFF, 0x7FFF8000, 0x7FC00000, 0x7F800000, 0x7F7FFFFF, 0x7F7F8000, 0x3F808000, 0x8000])
+    x = oracle.patterns(n, torch.float32).view(torch.int32)
+    x[:16] = torch.cat([special, special - 2**31])
+    high, low = torch.empty(n, dtype=torch.int16), torch.empty(n, dtype=torch.int16)
+    split_kernel[(1,)](x, high, low, N=n)
+    expected, expected_low = reference.split(x.view(torch.float32))
+    assert_same_bits(high.view(torch.bfloat16), expected)
+    assert_same_bits(low, expected_low)
+
+
+@triton.jit
 def ordinary_kernel(x, random, result, N: tl.constexpr):
     place = tl.arange(0, N)
     value = float_of(tl.load(x + place).to(tl.uint32, bitcast=True))
@@ -457,6 +478,38 @@ def test_vectors_are_promised_only_where_all_addresses_allow_them(module, monkey
         ops.sq_norm_list_(slots_of(4), grads)
         expected = [((2,), False), ((2,), True)]
     assert sorted((grid, constants["ALIGNED"]) for grid, constants in recorder.launched) == expected
+
+
+def test_a_low_part_decides_too_whether_vectors_are_promised(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(sgd, "sgd_kernel", recorder)
+    memory = torch.zeros(9, 64, dtype=torch.int16)
+    params, grads = list(memory[:3].view(torch.bfloat16)), list(memory[3:6].view(torch.bfloat16))
+    params, grads = [p[:48] for p in params], [g[:48] for g in grads]
+    lows = [memory[6, :48], memory[7, 1:49], memory[8, 8:56]]  # the second begins at an odd multiple of 2 bytes
+    ops.sgd_list_(params, grads, lr=0.1, low=lows, rounding="split")
+    launched = sorted((grid, constants["ALIGNED"], constants["SPLIT"]) for grid, constants in recorder.launched)
+    assert launched == [((1,), False, True), ((2,), True, True)]
+
+
+def test_a_mixed_list_gives_each_row_its_own_low_part():
+    """Split weights stand between float32 and empty ones. In the table a low part's address stands in a key's place."""
+    params, parts, grads, expected = [], [], [], []
+    for i, n in enumerate((5, 0, BLOCK + 3, 64, 7, 2 * BLOCK, 33, 100)):
+        dtype = torch.float32 if i % 4 == 3 else torch.bfloat16
+        param, grad = oracle.ordinary(n, dtype, i), oracle.ordinary(n, DTYPES[i % 3], 100 + i)
+        low = torch.randint(-(2**15), 2**15, (n,), generator=oracle.generator(i), dtype=torch.int16)
+        if dtype == torch.float32:
+            expected.append((reference.updated(param, grad, lr=0.03, weight_decay=0.1), None))
+        else:
+            expected.append(reference.updated_split(param, low, grad, lr=0.03, weight_decay=0.1))
+        params.append(param), grads.append(grad), parts.append(None if dtype == torch.float32 else low)
+    ops.sgd_list_(params, grads, lr=0.03, weight_decay=0.1, low=parts, rounding="split")
+    for i, (param, low, (expected_param, expected_low)) in enumerate(zip(params, parts, expected, strict=True)):
+        assert_same_bits(param, expected_param, i)
+        assert low is None or expected_low is not None
+        if low is not None:
+            assert_same_bits(low, expected_low, i)
 
 
 def test_workspaces_made_in_inference_mode_serve_outside_of_it():
