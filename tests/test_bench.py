@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as runner
-from bench import bench_embedding, bench_norm, bench_update, measure, methods, ranks, results
+from bench import bench_operators, bench_ranks, measure, methods, results
 from bench.buffers import Buffers
 from lomo_kernels import ops
 
@@ -88,10 +88,10 @@ def test_short_calls_are_repeated_until_they_fill_a_round(monkeypatch):
 
 
 BENCH = """
-from bench.buffers import Baseline
+from bench.measure import Baseline
 calls = []
-def parameters(device, full):
-    return {"implementation": ["ours", "absent"], "elements": [4] if full else [2]}
+def cases(device, full):
+    return {"x": {"implementation": ["ours", "absent"], "elements": [4] if full else [2]}}
 def test_x(paired, implementation, elements):
     import pytest
     if implementation == "absent":
@@ -185,15 +185,15 @@ def test_in_full_three_processes_are_pooled_in_the_folder_of_the_device(tmp_path
     (file,) = tmp_path.rglob("*.json")
     assert file == tmp_path / runner.folder_of("cpu") / "lists.json"
     assert results.read(file)["benchmarks"][0]["stats"]["data"] == [1.0] * 3
-    assert "| add_ | 0.50 (0.50-0.50) |" in capsys.readouterr().out
+    assert "| add_ | 0.500 (0.500-0.500) |" in capsys.readouterr().out
 
 
 def test_who_allocates_is_measured_with_the_tuned_malloc_too():
     """Of those of 16 bits: memory of its size that a call takes and gives back."""
     size = 2**16
     buffers = Buffers(torch.bfloat16, size, "cpu")
-    calls = {name: make(buffers, 1e-3) for name, make in bench_update.IMPLEMENTATIONS.items()}
-    calls |= {name: lambda _, norm=norm: norm(buffers.grads[0]) for name, norm in bench_norm.NORMS.items()}
+    calls = {name: make(buffers, 1e-3) for name, make in bench_operators.UPDATES.items()}
+    calls |= {name: lambda _, norm=norm: norm(buffers.grads[0]) for name, norm in bench_operators.NORMS.items()}
     allocating = set()
     for name, call in calls.items():
         for number in range(len(buffers.params)):  # makes what an optimizer keeps
@@ -207,29 +207,29 @@ def test_who_allocates_is_measured_with_the_tuned_malloc_too():
 def test_a_step_of_another_length_is_noticed_where_clipping_makes_steps_of_1e_7():
     before = 0.02 * torch.randn(1000)
     change = 1e-7 * torch.randn(1000)
-    assert ranks.same_step(before - change, before - change, before)
-    assert not ranks.same_step(before - 3 * change, before - change, before)
-    assert not ranks.same_step(before, before - change, before)
+    assert bench_ranks.same_step(before - change, before - change, before)
+    assert not bench_ranks.same_step(before - 3 * change, before - change, before)
+    assert not bench_ranks.same_step(before, before - change, before)
 
 
 def test_the_embedding_that_decays_does():
     """A decay of 1 is no work: only the rows that occur are touched."""
     weight = torch.ones(3, 2)
-    lr, weight_decay = bench_embedding.LR, bench_embedding.DECAY
+    lr, weight_decay = bench_operators.TINY_LR, bench_operators.DECAY
     ops.embedding_sgd_(weight, torch.tensor([0]), torch.ones(1, 2), lr=lr, weight_decay=weight_decay)
     assert (weight[1:] < 1).all()
 
 
-@pytest.mark.parametrize("implementation", bench_update.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", bench_operators.UPDATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_implementations_compute_the_update(implementation, dtype):
     """SGD fused is known to be wrong for 16 bits on CPUs (torch 2.13): that is what this check is for."""
     if lacking := methods.missing_peer(implementation):
         pytest.skip(lacking)
-    wrong = bench_update.wrong(implementation, dtype, "cpu")
+    wrong = bench_operators.wrong(implementation, dtype, "cpu")
     assert not wrong or implementation == "SGD fused"
 
 
 def test_wrong_results_are_noticed(monkeypatch):
-    monkeypatch.setitem(bench_update.IMPLEMENTATIONS, "add_", lambda buffers, lr: lambda number: None)
-    assert "10007 elements are not within" in bench_update.wrong("add_", torch.bfloat16, "cpu")
+    monkeypatch.setitem(bench_operators.UPDATES, "add_", lambda buffers, lr: lambda number: None)
+    assert "10007 elements are not within" in bench_operators.wrong("add_", torch.bfloat16, "cpu")
