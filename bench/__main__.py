@@ -76,7 +76,7 @@ def main() -> int:
     for turn, question in itertools.product(range(processes), questions):
         for environment, select in [] if turn and question in ONCE else settings(question, arguments.device):
             options = [f"--device={arguments.device}", f"--processes={1 if question in ONCE else processes}"]
-            options += [*["-k", select][: 2 * bool(select)], *["--full"] * arguments.full]
+            options += (["-k", select] if select else []) + (["--full"] if arguments.full else [])
             run, status = measure(question, environment, options)
             if run:
                 answers[question] = results.pooled([answers[question], run] if question in answers else [run])

@@ -31,12 +31,11 @@ def pytest_generate_tests(metafunc):
     cases = metafunc.module.cases(*map(metafunc.config.getoption, ("device", "full")))
     for names, values in cases[metafunc.definition.originalname.removeprefix("test_")].items():
         scope = "function" if "implementation" in names else "module"
-        metafunc.parametrize(names, values, ids=identifier, scope=scope)
+        metafunc.parametrize(names, values, scope=scope)
 
 
-def identifier(value):
-    """`checkpointing` is the only parameter that is true or false."""
-    return ("checkpointing" if value else "kept") if isinstance(value, bool) else str(value)
+def pytest_make_parametrize_id(val, argname):
+    return ("checkpointing" if val else "kept") if argname == "checkpointing" else str(val)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -58,27 +57,22 @@ def pytest_benchmark_generate_machine_info(config):
 
 
 def pytest_benchmark_update_json(config, output_json):
+    """Adds the question of each benchmark, the setting of the process, what was skipped, and the commit."""
+    device = config.getoption("device")
+    choice = backends.choice(device.upper())
+    setting = {"backend": choice.backend, "detail": choice.detail}
+    if device == "cpu":
+        setting["malloc"] = "tuned" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "stock"
+    for benchmark in output_json["benchmarks"]:
+        benchmark["group"] = benchmark["name"].split("[")[0].removeprefix("test_")
+        benchmark["fullname"] += f" {' '.join(setting.values())}"
+        benchmark["extra_info"] |= setting
     output_json |= {"missing": sorted(config.missing), "commit_info": {"id": results.commit()}}
 
 
 @pytest.fixture(scope="session")
 def device(request):
-    name = request.config.getoption("device")
-    assert name == "cpu" or torch.cuda.is_available(), "--device cuda needs a GPU: torch.cuda.is_available() is False"
-    return name
-
-
-@pytest.fixture
-def benchmark(benchmark, device, request):
-    """pytest-benchmark's, with the question and the setting of the process."""
-    choice = backends.choice(device.upper())
-    setting = {"backend": choice.backend, "detail": choice.detail}
-    if device == "cpu":
-        setting["malloc"] = "tuned" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "stock"
-    benchmark.group = request.node.originalname.removeprefix("test_")
-    benchmark.fullname += f" {' '.join(setting.values())}"
-    benchmark.extra_info |= setting
-    return benchmark
+    return request.config.getoption("device")
 
 
 @pytest.fixture
