@@ -149,10 +149,12 @@ def started(make: Any, model: str, tokens: int) -> Iterator[Rank]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = f"{folder}/store", commands, make, model, tokens
         follower = torch.multiprocessing.spawn(follow, arguments, join=False, daemon=True)
-        yield Rank(0, *arguments)
-        commands.put(None)
-        dist.destroy_process_group()
-        follower.join()
+        try:
+            yield Rank(0, *arguments)
+            commands.put(None)
+            follower.join()
+        finally:
+            dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

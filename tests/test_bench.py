@@ -88,8 +88,10 @@ def test_short_calls_are_repeated_until_they_fill_a_round(monkeypatch):
 
 
 BENCH = """
+from bench import measure
 from bench.measure import Baseline
-calls = []
+calls, seconds = [], [0.0]
+measure.CLOCKS["cpu"] = lambda: seconds[0]  # stands, but for a call, which takes its number in milliseconds
 def cases(device, full):
     return {"x": {"implementation": ["ours", "absent"], "elements": [4] if full else [2]}}
 def test_x(paired, implementation, elements):
@@ -98,9 +100,8 @@ def test_x(paired, implementation, elements):
         pytest.skip("absent: not installed")
     def call(number):
         calls.append(number)
-    def other(number):
-        calls.append(number)
-    paired(call, Baseline("probe", other, 2.0), error=0.5)
+        seconds[0] += 1e-3 * number
+    paired(call, Baseline("probe", call, 2.0), error=0.5)
     assert calls == list(range(len(calls)))  # what one has just used is in the cache, and would serve the other
 """
 
@@ -121,7 +122,10 @@ def test_rounds_alternate_with_the_baselines_and_go_to_the_file(tmp_path):
     extra = benchmark["extra_info"]
     assert benchmark["group"] == "x" and benchmark["params"] == {"implementation": "ours", "elements": 4}
     assert (extra["backend"], extra["malloc"], extra["baseline"], extra["error"]) == ("cpu", "stock", "probe", 0.5)
-    assert len(benchmark["stats"]["data"]) == len(extra["baseline_seconds"]) >= measure.ROUNDS[0]
+    data, baseline = benchmark["stats"]["data"], extra["baseline_seconds"]
+    assert len(data) >= measure.ROUNDS[0]
+    # Each round of the baseline follows one of the call: its number is the next one.
+    assert baseline == pytest.approx([2 * (seconds + 1e-3) for seconds in data])
     assert run["missing"] == ["absent: not installed"] and run["commit_info"] == {"id": "abc"}
     assert run["machine_info"]["threads"] == 1
 
@@ -233,3 +237,39 @@ def test_implementations_compute_the_update(implementation, dtype):
 def test_wrong_results_are_noticed(monkeypatch):
     monkeypatch.setitem(bench_operators.UPDATES, "add_", lambda buffers, lr: lambda number: None)
     assert "10007 elements are off by more than 4 units" in bench_operators.wrong("add_", torch.bfloat16, "cpu")
+
+
+BREAK = """
+from lomo_kernels import ops
+for name in ("sgd_", "sgd_list_", "sq_norm_", "linear_sgd_", "embedding_sgd_"):
+    setattr(ops, name, lambda *arguments, **options: None)
+"""
+
+
+SELECTED = {
+    "update": "sgd_ and bfloat16-65536",
+    "norm": "sq_norm_ and 65536",
+    "lists": "",
+    "linear": "",
+    "embedding": "",
+}
+
+
+@pytest.mark.parametrize("question, select", SELECTED.items(), ids=SELECTED)
+def test_nothing_of_ours_that_is_wrong_is_timed(tmp_path, question, select):
+    """In a process of its own whose operators do nothing."""
+    if question in ("update", "norm"):
+        pytest.importorskip("lomo_kernels_testing", reason="the probes are built by `make testing`")
+    (tmp_path / "break_operators.py").write_text(BREAK)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "break_operators"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(results.ROOT)])
+    command += [results.QUESTIONS[question], "-k", select]
+    done = subprocess.run(command, cwd=results.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "passed" not in done.stdout, done.stdout + done.stderr
+
+
+def test_a_rival_that_is_wrong_is_named_and_not_timed(monkeypatch):
+    monkeypatch.setitem(bench_operators.UPDATES, "add_", lambda buffers, lr: lambda number: None)
+    with pytest.raises(pytest.skip.Exception, match=r"add_, bfloat16, cpu: .* of 10007 elements"):
+        bench_operators.test_update(pytest.fail, Buffers(torch.bfloat16, 4, "cpu"), "add_", "bfloat16", "cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -112,3 +112,28 @@ def test_two_ranks_take_the_same_steps() -> None:
         weights = sum(param.nbytes for param in rank.trained["Lomo"].model.parameters())
         assert ddp["states"] == weights < ddp["peak"]
         assert two["peak"] < weights < one["peak"] + 2**20  # one pass keeps all gradients, two keep none
+
+
+def one_of_them_is_wrong(build: Callable[[], ByteLlama]) -> dict[str, bench_ranks.Trained]:
+    right, wrong = build(), build()
+    step = bench_ranks.sgd(right)
+    return {
+        "SGD": bench_ranks.Trained(right, lambda window: step(right.loss(window))),
+        "Lomo": bench_ranks.Trained(wrong, lambda window: None),
+    }
+
+
+def test_ranks_that_take_another_step_are_not_timed() -> None:
+    with (
+        pytest.raises(AssertionError, match="Lomo: another step than that of SGD"),
+        bench_ranks.started(one_of_them_is_wrong, "27M", 8),
+    ):
+        pytest.fail("was started")
+
+
+def test_a_rival_whose_step_is_wrong_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "hook, add_", lambda model, lr: METHODS["SGD"](model, 2 * lr))
+    with pytest.raises(pytest.skip.Exception, match=r"hook, add_, bfloat16, cpu: .* elements of"):
+        bench_training.test_step(pytest.fail, "17M", 16, False, "hook, add_", "cpu")
+    with pytest.raises(pytest.skip.Exception, match=r"hook, add_, float32, cpu: .* elements of"):
+        bench_training.test_hooks(pytest.fail, "4", "float32", 5, "cpu", "hook, add_")
