@@ -18,10 +18,10 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import SGD
 
-from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama, Config
-from lomo_kernels.plan.methods import CLIP, LR, plain
+from lomo_kernels.plan.methods import CLIP, LR, lomo, plain
 from lomo_kernels.plan.options import GROUPS
 from lomo_kernels.plan.sharded import shard
 
@@ -40,8 +40,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Lomo, clipping, two passes": {"clip_grad_norm": CLIP, "clip_passes": "two"},
     "Lomo, clipping, one pass": {"clip_grad_norm": CLIP, "clip_passes": "one"},
 }
-DDP, FSDP2 = "DDP, SGD, clip_grad_norm_", "FSDP2, SGD, clip_grad_norm_"
-SHARDED = (FSDP2, *filter(clips, OPTIONS))
+AVERAGED = ("DDP, SGD, clip_grad_norm_", "DDP, SGD", *OPTIONS)
+SHARDED = ("FSDP2, SGD, clip_grad_norm_", *filter(clips, OPTIONS))
 
 
 class Trained(NamedTuple):
@@ -58,26 +58,27 @@ def build(model: str) -> ByteLlama:
     return ByteLlama(MODELS[model])
 
 
-def sgd(model: nn.Module, clip: float | None = None) -> Callable[[Tensor], object]:
-    """A step from the loss by SGD as torch has it, but not fused, which DTensor lacks."""
-    return plain(torch.optim.SGD, clip, foreach=True)(model, LR).update
+def step_of(name: str, model: nn.Module, **options: Any) -> Callable[[Tensor], object]:
+    """What follows the loss: `Lomo`'s, or that of SGD as torch has it, but not fused, which DTensor lacks."""
+    ours = name in OPTIONS
+    attach = lomo(**OPTIONS[name], **options) if ours else plain(SGD, CLIP if clips(name) else None, foreach=True)
+    return attach(model, LR).update
 
 
 def data_parallel(build: Callable[[], Any]) -> dict[str, Trained]:
     """All implementations by name. The first is the baseline."""
 
-    def ddp(clip: float | None) -> Trained:
-        wrapped: Any = nn.parallel.DistributedDataParallel(build(), gradient_as_bucket_view=True)
-        step = sgd(wrapped, clip)
-        buckets = sum(param.nbytes for param in wrapped.parameters())  # the gradients are views of them
-        return Trained(wrapped.module, lambda window: step(ByteLlama.loss(wrapped, window)), buckets)
-
-    def lomo(name: str) -> Trained:
+    def trained(name: str) -> Trained:
         model = build()
-        optimizer = Lomo(model, lr=LR, process_group=dist.group.WORLD, **OPTIONS[name])
-        return Trained(model, lambda window: optimizer.backward(model.loss(window)))
+        if name in OPTIONS:
+            step = step_of(name, model, process_group=dist.group.WORLD)
+            return Trained(model, lambda window: step(model.loss(window)))
+        wrapped: Any = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        step = step_of(name, wrapped)
+        buckets = sum(param.nbytes for param in wrapped.parameters())  # the gradients are views of them
+        return Trained(model, lambda window: step(ByteLlama.loss(wrapped, window)), buckets)
 
-    return {DDP: ddp(CLIP), "DDP, SGD": ddp(None), **{name: lomo(name) for name in OPTIONS}}
+    return {name: trained(name) for name in AVERAGED}
 
 
 def sharded(build: Callable[[], Any]) -> dict[str, Trained]:
@@ -86,7 +87,7 @@ def sharded(build: Callable[[], Any]) -> dict[str, Trained]:
 
     def trained(name: str, group: str) -> Trained:
         model: Any = shard(build, mesh, group)()
-        step = sgd(model, CLIP) if name == FSDP2 else Lomo(model, lr=LR, **OPTIONS[name]).backward
+        step = step_of(name, model)
         return Trained(model, lambda window: step(model.loss(window)))
 
     return {f"{name}, by {group}": trained(name, group) for group in GROUPS for name in SHARDED}
@@ -129,9 +130,9 @@ class Rank:
         states = self.trained[name].states
         return {"states": states, "peak": states + memory_of(lambda: self.take(name, 0), "cpu")[1]}
 
-    def baseline(self) -> Baseline:
-        name = next(iter(self.trained))
-        return Baseline(name, partial(self.take, name))
+    def measure(self, paired: Callable[..., None], name: str) -> None:
+        first = next(iter(self.trained))
+        paired(partial(self.take, name), Baseline(first, partial(self.take, first)), memory=self.memory(name))
 
 
 def follow(_: int, *arguments: Any) -> None:
@@ -170,15 +171,14 @@ def cases(device, full):
     averaged = {columns: [("data_parallel", model, tokens, 2) for model in models]}
     gathered = {columns: [("sharded", "27M", tokens, 2)]}
     return {
-        "data_parallel": averaged | {"implementation": [DDP, "DDP, SGD", *OPTIONS]},
+        "data_parallel": averaged | {"implementation": AVERAGED},
         "sharded": gathered | {"implementation": SHARDED, "group": GROUPS},
     }
 
 
 def test_data_parallel(paired, rank, implementation, ranks):
-    paired(partial(rank.take, implementation), rank.baseline(), memory=rank.memory(implementation))
+    rank.measure(paired, implementation)
 
 
 def test_sharded(paired, rank, implementation, group, ranks):
-    name = f"{implementation}, by {group}"
-    paired(partial(rank.take, name), rank.baseline(), memory=rank.memory(name))
+    rank.measure(paired, f"{implementation}, by {group}")

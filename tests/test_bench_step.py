@@ -108,7 +108,7 @@ def test_two_ranks_take_the_same_steps() -> None:
         rank.take("Lomo", 1)
         assert not torch.equal(rank.trained["Lomo"].model.embedding.weight, before)
         memory = {name: rank.memory(name) for name in rank.trained}
-        ddp, two, one = (memory[name] for name in (bench_ranks.DDP, *list(bench_ranks.OPTIONS)[1:]))
+        ddp, two, one = (memory[name] for name in (bench_ranks.AVERAGED[0], *list(bench_ranks.OPTIONS)[1:]))
         weights = sum(param.nbytes for param in rank.trained["Lomo"].model.parameters())
         assert ddp["states"] == weights < ddp["peak"]
         assert two["peak"] < weights < one["peak"] + 2**20  # one pass keeps all gradients, two keep none
@@ -116,7 +116,7 @@ def test_two_ranks_take_the_same_steps() -> None:
 
 def one_of_them_is_wrong(build: Callable[[], ByteLlama]) -> dict[str, bench_ranks.Trained]:
     right, wrong = build(), build()
-    step = bench_ranks.sgd(right)
+    step = bench_ranks.step_of("DDP, SGD", right)
     return {
         "SGD": bench_ranks.Trained(right, lambda window: step(right.loss(window))),
         "Lomo": bench_ranks.Trained(wrong, lambda window: None),
