@@ -45,7 +45,7 @@ class Device(NamedTuple):
     @classmethod
     def of(cls, folder: Path) -> Device:
         files = {file.name: results.read(file) for file in sorted(folder.glob("*.json")) if file.name != "stages.json"}
-        return cls(folder, files, frame([one for run in files.values() for one in run["benchmarks"]]))
+        return cls(folder, files, frame([benchmark for run in files.values() for benchmark in run["benchmarks"]]))
 
     def of_question(self, question: str) -> pd.DataFrame:
         """The rows of a question, without columns that it does not have. Of memory the paper's come first."""
@@ -259,8 +259,8 @@ def filled(text: str, measured: list[Device]) -> str:
     def table(match: re.Match[str]) -> str:
         parts = []
         for device in measured:
-            found = tables(match[2], device)
-            parts += [f"{device.folder.name}:\n"] * (len(measured) > 1 and len(found) > 0) + found
+            texts = tables(match[2], device)
+            parts += [f"{device.folder.name}:\n", *texts] if texts and len(measured) > 1 else texts
         return match[1] + "\n" + "\n".join(parts or ["Not measured yet.\n"]) + "\n" + match[3]
 
     return MARK.sub(table, text)

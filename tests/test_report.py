@@ -148,6 +148,12 @@ def test_what_was_not_measured_is_said_to_be(machine):
     assert text == "a\n<!-- bench: sharded -->\n\nNot measured yet.\n\n<!-- end bench -->\nb"
 
 
+def test_tables_of_several_devices_name_them(machine):
+    mark = "<!-- bench: hooks -->\n<!-- end bench -->"
+    assert "machine-avx2:\n\n| shape 256" in report.filled(mark, [machine, machine])
+    assert "machine-avx2:" not in report.filled(mark, [machine])
+
+
 def test_tables_have_medians_and_spreads_in_the_order_of_sizes(machine):
     # nineteen of twenty of five equidistant samples lie within 1.9 of 2 steps
     text = table(machine, "update")
