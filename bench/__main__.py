@@ -1,6 +1,6 @@
 """``python -m bench [QUESTION …] [--full] [--device …]``: measures, and prints the tables of what was measured.
 
-Each question is a file ``bench_<question>.py``, which pytest runs alone, too. What only a fresh process can be set to
+Each question is a test of `results.QUESTIONS`, which pytest runs alone, too. What only a fresh process can be set to
 (the allocator) is set here: `settings` says which ones a question is asked with. The results of ``--full`` go to
 ``bench/results/<device>/<question>.json``, others to ``build/bench``; ``pytest-benchmark compare`` reads both.
 """
@@ -19,12 +19,8 @@ from typing import Any
 import torch
 
 from . import results
-from .results import RESULTS, ROOT
+from .results import QUESTIONS, RESULTS, ROOT
 
-QUESTIONS = (
-    *("ceilings", "update", "norm", "lists", "linear", "embedding"),
-    *("captured", "hooks", "step", "clipping", "data_parallel", "sharded", "memory"),
-)
 # Other pages of memory, another minute: two processes differ by more than two rounds of one. So in full each question
 # is asked by three, some minutes apart, and their samples are pooled.
 PROCESSES = 3
@@ -65,7 +61,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="every size and case: more than an hour, not minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
-    questions = arguments.question or QUESTIONS
+    questions = arguments.question or list(QUESTIONS)
     if unknown := set(questions) - set(QUESTIONS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(QUESTIONS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -80,7 +76,7 @@ def main() -> int:
     for turn, question in itertools.product(range(processes), questions):
         for environment, select in [] if turn and question in ONCE else settings(question, arguments.device):
             options = [f"--device={arguments.device}", f"--processes={1 if question in ONCE else processes}"]
-            options += [*["-k", select][: 2 * bool(select)], *["--full"] * arguments.full]
+            options += (["-k", select] if select else []) + (["--full"] if arguments.full else [])
             run, status = measure(question, environment, options)
             if run:
                 answers[question] = results.pooled([answers[question], run] if question in answers else [run])
@@ -102,8 +98,8 @@ def measure(question: str, environment: dict[str, str], options: list[str]) -> t
     """What one process measured, and its exit status."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "measured.json"
-        command = [sys.executable, "-m", "pytest", *OPTIONS, f"--benchmark-json={file}", f"bench/bench_{question}.py"]
-        print("+", *map("=".join, environment.items()), f"bench_{question}", *options, flush=True)
+        command = [sys.executable, "-m", "pytest", *OPTIONS, f"--benchmark-json={file}", QUESTIONS[question]]
+        print("+", *map("=".join, environment.items()), question, *options, flush=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         status = subprocess.run([*command, *options], cwd=ROOT, env=environment).returncode
         return (results.read(file) if file.exists() else None), status

@@ -6,17 +6,15 @@ and a model that really runs here beside its simulation.
 
 from __future__ import annotations
 
-import gc
+from itertools import product
 
 import pytest
-import torch
 
-from lomo_kernels.composite import tiled
 from lomo_kernels.demo.model import Config
 from lomo_kernels.plan import METHODS, SHAPES, llama, loss_of, simulate
 from lomo_kernels.plan.paper import BATCH, MODEL, SEQUENCE
 
-from .measure import SCRATCH, memory_of, peak_on_gpu
+from .measure import SCRATCH, second_step_peak
 from .methods import missing_peer
 
 CHUNK = 256  # tokens whose logits exist at a time, if the loss is in chunks
@@ -27,38 +25,17 @@ RUN = {
     "cpu": ("8 layers, width 512", Config(layers=8, d_model=512, heads=8, kv_heads=8, ffn=1408, vocab=4096), 256),
     "cuda": ("llama-1b", SHAPES["llama-1b"], 512),
 }
-
-
 COLUMNS = "model, sequence, batch, checkpointing, chunk, kernels, implementation"
 
 
-def parameters(device, full):
-    modes = [(True, None, None)]
+def cases(device, full):
+    paper, (model, _, sequence) = [(MODEL, SEQUENCE, BATCH)], RUN[device]
+    cases = [*product(paper, [True, False][: 1 + full], [None], [None], METHODS)]
     if full:
-        modes += [(False, None, None), (True, CHUNK, None), (False, None, "of 2023"), (True, None, "of 2023")]
-    table_1 = [(MODEL, SEQUENCE, BATCH, *mode, name) for mode in modes for name in OF_2023 if mode[2]]
-    table_1 += [(MODEL, SEQUENCE, BATCH, *mode, name) for mode in modes for name in METHODS if not mode[2]]
-    model, _, sequence = RUN[device]
-    run = [(model, sequence, 1, saved, None, None, name) for saved in (False, True) for name in METHODS]
-    return {COLUMNS: table_1 + run}
-
-
-def measured(method, build, loss, device):
-    """The peak of a step that is really taken, after a first one: on the CPU torch's profiler sees every allocation,
-    also inside operators; a GPU's allocator counts them."""
-    if device == "cuda":
-        return peak_on_gpu(build, loss, method)
-    gc.collect()
-    model = build()
-    attached = method.attach(model)
-
-    def step():
-        attached.update(loss(model))
-
-    step()
-    tiled.buffer.memory = torch.empty(0)  # a tile that stayed counts too
-    lasting = sum(tensor.nbytes for tensor in (*model.parameters(), *attached.states()))
-    return lasting + memory_of(step, device)[1]
+        cases += product(paper, [True], [CHUNK], [None], METHODS)
+        cases += product(paper, [False, True], [None], ["of 2023"], OF_2023)
+    cases += product([(model, sequence, 1)], [False, True], [None], [None], METHODS)
+    return {"memory": {COLUMNS: [(*shape, *others) for shape, *others in cases]}}
 
 
 def test_memory(benchmark, device, model, sequence, batch, checkpointing, chunk, kernels, implementation):
@@ -71,7 +48,7 @@ def test_memory(benchmark, device, model, sequence, batch, checkpointing, chunk,
     peak = benchmark.pedantic(simulate, args=(build, loss, method), kwargs={"kernels": variant})
     benchmark.extra_info |= {"memory": peak.at_peak, "most": peak.most}
     if runs:
-        benchmark.extra_info["measured"] = real = measured(method, build, loss, device)
+        benchmark.extra_info["measured"] = real = second_step_peak(build, loss, method, device)
         # On a CPU kernels take up to 1.1% for themselves (tests/test_plan.py).
         slack = SCRATCH if device == "cuda" else 0.03 * peak.peak
         assert peak.peak - peak.at_peak["workspace"] - slack <= real <= peak.peak + slack

@@ -2,54 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property, partial
 from itertools import count
 from statistics import median
-from typing import NamedTuple
 
 import torch
 
-from .measure import calibrated, timed
+from .measure import Baseline, Call, calibrated, timed
 
-DTYPES = ("bfloat16", "float16", "float32")
 CACHE = {"cpu": 2**28, "cuda": 2**29}  # bytes that the calls go through: several times the largest last-level caches
 VIEWS = 2**14  # at most so many buffers: below 4 Ki elements of 16 bits they stay in the last-level cache
-
 PROBE_ROUNDS = 15  # of which the fastest probe is chosen
-
-
-class Baseline(NamedTuple):
-    """What a benchmark is compared with: its time is that of `call`, times `scale` if that moves other bytes."""
-
-    name: str
-    call: Callable[[int], object]
-    scale: float = 1.0
-
-
-def scalar(value: float, device: str) -> torch.Tensor:
-    """As operators take one without a copy from the host, or a slot that they add to."""
-    return torch.tensor([value], dtype=torch.float64, device=device)
 
 
 class Buffers:
     """Pairs of a parameter and its gradient, each of `elements` numbers, to be used in turn."""
 
     def __init__(self, dtype: torch.dtype, elements: int, device: str) -> None:
-        pair = 2 * elements * dtype.itemsize
-        count = min(max(-(-CACHE[device] // pair), 1), VIEWS)
+        count = min(max(-(-CACHE[device] // (2 * elements * dtype.itemsize)), 1), VIEWS)
         generator = torch.Generator(device).manual_seed(0)
         random = torch.randn(2, min(2**22, count * elements), device=device, generator=generator).to(dtype)
-
-        def filled(numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            memory = torch.empty(count * elements, dtype=dtype, device=device)
-            for chunk in memory.split(numbers.numel()):
-                chunk.copy_(numbers[: chunk.numel()])
-            return memory.split(elements)
-
-        self.device, self.elements, self.dtype = device, elements, dtype
-        self.params, self.grads = filled(random[0]), filled(random[1])
-        self.nbytes = elements * dtype.itemsize
+        memory = [torch.empty(count * elements, dtype=dtype, device=device) for _ in random]
+        for whole, numbers in zip(memory, random, strict=True):
+            for chunk in whole.split(len(numbers)):
+                chunk.copy_(numbers[: len(chunk)])
+        self.params, self.grads = (whole.split(elements) for whole in memory)
+        self.device, self.dtype, self.nbytes = device, dtype, elements * dtype.itemsize
 
     def pair(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         number %= len(self.params)
@@ -76,7 +54,7 @@ class Buffers:
             native.read_2_write_1(param.data_ptr(), grad.data_ptr(), self.nbytes, way)
 
         numbers = count()
-        ways = [partial(call, way=way) for way in range(native.READ_2_WRITE_1)]
+        ways: list[Call] = [partial(call, way=way) for way in range(native.READ_2_WRITE_1)]
         probes = [lambda way=way: way(next(numbers)) for way in ways]
         times = calibrated(probes[0], self.device)[0]
         rounds = [[timed(probe, times, self.device) for probe in probes] for _ in range(PROBE_ROUNDS)]

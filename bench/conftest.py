@@ -1,4 +1,4 @@
-"""What the benches share: options, parameters, the device, and rounds that alternate with a baseline's."""
+"""What the benches share: options, cases, and rounds that alternate with a baseline's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 from lomo_kernels import backends
 
 from . import measure, results
-from .buffers import Buffers
-from .ranks import started
 
 
 def pytest_addoption(parser):
@@ -28,18 +26,16 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """`parameters(device, full)` of the module: values by the names of arguments. Implementations share what a case
-    sets up, so cases have the scope of the module."""
-    device, full = map(metafunc.config.getoption, ("device", "full"))
-    for names, values in metafunc.module.parameters(device, full).items():
-        if set(names.split(", ")) <= set(metafunc.fixturenames):
-            scope = "function" if "implementation" in names else "module"
-            metafunc.parametrize(names, values, ids=identifier, scope=scope)
+    """`cases(device, full)` of the module: by question values by the names of arguments. Implementations share what a
+    case sets up, so cases have the scope of the module."""
+    cases = metafunc.module.cases(*map(metafunc.config.getoption, ("device", "full")))
+    for names, values in cases[metafunc.definition.originalname.removeprefix("test_")].items():
+        scope = "function" if "implementation" in names else "module"
+        metafunc.parametrize(names, values, scope=scope)
 
 
-def identifier(value):
-    """`checkpointing` is the only parameter that is true or false."""
-    return ("checkpointing" if value else "kept") if isinstance(value, bool) else str(value)
+def pytest_make_parametrize_id(val, argname):
+    return ("checkpointing" if val else "kept") if argname == "checkpointing" else str(val)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -60,46 +56,23 @@ def pytest_benchmark_generate_machine_info(config):
     return results.machine_info(config.getoption("device"))
 
 
-def pytest_benchmark_generate_commit_info():
-    return {"id": results.commit()}
-
-
 def pytest_benchmark_update_json(config, output_json):
-    output_json["missing"] = sorted(config.missing)
-
-
-@pytest.fixture(scope="session")
-def device(request):
-    name = request.config.getoption("device")
-    assert name == "cpu" or torch.cuda.is_available(), "--device cuda needs a GPU: torch.cuda.is_available() is False"
-    return name
-
-
-@pytest.fixture
-def benchmark(benchmark, device, request):
-    """pytest-benchmark's, with the question and the setting of the process."""
+    """Adds the question of each benchmark, the setting of the process, what was skipped, and the commit."""
+    device = config.getoption("device")
     choice = backends.choice(device.upper())
     setting = {"backend": choice.backend, "detail": choice.detail}
     if device == "cpu":
         setting["malloc"] = "tuned" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "stock"
-    benchmark.group = request.module.__name__.split("bench_")[-1]
-    benchmark.fullname += f" {' '.join(setting.values())}"
-    benchmark.extra_info |= setting
-    return benchmark
+    for benchmark in output_json["benchmarks"]:
+        benchmark["group"] = benchmark["name"].split("[")[0].removeprefix("test_")
+        benchmark["fullname"] += f" {' '.join(setting.values())}"
+        benchmark["extra_info"] |= setting
+    output_json |= {"missing": sorted(config.missing), "commit_info": {"id": results.commit()}}
 
 
-@pytest.fixture(scope="module")
-def buffers(elements, dtype, device):
-    return Buffers(getattr(torch, dtype), elements, device)
-
-
-@pytest.fixture(scope="module")
-def rank(model, tokens, ranks, device, request):
-    """Rank 0 of two processes, with the implementations that the module makes."""
-    if device != "cpu":
-        pytest.skip("one GPU has no two ranks")
-    with started(request.module.make, model, tokens) as rank:
-        yield rank
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("device")
 
 
 @pytest.fixture

@@ -7,20 +7,36 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-if TYPE_CHECKING:
-    from lomo_kernels.plan.methods import Method
+from lomo_kernels.composite import tiled
+from lomo_kernels.plan.methods import LR, Method
 
 #: Seconds that a round takes at least; short calls are repeated. A CPU's clock and its call cost 0.1 us. On a GPU a
 #: round waits for the device before and after, some 20 us, 0.4% of 5 ms.
 ROUND = {"cpu": 5e-4, "cuda": 5e-3}
 BUDGET = 0.6  # seconds that all rounds of a benchmark take, within the limits of ROUNDS
 ROUNDS = (9, 41)
+
+Call = Callable[[int], object]  # with a running number, to use buffers in turn
+
+
+class Baseline(NamedTuple):
+    """What a benchmark is compared with: its time is that of `call`, times `scale` if that moves other bytes."""
+
+    name: str
+    call: Call
+    scale: float = 1.0
+
+
+def scalar(value: float, device: str) -> Tensor:
+    """As operators take one without a copy from the host, or a slot that they add to."""
+    return torch.tensor([value], dtype=torch.float64, device=device)
 
 
 def _synchronized() -> float:
@@ -105,18 +121,15 @@ def start_cublas() -> None:
     torch.cuda.synchronize()
 
 
-def peak_on_gpu(build: Callable[[], nn.Module], loss: Callable[[nn.Module], Tensor], method: Method) -> int:
-    """Bytes of all tensors at the peak of a second step. With FlashAttention 2, which the simulator knows; on Hopper
-    torch prefers cuDNN's."""
-    start_cublas()
-    gc.collect()
-    before = requested("current")
-    with torch.device("cuda"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+def second_step_peak(
+    build: Callable[[], nn.Module], loss: Callable[[nn.Module], Tensor], method: Method, device: str
+) -> int:
+    """Bytes of all tensors at the peak of a second step, inside operators too. On a GPU with FlashAttention 2, which
+    the simulator knows; on Hopper torch prefers cuDNN's."""
+    with torch.device(device), sdpa_kernel(SDPBackend.FLASH_ATTENTION) if device == "cuda" else nullcontext():
         model = build()
-        attached = method.attach(model)
+        attached = method.attach(model, LR)
         attached.update(loss(model))
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        attached.update(loss(model))
-    return requested("peak") - before
+        tiled.buffer.memory = torch.empty(0)  # a tile that stayed counts too
+        lasting = sum(tensor.nbytes for tensor in (*model.parameters(), *attached.states()))
+        return lasting + memory_of(lambda: attached.update(loss(model)), device)[1]

@@ -15,26 +15,17 @@ from torch import Tensor, nn
 from lomo_kernels import Lomo
 from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.optim.update_strategy import TensorClipStrategy
-from lomo_kernels.plan.methods import CLIP, LOMO_OPTIM_NEEDS, lacking, lomo, lomo_optim, plain
+from lomo_kernels.plan import methods as plan
+from lomo_kernels.plan.methods import CLIP, LOMO_OPTIM_NEEDS, Attach, lacking, lomo, plain
 
 from .results import BASE, clips, ours
-
-ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 Step = Callable[[Tensor], object]  # takes the loss
 Method = Callable[[nn.Module, float], Step]  # attaches itself to a model, with a learning rate
 
 
-def stepped(kind: type[torch.optim.Optimizer], clip: float | None = None) -> Method:
-    """The fused path is the fastest, but torch 2.13's SGD is wrong with 16 bits on CPUs."""
-
-    def make(model: nn.Module, lr: float) -> Step:
-        param = next(model.parameters())
-        wrong = kind is SGD and param.device.type == "cpu" and param.dtype != torch.float32
-        fastest = {"foreach": True} if wrong else {"fused": True}
-        return plain(kind, lr=lr, clip=clip, **fastest)(model).update
-
-    return make
+def step_of(attach: Attach) -> Method:
+    return lambda model, lr: attach(model, lr).update
 
 
 def hooked(model: nn.Module, lr: float) -> Step:
@@ -52,7 +43,7 @@ def hooked(model: nn.Module, lr: float) -> Step:
 def released(kind: str, **options: Any) -> Method:
     """An optimizer of optimi's, which its hooks step: they neither clip nor, unless asked, use its Triton kernels."""
 
-    def make(model: nn.Module, lr: float) -> Step:
+    def attach(model: nn.Module, lr: float) -> Step:
         import optimi
 
         triton = next(model.parameters()).is_cuda
@@ -60,22 +51,17 @@ def released(kind: str, **options: Any) -> Method:
         optimi.prepare_for_gradient_release(model, optimizer)
         return Tensor.backward
 
-    return make
-
-
-def attached(method: Callable[..., Any], **options: Any) -> Method:
-    """One of the simulator's methods."""
-    return lambda model, lr: method(lr=lr, **options)(model).update
+    return attach
 
 
 def keeping(share: float) -> Method:
     """`Lomo` that keeps this share of the bytes of all gradients."""
 
-    def make(model: nn.Module, lr: float) -> Step:
+    def attach(model: nn.Module, lr: float) -> Step:
         whole = sum(param.nbytes for param in model.parameters())
-        return lomo(lr=lr, clip_grad_norm=CLIP, clip_memory=int(share * whole))(model).update
+        return Lomo(model, lr=lr, clip_grad_norm=CLIP, clip_memory=int(share * whole)).backward
 
-    return make
+    return attach
 
 
 def clipped_by_tensor(model: nn.Module, lr: float) -> Step:
@@ -88,35 +74,28 @@ def clipped_by_tensor(model: nn.Module, lr: float) -> Step:
 
 
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
-
-TWO, ONE = ({"clip_grad_norm": CLIP, "clip_passes": passes} for passes in ("two", "one"))
-
+ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}  # torch's defaults
+STOCHASTIC = lomo(clip_grad_norm=CLIP, clip_passes="one", fused_layers=True, rounding="stochastic")
+PLANNED = {name: method for name, method in plan.METHODS.items() if not name.endswith(("master", "foreach", "split"))}
+#: What clips with a budget for all that waits for the norm, and what does without the norm of all gradients.
+CLIPPING: dict[str, Method] = {
+    "Lomo, clipping, 1/4 kept": keeping(0.25),
+    "Lomo, clipping, 1/2 kept": keeping(0.5),
+    "Lomo, clipping, 3/4 kept": keeping(0.75),
+    "Lomo, clip_tensor": clipped_by_tensor,
+    "AdaLomo": step_of(lomo(rule="adalomo")),
+}
 #: By names that say what they do: results.clips, and "AdamW".
 METHODS: dict[str, Method] = {
-    BASE: stepped(SGD, CLIP),
-    "SGD": stepped(SGD),
-    "AdamW, clip_grad_norm_": stepped(ADAM, CLIP),
-    "AdamW": stepped(ADAM),
+    BASE: step_of(plain(SGD, CLIP, foreach=True)),
+    "AdamW, clip_grad_norm_": step_of(plain(ADAM, CLIP, fused=True)),
     "optimi SGD, release": released("SGD"),
     "optimi AdamW, release": released("AdamW", **ADAMW),
     "hook, add_": hooked,
-    "lomo_optim": attached(lomo_optim),
-    "lomo_optim, clipping": attached(lomo_optim, clip=CLIP),
-    "Lomo": attached(lomo),
-    "Lomo, fused": attached(lomo, fused_layers=True),
-    "Lomo, clipping, two passes": attached(lomo, **TWO),
-    "Lomo, clipping, two passes, fused": attached(lomo, fused_layers=True, **TWO),
-    "Lomo, clipping, one pass": attached(lomo, **ONE),
-    "Lomo, clipping, one pass, fused": attached(lomo, fused_layers=True, **ONE),
-    "Lomo, clipping, one pass, fused, stochastic": attached(lomo, fused_layers=True, rounding="stochastic", **ONE),
+    **{name: step_of(method.attach) for name, method in PLANNED.items()},
+    "Lomo, clipping, one pass, fused, stochastic": step_of(STOCHASTIC),
+    **CLIPPING,
 }
-
-#: How much of what all gradients take may wait for the norm.
-SHARES = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75}
-METHODS |= {f"Lomo, clipping, {share} kept": keeping(number) for share, number in SHARES.items()}
-#: What does without the norm of all gradients.
-OWN_NORMS = ("Lomo, clip_tensor", "AdaLomo")
-METHODS |= dict(zip(OWN_NORMS, (clipped_by_tensor, attached(lomo, rule="adalomo")), strict=True))
 
 LLAMA_107M = Config(layers=8, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=2048)  # on a CPU; over ranks, too
 STEEP = 256.0  # times the loss
@@ -141,7 +120,10 @@ def wrong(name: str, method: Method, dtype: torch.dtype, device: str) -> str:
         weight.grad = grad.double()
     if clips(name):
         assert nn.utils.clip_grad_norm_(expected, CLIP) > 2 * CLIP, "nothing to clip"
-    first_step(name, expected)
+    if "AdaLomo" in name:  # its rule is Adafactor's
+        torch.optim.Adafactor(expected, lr=1.0, weight_decay=0.0).step()
+    else:
+        (ADAM if "AdamW" in name else SGD)(expected, lr=1.0).step()
     method(model, 1.0)(STEEP * model.loss(windows))
     for (param_name, param), weight, old in zip(params.items(), expected, before, strict=True):
         limit = 4 * torch.finfo(dtype).eps * (old.abs() + (weight - old).abs().max())
@@ -149,14 +131,6 @@ def wrong(name: str, method: Method, dtype: torch.dtype, device: str) -> str:
         if differ.any():
             return f"{int(differ.sum())} of {param.numel()} elements of {param_name} are off by more than four units"
     return ""
-
-
-def first_step(name: str, params: list[nn.Parameter]) -> None:
-    """torch's, with learning rate 1, of the rule that a method is named after. AdaLomo's is Adafactor's."""
-    if "AdaLomo" in name:
-        torch.optim.Adafactor(params, lr=1.0, weight_decay=0.0).step()
-    else:
-        (ADAM if "AdamW" in name else SGD)(params, lr=1.0).step()
 
 
 def missing_peer(name: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ matplotlib.use("agg")
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from . import report
-from .report import Device, cases
-from .results import BASE, FORWARD, clips, ours
+from .results import FORWARD, clips, ours
 
 BLUE, RED, GREY, PALE = "#0072B2", "#D55E00", "#6E6E6E", "#C9C9C9"
 OTHERS = ["#E69F00", "#222222", "#CC79A7", RED, "#009E73", "#56B4E9", "#F0E442"]
@@ -37,78 +37,67 @@ STYLE = {
 }
 
 
-def lines(rows: pd.DataFrame, x: str, y: str, title: str, keys: list[str], **settings: Any) -> Figure | None:
-    """One panel for each case of `keys`, and in it a line of `y` over `x` for each label, with the range of nineteen
-    samples of twenty as bars. `settings` are of the axes."""
-    panels = list(cases(rows.dropna(subset=y), *keys)) if y in rows else []
-    if not panels:
-        return None
-    figure, column = plt.subplots(len(panels), 1, figsize=(10, 3.7 * len(panels)), squeeze=False)
-    for axes, (case, group) in zip(column[:, 0], panels, strict=True):
-        seen = {True: 0, False: 0}
-        for label, line in group.groupby("label", sort=False):
-            line = line.sort_values(x)
-            median, low, high = np.array([report.percentiles(samples) for samples in line[y]]).T
-            number, mine = seen[ours(label)], ours(label)
-            style = {"color": BLUE if mine else OTHERS[number % len(OTHERS)], "marker": MARKS[number % len(MARKS)]}
-            style |= {"linewidth": 1.3 + mine, "elinewidth": 0.7, "label": label}
-            axes.errorbar(line[x], median, (median - low, high - median), **style)
-            seen[mine] += 1
-        if x in ("elements", "parameters"):
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(values := sorted(group[x].unique()), map(report.count, values))
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-        axes.set(title=title.format(case=case, baseline=group["baseline"].iloc[0]), **{"xlabel": x} | settings)
-        if y != "cost":
-            axes.axhline(1, color=GREY, linewidth=1.2)
-    return figure
+def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, **settings: Any) -> None:
+    """A line of `y` over `x` for each label, with the range of nineteen samples of twenty as bars. `settings` are of
+    the axes."""
+    styles = {True: cycle(zip(repeat(BLUE), MARKS)), False: cycle(zip(OTHERS, MARKS))}  # noqa: B905
+    for label, line in rows.groupby("label", sort=False):
+        line = line.sort_values(x)
+        median, low, high = np.array([report.percentiles(samples) for samples in line[y]]).T
+        color, marker = next(styles[ours(label)])
+        bars_of = {"yerr": (median - low, high - median), "elinewidth": 0.7}
+        axes.errorbar(line[x], median, color=color, marker=marker, label=label, **bars_of)
+    if x in ("elements", "parameters"):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(values := sorted(rows[x].unique()), map(report.count, values))
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    axes.set(**{"xlabel": x, "ylabel": y} | settings)
 
 
-def step(rows: pd.DataFrame) -> Figure | None:
-    """The first case measured without and with checkpointing."""
-    keys = [key for key in ("model", "tokens", "malloc") if key in rows]
-    rows = rows[(rows[keys] == rows.groupby("checkpointing")[keys].transform("first")).all(axis="columns")]
-    rows = rows[rows["implementation"] != FORWARD]
-    clipping = rows["implementation"].map(lambda name: "clipped" if clips(name) else "no clipping")
-    peak = rows["memory"].map(lambda memory: memory["peak"] / report.MIB)
-    rows = rows.assign(label=rows["implementation"], clipping=clipping, MiB=peak)
-    axes = {"xlabel": "peak memory above the weights, MiB", "ylabel": f"time, {BASE} = 1", "xlim": (0, None)}
-    return lines(rows, "MiB", "ratio", "{case}", [*report.STEP, "malloc", "clipping"], **axes)
+def bars(axes: Axes, rows: pd.DataFrame) -> None:
+    """Stacked by category: what the peak of each method is made of."""
+    sizes = pd.DataFrame(rows["memory"].tolist(), rows["label"], report.CATEGORIES)[::-1].fillna(0) / report.GIB
+    sizes.plot.barh(stacked=True, ax=axes, width=0.75, color=CATEGORIES)
+    axes.set(xlabel="GiB", ylabel="")
+    axes.grid(axis="y", visible=False)
 
 
-def memory(rows: pd.DataFrame) -> Figure | None:
-    """Stacked bars by category of the paper's case at its peak, next to the paper's own."""
-    rows = report.table_1(rows)
-    panels = list(cases(rows, "checkpointing"))
-    if not panels:
-        return None
-    figure, row = plt.subplots(1, len(panels), figsize=(12, 2 + 0.15 * len(rows)), squeeze=False)
-    for axes, (case, group) in zip(row[0], panels, strict=True):
-        bars = pd.DataFrame(group["memory"].tolist(), group["label"], report.CATEGORIES)[::-1].fillna(0) / report.GIB
-        bars.plot.barh(stacked=True, ax=axes, width=0.75, color=CATEGORIES, legend=axes is row[0, -1])
-        axes.set(title=case, xlabel="GiB", ylabel="")
-        axes.grid(axis="y", visible=False)
-    return figure
+def first_steps(rows: pd.DataFrame) -> pd.DataFrame:
+    """The first model measured, without and with checkpointing, in the usual setting; those that clip apart. None if
+    the baseline did not fit in memory."""
+    if "time" not in rows:
+        return rows[:0]
+    first = (rows[["model", "tokens"]] == rows[["model", "tokens"]].iloc[0]).all(axis="columns")
+    rows = rows[first & (rows["label"] == rows["implementation"]) & (rows["implementation"] != FORWARD)]
+    return rows.assign(group=rows["implementation"].map(lambda name: "clipped" if clips(name) else "no clipping"))
 
 
-FRACTION = "{case}: fraction of the speed of the probe “{baseline}”"
-COST = "{case}: µs per parameter above a bare backward"
 PLOTS = {
     # A bar may leave the axes: one sample next to a stalled probe would press all together.
-    "update": partial(lines, x="elements", y="fraction", title=FRACTION, keys=["dtype"], ylim=(0, 1.3)),
-    "hooks": partial(lines, x="parameters", y="cost", title=COST, keys=["shape", "dtype"], yscale="log"),
-    "step": step,
-    "memory": memory,
+    "update": partial(lines, x="elements", y="speed", ylim=(0, 1.3)),
+    "hooks": partial(lines, x="parameters", y="µs more", ylabel="µs more per parameter", yscale="log"),
+    "step": partial(lines, x="GiB above the weights", y="time", xlim=(0, None)),
+    "memory": bars,
 }
 
 
-def draw(device: Device, folder: Path) -> Iterator[Path]:
-    """Draws what was measured on the device."""
+def draw(device: report.Device, folder: Path) -> Iterator[Path]:
+    """Draws what was measured on the device, a panel for each case."""
     for question, plot in PLOTS.items():
         rows = device.of_question(question)
+        if question == "step":
+            rows = first_steps(rows)
+        if question == "memory":
+            rows = report.chosen(rows, report.SHORT_TABLE_1)
+        panels = list(report.cases(rows))
+        if not panels:
+            continue
         with plt.rc_context(STYLE):
-            if len(rows) and (figure := plot(rows)):
-                file = folder / f"{device.folder.name}-{question}.svg"
-                figure.savefig(file, metadata={"Date": None})
-                plt.close(figure)
-                yield file
+            figure, column = plt.subplots(len(panels), 1, figsize=(10, 4 * len(panels)), squeeze=False)
+            for axes, (case, rows) in zip(column[:, 0], panels, strict=True):
+                plot(axes, rows)
+                axes.set_title(case)
+            file = folder / f"{device.folder.name}-{question}.svg"
+            figure.savefig(file, metadata={"Date": None})
+            plt.close(figure)
+            yield file

@@ -1,18 +1,17 @@
 """``python -m bench.report``: writes the tables and plots of measured results into the documents.
 
 A table stands between ``<!-- bench: NAME -->`` and ``<!-- end bench -->`` in README.md, docs/ and
-bench/results/README.md, where NAME is a key of `TABLES`. What was not measured is left out. tests/test_report.py checks
-that the documents say what the committed results say.
+bench/results/README.md, where NAME is a key of `TABLES` or "environment". What was not measured is left out.
+tests/test_report.py checks that the documents say what the committed results say.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,9 +27,9 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"tables and plots need {error.name}: pip install '.[bench]'", name=error.name) from error
 
 MARK = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- end bench -->)", re.DOTALL)
-GIB, MIB = 2**30, 2**20
-STEP = ("model", "tokens", "checkpointing")
-PAPERS = f"LLaMA-7B, sequence {paper.SEQUENCE}, batch {paper.BATCH}"
+GIB = 2**30
+#: What cases differ in. A table is of one case, except for what its columns are.
+CASE = ("model", "shape", "dtype", "tokens", "checkpointing", "chunk", "kernels", "ranks", "group", "baseline")
 #: In the order of tables and bars. "not named" is what the paper's totals have beyond its categories.
 CATEGORIES = ["parameters", "gradients", "optimizer states", "activations", "kept factors", "temporaries", "workspace"]
 CATEGORIES += ["not named"]
@@ -46,11 +45,14 @@ class Device(NamedTuple):
     @classmethod
     def of(cls, folder: Path) -> Device:
         files = {file.name: results.read(file) for file in sorted(folder.glob("*.json")) if file.name != "stages.json"}
-        return cls(folder, files, frame([one for run in files.values() for one in run["benchmarks"]]))
+        return cls(folder, files, frame([benchmark for run in files.values() for benchmark in run["benchmarks"]]))
 
     def of_question(self, question: str) -> pd.DataFrame:
-        """The rows of a question, without columns that it does not have."""
-        return self.rows[self.rows["question"] == question].dropna(axis="columns", how="all")
+        """The rows of a question, without columns that it does not have. Of memory the paper's come first."""
+        rows = self.rows[self.rows["question"] == question]
+        if question == "memory" and len(rows):
+            rows = pd.concat([pd.DataFrame(papers()), rows], ignore_index=True)
+        return rows.dropna(axis="columns", how="all")
 
 
 def devices() -> list[Device]:
@@ -66,16 +68,42 @@ def frame(benchmarks: list[dict[str, Any]]) -> pd.DataFrame:
         usual = first.setdefault(row["question"], row)
         if row["backend"] == "cpu" and row["detail"] != usual["detail"]:
             continue
-        backend = [] if row["backend"] == usual["backend"] else [row["backend"]]
-        malloc = [] if row.get("malloc") == usual.get("malloc") else [f"{row['malloc']} malloc"]
-        row["label"] = ", ".join([row["implementation"], *backend, *malloc])
-        if seconds := benchmark["stats"]["data"]:
-            row["seconds"] = np.median(seconds)
-        if ratios := results.ratios(benchmark):
-            above = np.subtract(seconds, row["baseline_seconds"]) / row.get("parameters", 1)
-            row |= {"ratio": np.array(ratios), "fraction": 1 / np.array(ratios), "cost": 1e6 * above}
-        rows.append(row)
+        differs = [key for key in ("backend", "malloc") if row.get(key) != usual.get(key)]
+        row["label"] = ", ".join([row["implementation"], *(words({key: row[key]}) for key in differs)])
+        rows.append(row | figures(benchmark))
     return pd.DataFrame(rows)
+
+
+def figures(benchmark: dict[str, Any]) -> dict[str, Any]:
+    """What tables show of a benchmark, by the heading. Samples stay samples."""
+    extra, seconds = benchmark["extra_info"], np.array(benchmark["stats"]["data"])
+    shown = {"step, s": np.median(seconds)} if len(seconds) else {}
+    for unit, work, size in (("GB/s", "moved", 1e9), ("TFLOP/s", "operations", 1e12)):
+        if work in extra:
+            shown[unit] = extra[work] / np.median(seconds) / size
+    if len(ratios := np.array(results.ratios(benchmark))):
+        above = (seconds - extra["baseline_seconds"]) / benchmark["params"].get("parameters", 1)
+        shown |= {"time": ratios, "speed": 1 / ratios, "µs more": 1e6 * above}
+    if "most" in extra:  # a simulation; each category has its own maximum
+        peak = sum(extra["memory"].values())
+        shown |= {name: size / GIB for name, size in extra["most"].items()} | {"GiB at the peak": peak / GIB}
+        if "measured" in extra:
+            shown["simulated / measured"] = peak / extra["measured"]
+    elif "memory" in extra:
+        shown["GiB above the weights"] = extra["memory"]["peak"] / GIB
+        shown["GiB between steps"] = extra["memory"]["states"] / GIB
+    return shown
+
+
+def papers() -> Iterator[dict[str, Any]]:
+    """The paper's Table 1, as rows."""
+    for checkpointing, totals in paper.TOTALS.items():
+        for method, total in totals.items():
+            most = {**paper.TABLE_1[method], "activations": paper.ACTIVATIONS[checkpointing]}
+            most["not named"] = round(total - sum(most.values()), 2)
+            memory = {name: size * GIB for name, size in most.items()}
+            case = {"model": paper.MODEL, "checkpointing": checkpointing, "label": f"{method}, the paper"}
+            yield case | most | {"GiB at the peak": total, "memory": memory}
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -89,16 +117,10 @@ def percentiles(samples: Any) -> Any:
     return np.percentile(samples, (50, 2.5, 97.5))
 
 
-def spread(samples: Any, digits: int = 2, more: int = 2) -> str:
-    """Small ones have more digits."""
-    if not isinstance(samples, np.ndarray):
-        return "-"
-    digits += more * (np.median(samples) < 0.1)
-    return "{:.{digits}f} ({:.{digits}f}-{:.{digits}f})".format(*percentiles(samples), digits=digits)
-
-
-def number(form: str, unit: float = 1.0) -> Callable[[Any], str]:
-    return lambda value: "-" if pd.isna(value) else form.format(value / unit)
+def cell(value: Any, form: str) -> str:
+    if isinstance(value, np.ndarray):
+        return "{0:{form}} ({1:{form}}-{2:{form}})".format(*percentiles(value), form=form)
+    return "-" if pd.isna(value) else format(value, form)
 
 
 def count(value: float) -> str:
@@ -110,11 +132,91 @@ def count(value: float) -> str:
 
 
 def words(case: dict[str, Any]) -> str:
-    """A case in words."""
-    forms = {"checkpointing": lambda saved: "checkpointing" if saved else "no checkpointing"}
-    forms |= {"model": "Llama {}".format, "malloc": "{} malloc".format}
-    forms |= {key: str for key in ("dtype", "shape", "group", "baseline", "clipping")}
-    return ", ".join(forms[key](value) if key in forms else f"{count(value)} {key}" for key, value in case.items())
+    """A case in words, without what does not apply to it."""
+    named = {"model": "Llama {}", "shape": "shape {}", "malloc": "{} malloc", "baseline": "relative to “{}”"}
+    named |= {"chunk": "loss in chunks of {}", "kernels": "kernels {}"}
+    parts = []
+    for key, value in case.items():
+        if key == "checkpointing":
+            parts.append("checkpointing" if value else "no checkpointing")
+        elif isinstance(value, str):
+            parts.append(named.get(key, "{}").format(value.removeprefix("llama-")))
+        elif not pd.isna(value):
+            parts.append(named.get(key, "{} " + key).format(count(value)))
+    return ", ".join(parts)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """A table for each case that has the first value: a row for each implementation, and a column for each value and
+    each case of `over`."""
+
+    values: dict[str, str]  # each with its format
+    over: Sequence[str] = ()
+    only: Mapping[str, Sequence[Any]] = MappingProxyType({})  # rows that have one of these values in this column
+    cases: Sequence[str] = CASE
+
+
+STEP = Table({"step, s": ".3g", "time": ".2f", "GiB above the weights": ".3f"}, ["malloc"])
+RANKS = Table({**STEP.values, "GiB between steps": ".3f"})
+SPEED = Table({"speed": ".2f"}, ["elements"])
+ERROR = Table({"error": ".0e"}, ["dtype"], {"elements": [2**24], "malloc": ["stock"]}, ["elements"])
+LAYER = Table({"time": ".3f"}, ["tokens", "tensors", "elements"])
+TABLE_1 = Table(dict.fromkeys([*CATEGORIES, "GiB at the peak"], ".2f"), only={"model": [paper.MODEL]})
+SHORT_TABLE_1 = {"model": [paper.MODEL], "chunk": [np.nan], "kernels": [np.nan]}
+SHORT_UPDATES = ["sgd_ nearest", "sgd_ stochastic", "add_", "SGD foreach", "lomo_optim"]
+SHORT_STEPS = [BASE, "lomo_optim, clipping", "Lomo"]
+SHORT_STEPS += ["Lomo, clipping, two passes, fused", "Lomo, clipping, one pass, fused"]
+SHORT_STEP = {"model": ["107M"], "tokens": [256], "checkpointing": [False], "implementation": SHORT_STEPS}
+
+#: By name in a document's mark; the first word is the question.
+TABLES = {
+    "ceilings": [Table({"GB/s": ".4g", "TFLOP/s": ".4g"})],
+    "update": [SPEED],
+    "update short": [SPEED._replace(only={"dtype": ["bfloat16"], "implementation": SHORT_UPDATES})],
+    "norm": [SPEED, ERROR],
+    **{question: [LAYER] for question in ("lists", "linear", "embedding", "captured")},
+    "hooks": [Table({"µs more": ".1f"}, ["parameters"])],
+    **{question: [STEP] for question in ("step", "clipping")},
+    "step short": [Table({"time": ".2f", "GiB above the weights": ".3f"}, ["malloc"], SHORT_STEP)],
+    **{question: [RANKS] for question in ("data_parallel", "sharded")},
+    "memory": [TABLE_1, Table({"simulated / measured": ".3f", "GiB at the peak": ".3f"})],
+    "memory short": [Table({"GiB at the peak": ".2f"}, ["checkpointing"], SHORT_TABLE_1)],
+}
+
+
+def chosen(rows: pd.DataFrame, only: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    for key, values in only.items():
+        rows = rows[rows[key].isin(values)] if key in rows else rows
+    return rows
+
+
+def cases(rows: pd.DataFrame, keys: Sequence[str] = CASE) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each case of these columns, in words, and its rows without columns that it does not have."""
+    present = [key for key in keys if key in rows]
+    for case, group in rows.groupby(present or (lambda _: ""), sort=False, dropna=False):
+        yield words(dict(zip(present, case, strict=False))), group.dropna(axis="columns", how="all")
+
+
+def written(table: Table, rows: pd.DataFrame) -> Iterator[str]:
+    """In Markdown."""
+    rows = chosen(rows, table.only)
+    over = [key for key in table.over if key in rows]
+    rows = rows.sort_values(over, kind="stable") if over else rows
+    for case, group in cases(rows, [key for key in table.cases if key not in over]):
+        values = [value for value in table.values if value in group]
+        if next(iter(table.values)) not in values:
+            continue
+        index = "implementation" if "malloc" in over else "label"
+        cells = group.pivot_table(values, index, over, aggfunc="first", sort=False)
+        texts = pd.DataFrame(index=cells.index)
+        for column in cells:
+            value, *place = column if over else [column]
+            heading = ", ".join(filter(None, [value, words(dict(zip(over, place, strict=True)))]))
+            texts[heading] = [cell(sample, table.values[value]) for sample in cells[column]]
+        yield markdown(case, texts)
 
 
 def markdown(head: str, cells: pd.DataFrame) -> str:
@@ -125,114 +227,14 @@ def markdown(head: str, cells: pd.DataFrame) -> str:
     return "\n".join([text[0], "|---|" + "---:|" * len(cells.columns), *text[1:]]) + "\n"
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def cases(rows: pd.DataFrame, *keys: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Each case of these columns, in words, and its rows."""
-    present = [key for key in keys if key in rows]
-    for case, group in rows.groupby(present, sort=False) if len(rows) else []:
-        yield words(dict(zip(present, case, strict=True))), group
-
-
-def pivot(head: str, rows: pd.DataFrame, value: str, show: Callable[[Any], str], *keys: str) -> str:
-    """One value of each label, with a column for each case; ours come first."""
-    cells = rows.pivot_table(value, "label", [key for key in keys if key in rows], aggfunc="first", sort=False).map(
-        show
-    )
-    cells = cells.sort_index(axis="columns").sort_index(key=lambda labels: ~labels.map(ours), kind="stable")
-    cells.columns = [words(case) for case in cells.columns.to_frame().to_dict("records")]
-    return markdown(head, cells)
-
-
-def bandwidth(rows: pd.DataFrame) -> Iterator[str]:
-    for dtype, group in cases(rows, "dtype"):
-        head = f"{dtype}, fraction of the probe “{group['baseline'].iloc[0]}”"
-        yield pivot(head, group, "fraction", functools.partial(spread, more=0), "elements")
-    if "error" in rows:  # of one size, which no cache holds
-        rows = rows[
-            (rows["elements"] == min(2**24, rows["elements"].max())) & (rows["label"] == rows["implementation"])
-        ]
-        yield pivot("error relative to float64", rows, "error", number("{:.0e}"), "elements", "dtype")
-
-
-def relative(rows: pd.DataFrame) -> Iterator[str]:
-    for baseline, group in cases(rows, "baseline"):
-        yield pivot(f"time, {baseline} = 1", group, "ratio", spread, "dtype", "model", "tokens", "tensors", "elements")
-
-
-def hooks(rows: pd.DataFrame) -> Iterator[str]:
-    for case, group in cases(rows, "shape", "dtype", "malloc"):
-        yield pivot(f"µs per parameter of {case}", group, "cost", functools.partial(spread, digits=1), "parameters")
-
-
-def ceilings(rows: pd.DataFrame) -> Iterator[str]:
-    rows = rows.set_index("implementation")
-    reached = {"GB/s": rows["moved"] / rows["seconds"] / 1e9, "TFLOP/s": rows["operations"] / rows["seconds"] / 1e12}
-    yield markdown("", pd.DataFrame(reached).map(number("{:.4g}")))
-
-
-def steps(rows: pd.DataFrame, unit: str = "GiB", short: bool = False) -> Iterator[str]:
-    """A column of times for each malloc. A baseline that does not fit in memory leaves no ratios."""
-    for case, group in cases(rows.assign(malloc=rows.get("malloc", "")), *STEP, "ranks", "group"):
-        first = group.groupby("implementation", sort=False).first()
-        columns = {"step, s": first["seconds"].map(number("{:.3g}"))}
-        columns["tokens/s"] = (first["tokens"] / first["seconds"]).map(number("{:.0f}"))
-        columns = {} if short else columns
-        for malloc, timed in group.groupby("malloc", sort=False) if "ratio" in group else []:
-            head = f"time, {malloc} malloc" if malloc else "time"
-            columns[head] = timed.set_index("implementation")["ratio"].map(spread)
-        memory = pd.DataFrame(first["memory"].tolist(), first.index)
-        show = number("{:.3f}", GIB) if unit == "GiB" else number("{:.0f}", MIB)
-        columns[f"peak above the weights, {unit}"] = memory["peak"].map(show)
-        if "ranks" in group:
-            columns[f"kept between steps, {unit}"] = memory["states"].map(show)
-        baseline = f", time relative to {group['baseline'].iloc[0]}" if "ratio" in group else ""
-        yield markdown(case + baseline, pd.DataFrame(columns, first.index).fillna("-"))
-
-
-def table_1(rows: pd.DataFrame) -> pd.DataFrame:
-    """LLaMA-7B as the paper's Table 1 has it, the loss not in chunks, after the paper's own rows."""
-    rows = rows.reindex(columns=[*rows.columns.union(["chunk", "kernels"])])
-    rows = rows[(rows["model"] == paper.MODEL) & rows["chunk"].isna()]
-    old = rows["kernels"].map({"of 2023": ", kernels of 2023"}).fillna("")
-    rows = rows.assign(label=rows["implementation"] + ", simulated" + old)
-    papers = []
-    for checkpointing, method in itertools.product(paper.TOTALS, paper.TABLE_1):
-        parts = {**paper.TABLE_1[method], "activations": paper.ACTIVATIONS[checkpointing]}
-        parts["not named"] = round(paper.TOTALS[checkpointing][method] - sum(parts.values()), 2)
-        memory = {name: size * GIB for name, size in parts.items()}
-        papers.append([f"{method}, the paper", checkpointing, memory, memory])
-    columns = ["label", "checkpointing", "memory", "most"]
-    rows = pd.concat([pd.DataFrame(papers, columns=columns), rows[columns]]) if len(rows) else rows
-    return rows.assign(peak=rows["memory"].map(lambda memory: sum(memory.values())))
-
-
-def memory(rows: pd.DataFrame) -> Iterator[str]:
-    for case, group in cases(table_1(rows), "checkpointing"):
-        most = pd.DataFrame(group["most"].tolist(), group["label"]).reindex(columns=CATEGORIES)
-        cells = most.assign(peak=group["peak"].to_numpy()).map(number("{:.2f}", GIB))
-        yield markdown(f"{PAPERS}, {case}; GiB", cells)
-    rows = rows.reindex(columns=[*rows.columns.union(["measured"])]).dropna(subset="measured")
-    for case, group in cases(rows, "checkpointing"):
-        simulated = group["memory"].map(lambda of: sum(of.values()))
-        cells = pd.DataFrame({"measured": group["measured"], "simulated": simulated}).map(number("{:.1f}", MIB))
-        cells["simulated / measured"] = (simulated / group["measured"]).map(number("{:.3f}"))
-        yield markdown(f"really run on this machine, {case}: peak, MiB", cells.set_index(group["implementation"]))
-
-
-def memory_short(rows: pd.DataFrame) -> Iterator[str]:
-    if len(rows := table_1(rows)):
-        yield pivot(f"{PAPERS}: peak, GiB", rows, "peak", number("{:.2f}", GIB), "checkpointing")
-
-
 def environment(device: Device) -> Iterator[str]:
-    files = {}
+    """What each file was measured on, and what is missing; of a GPU how the stages of `make gpu` ended."""
+    about = []
     for name, run in device.files.items():
-        about = run["machine_info"] | {"peers": ", ".join(map(" ".join, run["machine_info"]["peers"].items()))}
-        commit = re.sub(r"^(.{7})[^+]*", r"\1", run["commit_info"]["id"])
-        files[f"[{name}]({device.folder.name}/{name})"] = {"date": run["datetime"][:10], "commit": commit, **about}
-    yield markdown("", pd.DataFrame(files).T)
+        commit = run["commit_info"]["id"]
+        when = {"date": run["datetime"][:10], "commit": commit[:7] + "+" * commit.endswith("+")}
+        about.append({"file": f"[{name}]({device.folder.name}/{name})", **when, **run["machine_info"]})
+    yield markdown("", pd.json_normalize(about).set_index("file"))
     if (stages := device.folder / "stages.json").exists():
         checks = json.loads(stages.read_text()).items()
         yield "".join(f"- {stage}: {check['said']}, {check['seconds']:.0f} s\n" for stage, check in checks)
@@ -240,48 +242,15 @@ def environment(device: Device) -> Iterator[str]:
         yield "Missing:\n\n" + "".join(f"- {reason}\n" for reason in missing)
 
 
-def source(device: Device) -> Iterator[str]:
-    """One line: what gave the figures."""
-    runs = sorted(device.files.values(), key=lambda run: run["datetime"])
-    about, dates = runs[-1]["machine_info"], " and ".join(sorted({run["datetime"][:10] for run in runs}))
-    torch = " and ".join(sorted({run["machine_info"]["torch"] for run in runs}))
-    yield f"{about['device']}, {device.rows['detail'].iloc[0]}, {about['threads']} thread, torch {torch}, {dates}.\n"
-
-
-#: By name in a document's mark; the first word is the question.
-TABLES: dict[str, Callable[[pd.DataFrame], Iterator[str]]] = {
-    "ceilings": ceilings,
-    **dict.fromkeys(("update", "update short", "norm"), bandwidth),
-    **dict.fromkeys(("lists", "linear", "embedding", "captured"), relative),
-    "hooks": hooks,
-    "step": steps,
-    **dict.fromkeys(("step short", "clipping"), functools.partial(steps, short=True)),
-    **dict.fromkeys(("data_parallel", "sharded"), functools.partial(steps, unit="MiB")),
-    "memory": memory,
-    "memory short": memory_short,
-}
-#: What short tables show: of a case these implementations.
-SHORT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "update short": ({"dtype": "bfloat16"}, ("sgd_ nearest", "sgd_ stochastic", "add_", "SGD foreach", "lomo_optim")),
-    "step short": (
-        {"model": "107M", "tokens": 256, "checkpointing": False},
-        (BASE, "lomo_optim, clipping", "Lomo", *(f"Lomo, clipping, {n}, fused" for n in ("two passes", "one pass"))),
-    ),
-}
-
-
 def tables(name: str, device: Device) -> list[str]:
     """
     Raises:
         KeyError: there is no such table.
     """
-    if about := {"environment": environment, "source": source}.get(name):
-        return list(about(device))
-    table, rows = TABLES[name], device.of_question(name.split()[0])
-    if name in SHORT and len(rows):
-        case, shown = SHORT[name]
-        rows = rows[(rows[[*case]] == pd.Series(case)).all(axis="columns") & rows["implementation"].isin(shown)]
-    return list(table(rows)) if len(rows) else []
+    if name == "environment":
+        return list(environment(device))
+    rows = device.of_question(name.split()[0])
+    return [text for table in TABLES[name] for text in written(table, rows)]
 
 
 def filled(text: str, measured: list[Device]) -> str:
@@ -290,8 +259,8 @@ def filled(text: str, measured: list[Device]) -> str:
     def table(match: re.Match[str]) -> str:
         parts = []
         for device in measured:
-            found = tables(match[2], device)
-            parts += [f"{device.folder.name}:\n"] * (len(measured) > 1 and len(found) > 0) + found
+            texts = tables(match[2], device)
+            parts += [f"{device.folder.name}:\n", *texts] if texts and len(measured) > 1 else texts
         return match[1] + "\n" + "\n".join(parts or ["Not measured yet.\n"]) + "\n" + match[3]
 
     return MARK.sub(table, text)

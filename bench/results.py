@@ -16,12 +16,20 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+#: By the file that asks: each is a function ``test_<question>``, and a key of the file's ``cases``.
+ASKED = {
+    "operators": ("ceilings", "update", "norm", "lists", "linear", "embedding"),
+    "training": ("captured", "hooks", "step", "clipping"),
+    "ranks": ("data_parallel", "sharded"),
+    "memory": ("memory",),
+}
+QUESTIONS = {name: f"bench/bench_{file}.py::test_{name}" for file, names in ASKED.items() for name in names}
 OURS = ("Lomo", "AdaLomo", "sgd_", "sq_norm_", "linear_", "embedding_", "product, s", "dense gradient, s")
 BASE = "SGD, clip_grad_norm_"  # the baseline of training steps
 FORWARD = "forward alone"  # no rival: a part of every step
@@ -59,8 +67,7 @@ def pooled(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         extra_info, stats = benchmark["extra_info"], Stats()
         extra_info["baseline_seconds"] = rounded(extra_info.get("baseline_seconds", []))
         stats.data = rounded(benchmark["stats"]["data"])
-        benchmark["stats"]["data"] = stats.data
-        benchmark["stats"] |= stats.as_dict() if stats.data else {}
+        benchmark["stats"] |= {**(stats.as_dict() if stats.data else {}), "data": stats.data}
     return {**whole, "benchmarks": list(benchmarks.values())}
 
 
@@ -89,23 +96,10 @@ def write(file: Path, run: dict[str, Any]) -> None:
 
 def commit() -> str:
     """The commit checked out, with "+" if files differ from it; LOMO_COMMIT if that is given."""
-
-    def git(*arguments: str) -> str:
-        try:
-            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        except FileNotFoundError:
-            return ""
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!*.md")
-    return os.environ.get("LOMO_COMMIT") or git("rev-parse", "HEAD") + ("+" if changed else "") or "unknown"
-
-
-def installed(package: str) -> str:
-    """The version of a package, or "none"."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
+    status = "git status --porcelain --untracked-files=no -- ':!bench/results' ':!*.md'"
+    git = subprocess.run(f"git rev-parse HEAD && {status}", shell=True, cwd=ROOT, capture_output=True, text=True)
+    head, _, changed = git.stdout.partition("\n")
+    return os.environ.get("LOMO_COMMIT") or head + "+" * bool(changed) or "unknown"
 
 
 def machine_info(device: str) -> dict[str, Any]:
@@ -116,9 +110,10 @@ def machine_info(device: str) -> dict[str, Any]:
     about: dict[str, Any] = {"device": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "threads": 1}
     if device == "cuda":
         about |= {"device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
-    about |= {"torch": torch.__version__, "triton": installed("triton"), "python": platform.python_version()}
-    peers = {package: installed(package) for package in ("lomo-optim", "torch-optimi")}
-    return about | {"lomo_kernels": installed("lomo_kernels"), "peers": peers}
+    versions = {package.name: package.version for package in distributions()}
+    about |= {"torch": torch.__version__, "triton": versions.get("triton"), "python": platform.python_version()}
+    peers = {package: versions.get(package) for package in ("lomo-optim", "torch-optimi")}
+    return about | {"lomo_kernels": versions.get("lomo_kernels"), "peers": peers}
 
 
 def slug(device: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from .budget import Stage
+from .results import QUESTIONS
 
 BUILD = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
 COUNTERS = (
@@ -44,12 +45,12 @@ def pytest(*arguments: str, workers: int = 0) -> list[str]:
 
 
 def bench(name: str, limit: float, questions: str, *options: str, **environment: str) -> Stage:
-    """A stage that measures: the files bench_<question>.py."""
+    """A stage that measures."""
     table = ["--benchmark-enable", "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname"]
     plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "bench.outcomes"]
-    files = [f"bench/bench_{question}.py" for question in questions.split()]
+    asked = [QUESTIONS[question] for question in questions.split()]
     shared = ["--device=cuda", "--processes=3"]  # a third of the rounds
-    command = [sys.executable, "-m", "pytest", "-q", *plugins, *table, *shared, *files, *options]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, *table, *shared, *asked, *options]
     return Stage(name, limit, command, environment)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as runner
-from bench import bench_embedding, bench_norm, bench_update, measure, methods, ranks, results
+from bench import bench_operators, bench_ranks, measure, methods, results
 from bench.buffers import Buffers
 from lomo_kernels import ops
 
@@ -88,19 +88,20 @@ def test_short_calls_are_repeated_until_they_fill_a_round(monkeypatch):
 
 
 BENCH = """
-from bench.buffers import Baseline
-calls = []
-def parameters(device, full):
-    return {"implementation": ["ours", "absent"], "elements": [4] if full else [2]}
+from bench import measure
+from bench.measure import Baseline
+calls, seconds = [], [0.0]
+measure.CLOCKS["cpu"] = lambda: seconds[0]  # stands, but for a call, which takes its number in milliseconds
+def cases(device, full):
+    return {"x": {"implementation": ["ours", "absent"], "elements": [4] if full else [2]}}
 def test_x(paired, implementation, elements):
     import pytest
     if implementation == "absent":
         pytest.skip("absent: not installed")
     def call(number):
         calls.append(number)
-    def other(number):
-        calls.append(number)
-    paired(call, Baseline("probe", other, 2.0), error=0.5)
+        seconds[0] += 1e-3 * number
+    paired(call, Baseline("probe", call, 2.0), error=0.5)
     assert calls == list(range(len(calls)))  # what one has just used is in the cache, and would serve the other
 """
 
@@ -121,7 +122,10 @@ def test_rounds_alternate_with_the_baselines_and_go_to_the_file(tmp_path):
     extra = benchmark["extra_info"]
     assert benchmark["group"] == "x" and benchmark["params"] == {"implementation": "ours", "elements": 4}
     assert (extra["backend"], extra["malloc"], extra["baseline"], extra["error"]) == ("cpu", "stock", "probe", 0.5)
-    assert len(benchmark["stats"]["data"]) == len(extra["baseline_seconds"]) >= measure.ROUNDS[0]
+    data, baseline = benchmark["stats"]["data"], extra["baseline_seconds"]
+    assert len(data) >= measure.ROUNDS[0]
+    # Each round of the baseline follows one of the call: its number is the next one.
+    assert baseline == pytest.approx([2 * (seconds + 1e-3) for seconds in data])
     assert run["missing"] == ["absent: not installed"] and run["commit_info"] == {"id": "abc"}
     assert run["machine_info"]["threads"] == 1
 
@@ -185,15 +189,15 @@ def test_in_full_three_processes_are_pooled_in_the_folder_of_the_device(tmp_path
     (file,) = tmp_path.rglob("*.json")
     assert file == tmp_path / runner.folder_of("cpu") / "lists.json"
     assert results.read(file)["benchmarks"][0]["stats"]["data"] == [1.0] * 3
-    assert "| add_ | 0.50 (0.50-0.50) |" in capsys.readouterr().out
+    assert "| add_ | 0.500 (0.500-0.500) |" in capsys.readouterr().out
 
 
 def test_who_allocates_is_measured_with_the_tuned_malloc_too():
     """Of those of 16 bits: memory of its size that a call takes and gives back."""
     size = 2**16
     buffers = Buffers(torch.bfloat16, size, "cpu")
-    calls = {name: make(buffers, 1e-3) for name, make in bench_update.IMPLEMENTATIONS.items()}
-    calls |= {name: lambda _, norm=norm: norm(buffers.grads[0]) for name, norm in bench_norm.NORMS.items()}
+    calls = {name: make(buffers, 1e-3) for name, make in bench_operators.UPDATES.items()}
+    calls |= {name: lambda _, norm=norm: norm(buffers.grads[0]) for name, norm in bench_operators.NORMS.items()}
     allocating = set()
     for name, call in calls.items():
         for number in range(len(buffers.params)):  # makes what an optimizer keeps
@@ -207,29 +211,65 @@ def test_who_allocates_is_measured_with_the_tuned_malloc_too():
 def test_a_step_of_another_length_is_noticed_where_clipping_makes_steps_of_1e_7():
     before = 0.02 * torch.randn(1000)
     change = 1e-7 * torch.randn(1000)
-    assert ranks.same_step(before - change, before - change, before)
-    assert not ranks.same_step(before - 3 * change, before - change, before)
-    assert not ranks.same_step(before, before - change, before)
+    assert bench_ranks.same_step(before - change, before - change, before)
+    assert not bench_ranks.same_step(before - 3 * change, before - change, before)
+    assert not bench_ranks.same_step(before, before - change, before)
 
 
 def test_the_embedding_that_decays_does():
     """A decay of 1 is no work: only the rows that occur are touched."""
     weight = torch.ones(3, 2)
-    lr, weight_decay = bench_embedding.LR, bench_embedding.DECAY
+    lr, weight_decay = bench_operators.TINY_LR, bench_operators.DECAY
     ops.embedding_sgd_(weight, torch.tensor([0]), torch.ones(1, 2), lr=lr, weight_decay=weight_decay)
     assert (weight[1:] < 1).all()
 
 
-@pytest.mark.parametrize("implementation", bench_update.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", bench_operators.UPDATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_implementations_compute_the_update(implementation, dtype):
     """SGD fused is known to be wrong for 16 bits on CPUs (torch 2.13): that is what this check is for."""
     if lacking := methods.missing_peer(implementation):
         pytest.skip(lacking)
-    wrong = bench_update.wrong(implementation, dtype, "cpu")
+    wrong = bench_operators.wrong(implementation, dtype, "cpu")
     assert not wrong or implementation == "SGD fused"
 
 
 def test_wrong_results_are_noticed(monkeypatch):
-    monkeypatch.setitem(bench_update.IMPLEMENTATIONS, "add_", lambda buffers, lr: lambda number: None)
-    assert "10007 elements are not within" in bench_update.wrong("add_", torch.bfloat16, "cpu")
+    monkeypatch.setitem(bench_operators.UPDATES, "add_", lambda buffers, lr: lambda number: None)
+    assert "10007 elements are off by more than 4 units" in bench_operators.wrong("add_", torch.bfloat16, "cpu")
+
+
+BREAK = """
+from lomo_kernels import ops
+for name in ("sgd_", "sgd_list_", "sq_norm_", "linear_sgd_", "embedding_sgd_"):
+    setattr(ops, name, lambda *arguments, **options: None)
+"""
+
+
+SELECTED = {
+    "update": "sgd_ and bfloat16-65536",
+    "norm": "sq_norm_ and 65536",
+    "lists": "",
+    "linear": "",
+    "embedding": "",
+}
+
+
+@pytest.mark.parametrize("question, select", SELECTED.items(), ids=SELECTED)
+def test_nothing_of_ours_that_is_wrong_is_timed(tmp_path, question, select):
+    """In a process of its own whose operators do nothing."""
+    if question in ("update", "norm"):
+        pytest.importorskip("lomo_kernels_testing", reason="the probes are built by `make testing`")
+    (tmp_path / "break_operators.py").write_text(BREAK)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "break_operators"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(results.ROOT)])
+    command += [results.QUESTIONS[question], "-k", select]
+    done = subprocess.run(command, cwd=results.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "passed" not in done.stdout, done.stdout + done.stderr
+
+
+def test_a_rival_that_is_wrong_is_named_and_not_timed(monkeypatch):
+    monkeypatch.setitem(bench_operators.UPDATES, "add_", lambda buffers, lr: lambda number: None)
+    with pytest.raises(pytest.skip.Exception, match=r"add_, bfloat16, cpu: .* of 10007 elements"):
+        bench_operators.test_update(pytest.fail, Buffers(torch.bfloat16, 4, "cpu"), "add_", "bfloat16", "cpu")

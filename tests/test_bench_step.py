@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import bench_data_parallel, bench_hooks, bench_step, methods, ranks
-from bench.bench_step import ByteLlama, Trained
+from bench import bench_ranks, bench_training, methods
+from bench.bench_training import ByteLlama, Trained
 from bench.methods import METHODS, Method
 from bench.results import BASE, FORWARD
 
@@ -50,10 +50,10 @@ def test_a_wrong_method_is_found(method: Method, name: str, because: str) -> Non
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[ByteLlama]:
-    monkeypatch.setitem(bench_step.MODELS, "tiny", methods.TINY)
-    yield bench_step.llama("tiny", "cpu")
-    bench_step.llama.cache_clear()
-    bench_step.baseline.cache_clear()
+    monkeypatch.setitem(bench_training.MODELS, "tiny", methods.TINY)
+    yield bench_training.llama("tiny", "cpu")
+    bench_training.llama.cache_clear()
+    bench_training.baseline.cache_clear()
 
 
 def test_memory_of_a_step_is_what_stands_above_the_weights(model: ByteLlama) -> None:
@@ -81,13 +81,13 @@ def test_who_does_not_fit_is_named(model: ByteLlama) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore")
 
     with pytest.raises(pytest.skip.Exception, match=r"^Lomo, tiny, 16 tokens, checkpointing: CUDA out of memory\.$"):
-        bench_step.test_step(full, "tiny", 16, True, "Lomo", "cpu")
+        bench_training.test_step(full, "tiny", 16, True, "Lomo", "cpu")
 
 
 def test_who_is_not_installed_is_named(model: ByteLlama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "missing_peer", lambda name: f"{name}: not installed")
     with pytest.raises(pytest.skip.Exception, match="lomo_optim: not installed"):
-        bench_step.test_step(pytest.fail, "tiny", 16, False, "lomo_optim", "cpu")
+        bench_training.test_step(pytest.fail, "tiny", 16, False, "lomo_optim", "cpu")
 
 
 def test_a_wrong_method_of_ours_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,18 +96,44 @@ def test_a_wrong_method_of_ours_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         methods.cannot("Lomo", torch.bfloat16, "cpu")
 
 
-@pytest.mark.parametrize("name", [bench_hooks.BARE, "Lomo"])
+@pytest.mark.parametrize("name", [bench_training.BARE, "Lomo"])
 def test_a_backward_of_small_parameters_runs(name: str) -> None:
-    bench_hooks.backward_of((4,), torch.float32, 5, name, "cpu")(0)
+    bench_training.backward_of((4,), torch.float32, 5, name, "cpu")(0)
 
 
 def test_two_ranks_take_the_same_steps() -> None:
-    """Those of `make` are compared with each other where they start; rank 1 follows as rank 0 asks, and ends."""
-    with ranks.started(bench_data_parallel.make, "27M", 8) as rank:
+    """Those of all implementations are compared where they start; rank 1 follows as rank 0 asks, and ends."""
+    with bench_ranks.started(bench_ranks.data_parallel, "27M", 8) as rank:
         before = rank.trained["Lomo"].model.embedding.weight.clone()
         rank.take("Lomo", 1)
         assert not torch.equal(rank.trained["Lomo"].model.embedding.weight, before)
         memory = {name: rank.memory(name) for name in rank.trained}
-        ddp, two, one = (memory[name] for name in (bench_data_parallel.BASE, *list(ranks.OPTIONS)[1:]))
-        assert ddp["states"] == ddp["weights"] < ddp["peak"]
-        assert two["peak"] < one["weights"] < one["peak"] + 2**20  # one pass keeps all gradients, two keep none
+        ddp, two, one = (memory[name] for name in (bench_ranks.AVERAGED[0], *list(bench_ranks.OPTIONS)[1:]))
+        weights = sum(param.nbytes for param in rank.trained["Lomo"].model.parameters())
+        assert ddp["states"] == weights < ddp["peak"]
+        assert two["peak"] < weights < one["peak"] + 2**20  # one pass keeps all gradients, two keep none
+
+
+def one_of_them_is_wrong(build: Callable[[], ByteLlama]) -> dict[str, bench_ranks.Trained]:
+    right, wrong = build(), build()
+    step = bench_ranks.step_of("DDP, SGD", right)
+    return {
+        "SGD": bench_ranks.Trained(right, lambda window: step(right.loss(window))),
+        "Lomo": bench_ranks.Trained(wrong, lambda window: None),
+    }
+
+
+def test_ranks_that_take_another_step_are_not_timed() -> None:
+    with (
+        pytest.raises(AssertionError, match="Lomo: another step than that of SGD"),
+        bench_ranks.started(one_of_them_is_wrong, "27M", 8),
+    ):
+        pytest.fail("was started")
+
+
+def test_a_rival_whose_step_is_wrong_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "hook, add_", lambda model, lr: METHODS["SGD"](model, 2 * lr))
+    with pytest.raises(pytest.skip.Exception, match=r"hook, add_, bfloat16, cpu: .* elements of"):
+        bench_training.test_step(pytest.fail, "17M", 16, False, "hook, add_", "cpu")
+    with pytest.raises(pytest.skip.Exception, match=r"hook, add_, float32, cpu: .* elements of"):
+        bench_training.test_hooks(pytest.fail, "4", "float32", 5, "cpu", "hook, add_")

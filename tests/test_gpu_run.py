@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from bench import budget, gpu, results
+from bench.bench_operators import DTYPES
 from bench.budget import Stage
-from bench.buffers import DTYPES
 
 TESTS = Path(__file__).parent
 slow = pytest.mark.slow  # the pretended run takes 35 s

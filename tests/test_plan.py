@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.measure import SCRATCH, allocations, peak_of, peak_on_gpu
+from bench.measure import SCRATCH, allocations, peak_of, second_step_peak
 from lomo_kernels import Lomo
 from lomo_kernels.composite import tiled
 from lomo_kernels.demo.model import ByteLlama, Config
@@ -19,7 +19,7 @@ from lomo_kernels.optim import repeat_check
 from lomo_kernels.optim.managed_parameter import SMALL_BYTES
 from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, record, simulate
 from lomo_kernels.plan.kernels import KERNELS
-from lomo_kernels.plan.methods import LOMO_OPTIM_NEEDS, lacking
+from lomo_kernels.plan.methods import LOMO_OPTIM_NEEDS, LR, lacking
 from lomo_kernels.plan.models import chunked_loss
 
 CONFIG = Config(layers=3, d_model=256, heads=4, kv_heads=2, ffn=512, vocab=1024)
@@ -75,7 +75,7 @@ def test_what_kernels_take_for_themselves_is_little(name: str, checkpointing: bo
     build, loss = llama(CONFIG, checkpointing=checkpointing), loss_of(BATCH, SEQ)
     simulated = simulate(build, loss, METHODS[name], kernels="cpu")
     model = build()
-    attached = METHODS[name].attach(model)
+    attached = METHODS[name].attach(model, LR)
     weights = sum(param.nbytes for param in model.parameters())
     attached.update(loss(model))
     gc.collect()
@@ -212,7 +212,7 @@ def test_a_gpu_allocates_what_was_simulated(name: str, checkpointing: bool) -> N
     config = Config(layers=4, d_model=1024, heads=16, kv_heads=16, ffn=2816, vocab=8192)
     build, loss = llama(config, checkpointing=checkpointing), loss_of(2, 512)
     simulated = simulate(build, loss, METHODS[name])
-    real = peak_on_gpu(build, loss, METHODS[name])
+    real = second_step_peak(build, loss, METHODS[name], "cuda")
     assert simulated.peak - simulated.at_peak["workspace"] - SCRATCH <= real <= simulated.peak + SCRATCH
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..optim import Lomo
 
-LR = 1e-3  # no figure depends on it
+LR = 1e-3  # of simulations: no figure depends on it
 CLIP = 1.0
 LOMO_OPTIM_NEEDS = ("lomo_optim", "transformers")  # the second it does not say itself
 
@@ -23,10 +23,13 @@ class Attached(NamedTuple):
     states: Callable[[], Iterable[Tensor]]  # what stays between steps
 
 
+Attach = Callable[[nn.Module, float], Attached]  # to a model, with a learning rate
+
+
 class Method(NamedTuple):
     """A way to train any model."""
 
-    attach: Callable[[nn.Module], Attached]
+    attach: Attach
     steps: int = 1  # of which the last is like all that would follow
     makes_states: bool = False  # in its first step, from ``.grad``
 
@@ -36,12 +39,10 @@ def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
-def plain(
-    make: Callable[..., torch.optim.Optimizer], lr: float = LR, clip: float | None = None, **options: Any
-) -> Callable[[nn.Module], Attached]:
+def plain(make: Callable[..., torch.optim.Optimizer], clip: float | None = None, **options: Any) -> Attach:
     """A torch optimizer on the model's own weights."""
 
-    def attach(model: nn.Module) -> Attached:
+    def attach(model: nn.Module, lr: float) -> Attached:
         params = list(model.parameters())
         optimizer = make(params, lr=lr, **options)
 
@@ -57,18 +58,18 @@ def plain(
     return attach
 
 
-def with_master_weights(make: Callable[..., torch.optim.Optimizer]) -> Callable[[nn.Module], Attached]:
+def with_master_weights(make: Callable[..., torch.optim.Optimizer]) -> Attach:
     """A torch optimizer on float32 copies of 16-bit weights: mixed precision training, the paper's AdamW and SGD.
 
     A gradient is widened, used and freed, one weight after the other: no way that keeps master weights and gradients
     takes less.
     """
 
-    def attach(model: nn.Module) -> Attached:
+    def attach(model: nn.Module, lr: float) -> Attached:
         entries = []
         for param in model.parameters():
             master = nn.Parameter(param.detach().float())
-            entries.append((param, master, make([master], lr=LR)))
+            entries.append((param, master, make([master], lr=lr)))
 
         @torch.no_grad()
         def step() -> None:
@@ -93,10 +94,10 @@ def with_master_weights(make: Callable[..., torch.optim.Optimizer]) -> Callable[
     return attach
 
 
-def lomo(lr: float = LR, **options: Any) -> Callable[[nn.Module], Attached]:
+def lomo(**options: Any) -> Attach:
     """`Lomo` with these options."""
 
-    def attach(model: nn.Module) -> Attached:
+    def attach(model: nn.Module, lr: float) -> Attached:
         optimizer = Lomo(model, lr=lr, **options)
         return Attached(
             optimizer.backward, lambda: [state["low"] for state in optimizer.state.values() if "low" in state]
@@ -105,10 +106,10 @@ def lomo(lr: float = LR, **options: Any) -> Callable[[nn.Module], Attached]:
     return attach
 
 
-def lomo_optim(lr: float = LR, clip: float | None = None) -> Callable[[nn.Module], Attached]:
+def lomo_optim(clip: float | None = None) -> Attach:
     """The paper's own code, where `LOMO_OPTIM_NEEDS` are installed."""
 
-    def attach(model: nn.Module) -> Attached:
+    def attach(model: nn.Module, lr: float) -> Attached:
         from lomo_optim import Lomo as Original
 
         optimizer = Original(model, lr=lr, clip_grad_norm=clip)

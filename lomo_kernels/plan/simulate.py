@@ -17,7 +17,7 @@ from ..optim.defer_pass import DeferPass, DeferredGradient
 from .blocks import blocks_of
 from .extrapolate import Parts, extrapolate, peak_of
 from .kernels import KERNELS
-from .methods import Method
+from .methods import LR, Method
 from .recorder import ACTIVATIONS, FACTORS, STATES, TEMPORARIES, Formulas, Peak, Recorder, Workspaces
 
 
@@ -115,7 +115,7 @@ def _recorded(build: Callable[[], nn.Module], loss: Any, method: Method, recorde
         model = build()
         with recorder.observe(model), _kept_factors(recorder), _sharding(recorder, model):
             with recorder.making(STATES):
-                attached = method.attach(model)
+                attached = method.attach(model, LR)
                 if method.makes_states:  # as a whole step would, in a tenth of its time
                     for param in model.parameters():
                         param.grad = torch.zeros_like(param)

@@ -121,29 +121,20 @@ def pretend() -> None:
 
 def make_tiny() -> None:
     """The benches' sizes. Their names, by which stages select, stay."""
-    from bench import (
-        bench_captured,
-        bench_ceilings,
-        bench_embedding,
-        bench_linear,
-        bench_memory,
-        bench_step,
-        buffers,
-        measure,
-    )
+    from bench import bench_memory, bench_operators, bench_training, buffers, measure
     from bench.methods import TINY
 
     buffers.CACHE["cuda"] = 2**16
     whole = buffers.Buffers.__init__
     buffers.Buffers.__init__ = lambda self, dtype, elements, device: whole(self, dtype, min(elements, 2000), device)
     measure.ROUND["cuda"], measure.ROUNDS = 1e-5, (2, 3)
-    bench_ceilings.BYTES["cuda"], bench_ceilings.SIDE["cuda"] = 2**16, 32
-    bench_linear.SHAPE["cuda"] = (40, 32)
-    bench_embedding.SHAPE["cuda"] = (300, 16)
-    bench_captured.CONFIG = TINY
-    bench_step.MODELS.update({"1.1B": TINY, "6.7B": dataclasses.replace(TINY, layers=1)})
-    attach = bench_step.Trained.__init__
-    bench_step.Trained.__init__ = lambda self, name, whole, tokens, *rest: attach(self, name, whole, 16, *rest)
+    bench_operators.BYTES["cuda"], bench_operators.SIDE["cuda"] = 2**16, 32
+    bench_operators.LINEAR_SHAPE["cuda"] = (40, 32)
+    bench_operators.EMBEDDING_SHAPE["cuda"] = (300, 16)
+    bench_training.CAPTURED = TINY
+    bench_training.MODELS.update({"1.1B": TINY, "6.7B": dataclasses.replace(TINY, layers=1)})
+    attach = bench_training.Trained.__init__
+    bench_training.Trained.__init__ = lambda self, name, whole, tokens, *rest: attach(self, name, whole, 16, *rest)
     bench_memory.RUN["cuda"] = ("llama-1b", TINY, 16)
 
 
