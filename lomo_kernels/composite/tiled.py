@@ -66,7 +66,7 @@ class _Buffer(threading.local):
         self.memory = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def get(self, numel: int, device: torch.device) -> Tensor:
-        if device.type != "cpu":
+        if device.type != "cpu" or _simulated_device == "cuda":
             return torch.empty(numel, dtype=torch.float32, device=device)
         if self.memory.numel() < numel:
             self.memory = self.memory.new_empty(0)  # gone before the next is there

@@ -20,8 +20,8 @@ _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The loss of each token, or their sum or weighted mean. Outside the optimizer's backward its gradients are those of
-    `F.cross_entropy` of `F.linear`."""
+    """The loss of each token, or their sum or weighted mean. Outside the optimizer's backward its gradients are those
+    of `F.cross_entropy` of `F.linear`."""
 
     @staticmethod
     def forward(
@@ -177,7 +177,7 @@ def linear_cross_entropy(
         )
     else:
         loss = _by_blocks(input, linear_weight, linear_bias, target, weight, reduction, ignored, label_smoothing)
-    return loss.view(target.shape) if reduction == "none" else loss
+    return loss.view(target.shape) if reduction == "none" and target.dim() != 1 else loss
 
 
 def _takes_part(input: Tensor, weight: Any, target: Tensor, bias: Tensor | None, class_weight: Tensor | None) -> bool:
