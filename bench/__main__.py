@@ -23,12 +23,12 @@ from .results import RESULTS, ROOT
 
 QUESTIONS = (
     *("ceilings", "update", "norm", "lists", "linear", "embedding"),
-    *("captured", "hooks", "step", "clipping", "data_parallel", "sharded", "memory"),
+    *("captured", "hooks", "step", "clipping", "head", "data_parallel", "sharded", "memory"),
 )
 # Other pages of memory, another minute: two processes differ by more than two rounds of one. So in full each question
 # is asked by three, some minutes apart, and their samples are pooled.
 PROCESSES = 3
-ONCE = ("step", "clipping", "memory")  # whole steps take longest, and what is simulated is the same in all
+ONCE = ("step", "clipping", "head", "memory")  # whole steps take longest, and what is simulated is the same in all
 ALLOCATING = "lomo_optim or (vector_norm and float32)"  # float32 copies of 16-bit gradients and parameters
 TESTING = ROOT / "build" / "testing"  # from which pytest takes lomo_kernels_testing
 OPTIONS = ["-q", "-p", "no:cacheprovider", "--benchmark-enable", "--benchmark-columns=median,iqr,rounds"]

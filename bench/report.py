@@ -255,7 +255,7 @@ TABLES: dict[str, Callable[[pd.DataFrame], Iterator[str]]] = {
     **dict.fromkeys(("lists", "linear", "embedding", "captured"), relative),
     "hooks": hooks,
     "step": steps,
-    **dict.fromkeys(("step short", "clipping"), functools.partial(steps, short=True)),
+    **dict.fromkeys(("step short", "clipping", "head"), functools.partial(steps, short=True)),
     **dict.fromkeys(("data_parallel", "sharded"), functools.partial(steps, unit="MiB")),
     "memory": memory,
     "memory short": memory_short,

@@ -20,6 +20,8 @@ from lomo_kernels.memory import LiveBytes
 
 # ---- what exists -----------------------------------------------------------------------------------------------------
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 
 def peak_of(model: Model, way: dict[str, Any], data: tuple[Tensor, Tensor]) -> int:
     """Of live bytes in the second step, less those before it."""
@@ -30,7 +32,6 @@ def peak_of(model: Model, way: dict[str, Any], data: tuple[Tensor, Tensor]) -> i
         return live.peak
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("way", ["hook", "two passes", "one pass", "a budget"])
 @pytest.mark.parametrize("kind", ["linear", "tied", "module"])
 def test_neither_logits_nor_the_gradient_exist(kind: str, way: str) -> None:

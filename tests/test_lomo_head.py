@@ -14,6 +14,8 @@ from torch import Tensor
 from lomo_kernels import Lomo
 from lomo_kernels.composite import head as blocks
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 
 class Formed:
     """Counts gradients of the weight that were formed whole."""
@@ -33,7 +35,6 @@ def formed(monkeypatch: pytest.MonkeyPatch) -> Formed:
     return Formed(monkeypatch)
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["linear", "tied", "module"])
 def test_equals_the_textbook(kind: str, way: str, formed: Formed) -> None:
@@ -51,7 +52,6 @@ def test_equals_the_textbook(kind: str, way: str, formed: Formed) -> None:
 # ---- every way of Lomo -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     "options",
     [
@@ -83,7 +83,6 @@ def test_rules_and_roundings(kind: str, options: dict[str, Any]) -> None:
             torch.testing.assert_close(ours, theirs, **rough, msg=name)
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("way", ["hook", "two passes", "one pass"])
 @pytest.mark.parametrize("kind", ["linear", "tied", "module"])
 def test_accumulation(kind: str, way: str) -> None:
@@ -100,7 +99,6 @@ def test_accumulation(kind: str, way: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("checkpoints", ["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("kind", ["linear", "module"])
@@ -123,7 +121,6 @@ class Twice(Model):
         return self.loss(x, targets) + self.loss(x.flip(0) * 0.5, targets)
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["linear", "tied"])
 def test_a_weight_used_twice(kind: str, way: str) -> None:
@@ -197,7 +194,6 @@ def test_resume_is_bit_for_bit(kind: str) -> None:
         model, optimizer = other, resumed
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_reproducible(dtype: torch.dtype) -> None:
     def run(threads: int) -> dict[str, Tensor]:
@@ -217,7 +213,6 @@ def test_is_reproducible(dtype: torch.dtype) -> None:
         assert_same_bits(run(1), run(2))
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("kind", ["linear", "tied", "module"])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
 def test_the_norm_is_exact(kind: str, scale: float) -> None:

@@ -53,7 +53,7 @@ class Coefficients(NamedTuple):
     e: Tensor  # of all classes, from label smoothing; zero without
 
 
-_scratch = tiled.new_buffer()
+scratch = tiled.new_buffer()
 
 
 class _Operands:
@@ -92,7 +92,7 @@ class _Operands:
         x = self.input_t[:, tokens]
         left, right = (weight_t, x) if by_class else (x, weight_t)
         height, width = left.shape[1], right.shape[1]
-        block = _scratch.get(height * width, x.device).view(height, width)
+        block = scratch.get(height * width, x.device).view(height, width)
         tiled.add_product(block, left, right, fresh=True)
         block = block.T if by_class else block
         return block if self.head.bias is None else block.add_(self.head.bias[classes])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -98,9 +99,11 @@ def textbook_of(model: Model, way: str) -> Textbook:
     return textbook
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def small_blocks() -> Iterator[None]:
     """So that small tensors take several blocks, and the last one is smaller."""
-    monkeypatch.setattr(tiled, "TILE_BYTES", 4096)
-    monkeypatch.setattr(tiled, "LEAST_ROWS", 48)
-    monkeypatch.setattr(blocks, "LEAST_TOKENS", 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "TILE_BYTES", 4096)
+        patch.setattr(tiled, "LEAST_ROWS", 48)
+        patch.setattr(blocks, "LEAST_TOKENS", 10)
+        yield
