@@ -49,6 +49,19 @@ def test_equals_the_textbook(kind: str, way: str, formed: Formed) -> None:
     assert formed.count == 0
 
 
+def test_a_bias_that_is_updated_before_the_weight() -> None:
+    """A large one does not wait for others. The weight's update makes the logits of the bias before."""
+    model = model_of("tied", bias=True, vocab=20000, width=3, reduction="sum")
+    textbook = textbook_of(model, "hook")
+    tokens, targets = batch(0, 6, 20000)
+    targets[:] = 5
+    with Lomo(model, lr=0.2, fused_layers=True) as optimizer:
+        optimizer.backward(model(tokens, targets))
+        textbook.step(textbook.model(tokens, targets))
+    for ours, theirs in zip(model.parameters(), textbook.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+
+
 # ---- every way of Lomo -----------------------------------------------------------------------------------------------
 
 
@@ -264,6 +277,7 @@ def test_no_token_counts(kind: str) -> None:
         loss = model(tokens[:0], targets[:0])
         assert loss.isnan()
         optimizer.backward(loss)
+        assert optimizer.skipped_steps.item() == 0  # the gradient is zero, not NaN
     assert_same_bits(weights_of(model), before)
 
 
