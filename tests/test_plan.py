@@ -194,13 +194,14 @@ def test_other_models_and_methods_can_be_simulated() -> None:
 
 
 def test_a_fused_head_is_simulated_to_the_byte() -> None:
-    """On the CPU, as a run takes; a real run may have a larger buffer of before."""
+    """On the CPU, as a run takes that has no larger buffer of before, and does not compare two norm passes."""
     method = METHODS["Lomo, clipping, two passes, fused"]
     build, loss = llama(CONFIG), loss_of(2, 100, "fused")
     simulated = simulate(build, loss, method, kernels="cpu")
     for each in tiled._buffers:
         each.memory = torch.empty(0)
-    assert simulated.peak == record(build, loss, method, workspaces=KERNELS["cpu"].workspaces).peak
+    with patch.object(repeat_check, "_can_compare", lambda devices: False):
+        assert record(build, loss, method, workspaces=KERNELS["cpu"].workspaces) == simulated
 
 
 def test_a_head_of_llama_3_1_8b_fits() -> None:
