@@ -24,7 +24,7 @@ from .results import QUESTIONS, RESULTS, ROOT
 # Other pages of memory, another minute: two processes differ by more than two rounds of one. So in full each question
 # is asked by three, some minutes apart, and their samples are pooled.
 PROCESSES = 3
-ONCE = ("step", "clipping", "memory")  # whole steps take longest, and what is simulated is the same in all
+ONCE = ("step", "clipping", "head", "memory")  # whole steps take longest, and what is simulated is the same in all
 ALLOCATING = "lomo_optim or (vector_norm and float32)"  # float32 copies of 16-bit gradients and parameters
 TESTING = ROOT / "build" / "testing"  # from which pytest takes lomo_kernels_testing
 OPTIONS = ["-q", "-p", "no:cacheprovider", "--benchmark-enable", "--benchmark-columns=median,iqr,rounds"]

@@ -179,7 +179,7 @@ TABLES = {
     "norm": [SPEED, ERROR],
     **{question: [LAYER] for question in ("lists", "linear", "embedding", "captured")},
     "hooks": [Table({"µs more": ".1f"}, ["parameters"])],
-    **{question: [STEP] for question in ("step", "clipping")},
+    **{question: [STEP] for question in ("step", "clipping", "head")},
     "step short": [Table({"time": ".2f", "GiB above the weights": ".3f"}, ["malloc"], SHORT_STEP)],
     **{question: [RANKS] for question in ("data_parallel", "sharded")},
     "memory": [TABLE_1, Table({"simulated / measured": ".3f", "GiB at the peak": ".3f"})],

@@ -26,6 +26,7 @@ RESULTS = ROOT / "bench" / "results"
 ASKED = {
     "operators": ("ceilings", "update", "norm", "lists", "linear", "embedding"),
     "training": ("captured", "hooks", "step", "clipping"),
+    "head": ("head",),
     "ranks": ("data_parallel", "sharded"),
     "memory": ("memory",),
 }

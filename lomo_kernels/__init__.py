@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import backends as backends  # registers the kernels
 from . import ops as ops
+from .layers import linear_cross_entropy
 from .optim import AdaLomo, Lomo
 
 try:
@@ -11,4 +12,4 @@ try:
 except PackageNotFoundError:  # imported from a source folder that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["AdaLomo", "Lomo", "__version__", "ops"]
+__all__ = ["AdaLomo", "Lomo", "__version__", "linear_cross_entropy", "ops"]

@@ -17,10 +17,10 @@ from lomo_kernels.composite import tiled
 from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.optim import repeat_check
 from lomo_kernels.optim.managed_parameter import SMALL_BYTES
-from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, record, simulate
+from lomo_kernels.plan import METHODS, SHAPES, Peak, llama, loss_of, record, simulate, simulate_blocks
 from lomo_kernels.plan.kernels import KERNELS
 from lomo_kernels.plan.methods import LOMO_OPTIM_NEEDS, LR, lacking
-from lomo_kernels.plan.models import chunked_loss
+from lomo_kernels.plan.models import chunked_loss, of_shape
 
 CONFIG = Config(layers=3, d_model=256, heads=4, kv_heads=2, ffn=512, vocab=1024)
 BATCH, SEQ = 2, 64
@@ -191,6 +191,27 @@ def test_other_models_and_methods_can_be_simulated() -> None:
         return model(torch.randn(4, 3, 32, 32)).square().mean()
 
     assert simulate(build, loss, METHODS["AdamW"], kernels="cpu") == record(build, loss, METHODS["AdamW"])
+
+
+def test_a_fused_head_is_simulated_to_the_byte() -> None:
+    """On the CPU, as a run takes that has no larger buffer of before, and does not compare two norm passes."""
+    method = METHODS["Lomo, clipping, two passes, fused"]
+    build, loss = llama(CONFIG), loss_of(2, 100, "fused")
+    simulated = simulate(build, loss, method, kernels="cpu")
+    for each in tiled._buffers:
+        each.memory = torch.empty(0)
+    with patch.object(repeat_check, "_can_compare", lambda devices: False):
+        assert record(build, loss, method, workspaces=KERNELS["cpu"].workspaces) == simulated
+
+
+def test_a_head_of_llama_3_1_8b_fits() -> None:
+    """Batch 2 of 2048 tokens, checkpoints, clipped: the head is not the peak (docs/memory.md)."""
+    model = of_shape(SHAPES["llama-3.1-8b"])
+    method = METHODS["Lomo, clipping, two passes, fused"]
+    peak = simulate_blocks(lambda n: model.build(n, True), model.blocks, model.loss(2, 2048, "fused"), method, edge=1)
+    assert peak.at_peak["parameters"] / 2**30 == pytest.approx(14.96, abs=0.01)
+    assert peak.peak / 2**30 == pytest.approx(16.88, abs=0.01)
+    assert peak.at_peak["gradients"] < 2**20
 
 
 def test_lomo_works_after_a_simulation() -> None:

@@ -66,7 +66,7 @@ class _Buffer(threading.local):
         self.memory = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def get(self, numel: int, device: torch.device) -> Tensor:
-        if device.type != "cpu":
+        if device.type != "cpu" or _simulated_device == "cuda":
             return torch.empty(numel, dtype=torch.float32, device=device)
         if self.memory.numel() < numel:
             self.memory = self.memory.new_empty(0)  # gone before the next is there
@@ -75,6 +75,14 @@ class _Buffer(threading.local):
 
 
 buffer = _Buffer()
+_buffers = [buffer]
+
+
+def new_buffer() -> _Buffer:
+    """Another one, for what has to stay while a tile is made."""
+    _buffers.append(_Buffer())
+    return _buffers[-1]
+
 
 #: What `simulated` was given, while inside.
 _simulated_device: str | None = None
@@ -85,18 +93,33 @@ def simulated(device: str) -> Iterator[None]:
     """While inside, tensors have no values: no shape depends on what one holds, tiles are those of `device` ("cpu",
     "cuda"), and no tile that is made inside is kept."""
     global _simulated_device
-    before = _simulated_device, buffer.memory
-    _simulated_device, buffer.memory = device, torch.empty(0, dtype=torch.float32, device="cpu")
+    before = _simulated_device, [each.memory for each in _buffers]
+    _simulated_device = device
+    for each in _buffers:
+        each.memory = torch.empty(0, dtype=torch.float32, device="cpu")
     try:
         yield
     finally:
-        _simulated_device, buffer.memory = before
+        _simulated_device, memories = before
+        for each, memory in zip(_buffers, memories, strict=True):
+            each.memory = memory
 
 
 def tile_rows(rows: int, columns: int, device: str = "cpu") -> int:
     """Rows of one tile of a gradient [rows, columns]."""
-    size = TILE_BYTES if (_simulated_device or device) == "cpu" else GPU_TILE_BYTES
-    return max(1, min(rows, max(LEAST_ROWS, size // (4 * max(columns, 1)))))
+    return max(1, min(rows, max(LEAST_ROWS, tile_bytes(device) // (4 * max(columns, 1)))))
+
+
+def tile_bytes(device: str = "cpu") -> int:
+    """A tile's memory, unless `LEAST_ROWS` take more."""
+    return TILE_BYTES if (_simulated_device or device) == "cpu" else GPU_TILE_BYTES
+
+
+def operand(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy with contiguous rows if `add_product` needs them."""
+    if matrix.is_cpu and matrix.dtype is not torch.float32 and _simulated_device != "cuda":
+        return flat(matrix, contiguous_rows=True)
+    return matrix
 
 
 def workspace_bytes(rows: int, columns: int, pairs: int, device: str = "cpu") -> int:
@@ -121,7 +144,7 @@ def _tiles(rows: int, columns: int, device: torch.device) -> list[tuple[int, Ten
     return tiles
 
 
-def _add_product(tile: Tensor, grad_output: Tensor, input: Tensor, *, fresh: bool) -> None:
+def add_product(tile: Tensor, grad_output: Tensor, input: Tensor, *, fresh: bool) -> None:
     """``tile (fresh: =, else +=) grad_output.T @ input``, float32. Of 16-bit factors on a CPU, rows are contiguous."""
     if input.dtype is not torch.float32:
         if input.is_cpu and gram.compiled():
@@ -168,7 +191,7 @@ def linear_tiles(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> It
     for first, tile in _tiles(gy.shape[1], x.shape[1], x.device):
         fresh = True
         for x, gy in uses:
-            _add_product(tile, gy[:, first : first + len(tile)], x, fresh=fresh)
+            add_product(tile, gy[:, first : first + len(tile)], x, fresh=fresh)
             fresh = False
         yield first, tile
 

@@ -12,18 +12,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..composite.head import Head, weight_gradient
+
 
 class Factors(NamedTuple):
     """One use of a weight. Its gradient is ``grad_output.T @ input`` or, of an embedding, summed by index."""
 
     input: Tensor  # [..., in_features]; or the indices [...] of an embedding
-    grad_output: Tensor  # [..., out_features or embedding_dim]
-    padding_idx: int | None  # None: of a linear layer. An embedding's, negative for none
+    grad_output: Tensor  # [..., out_features or embedding_dim]; of a head: see `composite.head.Coefficients`
+    padding_idx: int | None  # None: of a linear layer or a head. An embedding's, negative for none
     names: tuple[str, str] = ("input", "grad_output")  # what the two are to the layer
+    head: Head | None = None  # of a layer with its loss: grad_output is made from it, by blocks
 
     def exchanged(self) -> Factors:
         """Of a linear layer whose weight is [in, out]: that gradient is ``input.T @ grad_output``."""
         return Factors(self.grad_output, self.input, self.padding_idx, self.names[::-1])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All whose memory they keep."""
+        return self[:2] if self.head is None else (*self[:2], *self.head.tensors)
 
 
 #: Takes the factors of one use, or returns those (these, and any taken before) whose gradient backward has to return.
@@ -59,7 +67,9 @@ def gradient_of(uses: Sequence[Factors], weight: Tensor) -> Tensor:
     total: Tensor | None = None
     with torch.autocast(weight.device.type, enabled=False):  # in force where backward is called inside autocast
         for factors in uses:
-            if factors.padding_idx is None:
+            if factors.head is not None:
+                part = weight_gradient(factors.input, factors.grad_output, factors.head)
+            elif factors.padding_idx is None:
                 part = _matrix(factors.grad_output).T @ _matrix(factors.input)
             else:
                 part = torch.ops.aten.embedding_dense_backward(

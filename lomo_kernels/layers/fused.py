@@ -24,6 +24,12 @@ class FusedLayer(nn.Module):
     plain: ClassVar[type[nn.Module]]
 
     @staticmethod
+    def weight_of(module: nn.Module) -> Any:
+        """The parameter of a module of the plain class whose gradient is handed over in factors; None if it has
+        none."""
+        return module._parameters.get("weight")
+
+    @staticmethod
     def reason_to_keep(module: nn.Module) -> str | None:
         """Why a module of the plain class keeps its weight's gradient, in words for `Lomo.summary`; None if it need
         not."""
@@ -69,6 +75,12 @@ def fused_class_of(module: nn.Module) -> type[FusedLayer] | None:
     if kind not in _by_class and (make := _by_name.get(f"{kind.__module__}.{kind.__qualname__}")):
         register(make(kind))
     return _by_class.get(kind)
+
+
+def weight_of(module: nn.Module) -> Any:
+    """The module's weight as a fused layer has it: see `FusedLayer.weight_of`."""
+    fused_class = fused_class_of(module)
+    return module._parameters.get("weight") if fused_class is None else fused_class.weight_of(module)
 
 
 def takes_part(weight: Any, input: Tensor) -> bool:

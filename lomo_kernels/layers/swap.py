@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Iterator
 from torch import nn
 
 from .factors import factor_sinks
-from .fused import PLAIN_PARAMETER, FusedLayer, fused_class_of
+from .fused import PLAIN_PARAMETER, FusedLayer, fused_class_of, weight_of
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -24,7 +24,7 @@ def why_not(module: nn.Module) -> str | None:
         return reason
     if "forward" in vars(module):
         return "its module has a forward of its own"
-    weight = module._parameters.get("weight")
+    weight = weight_of(module)
     if weight is None or type(weight) not in PLAIN_PARAMETER:
         return "not a plain parameter"
     if weight.dim() != 2 or not weight.numel():
@@ -35,7 +35,7 @@ def why_not(module: nn.Module) -> str | None:
 def layers_of(model: nn.Module, weights: Container[int]) -> Iterator[tuple[nn.Module, str | None]]:
     """The modules that have one of `weights` (ids), each with the reason that it keeps its gradient, if any."""
     for module in model.modules():
-        if id(module._parameters.get("weight")) in weights:
+        if id(weight_of(module)) in weights:
             yield module, why_not(module)
 
 
@@ -53,7 +53,7 @@ def unfuse(modules: Iterable[weakref.ref[nn.Module]]) -> None:
     """
     for reference in modules:
         module = reference()
-        if module is None or not isinstance(module, FusedLayer) or id(module._parameters.get("weight")) in factor_sinks:
+        if module is None or not isinstance(module, FusedLayer) or id(weight_of(module)) in factor_sinks:
             continue
         if "plain" in vars(type(module)):
             module.__class__ = module.plain  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Factors, factor_sinks, fuse, layers_of, unfuse
+from ..layers import Factors, factor_sinks, fuse, layers_of, unfuse, weight_of
 from .accumulation import unscale_grads
 from .managed_parameter import ManagedParameter
 from .owners import claim, forget, live, optimizer_backward, release
@@ -83,7 +83,7 @@ class Attachment:
         for module, reason in layers_of(model, managed_params):
             if reason is not None:
                 continue
-            managed = managed_params[id(module.weight)]
+            managed = managed_params[id(weight_of(module))]
             new = id(module) not in known
             if new:  # also where another optimizer fused it, whose weight was exchanged since
                 self._fused.append(weakref.ref(module))  # first: so that a layer is unfused even after an interrupt

@@ -98,7 +98,7 @@ class MeasurePass(NormPass):
 
 
 def _tensors(grad: Tensor | None, saved: Sequence[SavedFactors]) -> list[Tensor]:
-    tensors = [tensor for held in saved for tensor in (held.factors.input, held.factors.grad_output)]
+    tensors = [tensor for held in saved for tensor in held.factors.tensors]
     return tensors if grad is None else [*tensors, grad]
 
 

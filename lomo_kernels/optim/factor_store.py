@@ -31,7 +31,7 @@ class SavedFactors(NamedTuple):
         current = torch.cuda.current_stream(self.factors.grad_output.device)
         if current != self.stream:
             current.wait_event(self.made)
-            for tensor in self.factors[:2]:
+            for tensor in self.factors.tensors:
                 tensor.record_stream(current)
 
     def check(self, name: str, outcome: str) -> None:
@@ -44,6 +44,13 @@ class SavedFactors(NamedTuple):
                     "backward hands on unaltered (a custom backward or hook may work in place), or use "
                     "fused_layers=False"
                 )
+        head = self.factors.head
+        if head is not None and head.weight._version != head.version:
+            raise RuntimeError(
+                f"Lomo: {name} was changed in place during backward, before its update, which computes the logits "
+                f"again (version {head.weight._version}, expected {head.version}). {outcome}. Change weights before "
+                "the forward or after backward, or use fused_layers=False"
+            )
 
 
 class FactorStore:

@@ -66,10 +66,11 @@ class Lomo(torch.optim.Optimizer):
             scaling all weights stay as they are. Otherwise the elements that are not finite keep their weights; with
             `clip_tensor`, "tensor", "rows" and "adalomo" the whole parameter does (with "rows" in a fused linear layer,
             the row). "raise": it also raises FloatingPointError, which takes a host synchronisation per step.
-        fused_layers: True: the weights of the model's `nn.Linear`, `nn.Embedding` and (GPT-2) `Conv1D` get no gradient.
-            Their updates are formed tile by tile from the gradient's factors: the layer's input and the gradient of its
-            output. Pass the model here if you pass parameters or groups. `summary` says which weights are fused. The
-            rules "tensor" and "adalomo" form a linear layer's gradient once. Not over several ranks.
+        fused_layers: True: the weights of the model's `nn.Linear`, `nn.Embedding`, (GPT-2) `Conv1D` and (torch 2.13)
+            `nn.LinearCrossEntropyLoss` get no gradient. Their updates are formed tile by tile from the gradient's
+            factors: the layer's input and the gradient of its output. Pass the model here if you pass parameters
+            or groups. `summary` says which weights are fused. The rules "tensor" and "adalomo" form a linear layer's
+            gradient once. Not over several ranks.
         process_group: False: none. A `torch.distributed.ProcessGroup`: data parallel without a wrapper. Gradients are
             averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
             DTensor parameters (FSDP2, tensor parallel). Pass DeepSpeed's engine here if you pass its parameters or

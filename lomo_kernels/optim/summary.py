@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from ..layers import FusedLayer, fused_class_of, layers_of
+from ..layers import FusedLayer, fused_class_of, layers_of, weight_of
 from .factored_rules import FactoredRule
 from .managed_parameter import ManagedParameter
 from .placement import shape_of
@@ -68,7 +68,7 @@ def _only_looked_up(managed_params: Sequence[ManagedParameter], model: nn.Module
     by_id = {id(managed.param): managed.index for managed in managed_params}
     layers = [] if model is None else [module for module, _ in layers_of(model, by_id)]
     embeddings, others = (
-        {by_id[id(module._parameters["weight"])] for module in layers if isinstance(module, nn.Embedding) is is_one}
+        {by_id[id(weight_of(module))] for module in layers if isinstance(module, nn.Embedding) is is_one}
         for is_one in (True, False)
     )
     return embeddings - others
@@ -88,7 +88,7 @@ def _reasons(managed_params: Sequence[ManagedParameter], model: nn.Module | None
                 homes[by_id[id(param)]] = f"{name} of {kind}"
     reasons |= homes
     for module, reason in () if model is None else layers_of(model, by_id):
-        managed = managed_params[by_id[id(module._parameters["weight"])]]
+        managed = managed_params[by_id[id(weight_of(module))]]
         if reason is not None and managed.fused:
             reasons[managed.index] += f", also {reason}"
         elif reason is not None and fused_class_of(module) is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .models import FUSED
 from .options import GIB, check
 from .printing import print_table
 from .recorder import CATEGORIES
@@ -29,7 +30,8 @@ def main(args: argparse.Namespace) -> int:
         return 2
     where = f"{args.gpus} GPUs, FSDP2 by {setting.group}" if args.gpus > 1 else "1 GPU"
     how = ", checkpoints" if args.checkpointing else ""
-    how += f", loss by {args.chunk} tokens" if args.chunk else ""
+    if args.chunk:
+        how += ", loss by blocks of logits" if args.chunk == FUSED else f", loss by {args.chunk} tokens"
     at = f"at sequence {args.seq}, batch {args.batch}{how}, on {where}"
     if args.budgets:
         title = f"Lomo with clipping {at} of {memory / GIB:g} GiB; in GiB, time relative to keeping all"

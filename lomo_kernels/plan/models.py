@@ -15,19 +15,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..demo.model import ByteLlama, Config
+from ..layers import linear_cross_entropy
 from .blocks import blocks_of
 from .simulate import default_dtype
 
-#: LLaMA (arXiv 2302.13971); "llama-1b" is TinyLlama's shape (arXiv 2401.02385), with 4 heads of keys and values.
+#: LLaMA (arXiv 2302.13971); "llama-1b" is TinyLlama's shape (arXiv 2401.02385), with 4 heads of keys and values;
+#: "llama-3.1-8b" is of arXiv 2407.21783.
 SHAPES = {
     "llama-1b": Config(layers=22, d_model=2048, heads=32, kv_heads=4, ffn=5632, vocab=32000),
     "llama-7b": Config(layers=32, d_model=4096, heads=32, kv_heads=32, ffn=11008, vocab=32000),
+    "llama-3.1-8b": Config(layers=32, d_model=4096, heads=32, kv_heads=8, ffn=14336, vocab=128256),
     "llama-13b": Config(layers=40, d_model=5120, heads=40, kv_heads=40, ffn=13824, vocab=32000),
     "llama-30b": Config(layers=60, d_model=6656, heads=52, kv_heads=52, ffn=17920, vocab=32000),
     "llama-65b": Config(layers=80, d_model=8192, heads=64, kv_heads=64, ffn=22016, vocab=32000),
 }
 
 Build = Callable[[], nn.Module]
+#: So many tokens' logits exist at a time; `FUSED`: blocks of logits, by `linear_cross_entropy`; None: all.
+Chunk = int | str | None
+FUSED = "fused"
 
 
 class Model(NamedTuple):
@@ -35,7 +41,7 @@ class Model(NamedTuple):
 
     blocks: int
     build: Callable[[int, bool], Build]  # from the number of blocks, and whether each is a checkpoint
-    loss: Callable[[int, int, int | None], Callable[[Any], Tensor]]  # from batch, sequence, chunk: see `loss_of`
+    loss: Callable[[int, int, Chunk], Callable[[Any], Tensor]]  # from batch, sequence, chunk: see `loss_of`
     longest: float = math.inf  # tokens of a sequence
 
 
@@ -53,12 +59,12 @@ def llama(
     return build
 
 
-def loss_of(batch: int, seq: int, chunk: int | None = None) -> Callable[[ByteLlama], Tensor]:
+def loss_of(batch: int, seq: int, chunk: Chunk = None) -> Callable[[ByteLlama], Tensor]:
     """The mean cross entropy of a batch of windows.
 
     Args:
         seq: tokens per window.
-        chunk: so many tokens' logits exist at a time; backward computes them again. None: all.
+        chunk: so many tokens' logits exist at a time, and backward computes them again; see `Chunk`.
     """
 
     def loss(model: ByteLlama) -> Tensor:
@@ -70,13 +76,16 @@ def loss_of(batch: int, seq: int, chunk: int | None = None) -> Callable[[ByteLla
     return loss
 
 
-def chunked_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> Tensor:
-    """``F.cross_entropy(head(hidden), targets)``, with the logits of `chunk` tokens at a time.
+def chunked_loss(hidden: Tensor, head: Any, targets: Tensor, chunk: int | str) -> Tensor:
+    """``F.cross_entropy(head(hidden), targets)``, with the logits of `chunk` tokens at a time; see `Chunk`.
 
     Args:
         hidden: [..., features], what the head reads.
         targets: int64 [...].
     """
+
+    if isinstance(chunk, str):
+        return linear_cross_entropy(hidden, head.weight, targets, linear_bias=head.bias).float()
 
     def part(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(head(x).float(), y, reduction="sum")
@@ -134,7 +143,7 @@ def of_transformers(name: str) -> Model:
 
         return built
 
-    def loss(batch: int, seq: int, chunk: int | None) -> Callable[[Any], Tensor]:
+    def loss(batch: int, seq: int, chunk: Chunk) -> Callable[[Any], Tensor]:
         def of(model: Any) -> Tensor:
             windows = torch.zeros(batch, seq + 1, dtype=torch.int64, device="cpu")
             head = model.get_output_embeddings()

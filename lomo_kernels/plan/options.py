@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..demo.model import Config
 from ..numbers import bytes_of
 from .methods import LOMO_OPTIM_NEEDS, METHODS, SHARDED, lacking
-from .models import SHAPES, Model, of_shape, of_transformers
+from .models import FUSED, SHAPES, Chunk, Model, of_shape, of_transformers
 
 GIB = 2**30
 #: Tensors of more bytes than a 64-bit integer holds cannot be simulated.
@@ -37,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences per GPU (default: %(default)s)")
     again = "compute each block's activations again in backward instead of keeping them"
     parser.add_argument("--checkpointing", action="store_true", help=again)
-    chunk = "so many tokens' logits exist at a time, and are computed again in backward (default: all)"
-    parser.add_argument("--chunk", type=int, metavar="TOKENS", help=chunk)
+    chunk = "so many tokens' logits exist at a time, and are computed again in backward (default: all); "
+    chunk += f"{FUSED!r}: blocks of them, by lomo_kernels.linear_cross_entropy"
+    parser.add_argument("--chunk", type=chunk_of, metavar="TOKENS", help=chunk)
     parser.add_argument(
         "--method",
         action="append",
@@ -55,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def chunk_of(text: str) -> Chunk:
+    """The option's value: a number of tokens, or `FUSED`."""
+    return text if text == FUSED else int(text)
+
+
 def check(args: argparse.Namespace) -> tuple[Model, int, list[str]]:
     """The model, the memory of one GPU in bytes, and the methods.
 
@@ -63,7 +69,7 @@ def check(args: argparse.Namespace) -> tuple[Model, int, list[str]]:
     """
     for name in ("gpus", "seq", "batch", "chunk", *_SIZES):
         value = getattr(args, name)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if args.batch * args.seq > MOST_TOKENS:
         raise ValueError(f"--batch {args.batch} of --seq {args.seq} are more than {MOST_TOKENS} tokens")

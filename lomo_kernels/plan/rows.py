@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import paper
 from .extrapolate import Parts, largest, peak_of
 from .methods import METHODS
-from .models import SHAPES, Model, of_shape
+from .models import SHAPES, Chunk, Model, of_shape
 from .options import GIB, GROUPS, check
 from .printing import progress
 from .recorder import CATEGORIES, Peak
@@ -40,7 +40,7 @@ class Setting:
     model: Model
     gpus: int
     checkpointing: bool
-    chunk: int | None
+    chunk: Chunk
     group: str
 
     def step(self, method: str, batch: int, seq: int) -> Parts:

@@ -190,7 +190,7 @@ def _kept_factors(recorder: Recorder) -> Iterator[None]:
         else:
             storages = [tensor.untyped_storage() for tensor in gradient.tensors()]
             waiting.update((storage._cdata, storage.nbytes()) for storage in storages)
-            recorder.set_category((tensor for held in gradient.saved for tensor in held.factors[:2]), FACTORS)
+            recorder.set_category((tensor for held in gradient.saved for tensor in held.factors.tensors), FACTORS)
 
     DeferPass.observers.append(noted)
     try:

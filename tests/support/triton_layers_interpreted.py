@@ -353,7 +353,7 @@ def test_many_tokens_are_multiplied_by_torch(monkeypatch):
         x, gy = factors_of((tokens, 130, 70), dtype)
         with monkeypatch.context() as patch:
             patch.setattr(linear.tiled, "has_mixed_products", lambda x: served[x.dtype])
-            patch.setattr(linear.tiled, "_add_product", lambda tile, gy, x, fresh: tiles.append((x.dtype, len(x))))
+            patch.setattr(linear.tiled, "add_product", lambda tile, gy, x, fresh: tiles.append((x.dtype, len(x))))
             ops.linear_sgd_(torch.zeros(130, 70), x, gy, lr=1.0)
             ops.linear_sq_norm_(slot_of(), x, gy)
     assert tiles == [(torch.bfloat16, 40)] * 2

@@ -1,0 +1,246 @@
+"""A language model's last linear layer with its cross entropy: `linear_cross_entropy`, and `nn.LinearCrossEntropyLoss`
+(torch 2.13). The logits never exist whole; backward hands the input and four numbers of each token to the optimizer in
+place of the weight's gradient, which makes it by tiles: see `composite.head`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..composite.head import Head, forward_sums, input_gradient
+from .factors import Factors, gradient_of, offer_factors
+from .fused import FusedLayer, register, takes_part
+
+_REDUCTIONS = ("mean", "sum", "none")
+_NAMES = "input", "softmax"
+_DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The loss of each token, or their sum or weighted mean. Outside the optimizer's backward its gradients are those
+    of `F.cross_entropy` of `F.linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,  # [tokens, features], of the dtype in which to multiply
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,  # [tokens]
+        class_weight: Tensor | None,
+        reduction: str,
+        ignore_index: int,
+        label_smoothing: float,
+        dtype: torch.dtype,  # of the loss
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        classes = len(weight)
+        of_class = input.new_ones(1, dtype=torch.float32).expand(classes) if class_weight is None else class_weight
+        of_class = of_class.detach().float()
+        counts = target != ignore_index
+        counted = counts.double()
+        target = torch.where(counts, target, 0)
+        # Indexing reports a target that is no class, on a GPU without waiting for it.
+        of_target = of_class.index_select(0, target).double().mul_(counted)
+        smooth = of_class if label_smoothing else None
+        head = Head(weight, weight._version, None if bias is None else bias.detach().float(), target, smooth)
+        lse, picked, weighted = forward_sums(input, head)
+        b = of_target * (1 - label_smoothing)
+        e = counted * (label_smoothing / classes)
+        a = b + e * of_class.sum() if label_smoothing else b
+        loss = torch.where(counts, a * lse - b * picked, 0.0)
+        if weighted is not None:
+            loss -= torch.where(counts, e * weighted, 0.0)
+        coefficients = torch.stack([lse, a, b, e])
+        if reduction == "mean":
+            total = of_target.sum()
+            loss = loss.sum() / total
+            coefficients[1:] /= torch.where(total == 0, 1.0, total)  # nothing counts: the gradient is zero
+        elif reduction == "sum":
+            loss = loss.sum()
+        ctx.weight, ctx.weight_version = weight, weight._version
+        ctx.options = class_weight, reduction, ignore_index, label_smoothing, dtype
+        ctx.save_for_backward(input, weight, bias, target, smooth, coefficients.float(), counts)
+        return loss.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:  # a weight without a gradient is not decayed either
+            return (None,) * 9
+        input, weight, bias, target, smooth, coefficients, _ = ctx.saved_tensors
+        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, grad_output)
+        grad_input = grad_weight = grad_bias = None
+        with torch.autocast(input.device.type, enabled=False):
+            coefficients = coefficients.clone()
+            coefficients[1:] *= grad_output.float()
+            bias_now = None if bias is None else bias.detach().to(torch.float32, copy=True)
+            head = Head(weight, ctx.weight_version, bias_now, target, smooth)
+            if of_input or of_bias:
+                grad_input, grad_bias = input_gradient(input, coefficients, head, of_input=of_input, of_bias=of_bias)
+            if grad_input is not None:
+                grad_input = grad_input.to(input.dtype)
+            if grad_bias is not None:
+                grad_bias = grad_bias.to(bias.dtype)
+            if of_weight:
+                uses = offer_factors(ctx, ctx.weight, Factors(input, coefficients, None, _NAMES, head))
+                grad_weight = gradient_of(uses, ctx.weight) if uses else None
+        return grad_input, grad_weight, grad_bias, *(None,) * 6
+
+
+def _differentiable(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of a backward that is to be differentiated, from the logits themselves."""
+    input, weight, bias, target, _, _, counts = ctx.saved_tensors
+    class_weight, reduction, ignore_index, label_smoothing, dtype = ctx.options
+    inputs = [tensor for tensor, wanted in zip((input, weight, bias), ctx.needs_input_grad[:3], strict=True) if wanted]
+    target = torch.where(counts, target, ignore_index)
+    with torch.enable_grad():
+        logits = F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype)).float()
+        weight_of_class = None if class_weight is None else class_weight.float()
+        loss = F.cross_entropy(
+            logits,
+            target,
+            weight_of_class,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        ).to(dtype)
+    grads = iter(torch.autograd.grad(loss, inputs, grad_output, create_graph=True))
+    return *(next(grads) if wanted else None for wanted in ctx.needs_input_grad[:3]), *(None,) * 6
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The cross entropy of ``F.linear(input, linear_weight, linear_bias)``, whose logits never exist whole.
+
+    If a `Lomo` with ``fused_layers`` manages `linear_weight`, as a weight of an `nn.Linear` or `nn.Embedding`, its
+    gradient never exists in ``optimizer.backward``; else backward returns it. Called as torch's
+    `F.linear_cross_entropy` (2.13), it works with every supported torch, and with any leading dimensions. Sums of
+    logits are float32, those of their exponentials and of losses float64. Backward makes the logits again, twice.
+
+    Args:
+        input: [..., features], float32, bfloat16 or float16.
+        linear_weight: [classes, features], of the input's dtype; under autocast any.
+        target: int64 [...], the classes' indices.
+        linear_bias: [classes].
+        weight: [classes]: a factor of each class's loss. It gets no gradient.
+        reduction: "mean" (by the targets' weights), "sum" or "none".
+        ignore_index: tokens with this target count nothing. None: -100.
+        label_smoothing: from 0.0 to 1.0.
+
+    Returns:
+        A scalar, or [...] with ``reduction="none"``, of the input's dtype; under autocast float32.
+
+    Raises:
+        TypeError: the target is not int64.
+        ValueError: shapes do not belong together, or an option has another value.
+        IndexError: a target is no class (on a GPU a device-side assertion).
+    """
+    if target.dtype is not torch.int64:
+        raise TypeError(f"linear_cross_entropy: target is {target.dtype}, expected torch.int64")
+    if linear_weight.dim() != 2 or input.shape[-1:] != linear_weight.shape[1:] or input.shape[:-1] != target.shape:
+        raise ValueError(
+            f"linear_cross_entropy: input is {list(input.shape)}, linear_weight {list(linear_weight.shape)} and target "
+            f"{list(target.shape)}, expected [..., features], [classes, features] and [...]"
+        )
+    for name, tensor in (("linear_bias", linear_bias), ("weight", weight)):
+        if tensor is not None and tensor.shape != linear_weight.shape[:1]:
+            raise ValueError(
+                f"linear_cross_entropy: {name} is {list(tensor.shape)}, expected [{linear_weight.shape[0]}]"
+            )
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"linear_cross_entropy: label_smoothing is {label_smoothing}, expected 0.0 to 1.0")
+    ignored = -100 if ignore_index is None else ignore_index
+    if not _takes_part(input, linear_weight, target, linear_bias, weight):
+        loss = F.cross_entropy(
+            F.linear(input, linear_weight, linear_bias).reshape(-1, len(linear_weight)),
+            target.reshape(-1),
+            weight,
+            reduction=reduction,
+            ignore_index=ignored,
+            label_smoothing=label_smoothing,
+        )
+    else:
+        loss = _by_blocks(input, linear_weight, linear_bias, target, weight, reduction, ignored, label_smoothing)
+    return loss.view(target.shape) if reduction == "none" and target.dim() != 1 else loss
+
+
+def _takes_part(input: Tensor, weight: Any, target: Tensor, bias: Tensor | None, class_weight: Tensor | None) -> bool:
+    kind = input.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    return (
+        takes_part(weight, input)
+        and weight.numel() > 0
+        and input.dtype in _DTYPES
+        and weight.dtype in _DTYPES
+        and (autocast or (weight.dtype is input.dtype and (bias is None or bias.dtype is input.dtype)))
+        and not (autocast and torch.get_autocast_dtype(kind) not in _DTYPES)
+        and (class_weight is None or not class_weight.requires_grad)
+        and input.device == weight.device == target.device
+    )
+
+
+def _by_blocks(input: Tensor, weight: Any, bias: Any, target: Tensor, class_weight: Any, *options: Any) -> Tensor:
+    kind = input.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.float32 if autocast else input.dtype
+    if autocast:
+        input = input.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        x = input.reshape(-1, weight.shape[1])
+        loss: Tensor = _HeadLoss.apply(x, weight, bias, target.reshape(-1), class_weight, *options, dtype)
+    return loss
+
+
+if hasattr(nn, "LinearCrossEntropyLoss"):
+    _PLAIN = nn.LinearCrossEntropyLoss.forward, F.linear_cross_entropy, F.linear, F.cross_entropy  # see linear.py
+
+    @register
+    class LinearCrossEntropyLoss(FusedLayer, nn.LinearCrossEntropyLoss):
+        """Stands in for `nn.LinearCrossEntropyLoss` while a `Lomo` with ``fused_layers=True`` manages its weight."""
+
+        plain = nn.LinearCrossEntropyLoss
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            linear = self.linear
+            weight = linear._parameters.get("weight")
+            now = nn.LinearCrossEntropyLoss.forward, F.linear_cross_entropy, F.linear, F.cross_entropy
+            if (
+                now != _PLAIN
+                or self.out_features
+                or input.dim() != 2
+                or target.dtype is not torch.int64
+                or target.shape != input.shape[:1]
+                or input.shape[1] != linear.in_features
+                or self.reduction not in _REDUCTIONS
+                or not _takes_part(input, weight, target, linear.bias, self.weight)
+            ):
+                return super().forward(input, target)
+            ignored = -100 if self.ignore_index is None else self.ignore_index
+            return _by_blocks(
+                input, weight, linear.bias, target, self.weight, self.reduction, ignored, self.label_smoothing
+            )
+
+        @staticmethod
+        def weight_of(module: nn.Module) -> Any:
+            linear = module.linear
+            return linear._parameters.get("weight") if isinstance(linear, nn.Module) else None
+
+        @staticmethod
+        def reason_to_keep(module: nn.Module) -> str | None:
+            return "out_features" if module.out_features else None
