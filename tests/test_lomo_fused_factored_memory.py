@@ -8,16 +8,22 @@ from typing import Any
 import pytest
 import torch
 from support.factored import RULES
-from test_lomo_fused_memory import CLIP, ONE, TILE, WEIGHT, Stack, allocated, step_of
+from test_lomo_fused_memory import CLIP, ONE, Stack, allocated, step_of
 from torch import nn
 
 from lomo_kernels import Lomo
+from lomo_kernels.composite import tiled
 from lomo_kernels.plan.methods import Method, lomo
 from lomo_kernels.plan.simulate import simulate
 
+#: Weights of some three tiles. What a rule keeps for each row and column is small beside them.
+ROWS, WIDTH = 1280, 1024
+WEIGHT = ROWS * WIDTH
+TILE = 4 * tiled.tile_rows(ROWS, WIDTH) * WIDTH
+
 
 def peak(rule: str, fused: bool, tokens: int, *, dtype: torch.dtype, tied: bool, kind: str, **options: Any) -> int:
-    model = Stack(tied=tied, kind=kind).to(dtype)
+    model = Stack(tied=tied, kind=kind, rows=ROWS, width=WIDTH).to(dtype)
     with Lomo(model, lr=1e-3, rule=rule, fused_layers=fused, **options) as optimizer:
         gc.collect()
         return allocated(step_of(model, optimizer, tokens)).peak

@@ -18,23 +18,25 @@ from lomo_kernels import Lomo
 from lomo_kernels.composite import tiled
 from lomo_kernels.memory import Event, LiveBytes
 
-WIDTH = 1024
-ROWS = 1280
-WEIGHT = WIDTH * ROWS  # elements; float32: 5 MiB, some three tiles
+WIDTH = 512
+ROWS = 640
+WEIGHT = WIDTH * ROWS  # elements; float32: 1.25 MiB, some three tiles
 LAYERS = 2
 CLIP = {"clip_grad_norm": 1e-3, "clip_passes": "two"}
 ONE = {**CLIP, "clip_passes": "one"}
 
 
 class Stack(nn.Module):
-    """Embedding, pairs of layers, and a head; every matrix has WEIGHT elements."""
+    """Embedding, pairs of layers, and a head; every matrix has rows * width elements."""
 
-    def __init__(self, *, tied: bool = False, shared: int = 1, kind: str = "none") -> None:
+    def __init__(
+        self, *, tied: bool = False, shared: int = 1, kind: str = "none", rows: int = ROWS, width: int = WIDTH
+    ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(ROWS, WIDTH)
-        self.ups = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, ROWS) for _ in range(shared)) for _ in range(LAYERS))
-        self.downs = nn.ModuleList(nn.Linear(ROWS, WIDTH, bias=False) for _ in range(LAYERS))
-        self.head = nn.Linear(WIDTH, ROWS, bias=False)
+        self.embedding = nn.Embedding(rows, width)
+        self.ups = nn.ModuleList(nn.ModuleList(nn.Linear(width, rows) for _ in range(shared)) for _ in range(LAYERS))
+        self.downs = nn.ModuleList(nn.Linear(rows, width, bias=False) for _ in range(LAYERS))
+        self.head = nn.Linear(width, rows, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
         self.kind = kind
@@ -50,8 +52,17 @@ class Stack(nn.Module):
         return self.head(x).float().square().mean()
 
 
-#: Bytes of a tile.
-TILE = 4 * tiled.tile_rows(ROWS, WIDTH) * WIDTH
+#: Bytes of a tile: a quarter of `tiled.TILE_BYTES`, as the weights are a quarter of what would fill three of those. A
+#: product of as many tokens as decide between factors and gradients takes an eighth of the time.
+TILE = tiled.TILE_BYTES // 4
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "TILE_BYTES", TILE)
+    monkeypatch.setattr(tiled, "LEAST_ROWS", tiled.LEAST_ROWS // 2)
+    monkeypatch.setattr(tiled.buffer, "memory", torch.empty(0))
+    assert 4 * tiled.tile_rows(ROWS, WIDTH) * WIDTH == TILE
 
 
 class Allocated(NamedTuple):
@@ -80,7 +91,7 @@ def scratch_of_products(dtype: torch.dtype, tokens: int) -> int:
 
 
 def step_of(model: Stack, optimizer: Lomo, tokens: int) -> Callable[[], None]:
-    indices = torch.arange(tokens) % ROWS
+    indices = torch.arange(tokens) % model.embedding.num_embeddings
     return lambda: optimizer.backward(model(indices))
 
 
@@ -120,7 +131,7 @@ def test_the_recorder_sees_the_gradient_of_a_layer_that_is_not_fused() -> None:
 
 @pytest.mark.parametrize("shared", [1, 3], ids=["one input each", "shared inputs"])
 @pytest.mark.parametrize("kind", ["none", "non-reentrant"])
-@pytest.mark.parametrize("tokens", [8, 200, 700])
+@pytest.mark.parametrize("tokens", [4, 100, 350])
 def test_one_backward_keeps_the_smaller_of_factors_and_gradients(tokens: int, kind: str, shared: int) -> None:
     model = Stack(shared=shared, kind=kind)
     weights = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding))]

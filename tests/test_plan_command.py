@@ -68,7 +68,7 @@ MOST = 7
 )
 def test_the_largest_that_fits_is_that_of_trying_all(name: str, chunk: int | None, along: str, most: int) -> None:
     """With limits that some n takes to the byte, and with a byte less."""
-    config = Config(layers=2, d_model=256, heads=4, kv_heads=4, ffn=512, vocab=1000)
+    config = dataclasses.replace(CONFIG, layers=1)
     setting, build = Setting(of_shape(config), 1, True, chunk, "linear"), llama(config, checkpointing=True)
 
     def shape(n: int) -> tuple[int, int]:
@@ -128,7 +128,7 @@ def test_the_command(plan: Plan) -> None:
 
 def test_the_command_sharded(plan: Plan) -> None:
     arguments = ["--gpus", "4", "--memory", "20MB", "--seq", "128", "--method", "lomo, c", "--checkpointing"]
-    status, printed, said = plan(*SIZES, *arguments)
+    status, printed, said = plan(*SIZES, "--layers", "1", *arguments)
     assert status == 0, said
     assert "FSDP2 by linear" in printed
     assert list(cells_of(printed)) == ["Lomo, clipping, two passes", "Lomo, clipping, one pass"]
@@ -145,7 +145,9 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def test_several_processes_print_what_one_prints(plan: Plan, cores: Callable[[int], None]) -> None:
-    asked = [*SIZES, "--memory", "40MB", "--seq", "256", "--method", "sgd", "--method", "lomo, f", "--method", "adamw"]
+    asked = [*SIZES, "--layers", "1", "--memory", "20MB", "--seq", "256"]
+    for name in ("sgd", "lomo, f", "adamw"):
+        asked += ["--method", name]
     printed = []
     for number in (1, 2):
         cores(number)
@@ -186,8 +188,9 @@ def test_the_budgets(plan: Plan, cores: Callable[[int], None]) -> None:
     build, loss = llama(config, checkpointing=True), loss_of(1, 512)
     for fused, (none, _, half, _, everything) in ((True, rows[:5]), (False, rows[5:])):
         every = simulate_budget(build, loss, None, fused=fused)
-        for budget, row in ((0, none), (every.kept // 2, half), (None, everything)):
-            step = simulate_budget(build, loss, budget, fused=fused)
+        steps = {budget: simulate_budget(build, loss, budget, fused=fused) for budget in (0, every.kept // 2)}
+        for budget, row in zip((*steps, None), (none, half, everything), strict=True):
+            step = steps.get(budget, every)
             asked = "all" if budget is None else f"{budget / GIB:.2f}"
             figures = [step.kept / GIB, step.peak.peak / GIB, step.flops / every.flops]
             fits = "yes" if step.peak.peak <= memory else "no"
