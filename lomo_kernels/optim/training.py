@@ -158,8 +158,14 @@ class Training:
                     "Redistribute it to Shard and Replicate, or use rule='sgd'"
                 )
         model = self._given_model() if self.attachment.model is None else self.attachment.model
-        modules = () if model is None else model.modules()
-        weights = {id(getattr(module, "weight", None)) for module in modules if isinstance(module, nn.Embedding)}
+        if model is not None:
+            self.note_embeddings(model)
+
+    def note_embeddings(self, model: nn.Module) -> None:
+        """Finds the embeddings' weights, which the rule "rows" treats otherwise. Parameter groups do not name them."""
+        weights = {
+            id(getattr(module, "weight", None)) for module in model.modules() if isinstance(module, nn.Embedding)
+        }
         for managed in self.managed_params:
             managed.is_embedding = managed.is_embedding or id(managed.param) in weights
 
