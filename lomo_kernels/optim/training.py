@@ -22,7 +22,7 @@ from .hyperparameters import numbers_of, unused_momentum
 from .loss_chain import LossChains
 from .managed_parameter import ManagedParameter
 from .owners import other_owners
-from .parameters import check_groups, check_parameter, check_unchanged, is_supported
+from .parameters import check_adapters, check_groups, check_parameter, check_unchanged, is_supported
 from .placement import is_here, shape_of
 from .repeat_check import RepeatCheck
 from .scaling import computes_in_float16
@@ -204,9 +204,14 @@ class Training:
         self.clips_tensors = self.state.strategy.begin_step(self.state.primary.step, self.state.skipped)
 
     def check_unchanged(self) -> None:
-        """In the first step: raises RuntimeError if parameters were exchanged since the optimizer was made."""
+        """Raises RuntimeError if parameters were exchanged since the optimizer was made (asked in the first step), or
+        if PEFT has added some to the model."""
+        model = self._given_model() if self.engine is None else None
+        if hasattr(model, "peft_config"):
+            assert model is not None
+            check_adapters(self.managed_params, model)
         if self._compares_parameters:
-            check_unchanged(self.managed_params, self._given_model() if self.engine is None else None)
+            check_unchanged(self.managed_params, model)
             self._compares_parameters = False
 
     def _scale_float16(self, loss: Tensor) -> None:

@@ -48,7 +48,7 @@ TABLES: dict[str, dict[str, str]] = {
         "another optimizer": "the accelerator's optimizer is AdamW, expected Lomo",
         "`clip_grad_norm_` with another bound than `Lomo`'s": "accelerator.clip_grad_norm_ got max_norm=2.0",
         "`clip_grad_norm_` with another norm": "accelerator.clip_grad_norm_ got norm_type=1",
-        "`clip_grad_norm_` of some parameters": "accelerator.clip_grad_norm_ got 2 trained parameters, and not 2.weight",
+        "`clip_grad_norm_` of some parameters": "accelerator.clip_grad_norm_ got 2 trained parameters, and not 2.",
         "`clip_grad_value_` with another bound than `Lomo`'s": "accelerator.clip_grad_value_ got clip_value=2.0",
         "`backward(loss, retain_graph=True)`": "accelerator.backward got retain_graph",
         "DeepSpeed, Megatron-LM": "accelerate runs with distributed_type DEEPSPEED, expected one process or FSDP2",
@@ -79,6 +79,10 @@ TABLES: dict[str, dict[str, str]] = {
         "`train()` twice": EQUAL,
         "`model_init`, a hyperparameter search": EQUAL,
         "`LomoTrainer`; `optimizer_cls_and_kwargs=lomo(args)`": EQUAL,
+        "`peft_config` and `modules_to_save`": EQUAL,
+        "TRL's `SFTTrainer`, `gradient_accumulation_steps`": EQUAL,
+        "TRL's `DPOTrainer`, `gradient_accumulation_steps`": EQUAL,
+        "TRL's `GRPOTrainer`, `gradient_accumulation_steps`": EQUAL,
         "`fp16=True`": "fp16=True makes accelerate scale the loss; Lomo scales it itself",
         "DataParallel (several GPUs in one process)": "Trainer would wrap the model in DataParallel for 2 GPUs",
         '`optim="adafactor"`': "TrainingArguments have optim='adafactor', optim_args=None",
@@ -86,6 +90,19 @@ TABLES: dict[str, dict[str, str]] = {
         "`Trainer(optimizers=…)`": "the trainer was made with an optimizer",
         "a subclass with a `create_optimizer` of its own": "this Own has a create_optimizer of its own",
         "attached twice": "this Trainer has a create_optimizer of its own, or attach() was called before",
+    },
+    "peft": {
+        "LoRA": EQUAL,
+        "DoRA": EQUAL,
+        "`modules_to_save`": EQUAL,
+        "a base in int8 (bitsandbytes, LoRA)": EQUAL,
+        "a base in 4 bits (bitsandbytes, QLoRA)": EQUAL,
+        "an adapter that is there from the beginning is activated later": EQUAL,
+        "`add_param_group` for an adapter that was added later": EQUAL,
+        "`get_peft_model` after the optimizer was made": "model.layers.0.self_attn.q_proj.lora_A.default.weight was",
+        "`add_adapter` after the optimizer was made": (
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.second.weight was added after the optimizer"
+        ),
     },
 }
 
