@@ -188,6 +188,6 @@ def check_adapters(managed_params: Sequence[ManagedParameter], model: nn.Module)
         if param.requires_grad and id(param) not in managed:
             raise RuntimeError(
                 f"Lomo: {name} was added after the optimizer was made (an adapter of PEFT?), and the optimizer would "
-                "not train it. Make the optimizer after get_peft_model and add_adapter, or call optimizer.add_param_group("
-                "{'params': [(name, parameter), ...]}) with the new ones. No weight was changed"
+                "not train it. Make the optimizer after get_peft_model and add_adapter, or give it the new parameters: "
+                "optimizer.add_param_group({'params': [(name, parameter), ...]}). No weight was changed"
             )
