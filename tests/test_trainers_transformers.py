@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.processes import Processes
 from support.trainers import EQUAL, TABLES, TOLERANCE, furthest, needs, refusal
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo
 
 needs("transformers", "accelerate")
+from accelerate import FullyShardedDataParallelPlugin  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from lomo_kernels.integrations.transformers import LomoTrainer, attach, lomo  # noqa: E402
@@ -77,7 +81,7 @@ class WithSGD(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         self.optimizer_cls_and_kwargs = torch.optim.SGD, {"lr": self.args.learning_rate}
-        return super().create_optimizer(model)
+        return Trainer.create_optimizer(self, model)
 
 
 def train(
@@ -351,6 +355,63 @@ def test_parameters_that_were_unfrozen_after_the_optimizer_was_made(tmp_path: Pa
     attach(trainer)
     with pytest.raises(ValueError, match="1 that the optimizer does not train"):
         trainer.train()
+
+
+# ---- FSDP2, two processes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(ranks_with_deepspeed: Callable[[int], Processes]) -> Callable[[int], Processes]:
+    """Processes of their own: accelerate reads the environment."""
+    return ranks_with_deepspeed
+
+
+class Sharded(Trainer):
+    """Trainer with FSDP2, which accelerate has on GPUs only, on CPUs. Everything after this is its own."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            cpu_ram_efficient_loading=False,
+        )
+        self.is_fsdp_enabled = True
+
+
+class ShardedWithSGD(Sharded):
+    create_optimizer = WithSGD.create_optimizer
+
+
+def train_sharded(rank: int, attached: bool, folder: str) -> tuple[list[Tensor], list[float]]:
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._shared_state.clear()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29572"}
+    args = arguments(Path(folder), gradient_accumulation_steps=2, weight_decay=0.1, seed=0)
+    trainer = (Sharded if attached else ShardedWithSGD)(llama(), args, train_dataset=rows(64))
+    if attached:
+        attach(trainer)
+    trainer.train()
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    if attached:
+        optimizer = trainer.optimizer.optimizer
+        assert optimizer.step_count.item() == 8 and optimizer._training.engine is not None
+        assert optimizer._training.managed_params[0].name == "model.embed_tokens.weight"
+    return [param.full_tensor().detach() for param in trainer.model.parameters()], norms
+
+
+def test_fsdp2(ranks: Callable[[int], Processes], tmp_path: Path) -> None:
+    ours = ranks(2).call(train_sharded, True, str(tmp_path))
+    theirs = ranks(2).call(train_sharded, False, str(tmp_path))
+    for (weights, norms), (expected, expected_norms) in zip(ours, theirs, strict=True):
+        assert max(float((a - b).abs().max()) for a, b in zip(weights, expected, strict=True)) <= TOLERANCE
+        assert norms == pytest.approx(expected_norms, rel=1e-4) and len(norms) == 8
+        assert float((weights[0] - llama().model.embed_tokens.weight).abs().max()) > 0.001
+    assert TABLES["transformers"]["FSDP2, two processes, `gradient_accumulation_steps`, `weight_decay`"] == EQUAL
 
 
 # ---- In the shape of Transformers' own tests of LOMO ----------------------------------------------------------------

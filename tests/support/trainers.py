@@ -79,6 +79,7 @@ TABLES: dict[str, dict[str, str]] = {
         "`train()` twice": EQUAL,
         "`model_init`, a hyperparameter search": EQUAL,
         "`LomoTrainer`; `optimizer_cls_and_kwargs=lomo(args)`": EQUAL,
+        "FSDP2, two processes, `gradient_accumulation_steps`, `weight_decay`": EQUAL,
         "`peft_config` and `modules_to_save`": EQUAL,
         "TRL's `SFTTrainer`, `gradient_accumulation_steps`": EQUAL,
         "TRL's `DPOTrainer`, `gradient_accumulation_steps`": EQUAL,
