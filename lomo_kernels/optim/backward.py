@@ -81,8 +81,9 @@ class Backward:
             raise RuntimeError(
                 "Lomo: no gradient came. The loss depends on none of the optimizer's parameters, or only on copies of "
                 "them (model and optimizer were pickled apart?). Make the optimizer after fully_shard, "
-                "parallelize_module, deepcopy and all else that replaces parameters. Use fully_shard, not FSDP1 "
-                "(FullyShardedDataParallel). Under set_requires_gradient_sync(False) use optimizer.accumulate()"
+                "parallelize_module, deepcopy, PEFT's adapters and all else that replaces or adds parameters. Use "
+                "fully_shard, not FSDP1 (FullyShardedDataParallel). Under set_requires_gradient_sync(False) use "
+                "optimizer.accumulate()"
             )
 
     def _begin(self, sink: Pass, *, last: bool) -> Start:

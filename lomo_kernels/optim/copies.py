@@ -56,6 +56,30 @@ def _unpickled(kind: Any, *parts: Any) -> Any:
     return optimizer
 
 
+def remake(optimizer: Any) -> None:
+    """Makes `optimizer` anew, in place, of the parameters that its groups have now, which another library has put
+    there (accelerate with FSDP2). Settings, groups and step hooks stay.
+
+    Raises:
+        RuntimeError: it has made a step, or the number of parameters is another one.
+    """
+    training = optimizer._training
+    present = [param for group in optimizer.param_groups for param in group["params"]]
+    if len(present) != len(training.managed_params) or optimizer.step_count.item():
+        raise RuntimeError(
+            "Lomo: the parameters of the optimizer were exchanged after its first step, or some of them only. Make a "
+            "new optimizer of the new parameters"
+        )
+    new = {id(managed.param): param for managed, param in zip(training.managed_params, present, strict=True)}
+    groups, settings = _arguments(optimizer, lambda part, _: new.get(id(part), part))
+    hooks = {name: hooks for name, hooks in vars(optimizer).items() if name.startswith("_optimizer_") and hooks}
+    training.end_use("its parameters were exchanged")
+    optimizer._become(groups, settings)
+    vars(optimizer).update(hooks)
+    for before, after in zip(training.managed_params, optimizer._training.managed_params, strict=True):
+        after.is_embedding = before.is_embedding
+
+
 def _parts(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
     """What `Lomo._become` makes the same optimizer of other parameters from.
 
@@ -67,6 +91,14 @@ def _parts(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
     check_groups(training.managed_params, optimizer.param_groups)
     if is_engine(training.settings.process_group):
         raise TypeError("Lomo: an optimizer of a DeepSpeed engine cannot be copied; save its state_dict()")
+    groups, settings = _arguments(optimizer, of)
+    numbers = training.state.export() | training.state.export_norms() | split.export(training.managed_params)
+    return groups, settings, numbers
+
+
+def _arguments(optimizer: Any, of: Callable[[Any, str], Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The first two of `_parts`."""
+    training = optimizer._training
     groups = []
     managed_params = iter(training.managed_params)
     for group in optimizer.param_groups:
@@ -81,5 +113,4 @@ def _parts(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
         "fused_layers": False if model is None else of(model, "the model"),
         **training.settings.arguments(),
     }
-    numbers = training.state.export() | training.state.export_norms() | split.export(training.managed_params)
-    return groups, settings, numbers
+    return groups, settings

@@ -337,12 +337,15 @@ class Lomo(torch.optim.Optimizer):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return copies.pickled(self)
 
-    def _become(self, groups: list[dict[str, Any]], settings: dict[str, Any], numbers: dict[str, Any]) -> None:
-        """Initialises a new object from `copies.Parts`."""
+    def _become(
+        self, groups: list[dict[str, Any]], settings: dict[str, Any], numbers: dict[str, Any] | None = None
+    ) -> None:
+        """Initialises an object from `copies.Parts`; as before the first step if there are no `numbers`."""
         Lomo.__init__(self, groups, **settings)  # a subclass may take other arguments
-        self._training.state.load(numbers)
-        self._training.state.load_norms(numbers)
-        split.load(self._training.managed_params, numbers[split.LOW])
+        if numbers is not None:
+            self._training.state.load(numbers)
+            self._training.state.load_norms(numbers)
+            split.load(self._training.managed_params, numbers[split.LOW])
 
     def _run(self, work: Callable[[TrainingStep], _T]) -> _T:
         self._check_not_wrapped()

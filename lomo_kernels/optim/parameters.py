@@ -179,3 +179,15 @@ def check_unchanged(managed_params: Sequence[ManagedParameter], model: nn.Module
             "has no hook. Make the optimizer after fully_shard, parallelize_module and all else that replaces "
             "parameters. No weight was changed"
         )
+
+
+def check_adapters(managed_params: Sequence[ManagedParameter], model: nn.Module) -> None:
+    """Raises RuntimeError if `model`, which PEFT has adapters in, got trainable parameters since it was given."""
+    managed = {id(managed.param) for managed in managed_params}
+    for name, param in model.named_parameters():
+        if param.requires_grad and id(param) not in managed:
+            raise RuntimeError(
+                f"Lomo: {name} was added after the optimizer was made (an adapter of PEFT?), and the optimizer would "
+                "not train it. Make the optimizer after get_peft_model and add_adapter, or give it the new parameters: "
+                "optimizer.add_param_group({'params': [(name, parameter), ...]}). No weight was changed"
+            )

@@ -22,7 +22,7 @@ from .hyperparameters import numbers_of, unused_momentum
 from .loss_chain import LossChains
 from .managed_parameter import ManagedParameter
 from .owners import other_owners
-from .parameters import check_groups, check_parameter, check_unchanged, is_supported
+from .parameters import check_adapters, check_groups, check_parameter, check_unchanged, is_supported
 from .placement import is_here, shape_of
 from .repeat_check import RepeatCheck
 from .scaling import computes_in_float16
@@ -158,8 +158,14 @@ class Training:
                     "Redistribute it to Shard and Replicate, or use rule='sgd'"
                 )
         model = self._given_model() if self.attachment.model is None else self.attachment.model
-        modules = () if model is None else model.modules()
-        weights = {id(getattr(module, "weight", None)) for module in modules if isinstance(module, nn.Embedding)}
+        if model is not None:
+            self.note_embeddings(model)
+
+    def note_embeddings(self, model: nn.Module) -> None:
+        """Finds the embeddings' weights, which the rule "rows" treats otherwise. Parameter groups do not name them."""
+        weights = {
+            id(getattr(module, "weight", None)) for module in model.modules() if isinstance(module, nn.Embedding)
+        }
         for managed in self.managed_params:
             managed.is_embedding = managed.is_embedding or id(managed.param) in weights
 
@@ -198,9 +204,14 @@ class Training:
         self.clips_tensors = self.state.strategy.begin_step(self.state.primary.step, self.state.skipped)
 
     def check_unchanged(self) -> None:
-        """In the first step: raises RuntimeError if parameters were exchanged since the optimizer was made."""
+        """Raises RuntimeError if parameters were exchanged since the optimizer was made (asked in the first step), or
+        if PEFT has added some to the model."""
+        model = self._given_model() if self.engine is None else None
+        if hasattr(model, "peft_config"):
+            assert model is not None
+            check_adapters(self.managed_params, model)
         if self._compares_parameters:
-            check_unchanged(self.managed_params, self._given_model() if self.engine is None else None)
+            check_unchanged(self.managed_params, model)
             self._compares_parameters = False
 
     def _scale_float16(self, loss: Tensor) -> None:

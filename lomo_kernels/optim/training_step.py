@@ -14,6 +14,7 @@ from .defer_pass import DeferPass, MeasurePass
 from .engines.base import ParallelEngine
 from .graph import Graph, check_fused_weights, check_loss
 from .hyperparameters import check_group
+from .inside_accelerate import check_synchronised
 from .managed_parameter import ManagedParameter
 from .passes import NormPass, Pass, UpdatePass
 from .scaling import check_no_grad_scaler
@@ -105,9 +106,12 @@ class TrainingStep:
             self._apply_grads(keep=True)
 
     def _check_loss(self, loss: Tensor) -> None:
-        """Raises TypeError, ValueError or RuntimeError unless `loss` is one number, and no GradScaler has scaled it."""
+        """Raises TypeError, ValueError or RuntimeError unless `loss` is one number, no GradScaler has scaled it, and
+        accelerate does not want this batch's gradients to be accumulated."""
         check_loss(loss)
         training = self._training
+        if not training.accumulating:
+            check_synchronised(training.optimizer())
         if not training.looked_for_scaler:  # once: some loops multiply by another tensor each time
             training.looked_for_scaler = check_no_grad_scaler(loss)
 
