@@ -2,8 +2,8 @@
 """`factor_sums_` in Triton. `lomo_kernels/ops/factored.py` documents what it does.
 
 Either a program has whole matrices, as of a convolution. Or it goes down a strip of columns, and a second kernel adds
-the strips' sums. The gradient is read once. The order of the additions depends on the shape, and in a strip on the GPU's
-layout of a tile, so the sums have the same bits from run to run.
+the strips' sums. The gradient is read once. The order of the additions depends on the shape, and in a strip on the
+GPU's layout of a tile, so the sums have the same bits from run to run.
 """
 
 from __future__ import annotations
