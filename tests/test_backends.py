@@ -42,9 +42,7 @@ def test_every_key_has_one_choice_and_one_kernel_per_operator():
 
 
 def test_info_says_what_serves_each_operator(monkeypatch, capsys):
-    overrides = dict.fromkeys(
-        backends.COMPOSITE, backends.Choice("CUDA", "triton", "Triton 9.9", "beside the library")
-    )
+    overrides = dict.fromkeys(backends.COMPOSITE, backends.Choice("CUDA", "triton", "Triton 9.9", "beside the library"))
     monkeypatch.setitem(backends._chosen, "CUDA", backends.Choice("CUDA", "cuda", "sm_90", "has code", overrides))
     assert lomo_kernels.__main__.info() == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
