@@ -393,12 +393,12 @@ def factored_update_(
     low: Tensor | None = None,
 ) -> None:
     op, device = "factored_update_", param.device
+    step = check(op, grad, row_factors, column_factors, scalars, torch.float32)
     sgd.check(op, param, grad, device)
     lows = [] if low is None else [low]
     check_low(op, [param], lows, stochastic=stochastic)
     for of_param in lows:
         launch.check_apart(op, "low", of_param)
-    step = check(op, grad, row_factors, column_factors, scalars, torch.float32)
     launch.check_rule(op, rule)
     where = launch.indices_of(op, shard, param.numel())
     check_no_overlap(

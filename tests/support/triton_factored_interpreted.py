@@ -101,6 +101,27 @@ def test_any_matrices(matrices, rows, columns, dtype, has_rows, has_columns, rul
     torch.testing.assert_close(sums[1], 1 + g.view(matrices, -1, columns).sum(1), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("columns", [300, 257])
+def test_random_bits_of_every_tile_and_shard(columns, dtype):
+    """Tiles after the first, and tiles whose hashes have several keys: in one row, and in short rows far apart."""
+    n = 40 * columns
+    for shard in ([], [2**33 - 5000, n, n], [2**32 - 5000, n, n], [2**33 - 40, 5, 2**32], [7, columns, columns + 3]):
+        grad, param = matrix(40, columns, dtype), matrix(40, columns, dtype, 1)
+        arguments = (factors(40), factors(1, columns), scalars(), 0, True, 11, 4, shard)
+        expected = param.clone()
+        reference.IMPLEMENTATIONS["factored_update_"](expected, grad, *arguments)
+        OPS.factored_update_(param, grad, *arguments)
+        assert_same_bits(param, expected, shard)
+
+
+def test_a_product_that_overflows_keeps_its_element():
+    param, grad = torch.ones(2, 16), torch.ones(2, 16)
+    grad[0, 0] = 1e30
+    OPS.factored_update_(param, grad, torch.tensor([1e30, 1.0]), NONE, scalars(), 0, False, 0, 0, [])
+    assert param[0, 0] == 1 and (param[0, 1:] < -1e28).all()
+
+
 @pytest.mark.parametrize("programs", [1, 3, 1024])
 def test_strips_of_several_tiles(programs, monkeypatch):
     """As of large gradients: some tiles down for each program, the last ones fewer."""
