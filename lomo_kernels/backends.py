@@ -64,11 +64,11 @@ def _load_cpu() -> str:
     return str(name.decode())
 
 
-def _load_tiled(key: str, reason: str, names: Collection[str] = tuple(COMPOSITE)) -> dict[str, Choice]:
+def _load_tiled(key: str, reason: str) -> dict[str, Choice]:
     """Those operators of layers and with factors that nothing serves yet: made of torch's operators and our others."""
     choice = Choice(key, "tiled", "torch's operators, and update_ or sq_norm_ tile by tile", reason)
     served = torch._C._dispatch_has_kernel_for_dispatch_key
-    names = [name for name in names if not served(f"lomo_kernels::{name}", key)]
+    names = [name for name in COMPOSITE if not served(f"lomo_kernels::{name}", key)]
     for name in names:
         library.impl(name, COMPOSITE[name], key)
     return dict.fromkeys(names, choice)
@@ -155,19 +155,17 @@ def _choose_for_cuda(forced: str | None) -> Choice:
 
 
 def _choose_layers() -> dict[str, Choice]:
-    """What serves the layers' operators beside the CUDA library, which has none of them."""
-    names = list(tiled.IMPLEMENTATIONS)
+    """What serves the operators of layers and with factors beside the CUDA library, which has none of them."""
     try:
-        choice = Choice("CUDA", "triton", _load_triton("CUDA", names), "the compiled library has no kernel for it")
+        choice = Choice("CUDA", "triton", _load_triton("CUDA", COMPOSITE), "the compiled library has no kernel for it")
     except ImportError as error:
         return _load_tiled("CUDA", str(error))
-    return dict.fromkeys(names, choice) | _load_tiled("CUDA", "no kernel for it", factored.IMPLEMENTATIONS)
+    return dict.fromkeys(COMPOSITE, choice)
 
 
 def _with_triton(key: str, reason: str) -> Choice:
-    """Triton for all operators for which it has a kernel. Raises ImportError if it cannot be had."""
-    detail = _load_triton(key)
-    return Choice(key, "triton", detail, reason, _load_tiled(key, "Triton has no kernel", factored.IMPLEMENTATIONS))
+    """Triton for all operators. Raises ImportError if it cannot be had."""
+    return Choice(key, "triton", _load_triton(key), reason)
 
 
 def _no_gpu(forced: str | None, reason: str, remedy: str) -> Choice:

@@ -12,7 +12,6 @@ import torch
 import lomo_kernels
 import lomo_kernels.__main__
 from lomo_kernels import backends, ops
-from lomo_kernels.composite import factored, tiled
 
 SHOW = "from lomo_kernels import backends; print([(c.key, c.backend, c.reason) for c in backends.choices()])"
 
@@ -43,14 +42,12 @@ def test_every_key_has_one_choice_and_one_kernel_per_operator():
 
 
 def test_info_says_what_serves_each_operator(monkeypatch, capsys):
-    overrides = dict.fromkeys(
-        tiled.IMPLEMENTATIONS, backends.Choice("CUDA", "triton", "Triton 9.9", "beside the library")
-    )
+    overrides = dict.fromkeys(backends.COMPOSITE, backends.Choice("CUDA", "triton", "Triton 9.9", "beside the library"))
     monkeypatch.setitem(backends._chosen, "CUDA", backends.Choice("CUDA", "cuda", "sm_90", "has code", overrides))
     assert lomo_kernels.__main__.info() == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     shown = {row[0]: row[2] for row in rows if row[1:2] == ["CUDA"]}
-    assert shown == {name: "triton" if name in tiled.IMPLEMENTATIONS else "cuda" for name in ops.OPERATORS}
+    assert shown == {name: "triton" if name in backends.COMPOSITE else "cuda" for name in ops.OPERATORS}
 
 
 def test_an_unknown_backend_is_refused(run_python):
@@ -71,7 +68,7 @@ def test_a_forced_backend_that_is_missing_is_refused(run_python, name):
 
 
 #: What there is: torch's CUDA and ROCm, a GPU, the compiled library, Triton. What is then chosen, forced or not; after
-#: a plus what serves the layers' operators, where that is something else.
+#: a plus what serves the operators of layers and with factors, where that is something else.
 CUDA, ROCM, GPU, LIBRARY, TRITON = "CUDA", "ROCm", "GPU", "library", "Triton"
 BROKEN = "broken library"
 SITUATIONS = {
@@ -105,8 +102,6 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
         plain = set(ops.OPERATORS) - set(backends.COMPOSITE)
         return load(LIBRARY, "no code for this GPU" if BROKEN in there else "no library", plain)()
 
-    kernels = [name for name in ops.OPERATORS if name not in factored.IMPLEMENTATIONS]
-
     class Library:
         def impl(self, name, function, key):
             registered.append((name, key))
@@ -115,7 +110,7 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
     monkeypatch.setattr(torch.version, "hip", "7.0" if ROCM in there else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: GPU in there)
     monkeypatch.setattr(backends, "_load_cuda", load_cuda)
-    monkeypatch.setattr(backends, "_load_triton", load(TRITON, "no Triton", kernels))
+    monkeypatch.setattr(backends, "_load_triton", load(TRITON, "no Triton", ops.OPERATORS))
     monkeypatch.setattr(backends, "library", Library())
     file = tmp_path / "_cuda.so"
     monkeypatch.setattr(backends, "CUDA_LIBRARY", file)
@@ -133,8 +128,8 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
                 assert outcome in str(error) and forced is not None, (forced, error)
                 continue
             assert backends.choice("CUDA") is choice
-        layers = {choice.of(name).backend for name in tiled.IMPLEMENTATIONS} - {choice.backend}
-        serving = " + ".join([choice.backend, *layers])
+        beside = {choice.of(name).backend for name in backends.COMPOSITE} - {choice.backend}
+        serving = " + ".join([choice.backend, *beside])
         assert f"{serving}{', with a warning' if caught else ''}" == outcome, choice
         expected = [] if choice.backend == "none" else [(name, "CUDA") for name in ops.OPERATORS]
         assert sorted(registered) == sorted(expected), "not one implementation for each operator"

@@ -251,8 +251,9 @@ def test_model_init_and_a_new_accelerator(tmp_path: Path) -> None:
     attach(trainer)
     trainer.create_accelerator_and_postprocess()
     trainer.train()
-    reference, _ = train(tmp_path, False, {}, trainer.call_model_init())
-    assert furthest(trainer.model, reference) <= TOLERANCE
+    reference = WithSGD(model_init=lambda: llama(), args=arguments(tmp_path), train_dataset=rows(64))
+    reference.train()
+    assert furthest(trainer.model, reference.model) <= TOLERANCE
     assert trainer.accelerator.backward.__self__.__class__.__name__ == "_Attached"
     assert TABLES["transformers"]["`model_init`, a hyperparameter search"] == EQUAL
 

@@ -1,5 +1,5 @@
-"""The factored operators (`lomo_kernels.ops.factored`) in torch's own operators, tile by tile: for devices that have no
-kernel for them. Nothing is read from a GPU by the host."""
+"""The factored operators (`lomo_kernels.ops.factored`) in torch's own operators, tile by tile: for GPUs if there is
+no Triton. Nothing is read from a GPU by the host."""
 
 from __future__ import annotations
 

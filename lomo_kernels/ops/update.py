@@ -214,7 +214,8 @@ def update_arguments(
     rounding = check_rounding(op, step.get("rounding", "nearest"))
     parts = low_parts(op, rounding, params, low)
     check_scalars_apart(op, step, ("sq_norm", slots), (name, params))
-    check_scalars_apart(op, step, ("sq_norm", ()), ("low", parts))
+    if parts:
+        check_scalars_apart(op, step, ("sq_norm", ()), ("low", parts))
     settings = (
         rule_number(step.get("rule", "sgd"), op),
         rounding == "stochastic",

@@ -37,12 +37,15 @@ def register(key: str, names: Collection[str] | None = None) -> str:
 
     from ..ops._arguments import library
     from .embedding import embedding_sq_norm_, embedding_update_
+    from .factor_sums import factor_sums_
+    from .factored import factored_sq_norm_, factored_update_
     from .linear import linear_sq_norm_, linear_update_
     from .sgd import update_
     from .sq_norm import sq_norm_
 
     layers = (linear_update_, linear_sq_norm_, embedding_update_, embedding_sq_norm_)
-    for function in (update_, sq_norm_, *layers):
+    factored = (factor_sums_, factored_sq_norm_, factored_update_)
+    for function in (update_, sq_norm_, *layers, *factored):
         if names is None or function.__name__ in names:
             library.impl(function.__name__, function, key)
     return f"Triton {triton.__version__}" + (", interpreted" if interpreted else "")
