@@ -111,7 +111,8 @@ def test_is_as_exact_as_torchs(
     ignored: str,
     seed: int,
 ) -> None:
-    """Against float64: the error is no more than that of the logits, whole, in the same dtype."""
+    """Against float64: the error is no more than that of the logits, whole, in the same dtype. Backward makes float32
+    logits again, with sums in another order, so a logit's last bits may differ from those of its token's sum."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -133,13 +134,15 @@ def test_is_as_exact_as_torchs(
     loss = linear_cross_entropy(a, w, target, linear_bias=c, weight=of_class, **options)
     assert loss.dtype is dtype and type(loss.grad_fn).__name__ == "_HeadLossBackward"
     unit = torch.finfo(dtype).eps
+    logits = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    again = unit * logits.abs().max() if dtype is torch.float32 and logits.numel() else 0.0
     for ours, theirs, exact in zip(gradients(loss, a, w, c), whole(dtype), whole(torch.float64), strict=True):
         assert ours.dtype is theirs.dtype and ours.shape == exact.shape
         if not exact.isfinite().all() or dtype is torch.float16:  # float16 lacks range in both
             assert ours.isnan().equal(exact.isnan())
             continue
         off, theirs_off = ((some.double() - exact).norm() for some in (ours, theirs))
-        assert off <= 1.5 * theirs_off + 4 * unit * (exact.norm() + 0.1)
+        assert off <= 1.5 * theirs_off + (4 * unit + again) * (exact.norm() + 0.1)
 
 
 def test_large_logits_are_exact() -> None:
