@@ -110,7 +110,7 @@ def embedding_sq_norm_(
     check_embedding(op, index_list, grad_outputs, paddings, slot)
     check_served(slot)
     check_factors_apart(op, [*index_list, *grad_outputs], None, slot)
-    check_scalars_apart(op, {"inv_scale": inv_scale}, ("slot", [slot]), ("weight", []))
+    check_scalars_apart(op, {"inv_scale": inv_scale}, ("slot", [slot]))
     number = inv_scale_tensor(op, inv_scale, slot.device)
     torch.ops.lomo_kernels.embedding_sq_norm_.default(slot, index_list, grad_outputs, paddings, number)
 

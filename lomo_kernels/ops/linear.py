@@ -97,7 +97,7 @@ def linear_sq_norm_(
     check_linear(op, inputs, grad_outputs, slot)
     check_served(slot)
     check_factors_apart(op, [*inputs, *grad_outputs], None, slot)
-    check_scalars_apart(op, {"inv_scale": inv_scale}, ("slot", [slot]), ("weight", []))
+    check_scalars_apart(op, {"inv_scale": inv_scale}, ("slot", [slot]))
     number = inv_scale_tensor(op, inv_scale, slot.device)
     torch.ops.lomo_kernels.linear_sq_norm_.default(slot, inputs, grad_outputs, number)
 

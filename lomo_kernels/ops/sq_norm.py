@@ -80,5 +80,5 @@ def sq_norm_list_(
 
 
 def _inv_scale(op: str, value: Scalar | None, slots: Sequence[Tensor]) -> Tensor | None:
-    check_scalars_apart(op, {"inv_scale": value}, ("slot", slots), ("param", []))
+    check_scalars_apart(op, {"inv_scale": value}, ("slot", slots))
     return inv_scale_tensor(op, value, slots[0].device)

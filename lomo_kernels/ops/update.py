@@ -213,9 +213,7 @@ def update_arguments(
         check_slot(op, "sq_norm", slot, device)
     rounding = check_rounding(op, step.get("rounding", "nearest"))
     parts = low_parts(op, rounding, params, low)
-    check_scalars_apart(op, step, ("sq_norm", slots), (name, params))
-    if parts:
-        check_scalars_apart(op, step, ("sq_norm", ()), ("low", parts))
+    check_scalars_apart(op, step, ("sq_norm", slots), (name, params), ("low", parts))
     settings = (
         rule_number(step.get("rule", "sgd"), op),
         rounding == "stochastic",

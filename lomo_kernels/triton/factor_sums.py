@@ -19,7 +19,6 @@ from .factored import (
     SIZES,
     check,
     clipped,
-    clipping,
     clipping_arguments,
     corner_of,
     element_of,
@@ -29,7 +28,7 @@ from .factored import (
     tile_of,
 )
 from .launch import TYPES
-from .numerics import PROGRAMS, elements
+from .numerics import PROGRAMS, clipping, elements
 
 #: Sums that a program of `add_strips_kernel` adds up.
 SUMS = 256

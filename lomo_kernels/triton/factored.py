@@ -23,6 +23,7 @@ from .launch import TYPES
 from .numerics import (
     BLOCK,
     add_to_slot,
+    clipping,
     draw_at,
     elements,
     high_part,
@@ -73,19 +74,6 @@ def inside_of(matrix, row, column, matrices, rows, columns, M: tl.constexpr, R: 
     """Which elements of a tile are in the gradient."""
     m, r, c = tl.arange(0, M)[:, None, None], tl.arange(0, R)[None, :, None], tl.arange(0, C)[None, None, :]
     return (m < matrices - matrix) & (r < rows - row) & (c < columns - column)
-
-
-@triton.jit
-def clipping(inv_scale, clip_value, clip_coef, on_device, CLAMP: tl.constexpr):
-    """The scalars of a step that clip, in float32."""
-    limit = float("inf")
-    if CLAMP:
-        limit = scalar(clip_value, on_device, tl.float64).to(tl.float32)
-    return (
-        scalar(inv_scale, on_device, tl.float64).to(tl.float32),
-        limit,
-        scalar(clip_coef, on_device, tl.float64).to(tl.float32),
-    )
 
 
 @triton.jit

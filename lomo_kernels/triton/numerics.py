@@ -170,15 +170,21 @@ def scalar(argument, on_device, dtype: tl.constexpr):
 
 
 @triton.jit
-def step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, on_device, CLAMP: tl.constexpr):
-    """The scalars of a step in float32, as `updated` takes them, and the factor that unscales a gradient."""
-    rate = scalar(lr, on_device, tl.float64)
-    decay = (1.0 - rate * scalar(weight_decay, on_device, tl.float64)).to(tl.float32)
+def clipping(inv_scale, clip_value, clip_coef, on_device, CLAMP: tl.constexpr):
+    """The scalars of a step that clip, in float32: the factor that unscales a gradient, the limit, the coefficient."""
     unscale = scalar(inv_scale, on_device, tl.float64).to(tl.float32)
     limit = float("inf")
     if CLAMP:
         limit = scalar(clip_value, on_device, tl.float64).to(tl.float32)
-    coef = scalar(clip_coef, on_device, tl.float64).to(tl.float32)
+    return unscale, limit, scalar(clip_coef, on_device, tl.float64).to(tl.float32)
+
+
+@triton.jit
+def step_scalars(lr, weight_decay, inv_scale, clip_value, clip_coef, on_device, CLAMP: tl.constexpr):
+    """The scalars of a step in float32, as `updated` takes them, and the factor that unscales a gradient."""
+    rate = scalar(lr, on_device, tl.float64)
+    decay = (1.0 - rate * scalar(weight_decay, on_device, tl.float64)).to(tl.float32)
+    unscale, limit, coef = clipping(inv_scale, clip_value, clip_coef, on_device, CLAMP)
     return rate.to(tl.float32), decay, unscale, limit, coef
 
 

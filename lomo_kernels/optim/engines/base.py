@@ -89,6 +89,13 @@ class ParallelEngine:
             numbers = sum_in_order(numbers, group)
         total.copy_(numbers)
 
+    def _all_reduce(self, total: Tensor, group: dist.ProcessGroup) -> None:
+        """Adds up `total` over the ranks of a group, in place."""
+        on_group_device = self._where_ranks_meet(total)
+        dist.all_reduce(on_group_device, group=group)
+        if on_group_device is not total:
+            total.copy_(on_group_device)
+
     def _where_ranks_meet(self, total: Tensor) -> Tensor:
         """`total` on the device of `groups`: itself if it is there."""
         return total if self.device_type in (None, total.device.type) else total.to(self.device_type)

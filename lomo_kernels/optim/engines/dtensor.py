@@ -138,10 +138,7 @@ class DTensorEngine(ParallelEngine):
         if len(self.groups) > 1:
             self.sum_parts_(total.view(-1), self.groups)
             return
-        on_group_device = self._where_ranks_meet(total)
-        dist.all_reduce(on_group_device, group=self.groups[0])
-        if on_group_device is not total:
-            total.copy_(on_group_device)
+        self._all_reduce(total, self.groups[0])
 
     def graph_leaves(self) -> Iterator[Tensor]:
         # The graph has FSDP2's gathered parameters; the gradients go to the shards, also of another optimizer.

@@ -175,10 +175,7 @@ class ZeRO3(ParallelEngine):
             persistent[0].all_gather(persistent)
 
     def sum_(self, total: Tensor) -> None:
-        on_group_device = self._where_ranks_meet(total)
-        dist.all_reduce(on_group_device, group=self._group)
-        if on_group_device is not total:
-            total.copy_(on_group_device)
+        self._all_reduce(total, self._group)
 
     def _send_open(self) -> None:
         come, self._open, self._open_bytes = self._open, [], 0
