@@ -57,7 +57,7 @@ def bench(name: str, limit: float, questions: str, *options: str, **environment:
 def stages(capability: str, cores: int) -> list[Stage]:
     """All of them, in the order of their value."""
     workers = max((cores - 4) // 2, 1)
-    files = ("tests/test_sgd.py", "tests/test_sq_norm.py")
+    files = ("tests/test_sgd.py", "tests/test_sq_norm.py", "tests/test_split.py")
     variants = pytest("-k", VARIANTS, *files, workers=workers)
     others = pytest("-k", f"not ({VARIANTS})", *files, workers=workers)
     features = pytest("-k", "not more_than_2_to", "tests/test_gpu.py", workers=max(cores // 5, 1))
@@ -87,6 +87,8 @@ def stages(capability: str, cores: int) -> list[Stage]:
         bench("layers", 75, "linear hooks captured", "--full", "-k", layers),
         bench("step-1B", 60, "step", *steps, "1.1B and 1024 and not checkpointing"),
         bench("step-7B", 110, "step", *steps, "6.7B and 1024 and not checkpointing"),
+        bench("rules", 60, "clipping", *steps, "not checkpointing and (AdaLomo or clip_tensor)"),
+        bench("head", 40, "head", *steps, "logits or linear_cross_entropy_blocks"),
         bench("memory", 60, "memory", "-k", simulated),
         Stage("beyond-2-31", 60, beyond, cuda),
         Stage("ncu", 80, counted, cuda),

@@ -179,7 +179,10 @@ def release_deep_graphs() -> None:
                 key = waiting.pop()
                 if key not in nodes or _is_held(nodes, key):
                     continue
-                after = nodes[key].next_functions
+                try:
+                    after = nodes[key].next_functions
+                except RuntimeError:  # before torch 2.13 an autograd.Function's node may die before its Python object
+                    after = ()
                 del nodes[key]
                 waiting.extend(id(node) for node, _ in after if node is not None)
                 del after

@@ -5,6 +5,8 @@ Nothing here holds a weak reference to a tensor: `torch.utils.swap_tensors` refu
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -141,10 +143,23 @@ def optimizer_backward() -> OptimizerBackward | None:
 def set_optimizer_backward(backward: OptimizerBackward | None) -> None:
     """Sets what `optimizer_backward` returns. It is kept in torch's thread-local objects, which autograd copies to its
     own threads."""
-    if backward is not None:
-        torch._C._stash_obj_in_tls(_KEY, backward)
-    elif torch._C._is_key_in_tls(_KEY):
-        torch._C._remove_obj_from_tls(_KEY)
+    if _STASH_TAKES_A_REFERENCE:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(backward))
+    torch._C._stash_obj_in_tls(_KEY, backward)
+
+
+def _stash_takes_a_reference() -> bool:
+    """Whether torch releases, with an entry, a reference that it never acquired. That of 2.11 does, and frees objects
+    that others hold."""
+    stashed = object()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(stashed))  # the reference that may be taken; else 16 bytes stay
+    before = sys.getrefcount(stashed)
+    torch._C._stash_obj_in_tls(_KEY, stashed)
+    return sys.getrefcount(stashed) == before
+
+
+_STASH_TAKES_A_REFERENCE = _stash_takes_a_reference()
+set_optimizer_backward(None)
 
 
 def unmanaged_leaves(leaves: Sequence[Tensor]) -> list[Tensor]:
