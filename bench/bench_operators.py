@@ -236,7 +236,9 @@ def linear(tokens, dtype, device):
     ops.linear_sgd_(weight, layer.x, layer.gy, lr=1.0)
     assert (weight + expected).abs().max() <= 1e-4 * expected.abs().max()
     ops.linear_sq_norm_(layer.slot, layer.x, layer.gy)
-    torch.testing.assert_close(layer.slot[0], expected.double().square().sum(), rtol=1e-5, atol=0)
+    # An H100 loses up to 5e-5 of the sum: its matrix units cut off what lies below the largest product's last bits.
+    rtol = 1e-5 if device == "cpu" or dtype == "float32" else 2e-4
+    torch.testing.assert_close(layer.slot[0], expected.double().square().sum(), rtol=rtol, atol=0)
     return layer
 
 

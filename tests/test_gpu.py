@@ -236,6 +236,7 @@ def test_a_step_never_synchronises(dtype: torch.dtype, rule: str) -> None:
     model, optimizer = training(rule, dtype, 0.1)
     tokens, targets = (torch.zeros(3, 6, dtype=torch.int64, device=CUDA) for _ in range(2))
     optimizer.backward(model(tokens, targets))
+    optimizer.grad_norm(model(tokens, targets))  # looks once whether a second backward has the first one's gradients
     with no_synchronisation():
         for step in range(3):
             optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
@@ -262,7 +263,7 @@ def allocations() -> int:
     return int(torch.cuda.memory_stats(CUDA)["allocation.all.allocated"])
 
 
-def test_operators_allocate_nothing_after_the_first_call() -> None:
+def test_operators_allocate_their_scalars_and_nothing_else_after_the_first_call() -> None:
     params = [numbers(n, torch.bfloat16, n) for n in (100, 10_001, 3 * 10**6)]
     grads = [numbers(param.numel(), torch.bfloat16, 1) for param in params]
     slots = list(torch.zeros(len(params), dtype=torch.float64, device=CUDA))
@@ -279,7 +280,7 @@ def test_operators_allocate_nothing_after_the_first_call() -> None:
     calls()
     before = allocations()
     calls()
-    assert allocations() == before
+    assert allocations() - before == 2 * (len(params) + 1)  # a vector for each call of an update
 
 
 def test_a_list_takes_few_launches() -> None:
@@ -468,7 +469,7 @@ def test_every_operator_has_one_kernel_and_info_names_it() -> None:
     for name in ops.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", "CUDA")
         expected = chosen.backend
-        if chosen.backend == "cuda" and name in tiled.IMPLEMENTATIONS:
+        if chosen.backend == "cuda" and name in backends.COMPOSITE:
             expected = "tiled" if os.environ.get(backends.VARIABLE) == "cuda" or "triton" not in forms() else "triton"
         assert chosen.of(name).backend == expected
 
@@ -512,9 +513,9 @@ def test_a_model_on_gpu_and_cpu(rule: str) -> None:
     """As `device_map` spreads one: the halves equal a model in one place but for the device's own products."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    textbook = Textbook(model, lr=0.1, **RULES[rule])
+    textbook = Textbook(model, lr=0.01, **RULES[rule])
     model[0].to(CUDA)
-    optimizer = Lomo(model, lr=0.1, **RULES[rule])
+    optimizer = Lomo(model, lr=0.01, **RULES[rule])
     for step in range(3):
         x = torch.randn(5, 64, generator=torch.Generator().manual_seed(step))
         optimizer.backward(model[1](model[0](x.to(CUDA)).cpu()).square().sum())

@@ -50,6 +50,7 @@ NONE = torch.empty(0)
 
 
 def operator(name: str) -> Callable[..., None]:
+    backends.check_device(CUDA)  # registers it
     function: Callable[..., None] = getattr(torch.ops.lomo_kernels, name)
     return function
 

@@ -198,6 +198,7 @@ def test_all_that_was_measured_is_in_the_results(measured: list[dict[str, Any]])
         cases.setdefault(benchmark["group"], []).append(case)
         assert benchmark["stats"]["data"] and len(case["baseline_seconds"]) in (0, len(benchmark["stats"]["data"]))
     questions = {"ceilings", "update", "norm", "lists", "linear", "captured", "hooks", "step", "memory", "embedding"}
+    questions |= {"clipping", "head"}
     assert cases.keys() == questions
     for question in ("update", "norm"):
         found = {(case["backend"], case["dtype"], case["elements"]) for case in cases[question]}

@@ -75,20 +75,24 @@ def vector(op: str, device: torch.device, scalars: Mapping[str, Any]) -> Tensor:
     moving = is_step_tensor(op, step, device)
     if not (tensors or moving):
         return _on_host(numbers, step)
-    made = _on_host(numbers, 0) if device.type == "cpu" else _on_device(device, numbers)
+    pieces = list(_constants(device, numbers))
     for position, tensor in tensors:
-        made[position].copy_(tensor.detach().reshape(()))
-    bits = made.view(torch.int64)[STEP]
+        pieces[position] = tensor.detach().reshape(1).double()
     if moving:
-        bits.copy_(step.reshape(()))
+        pieces[STEP] = step.reshape(1).view(torch.float64)
     elif step:
-        bits.fill_(step)
-    return made
+        pieces[STEP] = torch.full((1,), step, dtype=torch.int64, device=device).view(torch.float64)
+    # One launch. On an H100's host a launch for each scalar took longer than `sgd_` of 16 million elements.
+    return torch.cat(pieces)
+
+
+def _is_traced() -> bool:
+    """Whether somebody must see every call of torch's."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def _on_host(numbers: list[float], step: int) -> Tensor:
-    # A buffer of Python's takes 1 us, torch.tensor 5; but what traces torch's calls does not see it.
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if _is_traced():  # else a buffer of Python's takes 1 us, torch.tensor 5
         made = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         if step:
             made.view(torch.int64)[STEP] = step
@@ -99,13 +103,36 @@ def _on_host(numbers: list[float], step: int) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch.float64)
 
 
-def _on_device(device: torch.device, numbers: list[float]) -> Tensor:
+def _constants(device: torch.device, numbers: list[float]) -> tuple[Tensor, ...]:
+    """The numbers as tensors of one element on the device. Those on a GPU are kept, each stream's for itself: no other
+    stream waits until they are filled."""
+    if device.type == "cpu":
+        return _on_host(numbers, 0).split(1)
+    if device.type != "cuda" or _is_traced() or torch.cuda.is_current_stream_capturing():
+        return _filled(device, numbers)
+    key = device, torch.cuda.current_stream(device).cuda_stream, tuple(numbers)
+    kept = _kept.get(key)
+    if kept is None:
+        while len(_kept) >= KEPT:
+            _kept.pop(next(iter(_kept)), None)
+        with torch.inference_mode(False):  # else autograd would refuse them outside of such a mode
+            kept = _kept[key] = _filled(device, numbers)
+    return kept
+
+
+#: Of `_constants`, the oldest first. A learning rate that is a number beside a scalar on the device is another constant
+#: in each step.
+_kept: dict[tuple[torch.device, int, tuple[float, ...]], tuple[Tensor, ...]] = {}
+KEPT = 64
+
+
+def _filled(device: torch.device, numbers: list[float]) -> tuple[Tensor, ...]:
     """Filled there: a copy from the host's memory would make the host wait."""
     made = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
     for position, number in enumerate(numbers):
         if number:
             made[position].fill_(number)
-    return made
+    return made.split(1)
 
 
 def check_vector(op: str, scalars: Tensor, device: torch.device) -> None:

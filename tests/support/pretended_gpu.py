@@ -121,7 +121,7 @@ def pretend() -> None:
 
 def make_tiny() -> None:
     """The benches' sizes. Their names, by which stages select, stay."""
-    from bench import bench_memory, bench_operators, bench_training, buffers, measure
+    from bench import bench_head, bench_memory, bench_operators, bench_training, buffers, measure
     from bench.methods import TINY
 
     buffers.CACHE["cuda"] = 2**16
@@ -131,7 +131,7 @@ def make_tiny() -> None:
     bench_operators.BYTES["cuda"], bench_operators.SIDE["cuda"] = 2**16, 32
     bench_operators.LINEAR_SHAPE["cuda"] = (40, 32)
     bench_operators.EMBEDDING_SHAPE["cuda"] = (300, 16)
-    bench_training.CAPTURED = TINY
+    bench_training.CAPTURED = bench_head.CONFIG = TINY
     bench_training.MODELS.update({"1.1B": TINY, "6.7B": dataclasses.replace(TINY, layers=1)})
     attach = bench_training.Trained.__init__
     bench_training.Trained.__init__ = lambda self, name, whole, tokens, *rest: attach(self, name, whole, 16, *rest)
