@@ -7,12 +7,15 @@ import importlib
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from lomo_kernels import ops, reference
+from lomo_kernels.composite import tiled
+from lomo_kernels.ops.scalars import vector as scalar_vector
 
 from .buffers import Buffers
 from .measure import Baseline, Call, scalar
@@ -30,7 +33,11 @@ def cases(device, full):
         "norm": {"implementation": ["sq_norm_", *NORMS], **sizes},
         # The norms of a Llama of 65B are 161 vectors of 8192.
         "lists": {"implementation": LISTS, "dtype": ["bfloat16"], "tensors": [300], "elements": [4096]},
-        "linear": {"implementation": LINEAR, "dtype": ["bfloat16", "float32"], "tokens": tokens},
+        "linear": {
+            "implementation": [*LINEAR, *(FORMS if device == "cuda" else ())],
+            "dtype": ["bfloat16", "float32"],
+            "tokens": tokens,
+        },
         "embedding": {"implementation": EMBEDDING, "dtype": ["bfloat16"], "tokens": [256, 1024, 4096][: 1 + 2 * full]},
     }
 
@@ -67,7 +74,17 @@ STREAMS = 3  # reads the parameter and the gradient, writes the parameter
 
 def ours(buffers: Buffers, lr: float, *, rounding: str = "nearest", **scalars: float) -> Call:
     given = {name: scalar(value, buffers.device) for name, value in {"lr": lr, **scalars}.items()}
-    return lambda number: ops.sgd_(*buffers.pair(number), rounding=rounding, **given)
+    if buffers.device == "cpu":
+        return lambda number: ops.sgd_(*buffers.pair(number), rounding=rounding, **given)
+    slots = [given.pop("sq_norm")] if "sq_norm" in given else []
+    vector = scalar_vector("sgd_", buffers.params[0].device, given)  # made once in a step, as by the optimizer
+
+    def call(number: int) -> None:
+        param, grad = buffers.pair(number)
+        update = torch.ops.lomo_kernels.update_.default
+        update([param], [grad], vector, slots, 0, rounding == "stochastic", 0, [0], [], [])
+
+    return call
 
 
 def plain(buffers: Buffers, lr: float, weight_decay: float | None = None) -> Call:
@@ -146,7 +163,11 @@ def test_update(paired, buffers, implementation, dtype, device):
     if reason := wrong(implementation, buffers.dtype, device):
         assert not implementation.startswith("sgd_"), reason
         pytest.skip(f"{implementation}, {dtype}, {device}: {reason}")
-    paired(UPDATES[implementation](buffers, LR), buffers.probe(STREAMS))
+    capture = implementation.startswith("sgd_") or implementation in (
+        "add_",
+        "mul_, add_",
+    )  # optimizers may not allow it
+    paired(UPDATES[implementation](buffers, LR), buffers.probe(STREAMS), capture)
 
 
 # --- norm: how fast, and how exact, is the sum of squares? -----------------------------------------------------------
@@ -168,7 +189,7 @@ def test_norm(paired, buffers, implementation, device):
     result = norm(grad)
     error = abs((slot.sqrt() if implementation == "sq_norm_" else result.double()) / exact - 1).item()
     assert implementation != "sq_norm_" or error <= 1e-6
-    paired(lambda number: norm(buffers.pair(number)[1]), buffers.probe(1), error=error)
+    paired(lambda number: norm(buffers.pair(number)[1]), buffers.probe(1), capture=True, error=error)
 
 
 # --- lists: what does one call for many small tensors save against a call for each? ----------------------------------
@@ -227,6 +248,23 @@ LINEAR = {
 }
 
 
+def tiles(of, _, mebibytes):
+    """By tiles of so much memory."""
+    with mock.patch.multiple(tiled, CROSSOVER=0, GPU_TILE_BYTES=mebibytes * 2**20):
+        ops.linear_sgd_(of.weight, of.x, of.gy, lr=of.lr)
+
+
+def in_registers(of, _):
+    """By Triton's kernel, however many tokens there are."""
+    with mock.patch.object(tiled, "CROSSOVER", 2**31):
+        ops.linear_sgd_(of.weight, of.x, of.gy, lr=of.lr)
+
+
+#: What `tiled.CROSSOVER` and `tiled.GPU_TILE_BYTES` choose between, on a GPU.
+FORMS = {f"linear_sgd_, tiles of {size} MiB": partial(tiles, mebibytes=size) for size in (16, 64)}
+FORMS["linear_sgd_, tiles in registers"] = in_registers
+
+
 @pytest.fixture(scope="module")
 def linear(tokens, dtype, device):
     rows, columns = LINEAR_SHAPE[device]
@@ -244,7 +282,7 @@ def linear(tokens, dtype, device):
 
 def test_linear(paired, linear, implementation):
     product = Baseline("product", lambda _: linear.gy.T @ linear.x)  # no way to a new weight needs less
-    paired(partial(LINEAR[implementation], linear), product)
+    paired(partial((LINEAR | FORMS)[implementation], linear), product, capture=True)
 
 
 # --- embedding: the same from indices, next to the dense gradient ----------------------------------------------------

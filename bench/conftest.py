@@ -79,22 +79,26 @@ def device(request):
 def paired(benchmark, device, request):
     """paired(call, baseline, …): times `call` in rounds, each followed by a round of the baseline; `extra_info` takes
     the rest. Calls get a running number, to use buffers in turn. It runs on over both: with numbers of their own, the
-    call would find in the cache what the baseline has just used."""
+    call would find in the cache what the baseline has just used. `capture`: on a GPU, in CUDA graphs."""
 
-    def run(call, baseline=None, **extra_info):
+    def run(call, baseline=None, capture=False, **extra_info):
         numbers, samples = itertools.count(), []
+        capture = capture and device == "cuda" and not benchmark.disabled
 
-        def target():
-            call(next(numbers))
+        def numbered(call):
+            return measure.captured(call) if capture else lambda: call(next(numbers))
 
-        def compared():
-            baseline.call(next(numbers))
-
+        target, compared = numbered(call), numbered(baseline.call) if baseline else None
         if benchmark.disabled:
             benchmark.pedantic(target)
             return compared() if baseline else None
         iterations, seconds = measure.calibrated(target, device)
         compared_iterations, compared_seconds = measure.calibrated(compared, device) if baseline else (0, 0.0)
+        if capture:
+            whole = measure.CAPTURED
+            iterations, compared_iterations = (
+                -(-times // whole) * whole for times in (iterations, compared_iterations)
+            )
 
         def compare():
             samples.append(measure.timed(compared, compared_iterations, device) * baseline.scale)

@@ -88,6 +88,8 @@ class Run:
         self.say(f"{outcome.stage.name}: {outcome.status}, {outcome.seconds:.0f} s")
         if outcome.started:
             check = {"status": int(not outcome.passed), "said": outcome.status, "seconds": round(outcome.seconds, 1)}
+            for folder in (self.scratch, results.ROOT, sys.prefix):  # this machine's own
+                printed = printed.replace(f"{folder}/", "")
             self.checks[outcome.stage.name] = check | {"commit": results.commit(), "output": printed.splitlines()[-15:]}
             self.stages.write_text(json.dumps(self.checks, indent=1))
 

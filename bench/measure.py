@@ -55,6 +55,26 @@ def timed(call: Callable[[], object], times: int, device: str) -> float:
     return (CLOCKS[device]() - start) / times
 
 
+#: Calls of a CUDA graph. So many buffers of 16 Mi elements are used in turn.
+CAPTURED = 16
+
+
+def captured(call: Call) -> Callable[[], None]:
+    """`call` in a CUDA graph: so a GPU's kernels are timed, and not the host, which may take longer to launch them. Of
+    every `CAPTURED` calls of what is returned, the first replays as many of `call`, and the others do nothing."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(0)  # what the first call allocates and compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for number in range(CAPTURED):
+            call(number)
+    numbers = itertools.count()
+    return lambda: None if next(numbers) % CAPTURED else graph.replay()
+
+
 def calibrated(call: Callable[[], object], device: str) -> tuple[int, float]:
     """How many calls a round takes, and their seconds."""
     times = 1

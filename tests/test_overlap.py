@@ -118,35 +118,14 @@ def cases(memory):
             "sq_norm and a factor",
         ),
         "an embedding norm's slot": (lambda: ops.embedding_sq_norm_(slot, index, x), "slot and a factor"),
-        "a learning rate in the parameter": (lambda: ops.sgd_(memory[:4], ones(4), lr=memory[3]), "param and lr"),
-        "a flag that is the slot": (
-            lambda: ops.sgd_(other, ones(4), sq_norm=slot, found_inf=slot, **lr),
-            "sq_norm and found_inf",
-        ),
-        "a coefficient in another parameter": (
-            lambda: ops.sgd_list_([other, memory[:8]], [ones(4), ones(8)], clip_coef=slots_in(memory)[1], **lr),
-            "param and clip_coef",
-        ),
-        "a step in a strided parameter": (
-            lambda: ops.sgd_(memory[::2], ones(32), step=memory.view(torch.int64)[1], **lr),
-            "param and step",
-        ),
         "a norm's scale": (lambda: ops.sq_norm_(slot, ones(4), inv_scale=memory[1]), "slot and inv_scale"),
         "a scale of a list of norms": (
             lambda: ops.sq_norm_list_(slots_in(memory)[:2], [ones(4)] * 2, inv_scale=memory[3]),
             "slot and inv_scale",
         ),
-        "a linear update's learning rate": (
-            lambda: ops.linear_sgd_(memory[:20].view(5, 4), x.clone(), gy, lr=memory[19]),
-            "weight and lr",
-        ),
         "a linear norm's scale": (
             lambda: ops.linear_sq_norm_(slot, x.clone(), gy, inv_scale=memory[0]),
             "slot and inv_scale",
-        ),
-        "an embedding's decay": (
-            lambda: ops.embedding_sgd_(memory[:20].view(5, 4), index, ones(3, 4), weight_decay=memory[0], **lr),
-            "weight and weight_decay",
         ),
         "an embedding norm's scale": (
             lambda: ops.embedding_sq_norm_(slot, index, ones(3, 4), inv_scale=memory[0]),
@@ -184,6 +163,29 @@ def test_scalars_between_what_is_written_are_fine(device):
     ops.sgd_list_(params, ones, lr=memory[1], weight_decay=memory[8], clip_coef=slots[1], sq_norm=slots[::2])
     assert torch.equal(memory[[0, 2, 4, 6, 9, 10, 11]], torch.full((7,), 0.25 * (1 - 0.0625) - 0.25, device=device))
     assert slots.tolist() == [5, 1, 4]
+
+
+def test_scalars_are_read_before_anything_is_written(device):
+    def updated(apart):
+        """What the memory holds after updates whose scalars lie in it, or are copies."""
+        memory = torch.arange(1.0, 65.0, device=device) / 64
+        ones, x, gy = (torch.ones(shape, device=device) for shape in ((4,), (3, 4), (3, 5)))
+        slots = memory[40:48].view(torch.float64).fill_(0.5)
+        index = torch.tensor([0, 2, 2], device=device)
+        own = torch.clone if apart else lambda scalar: scalar
+        ops.sgd_(memory[:4], ones, lr=own(memory[3]))
+        ops.sgd_(memory[:4], ones, lr=0.25, sq_norm=slots[:1], found_inf=own(slots[0]))
+        ops.sgd_list_(
+            [memory[:4], memory[40:48]], [ones, torch.ones(8, device=device)], lr=0.1, clip_coef=own(slots[1])
+        )
+        keys = {"rounding": "stochastic", "step": own(memory[10:12].view(torch.int64))}
+        halves = memory[8:16].view(torch.bfloat16)
+        ops.sgd_(halves[::2], torch.ones(8, device=device), lr=0.1, **keys)
+        ops.linear_sgd_(memory[16:36].view(5, 4), x, gy, lr=own(memory[35]))
+        ops.embedding_sgd_(memory[16:36].view(5, 4), index, x, lr=0.1, weight_decay=own(memory[16]))
+        return memory
+
+    assert torch.equal(updated(apart=False), updated(apart=True))
 
 
 def test_one_slot_and_one_gradient_may_serve_several(device):

@@ -90,10 +90,11 @@ void with_format(DType dtype, const Run& run) {
 // Fills `table` again and again from entries [begin, ...), launching each, until all are done.
 template <class Table, class E, class Launch>
 void launch_all(Table& table, std::vector<E>& entries, const WorkspaceSource& workspace, const Launch& launch) {
+  const int64_t most = entries[0].slot ? kNormLaunchBlocks : kLaunchBlocks;  // all entries have a slot, or none
   for (size_t i = 0; i < entries.size();) {
     uint32_t blocks = 0;
     table.count = 0;
-    while (i < entries.size() && table.count < Table::capacity && blocks + entries[i].blocks <= kLaunchBlocks) {
+    while (i < entries.size() && table.count < Table::capacity && blocks + entries[i].blocks <= most) {
       E& entry = table.entries[table.count++] = entries[i++];
       entry.first_block = blocks;
       blocks += entry.blocks;

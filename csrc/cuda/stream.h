@@ -69,7 +69,7 @@ class Stream {
 
   static Workspace parts_of(const Tensor& tensor) {
     auto* partials = static_cast<double*>(tensor.mutable_data_ptr());
-    return {partials, reinterpret_cast<uint32_t*>(partials + kLaunchBlocks)};
+    return {partials, reinterpret_cast<uint32_t*>(partials + kNormLaunchBlocks)};
   }
 
   Device device_;

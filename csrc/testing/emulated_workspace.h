@@ -10,7 +10,7 @@ namespace cuda {
 
 // As on a device: one workspace for all launches, whose tickets are zero after each of them.
 inline Workspace emulated_workspace() {
-  static std::vector<double> partials(kLaunchBlocks);
+  static std::vector<double> partials(kNormLaunchBlocks);
   static std::vector<uint32_t> tickets(kTableEntries);
   for (const uint32_t ticket : tickets) {
     if (ticket) throw std::logic_error("a launch left a ticket that is not zero");

@@ -4,7 +4,7 @@ C++."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -142,18 +142,8 @@ def check_no_overlap(op: str, *lists: Iterable[Region]) -> None:
     )
 
 
-def check_scalars_apart(
-    op: str, scalars: Mapping[str, object], added: tuple[str, Sequence[Tensor]], *written: tuple[str, Sequence[Tensor]]
-) -> None:
-    """Raises RuntimeError if a scalar that is a tensor lies in memory that the call writes: it could change while
-    elements, or tiles of a product, still need it. `added`, `written`: slots and parameters, and their name."""
-    tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
-    if tensors and have_addresses(
-        (*tensors.values(), *added[1], *(tensor for _, of_name in written for tensor in of_name))
-    ):
-        check_no_overlap(
-            op,
-            regions(Access.ADDED, *added),
-            *(regions(Access.WRITTEN, *of_name) for of_name in written),
-            *(regions(Access.READ, name, [value]) for name, value in tensors.items()),
-        )
+def check_scale_apart(op: str, inv_scale: object, slots: Sequence[Tensor]) -> None:
+    """Raises RuntimeError if a norm's factor is a tensor in memory that the call writes: it could change while elements
+    still need it."""
+    if isinstance(inv_scale, Tensor) and have_addresses((inv_scale, *slots)):
+        check_no_overlap(op, regions(Access.ADDED, "slot", slots), regions(Access.READ, "inv_scale", [inv_scale]))

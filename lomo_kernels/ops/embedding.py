@@ -22,7 +22,7 @@ from ._arguments import (
     inv_scale_tensor,
     library,
 )
-from ._overlap import check_scalars_apart
+from ._overlap import check_scale_apart
 from ._pairs import check_embedding, check_factors_apart, check_weight, pair_lists
 from .scalars import check_vector
 from .update import Step, increment_version, update_arguments
@@ -110,7 +110,7 @@ def embedding_sq_norm_(
     check_embedding(op, index_list, grad_outputs, paddings, slot)
     check_served(slot)
     check_factors_apart(op, [*index_list, *grad_outputs], None, slot)
-    check_scalars_apart(op, {"inv_scale": inv_scale}, ("slot", [slot]))
+    check_scale_apart(op, inv_scale, [slot])
     number = inv_scale_tensor(op, inv_scale, slot.device)
     torch.ops.lomo_kernels.embedding_sq_norm_.default(slot, index_list, grad_outputs, paddings, number)
 
@@ -158,7 +158,7 @@ def embedding_sgd_(
         raise ValueError(f"{op}: padding_idx is {padding_idx}, expected a row of weight, < {weight.shape[0]}")
     check_served(weight)
     slots = [] if sq_norm is None else [sq_norm]
-    scalars, settings, lows = update_arguments(op, slots, "weight", [weight], [low], step)
+    scalars, settings, lows = update_arguments(op, slots, [weight], [low], step)
     check_factors_apart(op, [*index_list, *grad_outputs], weight, sq_norm, lows)
     torch.ops.lomo_kernels.embedding_update_.default(
         weight,

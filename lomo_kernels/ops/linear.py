@@ -22,7 +22,7 @@ from ._arguments import (
     inv_scale_tensor,
     library,
 )
-from ._overlap import check_scalars_apart
+from ._overlap import check_scale_apart
 from ._pairs import check_factors_apart, check_linear, check_weight, pair_lists
 from .scalars import check_vector
 from .update import Step, increment_version, update_arguments
@@ -97,7 +97,7 @@ def linear_sq_norm_(
     check_linear(op, inputs, grad_outputs, slot)
     check_served(slot)
     check_factors_apart(op, [*inputs, *grad_outputs], None, slot)
-    check_scalars_apart(op, {"inv_scale": inv_scale}, ("slot", [slot]))
+    check_scale_apart(op, inv_scale, [slot])
     number = inv_scale_tensor(op, inv_scale, slot.device)
     torch.ops.lomo_kernels.linear_sq_norm_.default(slot, inputs, grad_outputs, number)
 
@@ -131,8 +131,7 @@ def linear_sgd_(
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
         RuntimeError: elements of `weight` or `low` share memory with each other, with a factor or with `sq_norm`; a
-            factor shares memory with `sq_norm`; a scalar shares memory with a tensor that is written. Nothing is
-            changed then.
+            factor shares memory with `sq_norm`. Nothing is changed then.
     """
     op = "linear_sgd_"
     inputs, grad_outputs = pair_lists(op, "input", input, grad_output)
@@ -141,7 +140,7 @@ def linear_sgd_(
     _check_update(op, weight, inputs, grad_outputs)
     check_served(weight)
     slots = [] if sq_norm is None else [sq_norm]
-    scalars, settings, lows = update_arguments(op, slots, "weight", [weight], [low], step)
+    scalars, settings, lows = update_arguments(op, slots, [weight], [low], step)
     check_factors_apart(op, [*inputs, *grad_outputs], weight, sq_norm, lows)
     torch.ops.lomo_kernels.linear_update_.default(
         weight,

@@ -18,7 +18,7 @@ from ._arguments import (
     inv_scale_tensor,
     library,
 )
-from ._overlap import check_scalars_apart
+from ._overlap import check_scale_apart
 
 library.define("sq_norm_(Tensor(a!)[] slots, Tensor[] grads, Tensor? inv_scale) -> ()")
 
@@ -80,5 +80,5 @@ def sq_norm_list_(
 
 
 def _inv_scale(op: str, value: Scalar | None, slots: Sequence[Tensor]) -> Tensor | None:
-    check_scalars_apart(op, {"inv_scale": value}, ("slot", slots))
+    check_scale_apart(op, value, slots)
     return inv_scale_tensor(op, value, slots[0].device)

@@ -23,7 +23,6 @@ from ._arguments import (
     library,
     low_parts,
 )
-from ._overlap import check_scalars_apart
 from .scalars import check_vector, vector
 
 if TYPE_CHECKING:
@@ -88,6 +87,7 @@ def sgd_(
     An element whose ``grad * inv_scale`` is not finite keeps its parameter.
 
     Scalars are numbers, or one-element float64 or float32 tensors on the parameter's device (never read by the host).
+    They are read before anything is written, so they may be elements of what the call writes.
 
     Args:
         param: float32, bfloat16 or float16, any shape; its elements must not share memory. Its autograd version counter
@@ -114,13 +114,13 @@ def sgd_(
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout, device or range; nothing is changed then.
         RuntimeError: elements of `param` or `low` share memory with each other, with `grad` or with `sq_norm`; `grad`
-            shares memory with `sq_norm`; a scalar shares memory with a tensor that is written. Nothing is changed then.
+            shares memory with `sq_norm`. Nothing is changed then.
     """
     op = "sgd_"
     check_pair(op, param, grad)
     check_served(param)
     slots = [] if sq_norm is None else [sq_norm]
-    scalars, settings, lows = update_arguments(op, slots, "param", [param], [low], step)
+    scalars, settings, lows = update_arguments(op, slots, [param], [low], step)
     torch.ops.lomo_kernels.update_.default(
         [param],
         [grad],
@@ -181,7 +181,7 @@ def sgd_list_(
             raise ValueError(f"{op}: params are on {params[0].device} and {param.device}, expected one device")
     check_served(params[0])
     numbers = [check_shard(op, shard, param.numel()) for shard, param in zip(shards, params, strict=False)]
-    scalars, settings, parts = update_arguments(op, slots, "param", params, lows, step)
+    scalars, settings, parts = update_arguments(op, slots, params, lows, step)
     torch.ops.lomo_kernels.update_.default(
         params,
         grads,
@@ -196,15 +196,10 @@ def sgd_list_(
 
 
 def update_arguments(
-    op: str, slots: Sequence[Tensor], name: str, params: Sequence[Tensor], low: Sequence[Tensor | None], step: Step
+    op: str, slots: Sequence[Tensor], params: Sequence[Tensor], low: Sequence[Tensor | None], step: Step
 ) -> tuple[Tensor, tuple[int, bool, int], list[Tensor]]:
-    """What every update operator takes: the vector of scalars; rule, stochastic, seed; low parts. Checks these, and the
-    slots.
-
-    Args:
-        name: the operator's name for a parameter.
-        low: one per parameter.
-    """
+    """What every update operator takes: the vector of scalars; rule, stochastic, seed; low parts, from one or None per
+    parameter. Checks these, and the slots."""
     device = params[0].device
     for given in step:
         if given not in ARGUMENTS:
@@ -213,7 +208,6 @@ def update_arguments(
         check_slot(op, "sq_norm", slot, device)
     rounding = check_rounding(op, step.get("rounding", "nearest"))
     parts = low_parts(op, rounding, params, low)
-    check_scalars_apart(op, step, ("sq_norm", slots), (name, params), ("low", parts))
     settings = (
         rule_number(step.get("rule", "sgd"), op),
         rounding == "stochastic",

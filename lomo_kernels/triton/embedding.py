@@ -240,7 +240,7 @@ def embedding_sq_norm_(
     with launch.on(device):
         keys, order, gy, nowhere = runs(indices, grad_outputs, padding_idx, None)
         aligned = not (columns | gy.stride(0)) % 16
-        blocks = keys.numel() * triton.cdiv(columns, BLOCK)
+        blocks = keys.numel() * launch.cdiv(columns, BLOCK)
         embedding_sq_norm_kernel[(blocks,)](
             slot.data_ptr(),
             gy,
@@ -300,7 +300,7 @@ def embedding_update_(
         w = weight.detach().contiguous()
         keys, order, gy, nowhere = runs(indices, grad_outputs, padding_idx, rows)
         aligned = not (columns | gy.stride(0)) % 16
-        across = triton.cdiv(columns, BLOCK)
+        across = launch.cdiv(columns, BLOCK)
         touched = None
         if decays:
             touched = torch.zeros(rows + 1, dtype=torch.uint8, device=device)

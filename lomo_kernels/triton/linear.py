@@ -526,7 +526,7 @@ def shape_of(factors: Factors, tile: Tile, gpu: int) -> tuple[int, dict[str, Any
         "TOKENS": factors.tokens if launch.INTERPRETED else None,  # range() of a tensor fails there, see `add_up`
         **tile.options(),
     }
-    return triton.cdiv(factors.rows, tile.rows) * triton.cdiv(factors.columns, tile.columns), constants
+    return launch.cdiv(factors.rows, tile.rows) * launch.cdiv(factors.columns, tile.columns), constants
 
 
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
@@ -582,7 +582,7 @@ def _gram(slot: Tensor, factors: Factors, number: int, kind: int, gpu: int) -> T
             **launch.options(4),
         )
     tile = gram_tile_of(dtype, gpu)
-    across = triton.cdiv(tokens, tile.rows)
+    across = launch.cdiv(tokens, tile.rows)
     blocks = across * (across + 1) // 2
     gram_kernel[(blocks,)](
         slot.data_ptr(),

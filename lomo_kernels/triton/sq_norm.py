@@ -85,7 +85,7 @@ def options(gpu: int) -> dict[str, Any]:
 def programs_of(numel: int) -> int:
     """Programs that add up a tensor; see `blocks_per_program`."""
     blocks = launch.blocks_of(numel)
-    return triton.cdiv(blocks, triton.cdiv(blocks, PROGRAMS.value))
+    return launch.cdiv(blocks, launch.cdiv(blocks, PROGRAMS.value))
 
 
 def _alone(slot: Tensor, grad: Tensor, number: int, kind: int) -> None:
