@@ -67,7 +67,7 @@ class FactoredPass(UpdatePass, NormPass):
                 # Nothing has clipped the gradient, so the rows' sums are its norm: a read less, of four with "adalomo".
                 part.managed.slot.add_(part.sums.rows.sum())
         self._add_other_ranks(sums, groups)
-        factors = [rule.factors(part.managed, part.sums, state.of(part.managed), state.step(device)) for part in parts]
+        factors = [rule.factors(part.managed, part.sums, state.of(part.managed), state.of_step(device)) for part in parts]
         coefs = [of_part.coef for of_part in factors]
         if rule.needs_scale:
             squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
@@ -91,7 +91,7 @@ class FactoredPass(UpdatePass, NormPass):
         cells = self._rule_state.scalars.cells(part.managed)
         if coef is not None:
             cells.clip_coef.mul_(coef)
-        cells.found_inf.add_(part.sums.rows.sum() * 0.0)  # NaN, which is not zero, of infinity and of NaN
+        cells.found_inf.add_(part.sums.rows.sum(), alpha=0.0)  # NaN, which is not zero, of infinity and of NaN
         self.changed = True
         self._rule_state.replace(part.managed, factors.state, cells.found_inf)
         part.update(factors, cells.vector, rule=self.rule, stochastic=self.stochastic, seed=self.seed)

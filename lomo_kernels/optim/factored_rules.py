@@ -84,12 +84,16 @@ class FactoredRule:
         """The state of a parameter before its first step."""
         return ()
 
-    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
-        """What u is made of.
+    def of_step(self, step: Tensor) -> Tensor:
+        """What `factors` needs of a step's number. It is the same for all parameters.
 
         Args:
             step: counts from 1 the steps that were not skipped; float64, no dimensions.
         """
+        return step
+
+    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], of_step: Tensor) -> Factors:
+        """What u is made of. `of_step`: see there."""
         raise NotImplementedError
 
     def scale(self, u_squares: Tensor, param_squares: Tensor, elements: int) -> Tensor:
@@ -118,7 +122,7 @@ class TensorRule(FactoredRule):
 
     name, number = "tensor", 100
 
-    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
+    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], of_step: Tensor) -> Factors:
         none = _none(sums.rows.device)
         return Factors(none, none, _inverse_rms(sums.rows.sum(), math.prod(managed.shape)))
 
@@ -132,9 +136,9 @@ class RowsRule(TensorRule):
         # Not of a user's subclass, whose factors may be others.
         return type(self) is RowsRule and managed.param.dim() > 1 and not managed.is_embedding
 
-    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
+    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], of_step: Tensor) -> Factors:
         if len(managed.shape) < 2:
-            return super().factors(managed, sums, state, step)
+            return super().factors(managed, sums, state, of_step)
         none = _none(sums.rows.device)
         _, rows, columns = sums.shape
         if managed.is_embedding:
@@ -181,14 +185,17 @@ class AdaLomoRule(FactoredRule):
             torch.zeros(shape, dtype=torch.float32, device=managed.local.device) for shape in (row, (matrices, columns))
         )
 
-    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], step: Tensor) -> Factors:
+    def of_step(self, step: Tensor) -> Tensor:
+        """beta, float32."""
+        return (1.0 - step**self.decay_rate).float()
+
+    def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], of_step: Tensor) -> Factors:
         row, column = state
         matrices, rows, columns = sums.shape
-        beta = (1.0 - step**self.decay_rate).float()
 
         def moved(mean: Tensor, squares: Tensor, elements: int) -> Tensor:
             bounded = (squares / max(elements, 1) + self.eps[0]).clamp(_FLOAT32.tiny, _FLOAT32.max)
-            return torch.lerp(bounded.float(), mean, beta)
+            return torch.lerp(bounded.float(), mean, of_step)
 
         column = moved(column, sums.columns, rows)
         if not row.numel():

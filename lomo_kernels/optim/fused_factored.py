@@ -45,7 +45,7 @@ def update_by_row(
         draws: arguments of `factored_update_` after ``scalars`` and before ``shard``.
     """
     weight, scalars = managed.param.detach(), managed.scalars.vector
-    vector, step = rule_state.scalars.vector(managed), rule_state.step(managed.device)
+    vector, of_step = rule_state.scalars.vector(managed), rule_state.of_step(managed.device)
     of_columns = torch.zeros(1, weight.shape[1], dtype=torch.float64, device=weight.device)  # not used
     for first, tile in tiles:
         here = slice(first, first + len(tile))
@@ -55,7 +55,7 @@ def update_by_row(
             add_norm(tile)
         elif add_norm is not None:
             managed.slot.add_(sums.rows.sum())
-        factors = rule_state.rule.factors(managed, sums, (), step)
+        factors = rule_state.rule.factors(managed, sums, (), of_step)
         low = None if managed.low is None else managed.low[here]
         shard = [first * weight.shape[1], tile.numel(), tile.numel()]
         torch.ops.lomo_kernels.factored_update_.default(

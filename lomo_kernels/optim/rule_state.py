@@ -37,25 +37,28 @@ class RuleState:
         self.scalars = scalars
         self._states = [rule.new_state(managed) if managed.supported else () for managed in managed_params]
         self._devices = tuple(devices)
-        self._steps: dict[torch.device, Tensor] = {}
+        self._of_step: dict[torch.device, Tensor] = {}
 
     def begin_update(self, step: Tensor, skipped: Tensor) -> None:
         """An update begins. `step` steps came before it, and `skipped` of them were skipped."""
         self.scalars.begin_update()
-        number = (step - skipped + 1).double()
-        self._steps = {device: number.to(device, non_blocking=True) for device in self._devices}
+        of_step = self.rule.of_step((step - skipped + 1).double())
+        self._of_step = {device: of_step.to(device, non_blocking=True) for device in self._devices}
 
-    def step(self, device: torch.device) -> Tensor:
-        """The number of this step among those that were not skipped, from 1: float64, no dimensions."""
-        return self._steps[device]
+    def of_step(self, device: torch.device) -> Tensor:
+        """What the rule makes of this step's number."""
+        return self._of_step[device]
 
     def of(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
         return self._states[managed.index]
 
     def replace(self, managed: ManagedParameter, new: tuple[Tensor, ...], found_inf: Tensor) -> None:
         """Replaces a parameter's state, unless `found_inf` is not zero."""
+        if not new:
+            return
+        is_right = found_inf == 0
         for state, changed in zip(self._states[managed.index], new, strict=True):
-            state.copy_(torch.where(found_inf == 0, changed, state))
+            torch.where(is_right, changed, state, out=state)
 
     def by_parameter(self, index: int) -> dict[str, Tensor]:
         """A parameter's state by name, live."""
