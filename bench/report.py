@@ -257,8 +257,8 @@ def filled(text: str, measured: list[Device]) -> str:
     """A document with its tables written anew."""
 
     def table(match: re.Match[str]) -> str:
-        shown = {device.folder.name: texts for device in measured if (texts := tables(match[2], device))}
-        parts = [part for name, texts in shown.items() for part in ([f"{name}:\n"] * (len(shown) > 1) + texts)]
+        shown = [(f"{device.folder.name}:\n", texts) for device in measured if (texts := tables(match[2], device))]
+        parts = [part for name, texts in shown for part in ([name, *texts] if len(shown) > 1 else texts)]
         return match[1] + "\n" + "\n".join(parts or ["Not measured yet.\n"]) + "\n" + match[3]
 
     return MARK.sub(table, text)

@@ -181,6 +181,8 @@ def test_scalars_are_read_before_anything_is_written(device):
         keys = {"rounding": "stochastic", "step": own(memory[10:12].view(torch.int64))}
         halves = memory[8:16].view(torch.bfloat16)
         ops.sgd_(halves[::2], torch.ones(8, device=device), lr=0.1, **keys)
+        low = memory[48:50].view(torch.int16)
+        ops.sgd_(memory[50:52].view(torch.bfloat16), ones, lr=own(memory[49]), low=low, rounding="split")
         ops.linear_sgd_(memory[16:36].view(5, 4), x, gy, lr=own(memory[35]))
         ops.embedding_sgd_(memory[16:36].view(5, 4), index, x, lr=0.1, weight_decay=own(memory[16]))
         return memory

@@ -67,7 +67,9 @@ class FactoredPass(UpdatePass, NormPass):
                 # Nothing has clipped the gradient, so the rows' sums are its norm: a read less, of four with "adalomo".
                 part.managed.slot.add_(part.sums.rows.sum())
         self._add_other_ranks(sums, groups)
-        factors = [rule.factors(part.managed, part.sums, state.of(part.managed), state.of_step(device)) for part in parts]
+        factors = [
+            rule.factors(part.managed, part.sums, state.of(part.managed), state.of_step(device)) for part in parts
+        ]
         coefs = [of_part.coef for of_part in factors]
         if rule.needs_scale:
             squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
