@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from .composite import factored, tiled
+from .composite import adalomo, factored, tiled
 from .ops._arguments import choose_kernels, library
 
 VARIABLE = "LOMO_KERNELS_BACKEND"
 NAMES = ("cpu", "cuda", "triton", "reference")
 
-COMPOSITE = tiled.IMPLEMENTATIONS | factored.IMPLEMENTATIONS
+COMPOSITE = tiled.IMPLEMENTATIONS | factored.IMPLEMENTATIONS | adalomo.IMPLEMENTATIONS
 
 _HERE = Path(__file__).parent
 CPU_LIBRARY, CUDA_LIBRARY = _HERE / "_cpu.so", _HERE / "_cuda.so"

@@ -29,6 +29,10 @@ def low(n):
     return torch.randint(-(2**15), 2**15, (n,), generator=oracle.generator(9), dtype=torch.int16)
 
 
+def squares(matrices, rows, columns):
+    return tensor(matrices * rows).view(matrices, rows) ** 2, tensor(matrices * columns).view(matrices, columns) ** 2
+
+
 def scalars(**numbers):
     return vector("test", torch.device("cpu"), {"lr": 0.1} | numbers)
 
@@ -139,6 +143,14 @@ CASES = {
         OPS.factored_sq_norm_,
         (slot(), tensor(30).view(6, 5), tensor(6), tensor(10).view(2, 5), scalars(**EVERY_SCALAR)),
     ),
+    "adalomo_factors": lambda: (
+        OPS.adalomo_factors,
+        (tensor(6).double() ** 2, tensor(10).double().view(2, 5) ** 2, *squares(2, 3, 5), torch.tensor(0.3), 1e-30),
+    ),
+    "adalomo_factors of a vector": lambda: (
+        OPS.adalomo_factors,
+        (tensor(1).double() ** 2, tensor(5).double().view(1, 5) ** 2, *squares(1, 0, 5), torch.tensor(0.3), 1e-30),
+    ),
     "factored_update_": lambda: (
         OPS.factored_update_,
         (
@@ -216,6 +228,7 @@ def test_the_schema_tells_what_is_mutated(name):
         "update_": ["params", "sq_norm", "low"],
         "factor_sums_": ["row_sums", "column_sums"],
         "factored_update_": ["param", "low"],
+        "adalomo_factors": [],
     }
     assert mutated == written.get(name, ["slot"] if "norm" in name else ["weight", "sq_norm", "low"])
 

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from bench.compiled import triton_source  # noqa: E402
-from lomo_kernels.triton import factor_sums, factored, launch  # noqa: E402
+from lomo_kernels.triton import adalomo, factor_sums, factored, launch  # noqa: E402
 
 # ---- Under the interpreter -------------------------------------------------------------------------------------------
 
@@ -54,6 +54,7 @@ def test_the_interpreted_kernels_pass_the_contract(run_python, part):
 
 POINTERS = {"partials": "*fp64", "counter": "*i64", "row_factors": "*fp32", "column_factors": "*fp32"}
 POINTERS |= {"row_sums": "*fp64", "column_sums": "*fp64", "of_rows": "*fp64", "of_columns": "*fp64", "low": "*i16"}
+POINTERS |= dict.fromkeys(("row", "column", "beta", "new_row", "new_column"), "*fp32")
 LARGE, CONVOLUTION = factored.tile_of(1, 4096, 4096), factored.tile_of(4096, 3, 3)
 
 
@@ -85,6 +86,11 @@ def added():
     return made, launch.options(launch.WARPS // 2)
 
 
+def of_adalomo(rows):
+    constants = {"ROWS": rows, "BLOCK": adalomo.BLOCK}
+    return triton_source(adalomo.adalomo_kernel, POINTERS, constants), launch.options()
+
+
 def cases():
     """Name, and how it is made with how many bytes of an element are read by vectors, and written; None: by none."""
     for p, g in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("bf16", "fp32")):
@@ -103,6 +109,8 @@ def cases():
         yield f"{g} strips", functools.partial(strips_of, g), (2 * size_of(g), 0)  # the next rows in the loop
         yield f"{g} matrices", functools.partial(sums_of_matrices, g), None
     yield "added", added, None
+    yield "adalomo", functools.partial(of_adalomo, True), None
+    yield "adalomo of a vector", functools.partial(of_adalomo, False), None
 
 
 CASES = {name: case for name, *case in cases()}
@@ -143,7 +151,7 @@ def test_compiled_for_amd(name, record_property):
 
 
 KERNELS = [factored.factored_update_kernel, factored.factored_sq_norm_kernel, factor_sums.sums_of_matrices_kernel]
-KERNELS += [factor_sums.sums_of_strips_kernel, factor_sums.add_strips_kernel]
+KERNELS += [factor_sums.sums_of_strips_kernel, factor_sums.add_strips_kernel, adalomo.adalomo_kernel]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)

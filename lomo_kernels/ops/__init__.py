@@ -27,4 +27,5 @@ OPERATORS = (
     "factor_sums_",
     "factored_sq_norm_",
     "factored_update_",
+    "adalomo_factors",
 )

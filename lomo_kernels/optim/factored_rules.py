@@ -32,7 +32,6 @@ from .hyperparameters import check_positive
 from .managed_parameter import ManagedParameter
 
 _TINY = 1e-12
-_FLOAT32 = torch.finfo(torch.float32)
 
 
 class Sums(NamedTuple):
@@ -190,20 +189,11 @@ class AdaLomoRule(FactoredRule):
         return (1.0 - step**self.decay_rate).float()
 
     def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], of_step: Tensor) -> Factors:
-        row, column = state
-        matrices, rows, columns = sums.shape
-
-        def moved(mean: Tensor, squares: Tensor, elements: int) -> Tensor:
-            bounded = (squares / max(elements, 1) + self.eps[0]).clamp(_FLOAT32.tiny, _FLOAT32.max)
-            return torch.lerp(bounded.float(), mean, of_step)
-
-        column = moved(column, sums.columns, rows)
-        if not row.numel():
-            return Factors(row, column.rsqrt(), state=(row, column))
-        row = moved(row, sums.rows.view(matrices, rows), columns)
-        wide = row.double()  # the ratio of a row of zeros to large rows is too small for float32
-        of_rows = (wide / wide.mean(dim=1, keepdim=True)).rsqrt().float()
-        return Factors(of_rows.view(-1), column.rsqrt(), state=(row, column))
+        if not sums.columns.numel():
+            return Factors(_none(of_step.device), _none(of_step.device), state=state)
+        operator = torch.ops.lomo_kernels.adalomo_factors.default
+        of_rows, of_columns, *new = operator(*sums, *state, of_step, self.eps[0])
+        return Factors(of_rows, of_columns, state=tuple(new))
 
     def scale(self, u_squares: Tensor, param_squares: Tensor, elements: int) -> Tensor:
         size, of_param = (squares.div(max(elements, 1)).sqrt() for squares in (u_squares, param_squares))

@@ -36,6 +36,7 @@ def register(key: str, names: Collection[str] | None = None) -> str:
         raise ImportError(f"Triton kernels cannot serve {key} tensors as things are: {advice}")
 
     from ..ops._arguments import library
+    from .adalomo import adalomo_factors
     from .embedding import embedding_sq_norm_, embedding_update_
     from .factor_sums import factor_sums_
     from .factored import factored_sq_norm_, factored_update_
@@ -44,7 +45,7 @@ def register(key: str, names: Collection[str] | None = None) -> str:
     from .sq_norm import sq_norm_
 
     layers = (linear_update_, linear_sq_norm_, embedding_update_, embedding_sq_norm_)
-    factored = (factor_sums_, factored_sq_norm_, factored_update_)
+    factored = (factor_sums_, factored_sq_norm_, factored_update_, adalomo_factors)
     for function in (update_, sq_norm_, *layers, *factored):
         if names is None or function.__name__ in names:
             library.impl(function.__name__, function, key)

@@ -117,17 +117,18 @@ def step_scalars(op: str, vector: Tensor, device: torch.device) -> StepScalars:
 def inv_scale(op: str, tensor: Tensor | None, device: torch.device) -> tuple[int, int]:
     """A norm's factor as kernels take it: the bits of a number, or an address, and its kind."""
     if tensor is None:
-        return _bits(1.0), 0
+        return bits(1.0), 0
     if tensor.dtype not in (torch.float64, torch.float32) or tensor.numel() != 1:
         fail(op, ": inv_scale has shape ", list(tensor.shape), " and dtype ", tensor.dtype, ", expected one float64")
     if is_known(tensor):
-        return _bits(tensor.item()), 0
+        return bits(tensor.item()), 0
     if tensor.device != device:
         fail(op, ": inv_scale is on ", tensor.device, ", expected ", device, ", where the parameter or slot is")
     return tensor.data_ptr(), 1 if tensor.dtype == torch.float64 else 2
 
 
-def _bits(number: float) -> int:
+def bits(number: float) -> int:
+    """Those of a float64, as kernels take it: Triton's own arguments of a number are float32."""
     return int(struct.unpack("q", struct.pack("d", number))[0])
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lomo_kernels import backends, ops, reference
+from lomo_kernels.composite import adalomo
 from lomo_kernels.ops.scalars import vector
 from lomo_kernels.rules import RULES
 from lomo_kernels.triton import factor_sums, factored, launch
@@ -209,3 +210,38 @@ def test_pairs_share_a_hash_only_where_they_lie_in_one_row(monkeypatch):
         param = torch.zeros(4, columns, dtype=torch.bfloat16)
         OPS.factored_update_(param, param.clone(), NONE, NONE, scalars(), 0, True, 0, 0, shard)
         assert (recorder.launched[-1]["PAIRS"], recorder.launched[-1]["ROWS"]) == (pairs, rows), (columns, shard)
+
+
+# ---- AdaLomo's factors -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    matrices=st.integers(1, 4),
+    rows=st.sampled_from([1, 2, 7, 1023, 1024, 1025, 2500]),
+    columns=st.sampled_from([1, 3, 600, 1024, 2100]),
+    vector_=st.booleans(),
+    bad=st.sampled_from([None, "inf", "nan", "zeros", "huge"]),
+    beta=st.sampled_from([0.0, 0.2, 0.5, 0.97]),
+)
+def test_adalomo_factors_are_those_of_torchs_operators(matrices, rows, columns, vector_, bad, beta):
+    generator = torch.Generator().manual_seed(matrices * rows + columns)
+    if vector_:
+        matrices, rows = 1, 1
+    row_sums = torch.rand(matrices * rows, generator=generator, dtype=torch.float64) * 1e-3
+    column_sums = torch.rand(matrices, columns, generator=generator, dtype=torch.float64) * 1e-3
+    if bad in ("inf", "nan"):
+        row_sums[-1] = column_sums[-1, 0] = float(bad)
+    elif bad == "zeros":
+        row_sums.zero_(), column_sums.zero_()
+    elif bad == "huge":
+        row_sums *= 1e60
+    row = torch.empty(0) if vector_ else torch.rand(matrices, rows, generator=generator) * 1e-3
+    column = torch.rand(matrices, columns, generator=generator) * 1e-3
+    before = [tensor.clone() for tensor in (row_sums, column_sums, row, column)]
+    arguments = row_sums, column_sums, row, column, torch.tensor(beta), 1e-30
+    ours, expected = OPS.adalomo_factors(*arguments), adalomo.adalomo_factors(*arguments)
+    for one, other in zip(ours, expected, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=5e-7, atol=0, equal_nan=True)
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(arguments, before, strict=False))
