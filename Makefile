@@ -19,12 +19,24 @@ checked := build/sanitize/site
 comma := ,
 nvcc := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 cuda_build := $(if $(CI),$(if $(nvcc),,$(comma)cuda-build))
+# Dates of files in wheels and in the source archive: with it two builds of a commit have the same bytes.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
+# auditwheel checks that the wheel runs on every system of the platform $(2), and names it so. torch's libraries are in
+# the process before ours. $(1): LOMO_CUDA; $(3): options of the wheel command.
+define build_wheel
+@rm -rf build/wheel && mkdir -p build/wheel
+@LOMO_CUDA=$(1) $(pip) wheel --no-deps --no-build-isolation $(3) -w build/wheel .
+@PATH="$(abspath $(bin)):$$PATH" $(bin)/auditwheel repair --plat $(2) --only-plat --exclude 'libtorch*' -w dist build/wheel/*.whl
+@cd build/wheel && name=$$(ls *.whl | sed 's/linux_[^-]*$$//') && cd ../../dist \
+  && $(abspath $(bin))/twine check --strict $$name* && $(abspath $(bin))/check-wheel-contents $$name*
+endef
+platform := manylinux_2_28_$(shell uname -m)
 need_compiler := for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/dev/null && exit; done; \
   echo "A C++17 compiler is needed: install one (Debian, Ubuntu: apt install g++) or set CXX." >&2; exit 1
 
 after := echo "'$(bin)/pytest-benchmark compare OLD NEW' shows results of two files side by side."
 
-.PHONY: help demo test sanitize bench bench-full machine-code gpu lint format testing clean environment FORCE
+.PHONY: help demo test sanitize bench bench-full machine-code gpu wheel wheel-cuda sdist lint format testing clean environment FORCE
 .NOTPARALLEL:
 
 help:            ## this list
@@ -51,6 +63,16 @@ machine-code: $(stamps)/test   ## count the GPU kernels' instructions, without a
 
 gpu:             ## test and measure a GPU within BUDGET seconds, into RESULTS, with PYTHON's torch; ARGS="ncu" selects
 	@$(PYTHON) -m bench.gpu --budget=$(BUDGET) --results=$(RESULTS) $(ARGS)
+
+wheel: $(stamps)/wheel   ## a wheel for CPUs (manylinux_2_28, as torch's) in dist/, checked
+	$(call build_wheel,0,$(platform))
+
+wheel-cuda: $(stamps)/wheel-cuda   ## the same with kernels for all GPUs; LOMO_CUDA_ARCHS="80;90" for some
+	$(call build_wheel,1,auto,-C--build-option=--build-number=1cuda)
+
+sdist: $(stamps)/wheel   ## the sources in dist/, which build offline: tests/build/reproducible.py does it, twice
+	@$(bin)/python -m build --sdist --no-isolation --outdir dist .
+	@$(bin)/twine check --strict dist/*.tar.gz
 
 lint: $(stamps)/lint   ## formatters, linter and type checker
 	$(bin)/ruff check .
@@ -96,7 +118,9 @@ $(stamps)/demo: extras := demo
 # Tests run the benches' rivals and draw their plots.
 $(stamps)/test: extras := demo,test,bench$(cuda_build)
 $(stamps)/lint: extras := demo,lint
-$(stamps)/demo $(stamps)/test $(stamps)/lint: $(stamps)/environment $(sources)
+$(stamps)/wheel: extras := wheel
+$(stamps)/wheel-cuda: extras := wheel$(if $(nvcc),,$(comma)cuda-build)
+$(stamps)/demo $(stamps)/test $(stamps)/lint $(stamps)/wheel $(stamps)/wheel-cuda: $(stamps)/environment $(sources)
 	@$(need_compiler)
 	@echo "Building lomo_kernels and installing it with [$(extras)] into $(VENV)"
 	@$(pip) install -e '.[$(extras)]'

@@ -1,5 +1,6 @@
 """Builds lomo_kernels/_cpu.so and perhaps _cuda.so: finds torch's headers and libraries and hands over to CMake."""
 
+import gzip
 import importlib.util
 import os
 import re
@@ -8,19 +9,27 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import time
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(
+        f"lomo_kernels needs setuptools>=77 to build without isolation and finds {setuptools.__version__}: "
+        "`pip install 'setuptools>=77'` first."
+    )
+
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
-
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:
-    sys.exit("lomo_kernels needs setuptools>=77 to build without isolation: `pip install -U setuptools` first.")
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "library"  # pinned, so that a reinstall compiles only what changed
+NEEDED_MB = 100  # of disk: a build for CPUs takes 3, one for all GPUs 77
 
 
 def find_torch() -> str:
@@ -33,9 +42,9 @@ def find_torch() -> str:
     if not version or not found or (int(found[2]), int(found[3])) < (2, 11):
         sys.exit(
             f"lomo_kernels is built against the installed torch and finds {found[1] if found else 'none'}: "
-            "`pip install 'torch>=2.11'` first. If torch is installed, uv or pip hides it from this build: "
+            "`pip install 'torch>=2.11'` first. If torch is installed, uv, pip or build hides it from this build: "
             "`pip install 'setuptools>=77' cmake ninja`, then `uv pip install --no-build-isolation .` "
-            "(or the same with pip)."
+            "(or the same with pip, or `python -m build --no-isolation`)."
         )
     return str(version.parent)
 
@@ -65,6 +74,24 @@ def find_all() -> tuple[str, str, str, str]:
     return find_torch(), cmake, ninja, compiler
 
 
+def check_writable() -> None:
+    """setuptools writes into the source folder, and says no more than "Permission denied" if it cannot."""
+    for folder in (ROOT, ROOT / "build", BUILD, *ROOT.glob("*.egg-info")):
+        if folder.exists() and not os.access(folder, os.W_OK):
+            sys.exit(
+                f"lomo_kernels is built inside its source folder, and this user cannot write to {folder}: copy the "
+                "source folder to one of your own (`cp -r`), delete `build` and `*.egg-info` there, and install it."
+            )
+
+
+def why_not_compiled() -> str:
+    """The end of a sentence about a build that failed."""
+    free = shutil.disk_usage(BUILD if BUILD.exists() else ROOT).free >> 20
+    if free < NEEDED_MB:
+        return f"{BUILD} has {free} MB of disk left, and a build takes up to {NEEDED_MB}: make room and repeat."
+    return "the reason stands above."
+
+
 class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"  # without Python symbols, so without a Python version
@@ -91,7 +118,7 @@ class CMakeBuild(build_ext):
             settings.append("--fresh")  # else CMake keeps the compiler of its first run, whatever CXX says now
         configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *settings]
         if subprocess.call(configure) or subprocess.call([cmake, "--build", str(BUILD)]):
-            sys.exit("lomo_kernels could not be compiled: the reason stands above.")
+            sys.exit(f"lomo_kernels could not be compiled: {why_not_compiled()}")
 
 
 class Wheel(bdist_wheel):
@@ -102,6 +129,32 @@ class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
+    def write_wheelfile(self, wheelfile_base: str, *arguments: str) -> None:
+        super().write_wheelfile(wheelfile_base, *arguments)
+        for path in Path(self.bdist_dir).rglob("*"):  # the same bytes whatever the builder's umask is
+            path.chmod(0o755 if path.is_dir() or path.suffix == ".so" else 0o644)
+
+
+class Sources(sdist):
+    def make_archive(self, base_name: str, format: str, root_dir: str | None = None, base_dir: str | None = None,
+                     owner: str | None = None, group: str | None = None) -> str:  # fmt: skip
+        """A .tar.gz with the same bytes whoever packs it: sorted, of nobody, dated SOURCE_DATE_EPOCH."""
+        epoch = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+
+        def normalized(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+            entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname = epoch, 0, 0, "", ""
+            entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+            return entry
+
+        name = f"{base_name}.tar.gz"
+        with (
+            open(name, "wb") as file,
+            gzip.GzipFile("", "wb", mtime=epoch, fileobj=file) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            archive.add(str(base_dir), filter=normalized)  # sorts
+        return name
+
 
 class Metadata(dist_info):
     def run(self) -> None:
@@ -109,6 +162,24 @@ class Metadata(dist_info):
         super().run()
 
 
+def long_description() -> str:
+    """The README, whose links to files lead to the project's repository when a package index shows them."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    source, version = (re.search(rf'^{name} = "(.+)"', project, re.M)[1] for name in ("Source", "version"))
+
+    def absolute(match: re.Match[str]) -> str:
+        return f"{match[1]}]({source}/{'raw' if match[1].startswith('!') else 'blob'}/v{version}/{match[2]})"
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?\[[^][]*)\]\((?![a-z]+://|#)([^)\s]+)\)", absolute, readme)
+
+
 # _cuda is optional: CMake decides whether there is one (cmake/cuda.cmake).
 libraries = [Extension("lomo_kernels._cpu", sources=[]), Extension("lomo_kernels._cuda", sources=[], optional=True)]
-setup(ext_modules=libraries, cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel, "dist_info": Metadata})
+check_writable()
+setup(
+    ext_modules=libraries,
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel, "dist_info": Metadata, "sdist": Sources},
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+)
