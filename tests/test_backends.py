@@ -249,3 +249,18 @@ for dtype in (torch.float32, torch.bfloat16):
     process = run_python(program, LOMO_KERNELS_BACKEND="reference")
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["False", "True"] * 2
+
+
+def test_a_library_that_cannot_be_loaded_is_explained(run_python, tmp_path):
+    """As beside an older torch, or on an older system."""
+    (tmp_path / "_cpu.so").write_bytes(b"no library")
+    code = """
+import pathlib, sys
+from lomo_kernels import backends
+backends.CPU_LIBRARY = pathlib.Path(sys.argv[1])
+backends._load_cpu()
+"""
+    process = run_python(code, str(tmp_path / "_cpu.so"))
+    assert process.returncode == 1
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: _cpu.so of lomo_kernels cannot be loaded: ") and "torch 2.11 or newer" in last
