@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "csrc" / "README.md", *sorted((ROOT / "bench").rglob("*.md"))]
 FENCE = re.compile(r"^( *)```.*?^\1```", re.S | re.M)
 BLOCK = re.compile(r"(?:^ *<!-- not run: ([^\n]+) -->\n\n?)?^( *)```python\n(.*?)^\2```", re.S | re.M)
