@@ -1,10 +1,14 @@
-"""The wheel and the source archive that `make wheel` and `make sdist` build, as someone would get them."""
+"""The wheel, the source archive and the Hub's kernel repository, as someone would get them."""
 
+import base64
 import email
 import fcntl
+import hashlib
 import importlib.util
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -190,4 +194,76 @@ def test_the_source_archive_has_every_source_and_the_same_bytes(tmp_path):
     made = {name for name in files if name.startswith("lomo_kernels.egg-info/")} | {"PKG-INFO", "setup.cfg"}
     if (ROOT / ".git").exists():
         tracked = set(run("git", "ls-files").split())
-        assert files - made == {name for name in tracked if not name.startswith(NOT_IN_SDIST)}
+        new = set(run("git", "ls-files", "--others", "--exclude-standard").split())  # of whoever works here
+        assert files - made - new == {name for name in tracked if not name.startswith(NOT_IN_SDIST)}
+
+
+# ---- The Hugging Face Hub -------------------------------------------------------------------------------------------
+
+LOAD = """
+import importlib.util, json, sys
+from pathlib import Path
+import torch
+variant = Path(sys.argv[1])
+name = json.loads((variant / "metadata.json").read_text())["id"]
+spec = importlib.util.spec_from_file_location(name, variant / sys.argv[2])
+sys.modules[name] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+model = torch.nn.Linear(4, 2)
+before = model.weight.detach().clone()
+optimizer = module.Lomo(model, lr=0.1, clip_grad_norm=1.0)
+optimizer.backward(model(torch.ones(3, 4)).sum())
+assert not torch.equal(model.weight, before)
+from lomo_kernels import backends
+print(backends.CPU_LIBRARY, backends.choice("CPU").backend)
+"""
+
+
+@pytest.fixture(scope="module")
+def make_repository():
+    return runpy.run_path(str(ROOT / "hub" / "make_repository.py"))
+
+
+@pytest.fixture(scope="module")
+def variant(wheel, make_repository, tmp_path_factory):
+    """A kernel repository's folder for CPUs."""
+    return make_repository["lay_out"](wheel, tmp_path_factory.mktemp("hub"))
+
+
+def test_the_kernel_repository_is_as_the_hub_wants_it(wheel, variant):
+    """https://huggingface.co/docs/kernels/kernel-requirements; tried with kernels 0.17.2."""
+    assert variant.parent.name == "build" and variant.name == f"torch-stable-abi211-cpu-{os.uname().machine}-linux"
+    metadata = json.loads((variant / "metadata.json").read_text())
+    hashes = metadata.pop("digest")
+    assert metadata == {
+        **{"name": "lomo-kernels", "id": "lomo_kernels", "version": 0, "license": "Apache-2.0"},
+        **{"python-depends": [], "backend": {"type": "cpu"}},
+    }
+    files = {str(p.relative_to(variant)) for p in variant.rglob("*") if p.is_file()} - {"metadata.json"}
+    assert hashes["algorithm"] == "sha256" and set(hashes["files"]) == files
+    for name, expected in hashes["files"].items():
+        assert base64.b64decode(expected) == hashlib.sha256((variant / name).read_bytes()).digest()
+    with zipfile.ZipFile(wheel) as archive:
+        package = {n.partition("/")[2] for n in archive.namelist() if ".dist-info/" not in n and not n.endswith("/")}
+    assert files == package | {"lomo_kernels/__init__.py"}
+
+
+@pytest.mark.parametrize("start", ["__init__.py", "lomo_kernels/__init__.py"])
+def test_the_kernel_is_loaded_from_its_folder(variant, start, run_python):
+    """As `kernels` loads it: a module of the kernel's id, from a path that Python does not search. It trains."""
+    process = run_python(LOAD, str(variant), start)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == [str(variant / "_cpu.so"), "cpu"]
+
+
+def test_a_wheel_for_gpus_says_which(make_repository, wheel, tmp_path):
+    """From what the library says of itself; this one has the words and no code."""
+    words = b"\0sm_75 sm_90 sm_100 sm_120 compute_120\0Build cuda_13.0.r13.0/compiler.1_0\0"
+    for_gpus = tmp_path / wheel.name.replace("-py3-", "-1cuda-py3-")
+    shutil.copy(wheel, for_gpus)
+    with zipfile.ZipFile(for_gpus, "a") as archive:
+        archive.writestr("lomo_kernels/_cuda.so", words)
+    variant = make_repository["lay_out"](for_gpus, tmp_path / "hub")
+    assert variant.name == f"torch-stable-abi211-cu130-{os.uname().machine}-linux"
+    backend = json.loads((variant / "metadata.json").read_text())["backend"]
+    assert backend == {"type": "cuda", "archs": ["7.5", "9.0", "10.0", "12.0+PTX"]}
