@@ -141,7 +141,7 @@ environment:
 	@[ -x $(bin)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(bin)/python -m pip --version >/dev/null 2>&1 || $(bin)/python -m ensurepip
 	@$(pip) install --upgrade pip setuptools
-	@[ $(origin TORCH) = file ] && $(bin)/python -c 'import torch' 2>/dev/null \
+	@[ '$(origin TORCH)' = file ] && $(bin)/python -c 'import torch' 2>/dev/null \
 	  || $(pip) install $(foreach word,$(TORCH),'$(word)')
 	@$(pip) install numpy
 	@mkdir -p $(stamps) && echo '$(TORCH)' > $(stamps)/environment
