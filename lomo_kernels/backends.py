@@ -56,12 +56,12 @@ def _load_cpu() -> str:
         )
     try:
         torch.ops.load_library(CPU_LIBRARY)
-    except OSError as error:
+    except OSError as reason:
         raise ImportError(
-            f"{CPU_LIBRARY.name} of lomo_kernels cannot be loaded: {error}. It needs torch 2.11 or newer (this is "
+            f"{CPU_LIBRARY.name} of lomo_kernels cannot be loaded: {reason}. It needs torch 2.11 or newer (this is "
             f"{torch.__version__}) and the system that it was built for: `pip install 'torch>=2.11'`, or reinstall "
             "lomo_kernels here"
-        ) from error
+        ) from reason
     isa = ctypes.CDLL(str(CPU_LIBRARY)).lomo_kernels_isa
     isa.argtypes, isa.restype = [ctypes.POINTER(ctypes.c_char_p)], ctypes.c_char_p
     error = ctypes.c_char_p()
