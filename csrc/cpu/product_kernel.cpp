@@ -18,8 +18,8 @@ template <class T>
 constexpr int kTokens = 1;
 template <>
 constexpr int kTokens<BFloat16> = 2;
-LOMO_FN Vector multiply_add(Vector sum, Words a, Words b, BFloat16) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)a);  // see vectors.h
+[[maybe_unused]] LOMO_FN Vector multiply_add(Vector sum, Words a, Words b, BFloat16) {  // unused beside AMX
+  return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)a);                               // see vectors.h
 }
 #else
 template <class T>
