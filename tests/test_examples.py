@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.trainers import needs
 
-needs("transformers", "accelerate", "trl", "datasets", "peft")
+needs("transformers", "accelerate", "trl", "datasets", "peft", "lightning")
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -59,6 +59,6 @@ def test_one_line_saves_the_memory(run_python: Any, tmp_path: Path) -> None:
 
 def test_each_example_is_named_in_the_documentation() -> None:
     page = (ROOT / "docs" / "trainers.md").read_text()
-    assert len(EXAMPLES) >= 4
+    assert len(EXAMPLES) >= 5
     for script in EXAMPLES:
         assert f"(../examples/{script.name})" in page, script.name
