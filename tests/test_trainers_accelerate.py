@@ -162,15 +162,18 @@ def ready(accelerator: Any = None, **options: Any) -> tuple[Any, nn.Module, Any,
     return accelerator, wrapped, optimizer, loss_of(wrapped, examples(4)[:])
 
 
-def test_a_learning_rate_is_that_of_the_step_as_with_lomo_optim() -> None:
-    """accelerate's own call for LOMO; without `optimizer.step()`."""
+@pytest.mark.parametrize("call", ["backward", "lomo_backward"])
+def test_a_learning_rate_is_that_of_the_step_as_with_lomo_optim(call: str) -> None:
+    """accelerate's own calls for LOMO; without `optimizer.step()`."""
     accelerator, model, optimizer, loss = ready()
     reference = classifier()
-    accelerator.backward(loss, learning_rate=0.05)
+    getattr(accelerator, call)(loss, learning_rate=0.05)
     sgd = torch.optim.SGD(reference.parameters(), lr=0.05)
     loss_of(reference, examples(4)[:]).backward()
     sgd.step()
-    assert_equal("accelerate", "`backward(loss, learning_rate=…)`", model, reference)
+    assert_equal(
+        "accelerate", "`backward(loss, learning_rate=…)`, `lomo_backward(loss, learning_rate)`", model, reference
+    )
     assert optimizer.param_groups[0]["lr"] == LR
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,6 +233,42 @@ def test_a_smaller_batch_goes_on_and_says_from_where(tmp_path: Path) -> None:
     assert TABLES["transformers"]["`auto_find_batch_size` (a warning says what an attempt did)"] == EQUAL
 
 
+LIGER = """
+import pathlib, re, sys
+sys.path.insert(0, sys.argv[1])
+from test_trainers_transformers import Trainer, WithSGD, arguments, attach, furthest, llama, rows
+
+def trained(kind, refused="", **options):
+    liger = {"use_liger_kernel": True, "liger_kernel_config": dict.fromkeys(("rope", "swiglu", "rms_norm"), False)}
+    settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+    trainer = kind(llama(), arguments(pathlib.Path(sys.argv[2]), **settings | liger), train_dataset=rows(64))
+    if kind is Trainer:
+        attach(trainer, **options)
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        assert refused and re.search(refused, str(error)), error
+        assert furthest(trainer.model, llama()) == 0
+    assert trainer.model.forward.__func__.__module__.startswith("liger_kernel")
+    return trainer.model
+
+model = trained(Trainer, fused_layers=True)
+assert furthest(model, trained(WithSGD)) <= 1e-6 and furthest(model, llama()) > 0.001
+trained(Trainer, refused=sys.argv[3], clip_memory=0)
+print("equal")
+"""
+
+
+def test_the_fused_loss_of_liger(run_python: Any, tmp_path: Path) -> None:
+    """Its kernels, interpreted: a step's loss is divided by the number of items."""
+    needs("liger_kernel", "triton")
+    said = refusal("transformers", "`use_liger_kernel=True`, `attach(trainer, clip_memory=0)`")
+    path = os.pathsep.join(sys.path)
+    done = run_python(LIGER, str(Path(__file__).parent), str(tmp_path), said, TRITON_INTERPRET="1", PYTHONPATH=path)
+    assert done.stdout.strip().endswith("equal"), done.stdout + done.stderr
+    assert TABLES["transformers"]["`use_liger_kernel=True`, `gradient_accumulation_steps`"] == EQUAL
+
+
 def test_training_twice_warns_of_nothing(tmp_path: Path) -> None:
     trainer = Trainer(llama(), arguments(tmp_path), train_dataset=rows(64))
     reference = WithSGD(llama(), arguments(tmp_path), train_dataset=rows(64))
@@ -333,7 +370,9 @@ def refuse(setting: str, folder: Path) -> Trainer:
     return trainer
 
 
-REFUSED = [setting for setting, said in TABLES["transformers"].items() if said != EQUAL]
+REFUSED = [
+    setting for setting, said in TABLES["transformers"].items() if said != EQUAL and "use_liger_kernel" not in setting
+]
 
 
 @pytest.mark.parametrize("setting", REFUSED)
