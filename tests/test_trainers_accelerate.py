@@ -240,6 +240,12 @@ def test_gradients_are_freed_inside_backward() -> None:
     assert alive and max(alive) <= 1
 
 
+def test_attaching_something_else_names_what_was_expected() -> None:
+    for other in (None, SimpleNamespace(accelerator=Accelerator(cpu=True)), Lomo(classifier())):
+        with pytest.raises(TypeError, match=rf"attach got {type(other).__name__}, expected an accelerate\.Accelerator"):
+            accelerate.attach(other)
+
+
 def test_attaching_twice_and_late_is_the_same() -> None:
     accelerator = Accelerator(cpu=True)
     model = classifier()

@@ -90,9 +90,10 @@ def train(
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """The trained model, and what was logged."""
     kind = Trainer if attached else WithSGD
-    extra = {name: settings[name] for name in ("compute_loss_func", "eval_dataset", "callbacks") if name in settings}
+    given = ("compute_loss_func", "eval_dataset", "callbacks", "train_dataset", "data_collator")
+    extra = {"train_dataset": rows(64)} | {name: settings[name] for name in given if name in settings}
     plain = {name: value for name, value in settings.items() if name not in extra}
-    trainer = kind(model or llama(), arguments(folder, **plain), train_dataset=rows(64), **extra)
+    trainer = kind(model or llama(), arguments(folder, **plain), **extra)
     if attached:
         attach(trainer, **options)
     trainer.train()
@@ -109,6 +110,31 @@ def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> T
         outputs["logits"].flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="sum"
     )
     return loss / num_items_in_batch
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(rows(19))
+
+
+def padded(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in batch)
+    fills = {"input_ids": 0, "labels": -100}
+    return {
+        name: torch.stack([nn.functional.pad(row[name], (0, longest - len(row[name])), value=fill) for row in batch])
+        for name, fill in fills.items()
+    }
+
+
+class Stops(TrainerCallback):
+    """Between the parts of a step."""
+
+    def __init__(self, what: str, step: int) -> None:
+        self.what, self.step = what, step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            setattr(control, self.what, True)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -137,6 +163,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "`gradient_checkpointing`": {"gradient_checkpointing": True},
     "evaluation in between": {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": rows(6)},
+    "several `eval_dataset`s at each step, `prediction_loss_only`": {
+        "prediction_loss_only": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_dataset": {"first": rows(4), "second": rows(5)},
+    },
+    "an `IterableDataset`, a last batch that is shorter": {
+        "train_dataset": Stream(),
+        "gradient_accumulation_steps": 3,
+        "max_steps": 7,
+    },
+    '`train_sampling_strategy="group_by_length"`, rows of different lengths': {
+        "train_sampling_strategy": "group_by_length",
+        "train_dataset": [
+            {name: row[: 5 + index % 8] for name, row in each.items()} for index, each in enumerate(rows(40))
+        ],
+        "data_collator": padded,
+    },
+    "a callback that ends training, or an epoch, between the parts of a step": {
+        "gradient_accumulation_steps": 3,
+        "max_steps": 12,
+        "callbacks": [Stops("should_epoch_stop", 2), Stops("should_training_stop", 5)],
+    },
     "`torch_compile`": {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3},
     "`label_smoothing_factor`": {"label_smoothing_factor": 0.1},
     "`neftune_noise_alpha`": {"neftune_noise_alpha": 5.0},
@@ -231,6 +280,38 @@ def test_a_smaller_batch_goes_on_and_says_from_where(tmp_path: Path) -> None:
         trainer.train()
     assert furthest(trainer.model, reference.model) <= TOLERANCE
     assert TABLES["transformers"]["`auto_find_batch_size` (a warning says what an attempt did)"] == EQUAL
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_training_goes_on_after_an_interrupt(where: str, tmp_path: Path) -> None:
+    """In the second part of a step. What was accumulated is dropped, as Trainer does when it begins."""
+
+    def interrupted(kind: type[Trainer]) -> tuple[nn.Module, dict[str, Tensor]]:
+        left = [1]
+
+        def interrupt(_: Any) -> None:
+            if left and trainer.state.global_step == 2 and trainer.model.model.embed_tokens.weight.grad is not None:
+                left.clear()
+                raise KeyboardInterrupt
+
+        trainer = kind(llama(), arguments(tmp_path, gradient_accumulation_steps=2), train_dataset=rows(64))
+        if kind is Trainer:
+            attach(trainer)
+        embedding = trainer.model.model.embed_tokens
+        if where == "backward":
+            trainer.model.lm_head.weight.register_post_accumulate_grad_hook(interrupt)
+        else:
+            embedding.register_forward_pre_hook(lambda *_: interrupt(None))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        between = copy.deepcopy(trainer.model.state_dict())
+        trainer.train()
+        return trainer.model, between
+
+    (model, between), (reference, expected) = interrupted(Trainer), interrupted(WithSGD)
+    assert all(float((between[name] - expected[name]).abs().max()) <= TOLERANCE for name in expected)
+    assert furthest(model, reference) <= TOLERANCE
+    assert TABLES["transformers"]["an interrupt in forward or backward, then `train()` again"] == EQUAL
 
 
 LIGER = """
@@ -379,6 +460,15 @@ REFUSED = [
 def test_what_is_refused(setting: str, tmp_path: Path) -> None:
     with pytest.raises((RuntimeError, ValueError), match=refusal("transformers", setting)):
         refuse(setting, tmp_path)
+
+
+def test_what_is_no_trainer_and_what_trains_nothing(tmp_path: Path) -> None:
+    trainer = Trainer(llama().requires_grad_(False), arguments(tmp_path), train_dataset=rows(4))
+    with pytest.raises(TypeError, match=r"attach got Accelerator, expected a transformers\.Trainer"):
+        attach(trainer.accelerator)
+    attach(trainer)
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        trainer.train()
 
 
 def test_parameters_that_were_unfrozen_after_the_optimizer_was_made(tmp_path: Path) -> None:

@@ -32,6 +32,11 @@ def attach(accelerator: Any) -> None:
             optimizers, another one than `Lomo`. No weight was changed.
     """
     require("accelerate", "1.15", "2.0")
+    if not hasattr(accelerator, "sync_gradients"):
+        raise TypeError(
+            f"Lomo: attach got {type(accelerator).__name__}, expected an accelerate.Accelerator. For a "
+            "transformers.Trainer there is lomo_kernels.integrations.transformers.attach"
+        )
     if not isinstance(getattr(accelerator.backward, "__self__", None), _Attached):
         attached = _Attached(accelerator)
         attached.check_accelerator()
