@@ -33,7 +33,11 @@ from lomo_kernels import Lomo
 
 needs("lightning")
 from lightning import LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 from lightning.pytorch.tuner import Tuner  # noqa: E402
@@ -153,6 +157,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "`optimizer_step` that calls the closure first": ({"gradient_clip_val": 0.2}, {"kind": ClosureFirst}),
     "`max_steps` in the middle of an epoch": ({"max_steps": 5, "accumulate_grad_batches": 2}, {}),
     "`barebones`": ({"barebones": True}, {}),
+    "`StochasticWeightAveraging`": (
+        {"max_epochs": 4, "callbacks": [StochasticWeightAveraging(0.05, swa_epoch_start=2, device="cpu")]},
+        {},
+    ),
 }
 
 
@@ -202,6 +210,33 @@ def test_float16_scales_the_loss_itself() -> None:
         optimizer.backward(loss_of(reference, (inputs.half(), labels)))
     assert furthest(module, reference) == 0 and float(trainer.optimizers[0].loss_scale) == 2.0**16
     assert TABLES["lightning"]['`precision="16-true"` (as in a loop without Lightning)'] == EQUAL
+
+
+def test_a_compiled_module() -> None:
+    ours, theirs = Automatic({}), Automatic(None)
+    trainer_of(ours, gradient_clip_val=0.2).fit(torch.compile(ours, backend="aot_eager"), loader())
+    fit(theirs, gradient_clip_val=0.2)
+    assert_equal("lightning", "`fit(torch.compile(module))`", ours, theirs)
+
+
+def test_the_package_of_the_older_name() -> None:
+    """Its classes are others, of the same code."""
+    needs("pytorch_lightning")
+    import pytorch_lightning
+
+    def trained(options: dict[str, Any] | None) -> Any:
+        methods = {name: vars(Automatic)[name] for name in ("training_step", "configure_optimizers")}
+        module = type("Older", (pytorch_lightning.LightningModule,), methods)()
+        module.network, module.options, module.sgd, module.scheduler = classifier(), options, {}, None
+        silent = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        settings = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.2, "max_epochs": 1, "logger": False}
+        callbacks = [] if options is None else [LomoCallback()]
+        pytorch_lightning.Trainer(accelerator="cpu", callbacks=callbacks, **silent | settings).fit(module, loader(23))
+        return module
+
+    ours = trained({})
+    assert_equal("lightning", "`pytorch_lightning` in place of `lightning`", ours, trained(None))
+    assert ours.trainer.optimizers[0].step_count.item() == 8
 
 
 def test_fit_twice_and_with_another_trainer() -> None:
@@ -474,6 +509,11 @@ class Twice(Automatic):
         optimizer.step(closure=lambda: (closure(), closure()))
 
 
+class OwnStep(Automatic):
+    def training_step(self, batch: Any, index: int) -> Any:
+        self.optimizers().backward(loss_of(self.network, batch))
+
+
 class Adam(Automatic):
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters())
@@ -494,6 +534,7 @@ REFUSED: dict[str, tuple[type[Automatic], dict[str, Any], dict[str, Any]]] = {
     "a `backward` of the module's own": (OwnBackward, {}, {}),
     "a `configure_gradient_clipping` of the module's own": (OwnClipping, {}, {}),
     "an `optimizer_zero_grad` of the module's own": (OwnZeroGrad, {}, {}),
+    "`self.optimizers().backward(loss)` in automatic optimization": (OwnStep, {}, {}),
     '`precision="64-true"`, and other precisions': (Automatic, {}, {"precision": "64-true"}),
 }
 

@@ -62,11 +62,10 @@ class LomoCallback(Callback):
         for name in ("backward", "optimizer_step", "clip_gradients"):
             setattr(trainer.precision_plugin, name, getattr(plugin, name))
             self._attached.callback(vars(trainer.precision_plugin).pop, name, None)
-        if not pl_module.automatic_optimization:
-            wrappers = pl_module.optimizers()
-            for wrapper in wrappers if isinstance(wrappers, list) else [wrappers]:
-                if isinstance(wrapper, Lomo):
-                    _forward_calls(wrapper, trainer, pl_module)
+        wrappers = pl_module.optimizers()
+        for wrapper in wrappers if isinstance(wrappers, list) else [wrappers]:
+            if isinstance(wrapper, Lomo):
+                _forward_calls(wrapper, trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Lomo)]
@@ -135,6 +134,12 @@ def _forward_calls(wrapper: Any, trainer: Any, module: Any) -> None:
     optimizer, plugin = wrapper.optimizer, trainer.precision_plugin
 
     def step(method: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if module.automatic_optimization:
+            raise RuntimeError(
+                "Lomo: Lightning runs backward itself: return the loss from training_step. Or set "
+                "self.automatic_optimization = False. No weight was changed"
+            )
+
         def closure() -> None:
             scaled = plugin.pre_backward(loss, module)  # Lightning's hooks
             method(scaled, *args, **kwargs)

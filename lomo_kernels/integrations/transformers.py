@@ -35,7 +35,7 @@ def attach(trainer: Any, **options: Any) -> None:
         RuntimeError: fp16, DataParallel, DeepSpeed, FSDP1.
     """
     require("transformers", "5.24", "6.0")
-    if not isinstance(trainer, Trainer):
+    if not issubclass(type(trainer), Trainer):
         raise TypeError(
             f"Lomo: attach got {type(trainer).__name__}, expected a transformers.Trainer. For an Accelerator "
             "there is lomo_kernels.integrations.accelerate.attach"
