@@ -200,7 +200,7 @@ def test_weights_and_log_are_those_of_sgd(setting: str, tmp_path: Path) -> None:
     reference, expected = train(tmp_path, False, {k: v for k, v in settings.items() if k != "optim"})
     assert TABLES["transformers"][setting] == EQUAL
     assert furthest(model, reference) <= TOLERANCE
-    assert furthest(model, llama()) > 0.01, "nothing was trained"
+    assert furthest(model, llama()) > 0.005, "nothing was trained"
     ours, theirs = ([entry for entry in entries if "grad_norm" in entry] for entries in (log, expected))
     assert len(ours) == len(theirs) > 2
     for entry, other in zip(ours, theirs, strict=True):
