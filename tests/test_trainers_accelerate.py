@@ -498,7 +498,7 @@ def test_data_parallel_of_torch_is_refused(ranks: Callable[[int], Processes]) ->
 
 def test_each_setting_is_tried() -> None:
     elsewhere = {
-        "`backward(loss, learning_rate=…)`",
+        "`backward(loss, learning_rate=…)`, `lomo_backward(loss, learning_rate)`",
         "`save_state`, `load_state`",
         "FSDP2, two processes",
         "FSDP2, two processes, `gradient_accumulation_steps=2`, clipping",

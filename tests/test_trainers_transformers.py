@@ -181,10 +181,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         ],
         "data_collator": padded,
     },
-    "a callback that ends training, or an epoch, between the parts of a step": {
+    "a callback that ends training between the parts of a step": {
         "gradient_accumulation_steps": 3,
         "max_steps": 12,
-        "callbacks": [Stops("should_epoch_stop", 2), Stops("should_training_stop", 5)],
+        "callbacks": [Stops("should_training_stop", 4)],
     },
     "`torch_compile`": {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3},
     "`label_smoothing_factor`": {"label_smoothing_factor": 0.1},

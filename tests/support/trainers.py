@@ -73,7 +73,7 @@ TABLES: dict[str, dict[str, str]] = {
         "several `eval_dataset`s at each step, `prediction_loss_only`": EQUAL,
         "an `IterableDataset`, a last batch that is shorter": EQUAL,
         '`train_sampling_strategy="group_by_length"`, rows of different lengths': EQUAL,
-        "a callback that ends training, or an epoch, between the parts of a step": EQUAL,
+        "a callback that ends training between the parts of a step": EQUAL,
         "an interrupt in forward or backward, then `train()` again": EQUAL,
         "`torch_compile`": EQUAL,
         "`label_smoothing_factor`": EQUAL,
