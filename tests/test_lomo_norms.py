@@ -20,6 +20,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two": {"clip_grad_norm": 1e-3, "clip_passes": "two"},
     "one": {"clip_grad_norm": 1e-3, "clip_passes": "one"},
     "scaled": {"loss_scale": 512.0},
+    "by tensor": {"clip_tensor": 1.04},
+    "adalomo": {"rule": "adalomo"},
     "dynamic": {"loss_scale": "dynamic", "clip_grad_norm": 1e-3, "clip_passes": "one"},
 }
 LARGE = Options(width=136, layers=1, unused=True, frozen=("positions",))  # with gradients above 64 KiB, and without any

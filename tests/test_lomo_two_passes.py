@@ -392,6 +392,70 @@ def test_cross_entropy_of_liger(run_python: Any) -> None:
     assert done.stdout.strip().endswith("exact"), done.stderr[-3000:]
 
 
+LIGER_FUSED = """
+import torch, torch.nn.functional as F
+from torch import nn
+from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+from lomo_kernels import Lomo
+from support.textbook import Textbook64
+
+class Model(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.middle, self.head = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 12)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.middle(self.embedding(x)).tanh()
+
+x, y = torch.arange(6), torch.arange(6).flip(0)
+liger = LigerFusedLinearCrossEntropyLoss()
+
+def loss_of(model, factor):
+    loss = liger(model.head.weight, model(x), y, model.head.bias)
+    return loss if factor == 1.0 else loss * factor
+
+for factor, tied, options in (
+    (0.5, False, dict()),
+    (0.5, True, dict(clip_grad_norm=0.05, clip_memory=None)),
+    (0.5, False, dict(clip_grad_norm=0.05, clip_memory=None, fused_layers=True)),
+    (1.0, True, dict(clip_grad_norm=0.05, clip_memory=0)),
+    (1.0, False, dict(clip_grad_norm=0.05, clip_memory=600)),
+):
+    model = Model(tied)
+    optimizer = Lomo(model, lr=0.5, **options)
+    for step in range(2):
+        exact = Textbook64(model, lr=0.5, clip_grad_norm=options.get("clip_grad_norm"))
+        optimizer.backward(loss_of(model, factor))
+        exact.step(F.cross_entropy(exact.model.head(exact.model(x)), y) * factor)
+        for param, wanted in zip(model.parameters(), exact.model.parameters(), strict=True):
+            assert (param.double() - wanted).abs().max().item() < 1e-6, (factor, tied, options, step)
+            assert param.grad is None
+model = Model(False)
+optimizer = Lomo(model, lr=0.5, clip_grad_norm=0.05, clip_memory=0)
+before = [param.detach().clone() for param in model.parameters()]
+try:
+    optimizer.backward(loss_of(model, 0.5))
+except RuntimeError as error:
+    assert "different gradients" in str(error) and "clip_memory=None" in str(error), error
+    assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+else:
+    raise AssertionError("its backward multiplied the head's gradient twice")
+print("exact")
+"""
+
+
+def test_fused_loss_of_liger(run_python: Any) -> None:
+    """Its weight's gradient exists since forward, and goes the way of every gradient. Backward multiplies it in place
+    unless the loss is used without a factor."""
+    pytest.importorskip("triton", reason="liger-kernel runs on Triton")
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed: it is in the extra 'test'")
+    done = run_python(LIGER_FUSED, TRITON_INTERPRET="1")
+    assert done.stdout.strip().endswith("exact"), done.stderr[-3000:]
+
+
 # ---- What is the same ------------------------------------------------------------------------------------------------
 
 

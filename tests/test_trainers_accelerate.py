@@ -162,15 +162,18 @@ def ready(accelerator: Any = None, **options: Any) -> tuple[Any, nn.Module, Any,
     return accelerator, wrapped, optimizer, loss_of(wrapped, examples(4)[:])
 
 
-def test_a_learning_rate_is_that_of_the_step_as_with_lomo_optim() -> None:
-    """accelerate's own call for LOMO; without `optimizer.step()`."""
+@pytest.mark.parametrize("call", ["backward", "lomo_backward"])
+def test_a_learning_rate_is_that_of_the_step_as_with_lomo_optim(call: str) -> None:
+    """accelerate's own calls for LOMO; without `optimizer.step()`."""
     accelerator, model, optimizer, loss = ready()
     reference = classifier()
-    accelerator.backward(loss, learning_rate=0.05)
+    getattr(accelerator, call)(loss, learning_rate=0.05)
     sgd = torch.optim.SGD(reference.parameters(), lr=0.05)
     loss_of(reference, examples(4)[:]).backward()
     sgd.step()
-    assert_equal("accelerate", "`backward(loss, learning_rate=…)`", model, reference)
+    assert_equal(
+        "accelerate", "`backward(loss, learning_rate=…)`, `lomo_backward(loss, learning_rate)`", model, reference
+    )
     assert optimizer.param_groups[0]["lr"] == LR
 
 
@@ -235,6 +238,12 @@ def test_gradients_are_freed_inside_backward() -> None:
         )
     accelerator.backward(loss)
     assert alive and max(alive) <= 1
+
+
+def test_attaching_something_else_names_what_was_expected() -> None:
+    for other in (None, SimpleNamespace(accelerator=Accelerator(cpu=True)), Lomo(classifier())):
+        with pytest.raises(TypeError, match=rf"attach got {type(other).__name__}, expected an accelerate\.Accelerator"):
+            accelerate.attach(other)
 
 
 def test_attaching_twice_and_late_is_the_same() -> None:
@@ -489,7 +498,7 @@ def test_data_parallel_of_torch_is_refused(ranks: Callable[[int], Processes]) ->
 
 def test_each_setting_is_tried() -> None:
     elsewhere = {
-        "`backward(loss, learning_rate=…)`",
+        "`backward(loss, learning_rate=…)`, `lomo_backward(loss, learning_rate)`",
         "`save_state`, `load_state`",
         "FSDP2, two processes",
         "FSDP2, two processes, `gradient_accumulation_steps=2`, clipping",

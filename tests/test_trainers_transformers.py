@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,9 +90,10 @@ def train(
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """The trained model, and what was logged."""
     kind = Trainer if attached else WithSGD
-    extra = {name: settings[name] for name in ("compute_loss_func", "eval_dataset", "callbacks") if name in settings}
+    given = ("compute_loss_func", "eval_dataset", "callbacks", "train_dataset", "data_collator")
+    extra = {"train_dataset": rows(64)} | {name: settings[name] for name in given if name in settings}
     plain = {name: value for name, value in settings.items() if name not in extra}
-    trainer = kind(model or llama(), arguments(folder, **plain), train_dataset=rows(64), **extra)
+    trainer = kind(model or llama(), arguments(folder, **plain), **extra)
     if attached:
         attach(trainer, **options)
     trainer.train()
@@ -108,6 +110,31 @@ def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> T
         outputs["logits"].flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="sum"
     )
     return loss / num_items_in_batch
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(rows(19))
+
+
+def padded(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in batch)
+    fills = {"input_ids": 0, "labels": -100}
+    return {
+        name: torch.stack([nn.functional.pad(row[name], (0, longest - len(row[name])), value=fill) for row in batch])
+        for name, fill in fills.items()
+    }
+
+
+class Stops(TrainerCallback):
+    """Between the parts of a step."""
+
+    def __init__(self, what: str, step: int) -> None:
+        self.what, self.step = what, step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            setattr(control, self.what, True)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -136,6 +163,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "`gradient_checkpointing`": {"gradient_checkpointing": True},
     "evaluation in between": {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": rows(6)},
+    "several `eval_dataset`s at each step, `prediction_loss_only`": {
+        "prediction_loss_only": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_dataset": {"first": rows(4), "second": rows(5)},
+    },
+    "an `IterableDataset`, a last batch that is shorter": {
+        "train_dataset": Stream(),
+        "gradient_accumulation_steps": 3,
+        "max_steps": 7,
+    },
+    '`train_sampling_strategy="group_by_length"`, rows of different lengths': {
+        "train_sampling_strategy": "group_by_length",
+        "train_dataset": [
+            {name: row[: 5 + index % 8] for name, row in each.items()} for index, each in enumerate(rows(40))
+        ],
+        "data_collator": padded,
+    },
+    "a callback that ends training between the parts of a step": {
+        "gradient_accumulation_steps": 3,
+        "max_steps": 12,
+        "callbacks": [Stops("should_training_stop", 4)],
+    },
     "`torch_compile`": {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3},
     "`label_smoothing_factor`": {"label_smoothing_factor": 0.1},
     "`neftune_noise_alpha`": {"neftune_noise_alpha": 5.0},
@@ -150,7 +200,7 @@ def test_weights_and_log_are_those_of_sgd(setting: str, tmp_path: Path) -> None:
     reference, expected = train(tmp_path, False, {k: v for k, v in settings.items() if k != "optim"})
     assert TABLES["transformers"][setting] == EQUAL
     assert furthest(model, reference) <= TOLERANCE
-    assert furthest(model, llama()) > 0.01, "nothing was trained"
+    assert furthest(model, llama()) > 0.005, "nothing was trained"
     ours, theirs = ([entry for entry in entries if "grad_norm" in entry] for entries in (log, expected))
     assert len(ours) == len(theirs) > 2
     for entry, other in zip(ours, theirs, strict=True):
@@ -230,6 +280,74 @@ def test_a_smaller_batch_goes_on_and_says_from_where(tmp_path: Path) -> None:
         trainer.train()
     assert furthest(trainer.model, reference.model) <= TOLERANCE
     assert TABLES["transformers"]["`auto_find_batch_size` (a warning says what an attempt did)"] == EQUAL
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_training_goes_on_after_an_interrupt(where: str, tmp_path: Path) -> None:
+    """In the second part of a step. What was accumulated is dropped, as Trainer does when it begins."""
+
+    def interrupted(kind: type[Trainer]) -> tuple[nn.Module, dict[str, Tensor]]:
+        left = [1]
+
+        def interrupt(_: Any) -> None:
+            if left and trainer.state.global_step == 2 and trainer.model.model.embed_tokens.weight.grad is not None:
+                left.clear()
+                raise KeyboardInterrupt
+
+        trainer = kind(llama(), arguments(tmp_path, gradient_accumulation_steps=2), train_dataset=rows(64))
+        if kind is Trainer:
+            attach(trainer)
+        embedding = trainer.model.model.embed_tokens
+        if where == "backward":
+            trainer.model.lm_head.weight.register_post_accumulate_grad_hook(interrupt)
+        else:
+            embedding.register_forward_pre_hook(lambda *_: interrupt(None))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        between = copy.deepcopy(trainer.model.state_dict())
+        trainer.train()
+        return trainer.model, between
+
+    (model, between), (reference, expected) = interrupted(Trainer), interrupted(WithSGD)
+    assert all(float((between[name] - expected[name]).abs().max()) <= TOLERANCE for name in expected)
+    assert furthest(model, reference) <= TOLERANCE
+    assert TABLES["transformers"]["an interrupt in forward or backward, then `train()` again"] == EQUAL
+
+
+LIGER = """
+import pathlib, re, sys
+sys.path.insert(0, sys.argv[1])
+from test_trainers_transformers import Trainer, WithSGD, arguments, attach, furthest, llama, rows
+
+def trained(kind, refused="", **options):
+    liger = {"use_liger_kernel": True, "liger_kernel_config": dict.fromkeys(("rope", "swiglu", "rms_norm"), False)}
+    settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+    trainer = kind(llama(), arguments(pathlib.Path(sys.argv[2]), **settings | liger), train_dataset=rows(64))
+    if kind is Trainer:
+        attach(trainer, **options)
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        assert refused and re.search(refused, str(error)), error
+        assert furthest(trainer.model, llama()) == 0
+    assert trainer.model.forward.__func__.__module__.startswith("liger_kernel")
+    return trainer.model
+
+model = trained(Trainer, fused_layers=True)
+assert furthest(model, trained(WithSGD)) <= 1e-6 and furthest(model, llama()) > 0.001
+trained(Trainer, refused=sys.argv[3], clip_memory=0)
+print("equal")
+"""
+
+
+def test_the_fused_loss_of_liger(run_python: Any, tmp_path: Path) -> None:
+    """Its kernels, interpreted: a step's loss is divided by the number of items."""
+    needs("liger_kernel", "triton")
+    said = refusal("transformers", "`use_liger_kernel=True`, `attach(trainer, clip_memory=0)`")
+    path = os.pathsep.join(sys.path)
+    done = run_python(LIGER, str(Path(__file__).parent), str(tmp_path), said, TRITON_INTERPRET="1", PYTHONPATH=path)
+    assert done.stdout.strip().endswith("equal"), done.stdout + done.stderr
+    assert TABLES["transformers"]["`use_liger_kernel=True`, `gradient_accumulation_steps`"] == EQUAL
 
 
 def test_training_twice_warns_of_nothing(tmp_path: Path) -> None:
@@ -333,13 +451,24 @@ def refuse(setting: str, folder: Path) -> Trainer:
     return trainer
 
 
-REFUSED = [setting for setting, said in TABLES["transformers"].items() if said != EQUAL]
+REFUSED = [
+    setting for setting, said in TABLES["transformers"].items() if said != EQUAL and "use_liger_kernel" not in setting
+]
 
 
 @pytest.mark.parametrize("setting", REFUSED)
 def test_what_is_refused(setting: str, tmp_path: Path) -> None:
     with pytest.raises((RuntimeError, ValueError), match=refusal("transformers", setting)):
         refuse(setting, tmp_path)
+
+
+def test_what_is_no_trainer_and_what_trains_nothing(tmp_path: Path) -> None:
+    trainer = Trainer(llama().requires_grad_(False), arguments(tmp_path), train_dataset=rows(4))
+    with pytest.raises(TypeError, match=r"attach got Accelerator, expected a transformers\.Trainer"):
+        attach(trainer.accelerator)
+    attach(trainer)
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        trainer.train()
 
 
 def test_parameters_that_were_unfrozen_after_the_optimizer_was_made(tmp_path: Path) -> None:

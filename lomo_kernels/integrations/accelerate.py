@@ -16,7 +16,7 @@ from ._versions import require
 
 
 def attach(accelerator: Any) -> None:
-    """Replaces `backward`, `clip_grad_norm_`, `clip_grad_value_` and `prepare` of this one `accelerate.Accelerator`.
+    """Replaces `backward`, `lomo_backward`, `clip_grad_norm_`, `clip_grad_value_` and `prepare` of this `Accelerator`.
 
     ``accelerator.backward(loss)`` then frees each gradient inside backward. It adds to ``.grad`` if accelerate does not
     synchronise gradients (``accelerator.accumulate(model)``), otherwise it makes a step; ``optimizer.step()`` and
@@ -32,10 +32,15 @@ def attach(accelerator: Any) -> None:
             optimizers, another one than `Lomo`. No weight was changed.
     """
     require("accelerate", "1.15", "2.0")
+    if not hasattr(accelerator, "sync_gradients"):
+        raise TypeError(
+            f"Lomo: attach got {type(accelerator).__name__}, expected an accelerate.Accelerator. For a "
+            "transformers.Trainer there is lomo_kernels.integrations.transformers.attach"
+        )
     if not isinstance(getattr(accelerator.backward, "__self__", None), _Attached):
         attached = _Attached(accelerator)
         attached.check_accelerator()
-        for name in ("backward", "clip_grad_norm_", "clip_grad_value_", "prepare"):
+        for name in ("backward", "lomo_backward", "clip_grad_norm_", "clip_grad_value_", "prepare"):
             setattr(accelerator, name, getattr(attached, name))
         attached.follow_parameters()
 
@@ -77,6 +82,10 @@ class _Attached:
             optimizer.backward(loss)
         else:
             optimizer.fused_backward(loss, learning_rate)
+
+    def lomo_backward(self, loss: Tensor, learning_rate: float) -> None:
+        """accelerate's own call for lomo_optim, of a loss that is divided already."""
+        self.backward(loss, learning_rate=learning_rate, scale_wrt_gas=False)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: Any, norm_type: Any = 2) -> Tensor:
         """Returns the last step's norm before clipping: a copy of `Lomo.last_grad_norm`. If gradients are being

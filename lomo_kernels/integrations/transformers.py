@@ -30,10 +30,16 @@ def attach(trainer: Any, **options: Any) -> None:
 
     Raises:
         ImportError: another version of Transformers or accelerate than those tested.
+        TypeError: `trainer` is no Trainer.
         ValueError: an option or the optimizer is given twice.
         RuntimeError: fp16, DataParallel, DeepSpeed, FSDP1.
     """
     require("transformers", "5.24", "6.0")
+    if not issubclass(type(trainer), Trainer):
+        raise TypeError(
+            f"Lomo: attach got {type(trainer).__name__}, expected a transformers.Trainer. For an Accelerator "
+            "there is lomo_kernels.integrations.accelerate.attach"
+        )
     args = trainer.args
     given = trainer.optimizer_cls_and_kwargs
     if given is not None and given[0] is _Factory and not options:
@@ -133,6 +139,8 @@ def _optimizer(
 ) -> Lomo:
     """With Transformers' two groups, under the parameters' own names."""
     trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    if not trained:
+        raise ValueError("Lomo: no parameter of the model requires a gradient; unfreeze what is to be trained")
     groups = [
         {"params": [(name, param) for name, param in trained if (name in decayed) is decays], "weight_decay": decay}
         for decays, decay in ((True, args.weight_decay), (False, 0.0))

@@ -358,5 +358,5 @@ class Lomo(torch.optim.Optimizer):
         if self._itself() is not self:
             raise RuntimeError(
                 f"Lomo: this is a {type(self).__name__} around the optimizer. A step on it would be incomplete. Call "
-                "the optimizer itself: the wrapper's .optimizer. No weight was changed"
+                "the wrapper's .optimizer, or give Lightning's Trainer a LomoCallback. No weight was changed"
             )
