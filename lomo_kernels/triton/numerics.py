@@ -207,9 +207,11 @@ SGD, SIGN = tl.constexpr(0), tl.constexpr(1)
 
 @triton.jit
 def direction(g, RULE: tl.constexpr):
-    """What becomes of a clipped gradient. Zeros become +0."""
-    if RULE == SIGN:
+    """What becomes of a clipped gradient, by the rule's number."""
+    if RULE == SIGN:  # zero becomes +0
         g = tl.where(g > 0.0, 1.0, 0.0) - tl.where(g < 0.0, 1.0, 0.0)
+    else:
+        tl.static_assert(RULE == SGD, "direction() in lomo_kernels/triton/numerics.py has no branch for this rule")
     return g
 
 
