@@ -101,15 +101,15 @@ sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, u
 	@# own leaks are not our subject. pytest is not started with "python -m", which would put this folder's package
 	@# before the checked one.
 	@# Without operators whose kernels are the CPU's alone for the emulated ones.
-	@layers="tests/test_linear.py tests/test_embedding.py tests/test_factored.py"; \
+	@cpu="tests/test_linear.py tests/test_embedding.py tests/test_factored.py tests/test_split.py tests/test_rules.py"; \
 	for isa in baseline avx2 avx512 avx512bf16 amx emulated; do \
 	  case $$isa in avx512) flag=avx512bw;; avx512bf16) flag=avx512_bf16;; amx) flag=amx_bf16;; avx2) flag=avx2;; *) flag=;; esac; \
 	  [ -z "$$flag" ] || grep -qw $$flag /proc/cpuinfo || { echo "This processor lacks $$isa: left out"; continue; }; \
-	  [ $$isa != emulated ] || { layers=; cp build/sanitize/_emulated.so $(checked)/lomo_kernels/_cpu.so; }; \
+	  [ $$isa != emulated ] || { cpu=; cp build/sanitize/_emulated.so $(checked)/lomo_kernels/_cpu.so; }; \
 	  OMP_NUM_THREADS=1 LOMO_KERNELS_ISA=$$isa PYTHONPATH=$(checked) \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py tests/test_overlap.py $$layers $(ARGS) || exit 1; done
+	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py tests/test_overlap.py $$cpu $(ARGS) || exit 1; done
 
 clean:           ## remove what was built; VENV stays
 	rm -rf build dist *.egg-info lomo_kernels/*.so

@@ -93,7 +93,7 @@ inline const double* scalars_of(const Tensor& scalars, const char* op) {
 
 inline int checked_rule(int64_t rule, const char* op) {
   LOMO_CHECK(rule >= 0 && rule < Rules::kCount, op, ": rule is ", rule, ", expected a number below ",
-             int{Rules::kCount});
+             int{Rules::kCount}, ", which is how many rules csrc/numerics.h had when this library was built");
   return static_cast<int>(rule);
 }
 

@@ -1,5 +1,6 @@
 """What all tests share: seeds, threads, GPU skips, and a helper that runs a snippet in a fresh process."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def ranks_with_deepspeed():
 @pytest.fixture(scope="session")
 def run_python():
     """Runs Python code in a fresh process, where this folder can be imported and no LOMO_KERNELS_* is set but `env`.
+    The package is the one that is tested, `make sanitize`'s too: the current folder comes last.
 
     Returns the finished process: `returncode`, `stdout`, `stderr`. torch is imported already, unless `env` has what
     counts before that: LD_PRELOAD.
@@ -97,14 +99,15 @@ def run_python():
     from support.fresh import Server
 
     server = Server()
+    package = str(Path(importlib.util.find_spec("lomo_kernels").origin).parents[1])
 
     def run(code, *arguments, **env):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("LOMO_KERNELS_")}
-        paths = [str(TESTS), *filter(None, [clean.get("PYTHONPATH")])]
+        paths = [str(TESTS), package, *filter(None, [clean.get("PYTHONPATH")])]
         env = {**clean, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **env}
         if "LD_PRELOAD" not in env:
             return server.run(code, *arguments, env=env)
-        whole = [sys.executable, "-c", code, *arguments]
+        whole = [sys.executable, "-c", f"import sys; sys.path.append(sys.path.pop(0))\n{code}", *arguments]
         return subprocess.run(whole, env=env, capture_output=True, text=True, timeout=580)
 
     yield run

@@ -65,6 +65,15 @@ def cases(param_dtype, rounding):
     yield param.view(100, 1000), grad, ARGUMENTS["all"] | {"rounding": rounding}
 
 
+def rule_cases():
+    """Parameters, gradients and arguments for each rule: any numbers, and ordinary ones, for which kernels are fast."""
+    for (p, g), rounding in itertools.product(itertools.product(DTYPES, DTYPES), ROUNDINGS):
+        given = {"rounding": rounding, "seed": 4, "step": 7}
+        for size in (7, 33, 513, 4097):
+            yield oracle.param_of(size, p), oracle.grad_of(size, g), ARGUMENTS["all"] | given
+        yield oracle.ordinary(10007, p), oracle.ordinary(10007, g, 1), {"lr": 0.03} | given
+
+
 def split_cases():
     """Parameters of `cases` with low parts."""
     for param, grad, arguments in cases(torch.bfloat16, "nearest"):
@@ -76,7 +85,11 @@ def split_cases():
 def expected_digests():
     """The updates' digests, by the reference."""
     pairs = (reference.updated_split(p, low, g, **reference_arguments(given)) for p, low, g, given in split_cases())
-    return {"split": digest(itertools.chain.from_iterable(pairs))} | {
+    rules = {
+        f"rule {rule}": digest(reference.updated(p, g, **reference_arguments(a), rule=rule) for p, g, a in rule_cases())
+        for rule in RULES
+    }
+    return {"split": digest(itertools.chain.from_iterable(pairs)), **rules} | {
         f"{oracle.name_of(dtype)} {rounding}": digest(
             reference.updated(p, g, **reference_arguments(arguments)) for p, g, arguments in cases(dtype, rounding)
         )
@@ -93,6 +106,12 @@ def digests():
         ops.sgd_(param, grad, **arguments, low=low, rounding="split")
         parts += [param, low]
     result["split"] = digest(parts)
+    for rule in RULES:
+        updated = []
+        for param, grad, arguments in rule_cases():
+            ops.sgd_(param, grad, **arguments, rule=rule)
+            updated.append(param)
+        result[f"rule {rule}"] = digest(updated)
     for dtype in DTYPES:
         for rounding in ROUNDINGS:
             updated = []

@@ -424,7 +424,8 @@ def test_ranks_see_that_their_rules_are_equal(rule: str) -> None:
 
 
 def test_numbers_of_rules_stay_what_checkpoints_have() -> None:
-    assert NUMBERS == {"sgd": 0, "sign": 1, "tensor": 100, "rows": 101, "adalomo": 102}
+    assert NUMBERS.items() >= {"sgd": 0, "sign": 1, "tensor": 100, "rows": 101, "adalomo": 102}.items()
+    assert len(set(NUMBERS.values())) == len(NUMBERS)
 
 
 # ---- What is refused ------------------------------------------------------------------------------------------------
@@ -432,7 +433,7 @@ def test_numbers_of_rules_stay_what_checkpoints_have() -> None:
 
 def test_refused_options() -> None:
     model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="expected one of 'sgd', 'sign', 'tensor', 'rows', 'adalomo'"):
+    with pytest.raises(ValueError, match=r"expected one of 'sgd', 'sign', .*'tensor', 'rows', 'adalomo'"):
         Lomo(model, rule="adam")
     with pytest.raises(ValueError, match="clip_tensor bounds a gradient"):
         Lomo(model, rule="rows", clip_tensor=1.04)

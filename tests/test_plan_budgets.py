@@ -52,7 +52,7 @@ def test_a_partial_budget_is_simulated_exactly(fused: bool, checkpointing: bool)
 def test_a_larger_budget_computes_less(fused: bool, checkpointing: bool) -> None:
     """And with checkpoints takes more memory. Without, what the part that runs twice has saved counts, too: it stays
     until the norm is known, while the first gradients come."""
-    build = llama(dataclasses.replace(CONFIG, layers=6), checkpointing=checkpointing)
+    build = llama(dataclasses.replace(CONFIG, layers=4), checkpointing=checkpointing)
     everything = simulate_budget(build, LOSS, None, fused=fused)
     line = [simulate_budget(build, LOSS, int(share * everything.kept), fused=fused) for share in (0, 0.25, 0.5, 0.75)]
     kept, flops = ([getattr(step, name) for step in [*line, everything]] for name in ("kept", "flops"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from lomo_kernels.composite import tiled
 from lomo_kernels.ops.scalars import vector
 from lomo_kernels.rules import RULES
 
+ROOT = Path(__file__).parents[1]
 every_rule = pytest.mark.parametrize("rule", RULES)
 every_param = pytest.mark.parametrize("param_dtype", DTYPES, ids=name_of)
 every_grad = pytest.mark.parametrize("grad_dtype", DTYPES, ids=name_of)
@@ -32,9 +35,40 @@ SIZES = [1, 7, 16, 63, 64, 65, 4095, 4097, 70001]
 # ---- The operators --------------------------------------------------------------------------------------------------
 
 
-def test_every_rule_has_a_direction_in_the_reference():
+def names_in(file: str, pattern: str) -> list[str]:
+    """The rules that a source names, in lower case, in the order of their numbers."""
+    lists = re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
+    assert len(lists) == 1, f"{file}: {pattern} stands {len(lists)} times in it"
+    return [name.strip().lower() for name in lists[0].split(",")]
+
+
+@every_rule
+def test_every_file_has_the_rule(rule):
+    """The first test to look at if a rule was added: it says what is missing, the others only that bits differ."""
+    assert sorted(RULES.values()) == list(range(len(RULES))), "lomo_kernels/rules.py: numbers are not 0, 1, 2, ..."
+    assert rule in reference.DIRECTIONS, f"lomo_kernels/reference.py: DIRECTIONS lacks {rule!r}"
+    for file, pattern in (
+        ("csrc/numerics.h", r"^using Rules = RuleList<(.*)>;"),
+        ("lomo_kernels/triton/numerics.py", r"^(\w+(?:, \w+)*) = tl\.constexpr\(0\), tl\.constexpr\(1\)"),
+    ):
+        names = names_in(file, pattern)
+        assert names[RULES[rule] : RULES[rule] + 1] == [rule], (
+            f"{file}: rule {RULES[rule]}, {rule!r}, is not in {names}"
+        )
+    for name, text in (
+        ("docs/numerics.md", (ROOT / "docs" / "numerics.md").read_text()),
+        ("the docstring of Lomo", Lomo.__doc__),
+        ("the docstring of sgd_", ops.sgd_.__doc__),
+    ):
+        assert f'"{rule}"' in text, f"{name} does not name the rule {rule!r}"
+    try:
+        ops.sgd_(torch.ones(3), torch.ones(3), lr=0.1, rule=rule)
+    except RuntimeError as error:
+        pytest.fail(f"the library in force lacks {rule!r}, build it anew (`make testing`): {error}")
+
+
+def test_the_reference_has_no_other_rule():
     assert reference.DIRECTIONS.keys() == RULES.keys()
-    assert sorted(RULES.values()) == list(range(len(RULES)))
 
 
 def test_the_directions():
@@ -222,18 +256,20 @@ def test_lomo_equals_the_textbook(rule, options, dtype):
 
 
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name != "stochastic"])
-def test_sign_on_fused_layers(options):
-    """Integers below 2**24 make every sum exact, so weights have the bits of the layers that are not fused."""
+@every_rule
+def test_fused_layers(rule, options):
+    """Integers below 2**24 make every sum exact, so weights have the bits of the layers that are not fused. After a
+    step with sign they are halves of integers."""
     made = []
     for fused in (False, True):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 7, bias=False))
         for param in model.parameters():
             param.data = torch.randint(-3, 4, param.shape).float()
-        optimizer = Lomo(model, lr=0.5, rule="sign", fused_layers=fused, **OPTIONS[options])
+        optimizer = Lomo(model, lr=0.5, rule=rule, fused_layers=fused, **OPTIONS[options])
         tokens = torch.randint(0, 11, (3, 5))
         factor = torch.randint(-2, 3, (3, 5, 7)).float()
-        for _ in range(2):
+        for _ in range(2 if rule == "sign" else 1):
             optimizer.backward((model(tokens) * factor).sum())
         made.append([param.detach().clone() for param in model.parameters()])
     for plain, fused_ in zip(*made, strict=True):

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from bench.compiled import triton_source  # noqa: E402
+from lomo_kernels.rules import RULES  # noqa: E402
 from lomo_kernels.triton import launch, sgd, sq_norm  # noqa: E402
 from lomo_kernels.triton.numerics import BLOCK  # noqa: E402
 
@@ -280,6 +281,8 @@ def programs_together(kernel, registers):
 FUSED = re.compile(
     r"\bfma\.|\bmad\.(?:rn|rz|rm|rp)\.|\bv_(?:pk_)?(?:fma|fmac|mac|mad)\w*_f\d+(?!.*(?:0x[4c]f800000|, neg\(0\)))"
 )
+#: What is not rounded to nearest. `/` becomes div.full, which the interpreter does not show.
+INEXACT = re.compile(r"\.ftz|\.approx|\bdiv\.full")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -293,14 +296,26 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     assert stack == local == 0, "registers are spilled"
     record_property("registers", (f"Triton, sm_{target}", registers))
     assert not FUSED.search(ptx), "a multiplication and an addition are fused"
-    assert ".ftz" not in ptx and ".approx" not in ptx
-    there = Counter(re.findall(r"\b(?:ld|st)\.global\.v\d\.b\d+", ptx))
-    counts = [there[key] for key in ("ld.global.v4.b32", "ld.global.v2.b32", "st.global.v4.b32")]
+    assert not INEXACT.search(ptx)
+    accesses = Counter(re.findall(r"\b(?:ld|st)\.global\.v\d\.b\d+", ptx))
+    counts = [accesses[key] for key in ("ld.global.v4.b32", "ld.global.v2.b32", "st.global.v4.b32")]
     assert tuple(counts) == expected(kernel, made, case)
     if case.plain:
         # One number of each warp, for the decision how to round: more would be elements that wander between threads.
         assert ptx.count("ld.shared") <= ("stochastic" in name), "elements wander between threads"
         assert programs_together(kernel, registers) >= 2, "no two programs fit on a multiprocessor"
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "sgd"])
+@pytest.mark.parametrize("name", TYPES)
+def test_every_rule_is_compiled_to_exact_operations(name, rule, tmp_path):
+    """`CASES` have SGD's kernels only. The interpreter's bits are right even if the compiled code's are not."""
+    kernel = compiled(90, update(name, name, name != "fp32", clamp=True, rule=RULES[rule]))
+    advice = "use + - * and tl.div_rn in direction() of lomo_kernels/triton/numerics.py"
+    for pattern in (FUSED, INEXACT):
+        assert not (inexact := pattern.search(kernel.asm["ptx"])), f"rule {rule!r} has {inexact[0]}: {advice}"
+    _, stack, local = resources(kernel, tmp_path)
+    assert stack == local == 0, "registers are spilled"
 
 
 @pytest.mark.parametrize("name", ["fp32 by fp16 nearest", "fp16 by bf16 everything", "bf16 list", "bf16 list norm"])

@@ -16,6 +16,7 @@ from test_triton import (  # noqa: E402
     AMD,
     FUSED,
     HERE,
+    INEXACT,
     INTERPRETED,
     NVIDIA,
     PYTEST,
@@ -172,7 +173,7 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
         assert options["maxnreg"] == 128
         together = programs_together(kernel, registers), SHARED[target] * 1024 // (kernel.metadata.shared + 1024)
         assert min(together) == 2, f"{together} programs share a multiprocessor, by registers and by shared memory"
-    assert ".ftz" not in ptx and ".approx" not in ptx
+    assert not INEXACT.search(ptx)
     fused = len(FUSED.findall(ptx))
     if tile is not None and not re.search(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)", ptx):
         # Only what forms the product itself, of float32.

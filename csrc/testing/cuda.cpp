@@ -3,6 +3,8 @@
 
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -35,6 +37,11 @@ Gradient gradient(const GradientTuple& t) {
 // scalars: the numbers, with the step's bits, or scalars_address: of the vector on the "device".
 void emulated_update(const std::vector<ParameterTuple>& parameters, const std::vector<double>& scalars,
                      uintptr_t scalars_address, int rule, bool stochastic, int64_t seed) {
+  if (rule < 0 || rule >= Rules::kCount) {
+    throw std::invalid_argument("rule is " + std::to_string(rule) + ", expected a number below " +
+                                std::to_string(Rules::kCount) +
+                                ", which is how many rules csrc/numerics.h had when this module was built");
+  }
   std::vector<Parameter> list;
   for (const auto& [data, dtype, grad, id, offset, row_length, row_stride] : parameters) {
     list.push_back({reinterpret_cast<void*>(data), static_cast<DType>(dtype), gradient(grad), id,

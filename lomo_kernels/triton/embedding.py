@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """`embedding_update_` and `embedding_sq_norm_` in Triton. `lomo_kernels/ops/embedding.py` documents what they do.
 
-Tokens are sorted by their index, and the tokens of one index, a run, are added up in registers and used up there.
+Tokens are sorted by their index, and the tokens of one index, a run, are added up in registers and used up in them.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ def sum_of_run(
     keys, order, position, tokens, key, gy, stride, columns, G: tl.constexpr, BLOCK: tl.constexpr, U: tl.constexpr
 ):
     """The sum of gy[:columns] over the tokens from `position` on that have this key, float32, in fixed order."""
-    place = tl.arange(0, BLOCK)[None, :]
+    column = tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((BLOCK,), tl.float32)
-    more = True
-    while more:
+    full = True
+    while full:
         at = position + tl.arange(0, U)
-        here = tl.load(keys + at, mask=at < tokens, other=-1) == key
-        token = tl.load(order + at, mask=here, other=0)
-        bits = tl.load(gy + token[:, None] * stride + place, mask=here[:, None] & (place < columns), other=0)
+        in_run = tl.load(keys + at, mask=at < tokens, other=-1) == key
+        token = tl.load(order + at, mask=in_run, other=0)
+        bits = tl.load(gy + token[:, None] * stride + column, mask=in_run[:, None] & (column < columns), other=0)
         total += tl.sum(widen(bits, G), axis=0)
         position += U
-        more = tl.sum(here.to(tl.int32), axis=0) == U
+        full = tl.sum(in_run.to(tl.int32), axis=0) == U
     return total
 
 
@@ -112,7 +112,7 @@ def embedding_sgd_kernel(
 ):
     """A program updates BLOCK elements of the row whose run begins at its position; where none does, nothing.
 
-    DECAY: positions are rows instead, and those that no token has looked up decay, where there is any decay.
+    DECAY: positions are rows instead, and those that no token has looked up decay, if the weight decays.
     """
     if ALIGNED:
         columns, stride = columns // 16 * 16, stride // 16 * 16
@@ -137,8 +137,8 @@ def embedding_sgd_kernel(
             g = sum_of_run(keys, order, position, tokens, row, elements(gy, G) + first, stride, left, G, BLOCK, U)
             scaled = g * unscale
         start = row * columns + first
-        there = elements(weight, P) + start
-        p_bits = load(there, left, BLOCK)
+        pointer = elements(weight, P) + start
+        p_bits = load(pointer, left, BLOCK)
         p = updated(widen(p_bits, P), scaled, rate, decay, limit, coef, RULE, CLAMP)
         if STOCHASTIC:
             stream = mix64((seed_key.to(tl.int64) ^ scalar(step, on_device, tl.int64)).to(tl.uint64, bitcast=True))
@@ -158,7 +158,7 @@ def embedding_sgd_kernel(
         else:
             rounded = nearest(p, P)
         if scalar(found_inf, on_device, tl.float64) == 0.0:
-            store(there, tl.where(tl.abs(scaled) < float("inf"), rounded, p_bits), left, BLOCK)
+            store(pointer, tl.where(tl.abs(scaled) < float("inf"), rounded, p_bits), left, BLOCK)
         if NORM:
             total = sum_of_squares(scaled, BLOCK)
     if NORM:
@@ -207,7 +207,7 @@ def runs(
     indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], rows: int | None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Sorted indices, the tokens in that order, gradients [tokens, columns], and the index of what counts nothing:
-    padding, and indices out of range. It is the largest, and nothing here is read by the host."""
+    padding, and indices out of range. It is the largest, and the host reads nothing."""
     nowhere = NOWHERE if rows is None else rows
     keys = []
     for index, padding in zip(indices, padding_idx, strict=True):
@@ -281,7 +281,7 @@ def embedding_update_(
     check_weight(op, weight, None, grad_outputs[0].shape[-1], "[num_embeddings, embedding_dim]")
     step = launch.step_scalars(op, scalars, device)
     launch.check_rule(op, rule)
-    where = launch.indices_of(op, shard, weight.numel())
+    element_indices = launch.indices_of(op, shard, weight.numel())
     lows = [] if low is None else [low]
     check_low(op, [weight], lows, stochastic=stochastic)
     if sq_norm is not None:
@@ -290,8 +290,8 @@ def embedding_update_(
         return
     check_writable(op, weight, lows, [*indices, *grad_outputs])
     if lows:
-        rest = (sq_norm, rule, stochastic, seed, parameter_id, shard, low)
-        tiled.embedding_update_(weight, indices, grad_outputs, padding_idx, scalars, *rest)
+        update_arguments = (sq_norm, rule, stochastic, seed, parameter_id, shard, low)
+        tiled.embedding_update_(weight, indices, grad_outputs, padding_idx, scalars, *update_arguments)
         return
     stochastic = stochastic and weight.dtype != torch.float32
     rows, columns = weight.shape
@@ -325,9 +325,9 @@ def embedding_update_(
                 *step.arguments,
                 step.on_device,
                 launch.parameter_key(seed, parameter_id) if stochastic else 0,
-                where.offset,
-                where.row_length,
-                where.row_stride,
+                element_indices.offset,
+                element_indices.row_length,
+                element_indices.row_stride,
                 slot,
                 touched,
                 partials,
@@ -338,8 +338,8 @@ def embedding_update_(
                 ALIGNED=aligned,
                 CLAMP=step.clamps,
                 STOCHASTIC=stochastic,
-                ROWS=where.rows,
-                PAIRS=columns % 2 == 0 and where.pairs,
+                ROWS=element_indices.rows,
+                PAIRS=columns % 2 == 0 and element_indices.pairs,
                 NORM=norm,
                 DECAY=decay,
                 BLOCK=BLOCK,

@@ -212,13 +212,13 @@ class Workspaces:
         if is_capturing(device):
             return self._make(size, dtype=self._dtype, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        there = self._kept.get((device, stream))
-        if there is None or there.numel() < size:
+        buffer = self._kept.get((device, stream))
+        if buffer is None or buffer.numel() < size:
             # Powers of two: an eighth more each time would allocate in many steps.
             with torch.inference_mode(False):  # else it could not be written to outside of such a mode
-                there = self._make(1 << max(size - 1, 4095).bit_length(), dtype=self._dtype, device=device)
-            self._kept[device, stream] = there
-        return there
+                buffer = self._make(1 << max(size - 1, 4095).bit_length(), dtype=self._dtype, device=device)
+            self._kept[device, stream] = buffer
+        return buffer
 
 
 partials = Workspaces(torch.float64, zeroed=False)  # sums of blocks
@@ -298,11 +298,11 @@ def _staged(numbers: Tensor, device: torch.device) -> Tensor:
                 _reserve = torch.empty(RESERVE, dtype=torch.int64, device="cpu", pin_memory=True)
         return numbers.pin_memory()
     if _reserve.numel() < size:
-        mine = numbers.pin_memory()
+        pinned = numbers.pin_memory()
     else:
-        mine, _reserve = _reserve[:size].copy_(numbers), _reserve[size:]
-    _captured.append(mine)
-    return mine
+        pinned, _reserve = _reserve[:size].copy_(numbers), _reserve[size:]
+    _captured.append(pinned)
+    return pinned
 
 
 def upload(

@@ -342,10 +342,10 @@ def lengths_kernel(
     """A program measures one row of x: its Euclidean length, for the estimate of an error."""
     token = tl.program_id(0)
     x = elements(x, G) + token.to(tl.int64) * stride
-    place = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, size if SIZE is None else SIZE, BLOCK):
-        part = widen(tl.load(x + first + place, mask=place < size - first, other=0), G)
+        part = widen(tl.load(x + first + column, mask=column < size - first, other=0), G)
         squares += part * part
     length = tl.maximum(tl.sqrt_rn(tl.sum(squares, axis=0)), SHORTEST)
     tl.store(lengths + token, length)
@@ -367,14 +367,14 @@ def inner_products(
 ):
     """x[i:i+BT] @ x[j:j+BT].T, float32; zero where there is no such token."""
     t, k = tl.arange(0, BT), tl.arange(0, BK)
-    a_place = x + i.to(tl.int64) * stride + t[:, None] * stride + k[None, :]
-    b_place = x + j.to(tl.int64) * stride + t[None, :] * stride + k[:, None]
+    a_pointer = x + i.to(tl.int64) * stride + t[:, None] * stride + k[None, :]
+    b_pointer = x + j.to(tl.int64) * stride + t[None, :] * stride + k[:, None]
     in_a, in_b = (t < tokens - i)[:, None], (t < tokens - j)[None, :]
     tile = tl.zeros((BT, BT), tl.float32)
     for first in range(0, size if SIZE is None else SIZE, BK):
         in_size = k < size - first
-        a = tl.load(a_place + first, mask=in_a & in_size[None, :], other=0.0)
-        b = tl.load(b_place + first, mask=in_b & in_size[:, None], other=0.0)
+        a = tl.load(a_pointer + first, mask=in_a & in_size[None, :], other=0.0)
+        b = tl.load(b_pointer + first, mask=in_b & in_size[:, None], other=0.0)
         if WIDEN:
             a, b = widen(elements_of(a, G), G), widen(elements_of(b, G), G)
         tile = tl.dot(a, b, tile, input_precision="ieee")
@@ -634,8 +634,8 @@ def linear_update_(
     check_writable(op, weight, lows, [*inputs, *grad_outputs])
     # The kernel knows a whole weight's indices only, and no split weight: its product's tile takes the registers.
     if lows or (shard and stochastic) or by_tiles(inputs, rows, columns, norm=sq_norm is not None):
-        rest = (sq_norm, rule, stochastic, seed, parameter_id, shard, low)
-        tiled.linear_update_(weight, inputs, grad_outputs, scalars, *rest)
+        update_arguments = (sq_norm, rule, stochastic, seed, parameter_id, shard, low)
+        tiled.linear_update_(weight, inputs, grad_outputs, scalars, *update_arguments)
         return
     stochastic = stochastic and weight.dtype != torch.float32
     factors, gpu = factors_of(inputs[0], grad_outputs[0]), generation(device)

@@ -43,8 +43,8 @@ def load(pointer, left, BLOCK: tl.constexpr, TOGETHER: tl.constexpr = 16):
     if left >= BLOCK:
         bits = tl.load(pointer + tl.max_contiguous(tl.arange(0, BLOCK), TOGETHER))
     else:
-        place = tl.max_contiguous(tl.arange(0, BLOCK), TOGETHER)
-        bits = tl.load(pointer + place, mask=place < left, other=0)
+        offsets = tl.max_contiguous(tl.arange(0, BLOCK), TOGETHER)
+        bits = tl.load(pointer + offsets, mask=offsets < left, other=0)
     return bits
 
 
@@ -53,8 +53,8 @@ def store(pointer, bits, left, BLOCK: tl.constexpr):
     if left >= BLOCK:
         tl.store(pointer + tl.arange(0, BLOCK), bits)
     else:
-        place = tl.arange(0, BLOCK)
-        tl.store(pointer + place, bits, mask=place < left)
+        offsets = tl.arange(0, BLOCK)
+        tl.store(pointer + offsets, bits, mask=offsets < left)
 
 
 @triton.jit
@@ -207,9 +207,11 @@ SGD, SIGN = tl.constexpr(0), tl.constexpr(1)
 
 @triton.jit
 def direction(g, RULE: tl.constexpr):
-    """What becomes of a clipped gradient. Zeros become +0."""
-    if RULE == SIGN:
+    """What becomes of a clipped gradient, by the rule's number."""
+    if RULE == SIGN:  # zero becomes +0
         g = tl.where(g > 0.0, 1.0, 0.0) - tl.where(g < 0.0, 1.0, 0.0)
+    else:
+        tl.static_assert(RULE == SGD, "direction() in lomo_kernels/triton/numerics.py has no branch for this rule")
     return g
 
 
@@ -302,18 +304,18 @@ def draw(
     """
     SHIFT: tl.constexpr = 1 if dtype == tl.bfloat16 else 0
     STEP: tl.constexpr = 2 if PAIRS and dtype == tl.bfloat16 else 1
-    place = tl.arange(0, BLOCK // STEP) * STEP
+    position = tl.arange(0, BLOCK // STEP) * STEP
     if ROWS:
         first = index_of(start, offset, row_length, row_stride)
         last = index_of(start + left - 1, offset, row_length, row_stride)
         # Divisions in 32 bits: places count from the end of the first row, and no row need be longer than a block.
-        before = tl.minimum(row_length - start % row_length, BLOCK).to(tl.int32)
+        first_row_end = tl.minimum(row_length - start % row_length, BLOCK).to(tl.int32)
         length = tl.minimum(row_length, BLOCK).to(tl.int32)
-        beyond = tl.maximum(place - before, 0)
-        row = beyond // length
+        after_first_row = tl.maximum(position - first_row_end, 0)
+        row = after_first_row // length
         next_row = (start // row_length + 1) * row_stride + offset
-        later = next_row + row.to(tl.int64) * row_stride + (beyond - row * length)
-        index = tl.where(place < before, first + place, later)
+        later_index = next_row + row.to(tl.int64) * row_stride + (after_first_row - row * length)
+        index = tl.where(position < first_row_end, first + position, later_index)
         counter = (index >> SHIFT).to(tl.uint32)
         # One key to a block is common and costs nothing; several are in any number, and rare.
         first_high = first >> (32 + SHIFT)
@@ -328,7 +330,7 @@ def draw(
         key = mix64(stream ^ ((offset + start) >> 32).to(tl.uint64))
         bits = random_bits_from(key, (offset + start).to(tl.uint32), BLOCK, 8)
     else:
-        bits = draw_at(stream, offset + start, offset + start + left - 1, place, dtype, PAIRS, KEYS)
+        bits = draw_at(stream, offset + start, offset + start + left - 1, position, dtype, PAIRS, KEYS)
     return bits
 
 
@@ -340,15 +342,15 @@ def share_a_key(first, last, dtype: tl.constexpr):
 
 
 @triton.jit
-def draw_at(stream, first, last, place, dtype: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr = None):
-    """The random bits of the elements with index first + place, as `stochastic` takes them.
+def draw_at(stream, first, last, position, dtype: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr = None):
+    """The random bits of the elements with index first + position, as `stochastic` takes them.
 
-    place: int32, any shape, below 2**31. For bfloat16 with PAIRS, even ones only, and `first` is even: each stands for
+    position: int32, any shape, below 2**31. For bfloat16 with PAIRS it is even, and `first` is even: each stands for
     its neighbour, too, so that the last dimension of the result is twice as long. last: no index is larger.
     """
     SHIFT: tl.constexpr = 1 if dtype == tl.bfloat16 else 0
     parity = (first & SHIFT).to(tl.int32)
-    counter = (first >> SHIFT).to(tl.uint32) + ((place + parity) >> SHIFT).to(tl.uint32)
+    counter = (first >> SHIFT).to(tl.uint32) + ((position + parity) >> SHIFT).to(tl.uint32)
     first_high = first >> (32 + SHIFT)
     last_high = last >> (32 + SHIFT)
     first_key = mix64(stream ^ first_high.to(tl.uint64))
@@ -365,7 +367,7 @@ def draw_at(stream, first, last, place, dtype: tl.constexpr, PAIRS: tl.constexpr
         last_key = mix64(stream ^ last_high.to(tl.uint64))
         key = tl.where(counter >= (first >> SHIFT).to(tl.uint32), first_key, last_key)
         bits = random_bits(key, counter)
-    return share_of(bits, ((place + parity) & 1).to(tl.uint32), dtype, PAIRS)
+    return share_of(bits, ((position + parity) & 1).to(tl.uint32), dtype, PAIRS)
 
 
 @triton.jit
@@ -434,13 +436,15 @@ def add_up(partials, blocks):
     """The sum of `blocks` numbers that other programs stored, in fixed order: neighbours one after the other, as in
     `blocks_per_program`, then these sums in pairs."""
     several = blocks_per_program(blocks)
-    place = tl.arange(0, PROGRAMS) * several
+    first_of_program = tl.arange(0, PROGRAMS) * several
     sums = tl.zeros((PROGRAMS,), tl.float64)
     i = several * 0
     while i < several:  # range() of a tensor fails in the interpreter of Triton 3.6 with numpy 2.4
         for k in tl.static_range(4):  # loads that are under way together
             limit = tl.where(i + k < several, blocks - i - k, 0)
-            sums += tl.load(partials + i + k + place, mask=place < limit, other=0.0, cache_modifier=".cg")
+            sums += tl.load(
+                partials + i + k + first_of_program, mask=first_of_program < limit, other=0.0, cache_modifier=".cg"
+            )
         i += 4
     return tl.sum(fold(sums, 10), axis=0)
 

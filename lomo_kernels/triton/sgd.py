@@ -217,7 +217,7 @@ def _alone(
     rule: int,
     stochastic: bool,
     key: int,
-    where: launch.Indices,
+    element_indices: launch.Indices,
 ) -> None:
     """One parameter by one launch without a table. `low`: if it is split."""
     device, numel = param.device, param.numel()
@@ -237,9 +237,9 @@ def _alone(
             *scalars.arguments,
             scalars.on_device,
             key,
-            where.offset,
-            where.row_length,
-            where.row_stride,
+            element_indices.offset,
+            element_indices.row_length,
+            element_indices.row_stride,
             slot,
             *(None, 0, 0),  # no table
             partials,
@@ -251,13 +251,18 @@ def _alone(
             COLUMNS=0,
             CLAMP=scalars.clamps,
             STOCHASTIC=stochastic,
-            ROWS=where.rows,
-            PAIRS=where.pairs,
+            ROWS=element_indices.rows,
+            PAIRS=element_indices.pairs,
             NORM=sq_norm is not None,
             SPLIT=low is not None,
             BLOCK=BLOCK,
             **options(
-                launch.generation(device), param.dtype, stochastic, where.rows, sq_norm is not None, scalars.clamps
+                launch.generation(device),
+                param.dtype,
+                stochastic,
+                element_indices.rows,
+                sq_norm is not None,
+                scalars.clamps,
             ),
         )
         bring_back((param, *lows), (p, *low_copy))
@@ -330,12 +335,12 @@ def update_(
         return
     device = params[0].device
     step = launch.step_scalars(op, scalars, device)
-    where, rounded, keys = [], [], []
+    element_indices, rounded, keys = [], [], []
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         check(op, param, grad, device)
         indices = launch.indices_of(op, shard[3 * i : 3 * i + 3], param.numel())
         rounded.append(stochastic and param.dtype != torch.float32)
-        where.append(indices if rounded[i] else launch.WHOLE)
+        element_indices.append(indices if rounded[i] else launch.WHOLE)
         keys.append(launch.parameter_key(seed, parameter_id[i]) if rounded[i] else 0)
     for slot in sq_norm:
         launch.check_slot(op, "sq_norm", slot, device)
@@ -345,7 +350,7 @@ def update_(
     lows: list[Tensor | None] = [of_param if of_param.numel() else None for of_param in low] or [None] * n
     if launch.is_alone(params):
         of_norm = sq_norm[0] if sq_norm else None
-        _alone(params[0], grads[0], lows[0], step, of_norm, rule, rounded[0], keys[0], where[0])
+        _alone(params[0], grads[0], lows[0], step, of_norm, rule, rounded[0], keys[0], element_indices[0])
         return
     with launch.on(device):
         rows, copies = [], []
@@ -364,9 +369,9 @@ def update_(
                     sq_norm[i].data_ptr() if sq_norm else 0,
                     param.numel(),
                     keys[i] or low_address,
-                    where[i],
+                    element_indices[i],
                     (param.dtype, grad.dtype, rounded[i], len(copied) > 1),
-                    aligned and where[i].pairs and not where[i].rows,
+                    aligned and element_indices[i].pairs and not element_indices[i].rows,
                 )
             )
         for part in launch.rounds(rows):
@@ -374,9 +379,9 @@ def update_(
                 table, owners, launches = launch.upload(part, device, launch.blocks_of)
                 partials, counters = None, None
                 if sq_norm:
-                    partials = launch.partials.get(device, sum(one.programs for one in launches))
+                    partials = launch.partials.get(device, sum(launched.programs for launched in launches))
                     counters = launch.counters.get(device, len(part))
-                for one in launches:
+                for launched in launches:
                     arguments = (
                         *(None, None, None, 0),  # tensors are in the table
                         *step.arguments,
@@ -384,18 +389,18 @@ def update_(
                         *(0, 0, 0, 0, 0),
                         table,
                         owners,
-                        one.first_program,
+                        launched.first_program,
                         partials,
                         counters,
                     )
                     constants = functools.partial(
                         list_constants,
-                        *one.variant,
+                        *launched.variant,
                         gpu=launch.generation(device),
                         rule=rule,
                         clamp=step.clamps,
                         norm=bool(sq_norm),
                     )
-                    launch.run(sgd_kernel, one, device, arguments, constants)
+                    launch.run(sgd_kernel, launched, device, arguments, constants)
         for written, copied, _ in copies:
             bring_back(written, copied)

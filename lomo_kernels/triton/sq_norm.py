@@ -142,18 +142,18 @@ def sq_norm_(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None)
         for part in launch.rounds(rows):
             with launch.table_lock:
                 table, owners, launches = launch.upload(part, device, programs_of)
-                partials = launch.partials.get(device, sum(one.programs for one in launches))
+                partials = launch.partials.get(device, sum(launched.programs for launched in launches))
                 counters = launch.counters.get(device, len(part))
-                for one in launches:
+                for launched in launches:
                     arguments = (
                         *(None, 0, 0),  # tensors are in the table
                         number,
                         kind,
                         table,
                         owners,
-                        one.first_program,
+                        launched.first_program,
                         partials,
                         counters,
                     )
-                    constants = functools.partial(list_constants, *one.variant, gpu=launch.generation(device))
-                    launch.run(sq_norm_kernel, one, device, arguments, constants)
+                    constants = functools.partial(list_constants, *launched.variant, gpu=launch.generation(device))
+                    launch.run(sq_norm_kernel, launched, device, arguments, constants)

@@ -21,7 +21,7 @@ class Server:
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, code: str, *arguments: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-        """As ``python -c code arguments`` in this folder, with the environment `env`."""
+        """As ``python -c code arguments`` with the environment `env`, in this folder, which is last in `sys.path`."""
         with tempfile.TemporaryDirectory() as folder:
             request = {"code": code, "arguments": arguments, "env": dict(env), "folder": folder, "cwd": os.getcwd()}
             try:
@@ -68,7 +68,8 @@ def become(request: dict[str, Any]) -> None:
     for stream, name in enumerate((os.devnull, "output", "errors")):
         os.dup2(os.open(os.path.join(request["folder"], name), os.O_RDWR | os.O_CREAT), stream)
     sys.argv = ["-c", *request["arguments"]]
-    sys.path[:1] = ["", *filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:1] = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
+    sys.path.append("")
     sys.modules["__main__"] = types.ModuleType("__main__")
     exec(compile(request["code"], "<string>", "exec"), sys.modules["__main__"].__dict__)
 

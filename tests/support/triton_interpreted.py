@@ -554,7 +554,10 @@ def test_every_rule_with_and_without_a_table(dtype, rule, alone, monkeypatch):
         monkeypatch.setattr(launch, "LIST_BYTES", 0)
     n = BLOCK + 77
     shards = ((0, n, n), (2**33 - 70, n, n), (5, 7, 9))
-    for rounding, norm, name in itertools.product(ROUNDINGS, (False, True), ("lr", "clip_value", "all")):
+    names = ("lr", "clip_value", "all")
+    if rule != "sgd":  # neither a key's end nor a clamp alone depends on the rule
+        names, shards = ("lr", "all"), shards[::2]
+    for rounding, norm, name in itertools.product(ROUNDINGS, (False, True), names):
         for i, shard in enumerate(shards):
             given = oracle.ARGUMENTS[name] | {"rounding": rounding, "shard": shard, "step": 2**40, "seed": i}
             param, grad = oracle.param_of(n + i, dtype)[i:], oracle.grad_of(n + i, torch.float16)[i:]
