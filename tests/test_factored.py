@@ -18,7 +18,8 @@ from lomo_kernels import reference
 from lomo_kernels.ops.scalars import vector
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: (matrices, rows of each, columns): around the kernels' 8 rows, 64 columns and 4096 elements, and above 64 KiB.
+#: (matrices, rows of each, columns): around the kernels' 8 rows, 64 columns and 4096 elements, and above 64 KiB; rows
+#: that begin where vectors do, and others.
 SHAPES = [
     (1, 1, 1),
     (1, 3, 5),
@@ -32,6 +33,8 @@ SHAPES = [
     (1, 300, 700),
     (2, 260, 300),
     (1, 5000, 2),
+    (1, 40, 256),
+    (3, 50, 264),
 ]
 CLIPPING = {"inv_scale": 0.5, "clip_value": 0.9, "clip_coef": 0.7}
 #: Without clipping the kernels run fewer instructions.
