@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(kThreads, 3) sums_of_strips_kernel(const __gri
     }
     // Even lanes add up the first row, odd ones the second.
     const bool odd = lane % 2;
-    double sum = of_rows[odd] + __shfl_xor_sync(0xffffffffu, of_rows[!odd], 1);
+    const double own = odd ? of_rows[1] : of_rows[0], other = odd ? of_rows[0] : of_rows[1];
+    double sum = own + __shfl_xor_sync(0xffffffffu, other, 1);
 #pragma unroll
     for (uint32_t lanes = 2; lanes < kWarp; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
     const int64_t of_sum = row + (odd ? kWarps : 0);
