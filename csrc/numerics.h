@@ -397,11 +397,28 @@ using Rules = RuleList<Sgd, Sign>;
 
 // ---- The formula ----
 
+template <class Floats>
+LOMO_FN Floats clipped(Floats scaled_grad, const Scalars& s) {
+  return clamped(scaled_grad, s.clip_value) * s.clip_coef;
+}
+
+// The parameter after a step by a clipped gradient, or by a factored one.
 template <class R, class Floats>
-LOMO_FN Floats updated(Floats param, Floats scaled_grad, const Scalars& s) {
-  const Floats g = clamped(scaled_grad, s.clip_value) * s.clip_coef;
+LOMO_FN Floats stepped(Floats param, Floats g, const Scalars& s) {
   const Floats p = param * s.decay;
   return p - s.lr * R::direction(g);
+}
+
+template <class R, class Floats>
+LOMO_FN Floats updated(Floats param, Floats scaled_grad, const Scalars& s) {
+  return stepped<R>(param, clipped(scaled_grad, s), s);
+}
+
+// The gradient times its row's and its column's factor, which are 1 if there are none. NaN if the scaled gradient is
+// not finite.
+LOMO_FN float factored(float scaled_grad, float row_factor, float column_factor, const Scalars& s) {
+  const float f = clipped(scaled_grad, s) * row_factor * column_factor;
+  return is_finite(scaled_grad) ? f : __builtin_nanf("");
 }
 
 // An element whose scaled gradient is not finite keeps its parameter, with its low part.

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from .composite import adalomo, factored, tiled
+from .composite import adalomo, tiled
 from .ops._arguments import choose_kernels, library
 
 VARIABLE = "LOMO_KERNELS_BACKEND"
 NAMES = ("cpu", "cuda", "triton", "reference")
 
-COMPOSITE = tiled.IMPLEMENTATIONS | factored.IMPLEMENTATIONS | adalomo.IMPLEMENTATIONS
+COMPOSITE = tiled.IMPLEMENTATIONS | adalomo.IMPLEMENTATIONS
 
 _HERE = Path(__file__).parent
 CPU_LIBRARY, CUDA_LIBRARY = _HERE / "_cpu.so", _HERE / "_cuda.so"
@@ -72,7 +72,7 @@ def _load_cpu() -> str:
 
 
 def _load_tiled(key: str, reason: str) -> dict[str, Choice]:
-    """Those operators of layers and with factors that nothing serves yet: made of torch's operators and our others."""
+    """Those operators of layers and of AdaLomo that nothing serves yet: made of torch's operators and our others."""
     choice = Choice(key, "tiled", "torch's operators, and update_ or sq_norm_ tile by tile", reason)
     served = torch._C._dispatch_has_kernel_for_dispatch_key
     names = [name for name in COMPOSITE if not served(f"lomo_kernels::{name}", key)]
@@ -162,7 +162,7 @@ def _choose_for_cuda(forced: str | None) -> Choice:
 
 
 def _choose_layers() -> dict[str, Choice]:
-    """What serves the operators of layers and with factors beside the CUDA library, which has none of them."""
+    """What serves the operators of layers and of AdaLomo beside the CUDA library, which has none of them."""
     try:
         choice = Choice("CUDA", "triton", _load_triton("CUDA", COMPOSITE), "the compiled library has no kernel for it")
     except ImportError as error:

@@ -68,7 +68,7 @@ def test_a_forced_backend_that_is_missing_is_refused(run_python, name):
 
 
 #: What there is: torch's CUDA and ROCm, a GPU, the compiled library, Triton. What is then chosen, forced or not; after
-#: a plus what serves the operators of layers and with factors, where that is something else.
+#: a plus what serves the operators of layers and of AdaLomo, where that is something else.
 CUDA, ROCM, GPU, LIBRARY, TRITON = "CUDA", "ROCm", "GPU", "library", "Triton"
 BROKEN = "broken library"
 SITUATIONS = {

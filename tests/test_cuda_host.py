@@ -99,6 +99,8 @@ PARTS = {
     "rest": ("test_sgd.py", "not every_size and not every_argument and not random_bits"),
     "split": ("test_split.py", "not any_update and not becomes_nan"),
     "norms": ("test_sq_norm.py", ""),
+    "factored updates": ("test_factored.py", "not sum"),
+    "factored sums": ("test_factored.py", "sum"),
 }
 
 
@@ -106,7 +108,7 @@ PARTS = {
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", PARTS)
 def test_the_contract(run_python, tmp_path, part):
-    """tests/test_sgd.py and test_sq_norm.py on csrc/cuda's operators and kernels, layouts and bad input included."""
+    """The operators' own tests on csrc/cuda's operators and kernels, layouts and bad input included."""
     package = tmp_path / "lomo_kernels"
     shutil.copytree(Path(lomo_kernels.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(Path(lomo_kernels_testing.__file__).parent / "_emulated.so", package / "_cpu.so")

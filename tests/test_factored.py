@@ -1,4 +1,4 @@
-"""`factor_sums_`, `factored_sq_norm_` and `factored_update_`: kernels and composites against the reference."""
+"""`factor_sums_`, `factored_sq_norm_` and `factored_update_`: kernels against the reference."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from support.oracle import assert_same_bits
 from torch import Tensor
 
 from lomo_kernels import reference
-from lomo_kernels.composite import factored as composite
-from lomo_kernels.composite import tiled
 from lomo_kernels.ops.scalars import vector
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: (matrices, rows of each, columns): around the kernels' 8 rows, 64 columns and 4096 elements, and above 64 KiB.
+#: (matrices, rows of each, columns): around the kernels' 8 rows, 64 columns and 4096 elements, and above 64 KiB; rows
+#: that begin where vectors do, and others.
 SHAPES = [
     (1, 1, 1),
     (1, 3, 5),
@@ -34,16 +33,13 @@ SHAPES = [
     (1, 300, 700),
     (2, 260, 300),
     (1, 5000, 2),
+    (1, 40, 256),
+    (3, 50, 264),
 ]
 CLIPPING = {"inv_scale": 0.5, "clip_value": 0.9, "clip_coef": 0.7}
 #: Without clipping the kernels run fewer instructions.
 EVERY_CLIPPING: tuple[dict[str, float], ...] = (CLIPPING, {})
-KINDS = ["kernel", "composite"]
 NONE = torch.empty(0)
-
-
-def operator(kind: str, name: str) -> Any:
-    return getattr(torch.ops.lomo_kernels, name) if kind == "kernel" else composite.IMPLEMENTATIONS[name]
 
 
 def scalars(clipping: dict[str, float] = CLIPPING, **numbers: float) -> Tensor:
@@ -67,17 +63,16 @@ def strided(tensor: Tensor) -> Tensor:
     return wide[:, ::2].T
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sums(shape: tuple[int, int, int], dtype: torch.dtype, kind: str) -> None:
+def test_sums(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     matrices, rows, columns = shape
     grad = values((matrices * rows, columns), dtype, 1)
     for clipping, given_grad in itertools.product(EVERY_CLIPPING, (grad, strided(grad))):
         g = reference.factored_gradient(grad, NONE, NONE, **clipping).double().square()
         of_rows = torch.ones(matrices * rows, dtype=torch.float64)
         of_columns = torch.ones(matrices, columns, dtype=torch.float64)
-        operator(kind, "factor_sums_")(of_rows, of_columns, given_grad, scalars(clipping))
+        torch.ops.lomo_kernels.factor_sums_(of_rows, of_columns, given_grad, scalars(clipping))
         torch.testing.assert_close(of_rows, 1 + g.sum(1), rtol=1e-12, atol=0)
         torch.testing.assert_close(of_columns, 1 + g.view(matrices, rows, columns).sum(1), rtol=1e-12, atol=0)
 
@@ -107,25 +102,23 @@ def test_sums_have_the_same_bits_for_any_number_of_threads(threads: int) -> None
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sum_of_squares(shape: tuple[int, int, int], dtype: torch.dtype, kind: str) -> None:
+def test_sum_of_squares(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     matrices, rows, columns = shape
     grad = values((matrices * rows, columns), dtype, 1)
     every_rows, every_columns = (factors((matrices * rows,), 2), NONE), (factors((matrices, columns), 3), NONE)
     for of_rows, of_columns, clipping in itertools.product(every_rows, every_columns, EVERY_CLIPPING):
         f = reference.factored_gradient(grad, of_rows, of_columns, **clipping)
         slot = torch.ones(1, dtype=torch.float64)
-        operator(kind, "factored_sq_norm_")(slot, strided(grad), of_rows, of_columns, scalars(clipping))
+        torch.ops.lomo_kernels.factored_sq_norm_(slot, strided(grad), of_rows, of_columns, scalars(clipping))
         case = f"{of_rows.numel()} row factors, {of_columns.numel()} column factors, {clipping}"
         assert slot.item() == pytest.approx(1 + f.double().square().sum().item(), rel=1e-6), case
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_update(shape: tuple[int, int, int], dtype: torch.dtype, kind: str) -> None:
+def test_update(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     matrices, rows, columns = shape
     param = values((matrices * rows, columns), dtype, 5)
     of_rows, of_columns = factors((matrices * rows,), 2), factors((matrices, columns), 3)
@@ -139,48 +132,22 @@ def test_update(shape: tuple[int, int, int], dtype: torch.dtype, kind: str) -> N
             reference.IMPLEMENTATIONS["factored_update_"](expected, grad, *arguments)
             assert param.numel() < 100 or not torch.equal(expected, param)
             for ours in (param.clone(), strided(param)):
-                operator(kind, "factored_update_")(ours, strided(grad), *arguments)
+                torch.ops.lomo_kernels.factored_update_(ours, strided(grad), *arguments)
                 assert_same_bits(ours.contiguous(), expected, grad_dtype, stochastic, shard, clipping)
 
 
-@pytest.mark.parametrize("height", [1, 2, 7, 11, 40])
-@pytest.mark.parametrize("shape", [(1, 17, 63), (3, 5, 7), (40, 3, 3), (5, 9, 4)], ids=str)
-def test_tiles_of_the_composites(shape: tuple[int, int, int], height: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some rows of a matrix, or several matrices, the last ones fewer. A convolution has thousands."""
-    matrices, rows, columns = shape
-    tiles: list[int] = []
-    monkeypatch.setattr(tiled, "tile_rows", lambda *_: height)
-    monkeypatch.setattr(tiled, "update_by_tiles", lambda param, parts, *_: tiles.extend(len(tile) for _, tile in parts))
-    grad = strided(values((matrices * rows, columns), torch.float32, 1))
-    of_rows, of_columns = factors((matrices * rows,), 2), factors((matrices, columns), 3)
-    results = []
-    for kind in KINDS:
-        sums = torch.zeros(matrices * rows).double(), torch.zeros(matrices, columns).double()
-        slot = torch.zeros(1, dtype=torch.float64)
-        operator(kind, "factor_sums_")(*sums, grad, scalars())
-        operator(kind, "factored_sq_norm_")(slot, grad, of_rows, of_columns, scalars())
-        results.append((*sums, slot))
-    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
-    composite.factored_update_(grad.clone(), grad, of_rows, of_columns, scalars())
-    assert sum(tiles) == matrices * rows and max(tiles) <= height
-    parts = matrices * math.ceil(rows / height) if rows > height else math.ceil(matrices / (height // rows))
-    assert len(tiles) == parts
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_found_inf_leaves_the_parameter(kind: str) -> None:
+def test_found_inf_leaves_the_parameter() -> None:
     param, grad = values((5, 70), torch.bfloat16, 5), values((5, 70), torch.bfloat16, 1)
     before = param.clone()
-    operator(kind, "factored_update_")(param, grad, NONE, NONE, scalars(found_inf=1.0), 0, False, 0, 0, [])
+    torch.ops.lomo_kernels.factored_update_(param, grad, NONE, NONE, scalars(found_inf=1.0), 0, False, 0, 0, [])
     assert_same_bits(param, before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_product_that_overflows_keeps_its_element(kind: str) -> None:
+def test_a_product_that_overflows_keeps_its_element() -> None:
     param, grad = torch.ones(2, 2), torch.tensor([[1e30, 1.0], [1.0, 1.0]])
     of_rows = torch.tensor([1e30, 1.0])
     one = vector("test", param.device, {"lr": 1.0})
-    operator(kind, "factored_update_")(param, grad, of_rows, NONE, one, 0, False, 0, 0, [])
+    torch.ops.lomo_kernels.factored_update_(param, grad, of_rows, NONE, one, 0, False, 0, 0, [])
     assert param.tolist() == [[1.0, float(torch.tensor(1.0) - torch.tensor(1e30))], [0.0, 0.0]]
 
 
@@ -264,9 +231,8 @@ def test_shared_memory_is_refused() -> None:
         torch.ops.lomo_kernels.factor_sums_(vectors[6:9], torch.zeros(1, 4, dtype=torch.float64), param, vectors[:7])
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [0, 3])
-def test_no_matrix_is_refused(rows: int, kind: str) -> None:
+def test_no_matrix_is_refused(rows: int) -> None:
     of_rows, of_columns = torch.zeros(rows, dtype=torch.float64), torch.zeros(0, 4, dtype=torch.float64)
     with pytest.raises((RuntimeError, ValueError), match="0 matrices"):
-        operator(kind, "factor_sums_")(of_rows, of_columns, torch.ones(rows, 4), scalars())
+        torch.ops.lomo_kernels.factor_sums_(of_rows, of_columns, torch.ones(rows, 4), scalars())

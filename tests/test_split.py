@@ -16,7 +16,7 @@ from support.oracle import ARGUMENTS, DTYPES, SIZES, assert_same_bits, name_of, 
 from torch import Tensor
 
 from lomo_kernels import backends, ops, reference
-from lomo_kernels.composite import factored, gram, tiled
+from lomo_kernels.composite import gram, tiled
 from lomo_kernels.ops.scalars import vector
 from lomo_kernels.rules import RULES
 
@@ -371,11 +371,8 @@ def test_the_wrappers_of_layers() -> None:
         assert_same_bits(whole, reference.updated(weight.float(), gradient, lr=0.3))
 
 
-@pytest.mark.parametrize("kind", ["in force", "composite"])
 @every_grad
-def test_factored_updates(grad_dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_tiles(monkeypatch)
-    call = factored.factored_update_ if kind == "composite" else torch.ops.lomo_kernels.factored_update_
+def test_factored_updates(grad_dtype: torch.dtype) -> None:
     grad = oracle.ordinary(ROWS * COLUMNS, grad_dtype, 1).view(ROWS, COLUMNS)
     grad[3, 5] = math.nan
     of_rows, of_columns = torch.rand(ROWS) + 0.5, torch.rand(3, COLUMNS) + 0.5
@@ -387,7 +384,7 @@ def test_factored_updates(grad_dtype: torch.dtype, kind: str, monkeypatch: pytes
     f = reference.factored_gradient(grad, of_rows, of_columns, clip_coef=0.5)
     assert_same_bits(expected, reference.updated_split(weight, low, f, lr=0.3, weight_decay=0.1)[0])
     for given_weight, given_low in both_layouts(weight, low):
-        call(given_weight, *arguments, given_low)
+        torch.ops.lomo_kernels.factored_update_(given_weight, *arguments, given_low)
         assert_same_bits(given_weight.contiguous(), expected)
         assert_same_bits(given_low.contiguous(), expected_low)
 

@@ -4,51 +4,11 @@
 
 #include <numeric>
 
+#include "../matrices.h"
 #include "step.h"
 
 namespace lomo {
 namespace {
-
-// A gradient's rows and columns, and the matrices that lie below each other in it.
-struct Shape {
-  int64_t rows, columns, matrices;
-  int64_t rows_of_matrix() const { return rows / matrices; }
-};
-
-void check_vector(const Tensor& tensor, ScalarType dtype, const char* op, const char* name) {
-  check_device(tensor, kCPU, op, name);
-  LOMO_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous(), op, ": ", name, " has dtype ",
-             toString(tensor.scalar_type()), ", expected contiguous ", toString(dtype));
-}
-
-// `rows`: [rows]; `columns`: [matrices, columns]. An empty tensor of factors stands for ones.
-Shape matrices_of(const Tensor& grad, const Tensor& rows, const Tensor& columns, ScalarType dtype, const char* op) {
-  LOMO_CHECK(grad.dim() == 2, op, ": grad has shape ", shape_of(grad), ", expected a matrix");
-  check_vector(rows, dtype, op, "rows");
-  check_vector(columns, dtype, op, "columns");
-  Shape shape{grad.size(0), grad.size(1), 1};
-  const bool factors = dtype == ScalarType::Float;
-  LOMO_CHECK((factors && rows.numel() == 0) || (rows.dim() == 1 && rows.size(0) == shape.rows), op, ": rows has shape ",
-             shape_of(rows), ", grad has shape ", shape_of(grad));
-  if (factors && columns.numel() == 0) return shape;
-  LOMO_CHECK(columns.dim() == 2 && columns.size(1) == shape.columns, op, ": columns has shape ", shape_of(columns),
-             ", grad has shape ", shape_of(grad));
-  shape.matrices = columns.size(0);
-  LOMO_CHECK(shape.matrices > 0 && shape.rows % shape.matrices == 0, op, ": ", shape.matrices, " matrices in ",
-             shape.rows, " rows, expected a divisor");
-  return shape;
-}
-
-template <class T>
-T* data_of(const Tensor& tensor) {
-  return tensor.numel() ? static_cast<T*>(const_cast<void*>(tensor.const_data_ptr())) : nullptr;
-}
-
-template <class T>
-Region vector_region(const Tensor& tensor, Access access, const char* name) {
-  const char* begin = data_of<const char>(tensor);
-  return {begin, begin + tensor.numel() * int64_t{sizeof(T)}, nullptr, access, name};
-}
 
 // Gradient, parameter, factors and product of a piece stay in the first-level cache together.
 constexpr int64_t kPiece = 1024;
@@ -101,7 +61,7 @@ struct Factors {
 void factor_sums_(const Tensor& row_sums, const Tensor& column_sums, const Tensor& grad, const Tensor& scalars) {
   const char* op = "factor_sums_";
   const Scalars s = step_from(scalars, 0, false, 0, op).scalars;
-  const Shape shape = matrices_of(grad, row_sums, column_sums, ScalarType::Double, op);
+  const Shape shape = matrices_of(grad, row_sums, column_sums, ScalarType::Double, kCPU, op);
   const View g = view_of(grad, const_cast<void*>(grad.const_data_ptr()), kCPU, op, "grad");
   if (!g.numel) return;
   check_no_overlap({vector_region<double>(row_sums, Access::kWritten, "row_sums"),
@@ -161,7 +121,7 @@ void factored_sq_norm_(const Tensor& slot, const Tensor& grad, const Tensor& row
                        const Tensor& scalars) {
   const char* op = "factored_sq_norm_";
   const Scalars s = step_from(scalars, 0, false, 0, op).scalars;
-  const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, op);
+  const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, kCPU, op);
   const View g = view_of(grad, const_cast<void*>(grad.const_data_ptr()), kCPU, op, "grad");
   double* sum = slot_of(slot, kCPU, op, "slot");
   std::vector<Region> regions{region_of(sum, "slot"), vector_region<float>(row_factors, Access::kRead, "row_factors"),
@@ -183,7 +143,7 @@ void factored_update_(const Tensor& param, const Tensor& grad, const Tensor& row
                       const std::vector<int64_t>& shard, const std::optional<Tensor>& low) {
   const char* op = "factored_update_";
   const Step step = step_from(scalars, rule, stochastic, seed, op);
-  const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, op);
+  const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, kCPU, op);
   const Update update = update_of(param, grad, nullptr, parameter_id, shard_of(shard.data(), shard.size(), op),
                                   low ? &*low : nullptr, stochastic, kCPU, op);
   std::vector<Region> regions{vector_region<float>(row_factors, Access::kRead, "row_factors"),

@@ -13,7 +13,8 @@
 #include "../testing/emulation.h"
 #endif
 
-#define LOMO_DEVICE static __device__ __forceinline__
+#define LOMO_DEVICE_MEMBER __device__ __forceinline__
+#define LOMO_DEVICE static LOMO_DEVICE_MEMBER
 
 namespace lomo {
 namespace cuda {
@@ -52,6 +53,7 @@ inline void deal(Entry& entry, const Gradient& grad, uint32_t lead) {
   entry.grad = grad.data;
   entry.slot = grad.slot;
   entry.numel = grad.numel;
+  entry.first_block = 0;
   entry.lead = lead;
   entry.straight_end = is_aligned(grad.data, grad.dtype, lead) ? (grad.numel + lead) / kTile : 0;
   entry.tiles_per_block = static_cast<uint32_t>(tiles_per_block);
@@ -170,10 +172,10 @@ struct Share {
   static constexpr int kPerAccess = kCount / kPerWord;  // words
   uint32_t words[kShare / kPerWord];
 
-  __device__ __forceinline__ uint32_t bits(int i) const {
+  LOMO_DEVICE_MEMBER uint32_t bits(int i) const {
     return kWide ? words[i] : i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
   }
-  __device__ __forceinline__ float get(int i) const { return T::widen(bits(i)); }
+  LOMO_DEVICE_MEMBER float get(int i) const { return T::widen(bits(i)); }
 };
 
 // A pointer for a wide access. It must be aligned: otherwise a GPU stops with an error, and so does the emulation.
@@ -189,11 +191,13 @@ enum class Use { once, again };  // `once`: not needed after it is read, so cach
 
 // Loads this thread's share of a tile that is whole and aligned. No load waits for another one. With a branch between
 // them (for each group, say) the second would wait for the first.
+//
+// `next_run`: from an element of a warp's first run to that of the second one, if the tile is no stretch of memory.
 template <Use use, class T, int kCount>
-LOMO_DEVICE void load_straight(Share<T, kCount>& share, const typename T::Storage* own) {
+LOMO_DEVICE void load_straight(Share<T, kCount>& share, const typename T::Storage* own, int64_t next_run = kTile / 2) {
 #pragma unroll
   for (int i = 0; i < kShare; i += kCount) {
-    const auto* from = own + distance<kCount>(i);
+    const auto* from = own + i / 8 * next_run + distance<kCount>(i % 8);
     uint32_t* words = share.words + i / share.kPerWord;
     if constexpr (Share<T, kCount>::kPerAccess == 4) {
       const auto* at = wide<const uint4>(from);
@@ -252,6 +256,18 @@ LOMO_DEVICE double read(const Number& number) {
 
 LOMO_DEVICE double read(const ScalarVector& scalars, uint32_t i) {
   return scalars.device ? scalars.device[i] : scalars.values[i];
+}
+
+// What clips gradients. All threads of a block must call this; loads that were issued before it stay under way.
+LOMO_DEVICE Scalars read_clipping(const ScalarVector& scalars) {
+  __shared__ float numbers[kScalars];
+  if (threadIdx.x < kStep) numbers[threadIdx.x] = static_cast<float>(read(scalars, threadIdx.x));
+  __syncthreads();
+  Scalars clipping;
+  clipping.inv_scale = numbers[kInvScale];
+  clipping.clip_value = numbers[kClipValue];
+  clipping.clip_coef = numbers[kClipCoef];
+  return clipping;
 }
 
 // ---- Sums of squares ------------------------------------------------------------------------------------------------

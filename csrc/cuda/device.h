@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "../view.h"
 #include "kernels.h"
@@ -50,6 +52,28 @@ inline Tensor tensor_of(const View& view, const Device& device) {
   return torch::stable::from_blob(view.data, {view.sizes.data(), view.sizes.size()},
                                   {view.strides.data(), view.strides.size()}, device, types[view.dtype]);
 }
+
+// Contiguous copies of what a kernel writes, for the kernels take contiguous tensors.
+class CopiesInOrder {
+ public:
+  explicit CopiesInOrder(const Device& device) : device_(device) {}
+
+  // The view's memory, or that of its copy.
+  void* of(const View& view) {
+    if (view.contiguous) return view.data;
+    const Tensor original = tensor_of(view, device_);
+    copies_.emplace_back(original, torch::stable::contiguous(original));
+    return copies_.back().second.mutable_data_ptr();
+  }
+
+  void bring_back() {
+    for (auto& [original, copy] : copies_) torch::stable::copy_(original, copy);
+  }
+
+ private:
+  Device device_;
+  std::vector<std::pair<Tensor, Tensor>> copies_;
+};
 
 }  // namespace cuda
 }  // namespace lomo

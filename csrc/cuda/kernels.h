@@ -62,12 +62,15 @@ constexpr int64_t kTile = int64_t{kThreads} * kShare;
 // fence, a ticket), and the last block adds few partial sums. Without a norm a block has one tile: blocks that run
 // together then work on neighbouring memory. On an H100, updates of 2^28 elements whose blocks took several
 // neighbouring tiles reached 0.85 of a copy (this one with 8, torch's foreach SGD 0.86); with one, torch's add_ reached
-// 1.02 and Triton's update 0.93. This one with one tile was not measured.
+// 1.02 and Triton's update 0.93. This one with one tile was not measured. kSumBlocks, of sums of rows and columns: one
+// wave of 4, because each block writes partial sums for its rows and its columns.
 #if defined(LOMO_EMULATION)
 // So that small tests reach all bounds.
 constexpr int64_t kNormBlocks = 12, kTensorBlocks = 16, kLaunchBlocks = 448, kNormLaunchBlocks = 448;
+constexpr int64_t kSumBlocks = 6;
 #else
 constexpr int64_t kNormBlocks = 1056, kTensorBlocks = 1048576, kLaunchBlocks = kTensorBlocks, kNormLaunchBlocks = 16384;
+constexpr int64_t kSumBlocks = 528;
 #endif
 // Tensors in one launch: one, up to kSomeEntries, or as many as 32764 bytes of kernel arguments hold. Every launch
 // copies the whole table.
@@ -85,11 +88,35 @@ constexpr int64_t kWorkspaceBytes = kNormLaunchBlocks * sizeof(double) + kTicket
 // Called at most once, where a tensor's sum needs it.
 using WorkspaceSource = std::function<Workspace()>;
 
-// Both queue their work on `stream` (a cudaStream_t) of the current device and return at once, and throw
+// A contiguous gradient as matrices [rows, columns] that lie below each other.
+struct Matrices {
+  const void* data;
+  DType dtype;
+  int64_t matrices, rows, columns;
+  int64_t numel() const { return matrices * rows * columns; }
+};
+
+// A factor for each row of all matrices, and for each column of each matrix; null: ones.
+struct Factors {
+  const float *rows, *columns;
+};
+
+// Memory for so many partial sums, which is used until the launches that follow have ended.
+using ScratchSource = std::function<double*(int64_t)>;
+
+// All queue their work on `stream` (a cudaStream_t) of the current device and return at once, and throw
 // std::runtime_error where CUDA refuses. Work of a list is done in few launches.
 void update(const std::vector<Parameter>& parameters, const Step& step, const WorkspaceSource& workspace, void* stream);
 void sq_norm(const std::vector<Gradient>& gradients, const Number& inv_scale, const WorkspaceSource& workspace,
              void* stream);
+
+// The operators of lomo_kernels/ops/factored.py. `parameter.grad` is the gradient's; its slot is not used.
+void factored_update(const Parameter& parameter, const Matrices& grad, const Factors& factors, const Step& step,
+                     void* stream);
+void factored_sq_norm(double* slot, const Matrices& grad, const Factors& factors, const ScalarVector& scalars,
+                      const WorkspaceSource& workspace, void* stream);
+void factor_sums(double* row_sums, double* column_sums, const Matrices& grad, const ScalarVector& scalars,
+                 const ScratchSource& scratch, void* stream);
 
 }  // namespace cuda
 }  // namespace lomo

@@ -41,25 +41,47 @@ class Stream {
   // exception, it may be replayed on any stream beside eager work on the one that it was captured on. So what is
   // captured gets memory of its own, from the graph's pool, which torch gives to nothing that may run beside it.
   Workspace workspace() {
+    static auto& workspaces = *new Kept;
+    return parts_of(kept(workspaces, kWorkspaceBytes, [&] { return made(); }));
+  }
+
+  // Memory for partial sums: as workspace(), but it grows.
+  double* scratch(int64_t count) {
+    static auto& scratches = *new Kept;
+    int64_t size = 4096 * sizeof(double);
+    while (size < count * int64_t{sizeof(double)}) size *= 2;  // an eighth more each time would allocate in many steps
+    return static_cast<double*>(kept(scratches, size, [&] { return bytes(size); }).mutable_data_ptr());
+  }
+
+ private:
+  using Kept = std::map<std::pair<int32_t, void*>, Tensor>;  // torch may be gone before our statics: none is destroyed
+
+  // The memory of this stream, made anew if it is smaller than `size` bytes. torch gives what is dropped to others on
+  // this stream only, whose work comes after all that was queued here.
+  template <class Make>
+  Tensor kept(Kept& tensors, int64_t size, const Make& make) {
     static std::mutex mutex;
-    static auto& workspaces = *new std::map<std::pair<int32_t, void*>, Tensor>;  // torch may be gone before our statics
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     if (const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream_), &status)) {
       fail("lomo_kernels: CUDA cannot tell whether it is capturing: ", cudaGetErrorString(error));
     }
-    if (status != cudaStreamCaptureStatusNone) return parts_of(captured_.emplace_back(made()));
+    if (status != cudaStreamCaptureStatusNone) return captured_.emplace_back(make());
     const std::lock_guard<std::mutex> lock(mutex);
     const auto key = std::make_pair(device_.index(), stream_);
-    auto found = workspaces.find(key);
-    if (found == workspaces.end()) found = workspaces.emplace(key, made()).first;
-    return parts_of(found->second);
+    auto found = tensors.find(key);
+    if (found == tensors.end()) {
+      found = tensors.emplace(key, make()).first;
+    } else if (found->second.numel() < size) {
+      found->second = make();
+    }
+    return found->second;
   }
 
- private:
+  Tensor bytes(int64_t size) const { return torch::stable::empty({&size, 1}, ScalarType::Byte, std::nullopt, device_); }
+
   // Only the tickets need to be zero.
   Tensor made() const {
-    const int64_t size = kWorkspaceBytes;
-    Tensor tensor = torch::stable::empty({&size, 1}, ScalarType::Byte, std::nullopt, device_);
+    Tensor tensor = bytes(kWorkspaceBytes);
     if (const cudaError_t error =
             cudaMemsetAsync(parts_of(tensor).tickets, 0, kTicketBytes, static_cast<cudaStream_t>(stream_))) {
       fail("lomo_kernels: CUDA cannot set memory to zero: ", cudaGetErrorString(error));

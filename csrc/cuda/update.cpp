@@ -21,13 +21,7 @@ bool lie_alike(const Update& one) {
 void run(const std::vector<Update>& updates, const Step& step, const Device& device) {
   Stream stream(device);
   std::vector<Tensor> grads;
-  std::vector<std::pair<Tensor, Tensor>> written;  // a parameter or its low part, and its copy
-  const auto in_order = [&](const View& view) {
-    if (view.contiguous) return static_cast<void*>(view.data);
-    const Tensor original = tensor_of(view, device);
-    written.emplace_back(original, torch::stable::contiguous(original));
-    return written.back().second.mutable_data_ptr();
-  };
+  CopiesInOrder written(device);
   std::vector<Parameter> parameters;
   parameters.reserve(updates.size());
   for (const Update& one : updates) {
@@ -36,8 +30,8 @@ void run(const std::vector<Update>& updates, const Step& step, const Device& dev
     if (one.low) p.low = one.low->data;
     const bool as_they_lie = !step.stochastic && !one.slot && lie_alike(one);
     if (param.numel && !as_they_lie) {
-      p.data = in_order(param);
-      if (one.low) p.low = in_order(*one.low);
+      p.data = written.of(param);
+      if (one.low) p.low = written.of(*one.low);
       if (!grad.contiguous) {
         grads.push_back(torch::stable::contiguous(tensor_of(grad, device)));
         p.grad.data = grads.back().const_data_ptr();
@@ -46,7 +40,7 @@ void run(const std::vector<Update>& updates, const Step& step, const Device& dev
     parameters.push_back(p);
   }
   update(parameters, step, [&] { return stream.workspace(); }, stream.get());
-  for (auto& [original, copy] : written) torch::stable::copy_(original, copy);
+  written.bring_back();
 }
 
 void update_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const Tensor& scalars,

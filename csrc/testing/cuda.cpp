@@ -58,6 +58,40 @@ void emulated_sq_norm(const std::vector<GradientTuple>& gradients, const NumberT
   sq_norm(list, number(inv_scale), emulated_workspace, nullptr);
 }
 
+// (address, dtype, matrices, rows of each, columns).
+using MatricesTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
+// Addresses of the rows' and of the columns', or 0.
+using FactorsTuple = std::tuple<uintptr_t, uintptr_t>;
+
+Matrices matrices(const MatricesTuple& t) {
+  const auto& [data, dtype, count, rows, columns] = t;
+  return {reinterpret_cast<const void*>(data), static_cast<DType>(dtype), count, rows, columns};
+}
+
+Factors factors(const FactorsTuple& t) {
+  return {reinterpret_cast<const float*>(std::get<0>(t)), reinterpret_cast<const float*>(std::get<1>(t))};
+}
+
+// low: the address of the low parts, or 0. scalars: the address of the vector, which the kernels read.
+void emulated_factored_update(const ParameterTuple& parameter, uintptr_t low, const MatricesTuple& grad,
+                              const FactorsTuple& of, uintptr_t scalars, int rule, bool stochastic, int64_t seed) {
+  const auto& [data, dtype, gradient_of, id, offset, row_length, row_stride] = parameter;
+  const Parameter updated{reinterpret_cast<void*>(data),         static_cast<DType>(dtype),   gradient(gradient_of), id,
+                          Shard{offset, row_length, row_stride}, reinterpret_cast<void*>(low)};
+  factored_update(updated, matrices(grad), factors(of),
+                  {{{}, reinterpret_cast<const double*>(scalars)}, rule, stochastic, seed}, nullptr);
+}
+
+void emulated_factored_sq_norm(uintptr_t slot, const MatricesTuple& grad, const FactorsTuple& of, uintptr_t scalars) {
+  factored_sq_norm(reinterpret_cast<double*>(slot), matrices(grad), factors(of),
+                   {{}, reinterpret_cast<const double*>(scalars)}, emulated_workspace, nullptr);
+}
+
+void emulated_factor_sums(uintptr_t row_sums, uintptr_t column_sums, const MatricesTuple& grad, uintptr_t scalars) {
+  factor_sums(reinterpret_cast<double*>(row_sums), reinterpret_cast<double*>(column_sums), matrices(grad),
+              {{}, reinterpret_cast<const double*>(scalars)}, emulated_scratch, nullptr);
+}
+
 }  // namespace
 }  // namespace cuda
 
@@ -66,9 +100,13 @@ void define_cuda(py::module_& m) {
   sub.def("update", &cuda::emulated_update, py::arg("parameters"), py::arg("scalars"), py::arg("scalars_address"),
           py::arg("rule"), py::arg("stochastic"), py::arg("seed"));
   sub.def("sq_norm", &cuda::emulated_sq_norm, py::arg("gradients"), py::arg("inv_scale"));
+  sub.def("factored_update", &cuda::emulated_factored_update);
+  sub.def("factored_sq_norm", &cuda::emulated_factored_sq_norm);
+  sub.def("factor_sums", &cuda::emulated_factor_sums);
   sub.def("set_block_order", [](uint64_t order) { emulation::block_order = order; });
   sub.def("launches", [] { return emulation::launches; }, "How many there were so far.");
   sub.attr("TILE") = cuda::kTile;
+  sub.attr("SUM_BLOCKS") = cuda::kSumBlocks;
   sub.attr("NORM_BLOCKS") = cuda::kNormBlocks;
   sub.attr("TENSOR_BLOCKS") = cuda::kTensorBlocks;
   sub.attr("LAUNCH_BLOCKS") = cuda::kLaunchBlocks;

@@ -19,6 +19,7 @@ class Stream {
 
   void* get() const { return nullptr; }
   Workspace workspace() const { return emulated_workspace(); }
+  double* scratch(int64_t count) const { return emulated_scratch(count); }
 };
 
 }  // namespace cuda

@@ -19,5 +19,11 @@ inline Workspace emulated_workspace() {
   return {partials.data(), tickets.data()};
 }
 
+inline double* emulated_scratch(int64_t count) {
+  static std::vector<double> partials;
+  partials.assign(count, __builtin_nan(""));
+  return partials.data();
+}
+
 }  // namespace cuda
 }  // namespace lomo

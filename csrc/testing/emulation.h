@@ -92,6 +92,11 @@ inline uint32_t atomicInc(uint32_t* counter, uint32_t last) {
   return before;
 }
 
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+
 inline double __ldcg(const double* from) { return *from; }
 template <class T>
 T __ldcs(const T* from) {

@@ -136,6 +136,29 @@ def test_strips_of_several_tiles(programs, monkeypatch):
         torch.testing.assert_close(sums[1], squares.sum(1), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 3), (300, 3, 3), (1, 17, 257), (2, 33, 300)], ids=str)
+def test_sums_touch_nothing_beyond_them(shape):
+    """What lies before and after them is -0, of which an addition of 0 would make 0."""
+    matrices, rows, columns = shape
+    memory = [torch.full((count + 9000,), -0.0).double() for count in (matrices * rows, matrices * columns)]
+    sums = [of_all[4500:-4500].fill_(1) for of_all in memory]
+    OPS.factor_sums_(
+        sums[0], sums[1].view(matrices, columns), matrix(matrices * rows, columns, torch.float32), scalars()
+    )
+    for of_all in memory:
+        assert of_all[:4500].signbit().all() and of_all[-4500:].signbit().all()
+
+
+def test_sums_load_vectors_only_where_addresses_allow_them(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(factor_sums, "sums_of_strips_kernel", recorder)
+    memory = torch.zeros(3 * 40 + 9)
+    for offset, columns, aligned in ((0, 32, True), (4, 32, True), (1, 32, False), (0, 24, False)):
+        grad = memory[offset:][: 3 * columns].view(3, columns)
+        OPS.factor_sums_(torch.zeros(3).double(), torch.zeros(1, columns).double(), grad, scalars())
+        assert recorder.launched[-1]["ALIGNED"] == aligned, (offset, columns)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_scalars_that_the_device_reads(dtype, monkeypatch):
     monkeypatch.setattr(launch, "by_address", True)
