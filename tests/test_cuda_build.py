@@ -20,7 +20,7 @@ from lomo_kernels.rules import RULES
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 #: Source: number of kernels in it. update: every rule, times 6 ways to round, as float32 parameters are not rounded,
-#: times 3 dtypes of gradients; it and sq_norm: one kernel for a single tensor, one for short lists and one for long ones.
+#: times 3 dtypes of gradients; it and sq_norm: one kernel for one tensor, one for short lists and one for long ones.
 #: factored: as update, and the norm. factor_sums: strips and small matrices, and the addition of the strips' sums.
 KERNELS = {
     "update_kernel.cu": len(RULES) * 6 * 3 * 3,

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from bench.compiled import triton_source  # noqa: E402
-from lomo_kernels.triton import adalomo, factor_sums, factored, launch  # noqa: E402
+from lomo_kernels.triton import adalomo, factor_sums, factored, launch, matrices  # noqa: E402
 
 # ---- Under the interpreter -------------------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ def test_the_interpreted_kernels_pass_the_contract(run_python, part):
 POINTERS = {"partials": "*fp64", "counter": "*i64", "row_factors": "*fp32", "column_factors": "*fp32"}
 POINTERS |= {"row_sums": "*fp64", "column_sums": "*fp64", "of_rows": "*fp64", "of_columns": "*fp64", "low": "*i16"}
 POINTERS |= dict.fromkeys(("row", "column", "beta", "new_row", "new_column"), "*fp32")
-LARGE, CONVOLUTION = factored.tile_of(1, 4096, 4096), factored.tile_of(4096, 3, 3)
+LARGE, CONVOLUTION = matrices.tile_of(1, 4096, 4096), matrices.tile_of(4096, 3, 3)
 
 
 def update(p, g, stochastic=False, *, split=False, clamp=False, rows=False, pairs=True, tile=LARGE):

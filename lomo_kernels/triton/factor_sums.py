@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..ops._overlap import Access, check_no_overlap, regions
 from . import launch
-from .factored import (
+from .launch import TYPES
+from .matrices import (
     SIZES,
     check,
     clipped,
@@ -27,7 +28,6 @@ from .factored import (
     shape_of,
     tile_of,
 )
-from .launch import TYPES
 from .numerics import PROGRAMS, clipping, elements
 
 #: Sums that a program of `add_strips_kernel` adds up.

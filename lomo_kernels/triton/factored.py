@@ -1,14 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
-"""`factored_update_` and `factored_sq_norm_` in Triton. `lomo_kernels/ops/factored.py` documents what they do.
-
-A program takes a tile [M, R, C]: M matrices, R rows and C columns. Either M is 1, or whole matrices fit into a tile, as
-the thousands of a convolution do.
-"""
+"""`factored_update_` and `factored_sq_norm_` in Triton. `lomo_kernels/ops/factored.py` documents what they do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,11 +12,21 @@ from torch import Tensor
 
 from ..ops._arguments import check_low
 from ..ops._overlap import Access, check_no_overlap, regions
-from ..ops.factored import check_factors
 from . import launch, sgd
 from .launch import TYPES
+from .matrices import (
+    SIZES,
+    check,
+    clipped,
+    clipping_arguments,
+    corner_of,
+    element_of,
+    inside_of,
+    is_aligned,
+    shape_of,
+    tile_of,
+)
 from .numerics import (
-    BLOCK,
     add_to_slot,
     clipping,
     draw_at,
@@ -43,47 +48,6 @@ from .numerics import (
     widen,
 )
 from .sgd import INDICES, SCALARS
-
-SIZES = ("matrices", "rows", "columns")
-
-# ---- Tiles -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def corner_of(program, rows, columns, M: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """First matrix, row and column of a program's tile, int64. Neighbours in a row of tiles run together."""
-    across, down = tl.cdiv(columns, C), tl.cdiv(rows, R)
-    group = program // (across * down)
-    within = program - group * across * down
-    return group * M, within // across * R, within % across * C
-
-
-@triton.jit
-def element_of(rows, stride, M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr = 1):
-    """Distance of each element of a tile from its first one, int32 [M, R, C / STEP]: of every STEP-th column.
-
-    stride: elements from one row to the next. `tile_of` sees that the distances fit.
-    """
-    m, r = tl.arange(0, M)[:, None, None], tl.arange(0, R)[None, :, None]
-    c = (tl.arange(0, C // STEP) * STEP)[None, None, :]
-    return (m * rows.to(tl.int32) + r) * stride.to(tl.int32) + c
-
-
-@triton.jit
-def inside_of(matrix, row, column, matrices, rows, columns, M: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Which elements of a tile are in the gradient."""
-    m, r, c = tl.arange(0, M)[:, None, None], tl.arange(0, R)[None, :, None], tl.arange(0, C)[None, None, :]
-    return (m < matrices - matrix) & (r < rows - row) & (c < columns - column)
-
-
-@triton.jit
-def clipped(bits, unscale, limit, coef, G: tl.constexpr, CLAMP: tl.constexpr):
-    """The clipped gradient in float32, NaN if the scaled gradient is not finite."""
-    scaled = widen(bits, G) * unscale
-    g = scaled
-    if CLAMP:
-        g = tl.minimum(tl.maximum(g, -limit), limit)
-    return tl.where(tl.abs(scaled) < float("inf"), g * coef, float("nan"))
 
 
 @triton.jit
@@ -202,16 +166,16 @@ def factored_update_kernel(
     matrix, row, column = corner_of(tl.program_id(0).to(tl.int64), rows, columns, M, R, C)
     inside = inside_of(matrix, row, column, matrices, rows, columns, M, R, C)
     first = (matrix * rows + row) * columns + column
-    place = element_of(rows, columns, M, R, C)
+    position = element_of(rows, columns, M, R, C)
     # First of all what takes longest. See `sgd_kernel` for TOGETHER.
     TOGETHER: tl.constexpr = 4 if tl.float32 == P else 16
     param = elements(param, P) + first
-    p_bits = tl.load(param + place, mask=inside, other=0)
+    p_bits = tl.load(param + position, mask=inside, other=0)
     if low is not None:
         low = elements(low, P) + first
-        low_bits = tl.load(low + place, mask=inside, other=0)
-    g_place = tl.max_contiguous(place, (1, 1, TOGETHER)) if ALIGNED else place
-    g_bits = tl.load(elements(grad, G) + first + g_place, mask=inside, other=0)
+        low_bits = tl.load(low + position, mask=inside, other=0)
+    grad_position = tl.max_contiguous(position, (1, 1, TOGETHER)) if ALIGNED else position
+    g_bits = tl.load(elements(grad, G) + first + grad_position, mask=inside, other=0)
     rate, decay, unscale, limit, coef = step_scalars(
         lr, weight_decay, inv_scale, clip_value, clip_coef, on_device, CLAMP
     )
@@ -230,9 +194,9 @@ def factored_update_kernel(
         rounded = nearest(p, P)
     if scalar(found_inf, on_device, tl.float64) == 0.0:
         finite = tl.abs(f) < float("inf")
-        tl.store(param + place, tl.where(finite, rounded, p_bits), mask=inside)
+        tl.store(param + position, tl.where(finite, rounded, p_bits), mask=inside)
         if low is not None:
-            tl.store(low + place, tl.where(finite, low_part(p), low_bits), mask=inside)
+            tl.store(low + position, tl.where(finite, low_part(p), low_bits), mask=inside)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "inv_scale", "clip_value", "clip_coef", "on_device", "slot"])
@@ -275,61 +239,9 @@ def factored_sq_norm_kernel(
 
 # ---- Launchers -------------------------------------------------------------------------------------------------------
 
-#: Elements of a tile's row. A warp's vectors of a 16-bit dtype have so many.
-WIDTH = 256
-
-
-class Tile(NamedTuple):
-    """How a gradient is cut: M matrices by R rows by C columns for each program."""
-
-    M: int
-    R: int
-    C: int
-
-    def programs(self, matrices: int, rows: int, columns: int) -> int:
-        return -(-matrices // self.M) * -(-rows // self.R) * -(-columns // self.C)
-
-
-def tile_of(matrices: int, rows: int, columns: int) -> Tile:
-    """By shape alone, and few of them: each is a kernel of its own.
-
-    Args:
-        rows: of one matrix.
-    """
-    height, width = triton.next_power_of_2(rows), triton.next_power_of_2(columns)
-    if matrices > 1 and height * width <= BLOCK // 4:
-        return Tile(BLOCK // (height * width), height, width)
-    width = min(width, WIDTH)
-    if columns * (BLOCK // width) >= 2**31:  # distances in a tile are int32
-        return Tile(1, 1, BLOCK)
-    return Tile(1, BLOCK // width, width)
-
-
-def shape_of(grad: Tensor, column_factors: Tensor) -> tuple[int, int, int]:
-    """Matrices, rows of one, columns."""
-    matrices = len(column_factors) if column_factors.numel() else 1
-    return matrices, grad.shape[0] // matrices, grad.shape[1]
-
-
-def is_aligned(columns: int, *tensors: Tensor | None) -> bool:
-    """Whether rows begin where vectors do."""
-    return columns % 16 == 0 and not any(t.data_ptr() % 16 for t in tensors if t is not None)
-
 
 def _factors(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
-
-
-def clipping_arguments(scalars: launch.StepScalars) -> list[int]:
-    """Arguments of a kernel that only clips: inv_scale, clip_value, clip_coef, and whether they are addresses."""
-    at = SCALARS.index("inv_scale")
-    return [*scalars.arguments[at : at + 3], scalars.on_device]
-
-
-def check(op: str, grad: Tensor, rows: Tensor, columns: Tensor, scalars: Tensor, dtype: torch.dtype) -> Any:
-    check_factors(op, grad, rows, columns, dtype)
-    launch.check_element_type(op, "grad", grad, grad.device)
-    return launch.step_scalars(op, scalars, grad.device)
 
 
 def factored_sq_norm_(slot: Tensor, grad: Tensor, row_factors: Tensor, column_factors: Tensor, scalars: Tensor) -> None:
@@ -388,7 +300,7 @@ def factored_update_(
     for of_param in lows:
         launch.check_apart(op, "low", of_param)
     launch.check_rule(op, rule)
-    where = launch.indices_of(op, shard, param.numel())
+    indices = launch.indices_of(op, shard, param.numel())
     check_no_overlap(
         op,
         regions(Access.WRITTEN, "param", [param]),
@@ -401,7 +313,7 @@ def factored_update_(
         return
     lows = [of_param for of_param in lows if of_param.numel()]
     stochastic = stochastic and param.dtype != torch.float32
-    where = where if stochastic else launch.WHOLE
+    indices = indices if stochastic else launch.WHOLE
     shape = shape_of(grad, column_factors)
     tile = tile_of(*shape)
     with launch.on(device):
@@ -417,15 +329,15 @@ def factored_update_(
             *step.arguments,
             step.on_device,
             launch.parameter_key(seed, parameter_id) if stochastic else 0,
-            *where[:3],
+            *indices[:3],
             P=TYPES[param.dtype],
             G=TYPES[grad.dtype],
             RULE=rule,
             ALIGNED=is_aligned(shape[2], p, g, low_parts),
             CLAMP=step.clamps,
             STOCHASTIC=stochastic,
-            ROWS=where.rows,
-            PAIRS=where.pairs and shape[2] % 2 == 0 and tile.C > 1,
+            ROWS=indices.rows,
+            PAIRS=indices.pairs and shape[2] % 2 == 0 and tile.C > 1,
             **tile._asdict(),
             **launch.options(),
         )

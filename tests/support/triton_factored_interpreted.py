@@ -13,7 +13,7 @@ from lomo_kernels.composite import adalomo
 from lomo_kernels.ops.scalars import vector
 from lomo_kernels.rules import RULES
 from lomo_kernels.triton import factor_sums, factored, launch
-from lomo_kernels.triton.factored import Tile, tile_of
+from lomo_kernels.triton.matrices import Tile, tile_of
 from support import oracle
 from support.oracle import DTYPES, assert_same_bits, name_of
 
