@@ -15,12 +15,15 @@ COUNTERS = (
     "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
 )
+#: Of csrc/cuda.
+KERNELS = ("update_kernel", "sq_norm_kernel", "factored_update_kernel", "factored_sq_norm_kernel")
+KERNELS += ("sums_of_matrices_kernel", "sums_of_strips_kernel", "add_parts_kernel")
 NCU = [
     "ncu",
     "--clock-control",
     "none",
     "-k",
-    "regex:update_kernel|sq_norm_kernel",
+    f"regex:{'|'.join(KERNELS)}",
     "--metrics",
     ",".join(COUNTERS),
 ]
