@@ -372,7 +372,8 @@ def test_linear_layers(dtype: torch.dtype, shape: tuple[int, int, int], form: st
     for slot in slots:
         kernels["linear_sq_norm_"](slot, [x], [gy], number(0.5))
     exact = gradient.double().square().sum().item() / 4
-    assert len(set(slots.tolist())) == 1 and slots[0].sqrt().item() == pytest.approx(math.sqrt(exact), rel=1e-5)
+    rel = 1e-5 if dtype == torch.float32 else 5e-5  # an H100's matrix units cut off what lies far below a sum
+    assert len(set(slots.tolist())) == 1 and slots[0].sqrt().item() == pytest.approx(math.sqrt(exact), rel=rel)
 
 
 @pytest.mark.parametrize("form", ["tiled", "triton"])
