@@ -95,10 +95,17 @@ class Kernel:
     markers: tuple[tuple[str, int], ...] = ()  # instructions of the path, beside the accesses; see `sass.hot_path`
 
     @property
+    def written(self) -> tuple[str, ...]:
+        """Dtypes of the tensors that it updates."""
+        if self.operator not in ("sgd_", "factored_update_"):
+            return ()
+        return (self.param, self.param) if self.rounding == "split" else (self.param,)
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
-        """Of the tensors that it reads."""
-        written = (self.param, self.param) if self.rounding == "split" else (self.param,)
-        return (self.grad, *written) if self.operator == "sgd_" else (self.grad,)
+        """Of the tensors that it reads by wide accesses: the factors of columns, too."""
+        factors = ("fp32",) if self.operator.startswith("factored_") else ()
+        return (self.grad, *self.written, *factors)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -113,9 +120,8 @@ class Kernel:
 
     @property
     def bytes_moved(self) -> int:
-        """Per element."""
-        written = self.dtypes[1:]
-        return SIZES[self.grad] + 2 * sum(SIZES[dtype] for dtype in written)
+        """Per element, between the GPU and its memory. Caches have the factors."""
+        return SIZES[self.grad] + 2 * sum(SIZES[dtype] for dtype in self.written)
 
 
 def cuobjdump() -> str:
@@ -158,17 +164,22 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
     """Those of one tensor, from `build_cuda`'s objects."""
     threads, elements = _constant("kThreads"), _constant("kShare")
     tiles = LAYER // (threads * elements)
-    for source, operator in (("update_kernel.cu", "sgd_"), ("sq_norm_kernel.cu", "sq_norm_")):
+    for source in ("update_kernel.cu", "sq_norm_kernel.cu", "factored_kernel.cu"):
         for name, code, usage in _dumped(OBJECTS / f"{source}.o", arch):
-            if "Li1E" not in name or "4Sign" in name:  # a launch of a list, or another rule
+            if "4Sign" in name or ("factored" not in source and "Li1E" not in name):  # another rule, a launch of a list
                 continue
+            kernel = re.search(r"(update|sq_norm|factored_update|factored_sq_norm)_kernelI", name)
+            assert kernel is not None, name
+            operator = "sgd_" if kernel[1] == "update" else f"{kernel[1]}_"
             dtypes = [MANGLED[dtype] for dtype in re.findall("|".join(MANGLED), name)]
             # The mangled name of a gradient of the parameter's dtype refers back to it.
             rounding = "split" if "13SplitBFloat16" in name else "stochastic" if "Lb1E" in name else "nearest"
             what = operator, dtypes[0], dtypes[-1], rounding
             resources = code, usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"], threads, elements
-            if operator == "sgd_":
+            if operator in ("sgd_", "factored_update_"):
                 yield Kernel(*what, False, *resources, -(-tiles // _constant("kTensorBlocks")))
+            if operator == "factored_update_":
+                continue
             # An update with a norm is the same code on another way: per tile a vote of the warp whether a sum must be
             # formed again in float64, and at the end a float64 sum over the warp.
             each = -(-tiles // _constant("kNormBlocks"))
@@ -241,6 +252,24 @@ def _triton_norm(arch: int, g: str) -> tuple[Any, dict[str, Any]]:
     return triton_source(sq_norm.sq_norm_kernel, pointers, constants), sq_norm.options(arch)
 
 
+def _triton_factored(arch: int, p: str | None, g: str, rounding: str) -> tuple[Any, dict[str, Any]]:
+    """With factors of rows and of columns. p: None for the sum of squares."""
+    import triton.language as tl
+
+    from lomo_kernels.triton import factored, launch, matrices
+
+    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+    constants = {"G": types[g], "ALIGNED": True, "CLAMP": False, **matrices.tile_of(1, 4096, 4096)._asdict()}
+    pointers = {"grad": f"*{g}", "row_factors": "*fp32", "column_factors": "*fp32"}
+    if p is None:
+        pointers |= {"partials": "*fp64", "counter": "*i64"}
+        return triton_source(factored.factored_sq_norm_kernel, pointers, constants), launch.options()
+    constants |= {"P": types[p], "RULE": 0, "STOCHASTIC": rounding == "stochastic", "ROWS": False, "PAIRS": True}
+    constants |= {} if rounding == "split" else {"low": None}
+    pointers |= {"param": f"*{p}", "low": "*i16"}
+    return triton_source(factored.factored_update_kernel, pointers, constants), launch.options()
+
+
 def triton_compile(source: Any, options: dict[str, Any], arch: int, folder: Path) -> tuple[Any, list[Any]]:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -263,6 +292,13 @@ def triton_kernels(arch: int, clamp: bool = False, listed: bool = False) -> Iter
     ]
     if not clamp and not listed:
         cases += [("sq_norm_", g, g, "nearest", True, _triton_norm(arch, g)) for g in SIZES]
+        cases += [
+            ("factored_update_", p, g, rounding, False, _triton_factored(arch, p, g, rounding))
+            for p, g in itertools.product(SIZES, SIZES)
+            for rounding in ROUNDINGS[p]
+        ]
+        squares = [("factored_sq_norm_", g, g, "nearest", True, _triton_factored(arch, None, g, "")) for g in SIZES]
+        cases += squares
     with tempfile.TemporaryDirectory() as folder:
         for *what, (source, options) in cases:
             _, resources = triton_compile(source, options, arch, Path(folder))

@@ -114,7 +114,7 @@ def facts_of(kernel: Kernel, arch: int) -> Facts:
     """
     count = kernel.elements * kernel.tiles
     read = count * sum(compiled.SIZES[dtype] for dtype in kernel.dtypes)
-    written = count * kernel.bytes_moved - read
+    written = count * sum(compiled.SIZES[dtype] for dtype in kernel.written)
     narrowest = min(kernel.widths.values())
     path = sass.hot_path(kernel.code, read, written, narrowest, **dict(kernel.markers))
     if path is None:
@@ -135,10 +135,10 @@ def facts_of(kernel: Kernel, arch: int) -> Facts:
 
 
 def name_of(kernel: Kernel) -> str:
-    if kernel.operator != "sgd_":
+    if not kernel.written:
         return f"`{kernel.operator}` {kernel.grad}"
     rounding = "" if kernel.param == "fp32" else f", {kernel.rounding}"
-    return f"`sgd_` {kernel.param} by {kernel.grad}{rounding}{', norm' if kernel.norm else ''}"
+    return f"`{kernel.operator}` {kernel.param} by {kernel.grad}{rounding}{', norm' if kernel.norm else ''}"
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------

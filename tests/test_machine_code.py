@@ -49,10 +49,10 @@ def budgets():
 
 def row_of(kernel):
     short = {"fp32": "fp32", "bf16": "16", "fp16": "16"}
-    if kernel.operator == "sq_norm_":
-        return f"sq_norm_ {short[kernel.grad]}"
+    if not kernel.written:
+        return f"{kernel.operator} {short[kernel.grad]}"
     rounding = {"nearest": "", "stochastic": ", st", "split": ", split"}[kernel.rounding]
-    return f"sgd_ {kernel.param} by {short[kernel.grad]}{rounding}"
+    return f"{kernel.operator} {kernel.param} by {short[kernel.grad]}{rounding}"
 
 
 @pytest.fixture(
@@ -74,8 +74,9 @@ def measured(request):
 
 
 def test_every_kernel_is_read(measured):
-    """6 ways to round and 3 dtypes of gradients, with and without a norm, and 3 norms alone."""
-    assert len({name_of(kernel) for kernel, _ in measured[2]}) == len(measured[2]) == 6 * 3 * 2 + 3
+    """6 ways to round and 3 dtypes of gradients, with and without a norm, and with factors; norms alone and with
+    factors."""
+    assert len({name_of(kernel) for kernel, _ in measured[2]}) == len(measured[2]) == 6 * 3 * 3 + 3 + 3
 
 
 def test_instructions_per_element(measured):
