@@ -50,6 +50,14 @@ def test_the_interpreted_kernels_pass_the_contract(run_python, part):
     assert int(re.search(r"(\d+) passed", process.stdout)[1]) >= 15, process.stdout[-300:]
 
 
+def test_fused_layers_call_the_interpreted_kernels(run_python):
+    """Every rule, formed gradients and rows that were looked up, both roundings, a step that overflows."""
+    chosen = "(bits_of_the_float32 and bfloat16) or overflows or looked_up"
+    process = run_python(PYTEST, str(HERE / "test_lomo_fused_factored.py"), "-k", chosen, **INTERPRETED)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr
+    assert int(re.search(r"(\d+) passed", process.stdout)[1]) >= 15, process.stdout[-300:]
+
+
 # ---- Compiled --------------------------------------------------------------------------------------------------------
 
 POINTERS = {"partials": "*fp64", "counter": "*i64", "row_factors": "*fp32", "column_factors": "*fp32"}

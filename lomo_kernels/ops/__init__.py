@@ -1,5 +1,7 @@
 """The operators, with argument checks and documentation. Registered in ``torch.ops.lomo_kernels``."""
 
+from . import adalomo as adalomo  # for their schemas: they have no public function
+from . import factored as factored
 from .embedding import embedding_sgd_, embedding_sq_norm_
 from .linear import linear_sgd_, linear_sq_norm_
 from .sq_norm import sq_norm_, sq_norm_list_
