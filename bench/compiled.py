@@ -95,6 +95,10 @@ class Kernel:
     markers: tuple[tuple[str, int], ...] = ()  # instructions of the path, beside the accesses; see `sass.hot_path`
 
     @property
+    def has_factors(self) -> bool:
+        return self.operator.startswith("factored_")
+
+    @property
     def written(self) -> tuple[str, ...]:
         """Dtypes of the tensors that it updates."""
         if self.operator not in ("sgd_", "factored_update_"):
@@ -104,19 +108,20 @@ class Kernel:
     @property
     def dtypes(self) -> tuple[str, ...]:
         """Of the tensors that it reads by wide accesses: the factors of columns, too."""
-        factors = ("fp32",) if self.operator.startswith("factored_") else ()
+        factors = ("fp32",) if self.has_factors else ()
         return (self.grad, *self.written, *factors)
 
     @property
     def widths(self) -> dict[str, int]:
         """Bytes of an access at least, by dtype: 16, but 8 for 16-bit elements beside those of 32 bits."""
-        largest = max(SIZES[dtype] for dtype in self.dtypes)
-        return {dtype: 16 * SIZES[dtype] // largest for dtype in self.dtypes}
+        own = (self.grad, *self.written)
+        largest = max(SIZES[dtype] for dtype in own)
+        return {dtype: 16 * SIZES[dtype] // largest for dtype in own}
 
     @property
     def most_loads(self) -> int:
         """Loads of a thread per tile, if none is narrower than `widths`."""
-        return sum(self.elements * SIZES[dtype] // self.widths[dtype] for dtype in self.dtypes)
+        return sum(self.elements * SIZES[dtype] // self.widths.get(dtype, 16) for dtype in self.dtypes)
 
     @property
     def bytes_moved(self) -> int:
@@ -168,9 +173,9 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
         for name, code, usage in _dumped(OBJECTS / f"{source}.o", arch):
             if "4Sign" in name or ("factored" not in source and "Li1E" not in name):  # another rule, a launch of a list
                 continue
-            kernel = re.search(r"(update|sq_norm|factored_update|factored_sq_norm)_kernelI", name)
-            assert kernel is not None, name
-            operator = "sgd_" if kernel[1] == "update" else f"{kernel[1]}_"
+            if "factored_sq_norm" in name:  # loads the next tile before it adds this one up: `sass` cannot follow that
+                continue
+            operator = {"u": "sgd_", "s": "sq_norm_", "f": "factored_update_"}[source[0]]
             dtypes = [MANGLED[dtype] for dtype in re.findall("|".join(MANGLED), name)]
             # The mangled name of a gradient of the parameter's dtype refers back to it.
             rounding = "split" if "13SplitBFloat16" in name else "stochastic" if "Lb1E" in name else "nearest"
@@ -292,9 +297,10 @@ def triton_kernels(arch: int, clamp: bool = False, listed: bool = False) -> Iter
     ]
     if not clamp and not listed:
         cases += [("sq_norm_", g, g, "nearest", True, _triton_norm(arch, g)) for g in SIZES]
+        # Of gradients of another dtype than the parameter, Triton reads one of the two by narrow accesses.
         cases += [
-            ("factored_update_", p, g, rounding, False, _triton_factored(arch, p, g, rounding))
-            for p, g in itertools.product(SIZES, SIZES)
+            ("factored_update_", p, p, rounding, False, _triton_factored(arch, p, p, rounding))
+            for p in SIZES
             for rounding in ROUNDINGS[p]
         ]
         squares = [("factored_sq_norm_", g, g, "nearest", True, _triton_factored(arch, None, g, "")) for g in SIZES]
