@@ -31,20 +31,20 @@ sgd_ fp16 by fp32, st     25.0 28.0   25.0 28.2   25.0 27.7   25.0 27.8   32.0 3
 sgd_ fp16 by 16, st       24.3 27.4   24.4 27.4   25.0 27.3   24.6 27.2   34.1 40.2
 sq_norm_ fp32             - 6.5       - 6.7       - 6.4       - 6.5       - 9.3
 sq_norm_ 16               - 6.0       - 6.1       - 6.3       - 6.4       - 9.4
-factored_update_ fp16 by 16         24.0 -      24.6 -      25.6 -      25.7 -      27.9 -
-factored_update_ fp16 by 16, st     33.3 -      34.1 -      35.6 -      35.6 -      75.7 -
-factored_update_ fp16 by fp32       25.4 -      26.3 -      26.3 -      26.2 -      - -
-factored_update_ fp16 by fp32, st   36.1 -      37.1 -      38.8 -      38.6 -      - -
-factored_update_ bf16 by 16         24.0 -      24.6 -      25.6 -      25.7 -      35.5 -
-factored_update_ bf16 by 16, st     31.9 -      32.6 -      33.5 -      33.7 -      48.0 -
-factored_update_ bf16 by fp32       25.4 -      26.3 -      26.3 -      26.2 -      - -
-factored_update_ bf16 by fp32, st   34.7 -      35.7 -      35.9 -      35.8 -      - -
-factored_update_ fp32 by 16         24.8 -      25.8 -      26.0 -      25.9 -      - -
-factored_update_ fp32 by fp32       23.9 -      24.8 -      25.0 -      24.7 -      25.4 -
-factored_update_ bf16 by 16, split  34.0 -      34.9 -      35.3 -      35.1 -      42.7 -
-factored_update_ bf16 by fp32, split36.7 -      37.8 -      38.0 -      37.7 -      - -
-factored_sq_norm_ fp32              - -         - -         - -         - -         - 26.1
-factored_sq_norm_ 16                - -         - -         - -         - -         - 25.4
+factored_update_ fp16 by 16           24.0 -      24.6 -      25.6 -      25.7 -      27.9 -
+factored_update_ fp16 by 16, st       33.3 -      34.1 -      35.6 -      35.6 -      75.7 -
+factored_update_ fp16 by fp32         25.4 -      26.3 -      26.3 -      26.2 -      - -
+factored_update_ fp16 by fp32, st     36.1 -      37.1 -      38.8 -      38.6 -      - -
+factored_update_ bf16 by 16           24.0 -      24.6 -      25.6 -      25.7 -      35.5 -
+factored_update_ bf16 by 16, st       31.9 -      32.6 -      33.5 -      33.7 -      48.0 -
+factored_update_ bf16 by fp32         25.4 -      26.3 -      26.3 -      26.2 -      - -
+factored_update_ bf16 by fp32, st     34.7 -      35.7 -      35.9 -      35.8 -      - -
+factored_update_ fp32 by 16           24.8 -      25.8 -      26.0 -      25.9 -      - -
+factored_update_ fp32 by fp32         23.9 -      24.8 -      25.0 -      24.7 -      25.4 -
+factored_update_ bf16 by 16, split    34.0 -      34.9 -      35.3 -      35.1 -      42.7 -
+factored_update_ bf16 by fp32, split  36.7 -      37.8 -      38.0 -      37.7 -      - -
+factored_sq_norm_ fp32                - -         - -         - -         - -         - 26.1
+factored_sq_norm_ 16                  - -         - -         - -         - -         - 25.4
 """
 
 #: Threads on a multiprocessor at least, which bounds the registers of each.
