@@ -1,6 +1,6 @@
 """One wheel beside several versions of torch and Python, each pair in an environment of its own.
 
-    python tests/build/matrix.py dist/lomo_kernels-*.whl 3.10:2.11.0 3.13:2.15.0 /opt/python/bin/python:2.13.0+cpu
+    python tests/build/matrix.py dist/lomo_kernels-*.whl 3.10:2.11.0 3.13:2.15.0 path/to/python:2.13.0+cpu
 
 A pair is a Python (its version, or a path) and a version of torch. The environment gets this torch, the wheel and what
 the tests need, from the package index that pip is set to. `pip check` says whether the wheel allows this torch. Then
