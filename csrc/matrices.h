@@ -48,4 +48,9 @@ Region vector_region(const Tensor& tensor, Access access, const char* name) {
   return {begin, begin + tensor.numel() * int64_t{sizeof(T)}, nullptr, access, name};
 }
 
+inline void add_factor_regions(const Tensor& rows, const Tensor& columns, std::vector<Region>& regions) {
+  regions.push_back(vector_region<float>(rows, Access::kRead, "row_factors"));
+  regions.push_back(vector_region<float>(columns, Access::kRead, "column_factors"));
+}
+
 }  // namespace lomo

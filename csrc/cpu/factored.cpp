@@ -124,8 +124,8 @@ void factored_sq_norm_(const Tensor& slot, const Tensor& grad, const Tensor& row
   const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, kCPU, op);
   const View g = view_of(grad, const_cast<void*>(grad.const_data_ptr()), kCPU, op, "grad");
   double* sum = slot_of(slot, kCPU, op, "slot");
-  std::vector<Region> regions{region_of(sum, "slot"), vector_region<float>(row_factors, Access::kRead, "row_factors"),
-                              vector_region<float>(column_factors, Access::kRead, "column_factors")};
+  std::vector<Region> regions{region_of(sum, "slot")};
+  add_factor_regions(row_factors, column_factors, regions);
   if (g.numel) regions.push_back(region_of(g, Access::kRead, "grad"));
   check_no_overlap(std::move(regions), op);
   const Factors factors{data_of<const float>(row_factors), data_of<const float>(column_factors)};
@@ -146,8 +146,8 @@ void factored_update_(const Tensor& param, const Tensor& grad, const Tensor& row
   const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, kCPU, op);
   const Update update = update_of(param, grad, nullptr, parameter_id, shard_of(shard.data(), shard.size(), op),
                                   low ? &*low : nullptr, stochastic, kCPU, op);
-  std::vector<Region> regions{vector_region<float>(row_factors, Access::kRead, "row_factors"),
-                              vector_region<float>(column_factors, Access::kRead, "column_factors")};
+  std::vector<Region> regions;
+  add_factor_regions(row_factors, column_factors, regions);
   add_regions(update, regions);
   check_no_overlap(std::move(regions), op);
   const Factors factors{data_of<const float>(row_factors), data_of<const float>(column_factors)};

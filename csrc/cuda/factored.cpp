@@ -50,8 +50,8 @@ void factored_sq_norm_(const Tensor& slot, const Tensor& grad, const Tensor& row
   const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, device, op);
   const View view = grad_of(grad, device, op);
   double* sum = slot_of(slot, device, op, "slot");
-  std::vector<Region> regions{region_of(sum, "slot"), vector_region<float>(row_factors, Access::kRead, "row_factors"),
-                              vector_region<float>(column_factors, Access::kRead, "column_factors")};
+  std::vector<Region> regions{region_of(sum, "slot")};
+  add_factor_regions(row_factors, column_factors, regions);
   if (view.numel) regions.push_back(region_of(view, Access::kRead, "grad"));
   check_no_overlap(std::move(regions), op);
   Stream stream(device);
@@ -71,8 +71,8 @@ void factored_update_(const Tensor& param, const Tensor& grad, const Tensor& row
   const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, device, op);
   const Update update = update_of(param, grad, nullptr, parameter_id, shard_of(shard.data(), shard.size(), op),
                                   low ? &*low : nullptr, stochastic, device, op);
-  std::vector<Region> regions{vector_region<float>(row_factors, Access::kRead, "row_factors"),
-                              vector_region<float>(column_factors, Access::kRead, "column_factors")};
+  std::vector<Region> regions;
+  add_factor_regions(row_factors, column_factors, regions);
   add_regions(update, regions);
   check_no_overlap(std::move(regions), op);
   if (!update.param.numel) return;

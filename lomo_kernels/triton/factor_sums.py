@@ -180,8 +180,8 @@ def factor_sums_(row_sums: Tensor, column_sums: Tensor, grad: Tensor, scalars: T
             )
             return
         # The order of the additions depends on the shape alone.
-        chunk = tile.R * -(-tile.programs(*shape) // PROGRAMS.value)
-        chunks, strips = -(-rows // chunk), -(-columns // tile.C)
+        chunk = tile.R * launch.cdiv(tile.programs(*shape), PROGRAMS.value)
+        chunks, strips = launch.cdiv(rows, chunk), launch.cdiv(columns, tile.C)
         partials = launch.partials.get(device, strips * matrices * rows + chunks * matrices * columns)
         sums_of_strips_kernel[(matrices * chunks * strips,)](
             partials,
@@ -195,7 +195,7 @@ def factor_sums_(row_sums: Tensor, column_sums: Tensor, grad: Tensor, scalars: T
             C=tile.C,
             **constants,
         )
-        programs = -(-matrices * rows // SUMS) + -(-matrices * columns // SUMS)
+        programs = launch.cdiv(matrices * rows, SUMS) + launch.cdiv(matrices * columns, SUMS)
         add_strips_kernel[(programs,)](
             row_sums,
             column_sums,

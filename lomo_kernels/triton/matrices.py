@@ -75,7 +75,7 @@ class Tile(NamedTuple):
     C: int
 
     def programs(self, matrices: int, rows: int, columns: int) -> int:
-        return -(-matrices // self.M) * -(-rows // self.R) * -(-columns // self.C)
+        return launch.cdiv(matrices, self.M) * launch.cdiv(rows, self.R) * launch.cdiv(columns, self.C)
 
 
 def tile_of(matrices: int, rows: int, columns: int) -> Tile:
