@@ -6,10 +6,11 @@ it during the call, and kernels get numbers. The step is an int64 whose bits sta
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,23 +111,16 @@ def _constants(device: torch.device, numbers: list[float]) -> tuple[Tensor, ...]
         return _on_host(numbers, 0).split(1)
     if device.type != "cuda" or _is_traced() or torch.cuda.is_current_stream_capturing():
         return _filled(device, numbers)
-    key = device, torch.cuda.current_stream(device).cuda_stream, tuple(numbers)
-    kept = _kept.get(key)
-    if kept is None:
-        while len(_kept) >= KEPT:
-            _kept.pop(next(iter(_kept)), None)
-        with torch.inference_mode(False):  # else autograd would refuse them outside of such a mode
-            kept = _kept[key] = _filled(device, numbers)
-    return kept
+    return _kept(device, torch.cuda.current_stream(device).cuda_stream, tuple(numbers))
 
 
-#: Of `_constants`, the oldest first. A learning rate that is a number beside a scalar on the device is another constant
-#: in each step.
-_kept: dict[tuple[torch.device, int, tuple[float, ...]], tuple[Tensor, ...]] = {}
-KEPT = 64
+@functools.lru_cache(maxsize=64)  # a learning rate that is a number, beside a scalar tensor, changes in each step
+def _kept(device: torch.device, stream: int, numbers: tuple[float, ...]) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False):  # else autograd would refuse them outside of such a mode
+        return _filled(device, numbers)
 
 
-def _filled(device: torch.device, numbers: list[float]) -> tuple[Tensor, ...]:
+def _filled(device: torch.device, numbers: Sequence[float]) -> tuple[Tensor, ...]:
     """Filled there: a copy from the host's memory would make the host wait."""
     made = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
     for position, number in enumerate(numbers):
