@@ -163,10 +163,8 @@ def test_update(paired, buffers, implementation, dtype, device):
     if reason := wrong(implementation, buffers.dtype, device):
         assert not implementation.startswith("sgd_"), reason
         pytest.skip(f"{implementation}, {dtype}, {device}: {reason}")
-    capture = implementation.startswith("sgd_") or implementation in (
-        "add_",
-        "mul_, add_",
-    )  # optimizers may not allow it
+    # Optimizers may not allow a capture.
+    capture = implementation.startswith("sgd_") or implementation in ("add_", "mul_, add_")
     paired(UPDATES[implementation](buffers, LR), buffers.probe(STREAMS), capture)
 
 

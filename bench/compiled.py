@@ -169,21 +169,21 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
     """Those of one tensor, from `build_cuda`'s objects."""
     threads, elements = _constant("kThreads"), _constant("kShare")
     tiles = LAYER // (threads * elements)
-    for source in ("update_kernel.cu", "sq_norm_kernel.cu", "factored_kernel.cu"):
+    operators = {"update_kernel.cu": "sgd_", "sq_norm_kernel.cu": "sq_norm_", "factored_kernel.cu": "factored_update_"}
+    for source, operator in operators.items():
         for name, code, usage in _dumped(OBJECTS / f"{source}.o", arch):
             if "4Sign" in name or ("factored" not in source and "Li1E" not in name):  # another rule, a launch of a list
                 continue
             if "factored_sq_norm" in name:  # loads the next tile before it adds this one up: `sass` cannot follow that
                 continue
-            operator = {"u": "sgd_", "s": "sq_norm_", "f": "factored_update_"}[source[0]]
             dtypes = [MANGLED[dtype] for dtype in re.findall("|".join(MANGLED), name)]
             # The mangled name of a gradient of the parameter's dtype refers back to it.
             rounding = "split" if "13SplitBFloat16" in name else "stochastic" if "Lb1E" in name else "nearest"
             what = operator, dtypes[0], dtypes[-1], rounding
             resources = code, usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"], threads, elements
-            if operator in ("sgd_", "factored_update_"):
+            if operator != "sq_norm_":
                 yield Kernel(*what, False, *resources, -(-tiles // _constant("kTensorBlocks")))
-            if operator == "factored_update_":
+            if operator == "factored_update_":  # never adds up a norm
                 continue
             # An update with a norm is the same code on another way: per tile a vote of the warp whether a sum must be
             # formed again in float64, and at the end a float64 sum over the warp.
@@ -303,8 +303,7 @@ def triton_kernels(arch: int, clamp: bool = False, listed: bool = False) -> Iter
             for p in SIZES
             for rounding in ROUNDINGS[p]
         ]
-        squares = [("factored_sq_norm_", g, g, "nearest", True, _triton_factored(arch, None, g, "")) for g in SIZES]
-        cases += squares
+        cases += [("factored_sq_norm_", g, g, "nearest", True, _triton_factored(arch, None, g, "")) for g in SIZES]
     with tempfile.TemporaryDirectory() as folder:
         for *what, (source, options) in cases:
             _, resources = triton_compile(source, options, arch, Path(folder))

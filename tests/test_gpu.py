@@ -169,12 +169,16 @@ def training(rule: str, dtype: torch.dtype, lr: float | Tensor) -> tuple[TinyTra
     return model, Lomo(model, lr=lr, loss_scale=scale_for(dtype), rounding="stochastic", **RULES[rule])
 
 
-@pytest.mark.parametrize("rule", ["plain", "all"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_captured_step_replays_with_another_learning_rate(dtype: torch.dtype, rule: str) -> None:
-    lr = torch.tensor(0.5, device=CUDA, dtype=torch.float64)
-    model, optimizer = training(rule, dtype, lr)
-    twin, eager = training(rule, dtype, lr)
+def assert_replays_the_eager_step(
+    model: TinyTransformer, optimizer: Lomo, twin: TinyTransformer, eager: Lomo, lr: Tensor
+) -> None:
+    """A captured step of `optimizer` gives the bits of the eager one, with other batches and other learning rates.
+
+    Args:
+        twin: equal to `model`; `eager` is its optimizer.
+        lr: of both optimizers.
+    """
+    rate = lr.item()
     tokens, targets = (torch.zeros(3, 6, dtype=torch.int64, device=CUDA) for _ in range(2))
 
     def step() -> None:
@@ -194,11 +198,20 @@ def test_a_captured_step_replays_with_another_learning_rate(dtype: torch.dtype, 
     for turn in range(4):
         tokens.copy_(torch.randint(19, tokens.shape, generator=generator))
         targets.copy_(torch.randint(19, targets.shape, generator=generator))
-        lr.fill_(0.5 / (turn + 1))
+        lr.fill_(rate / (turn + 1))
         graph.replay()
         eager.backward(twin(tokens, targets))
     assert_same_bits(weights_of(model), weights_of(twin))
     assert optimizer.step_count.item() == eager.step_count.item() == 7
+
+
+@pytest.mark.parametrize("rule", ["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_captured_step_replays_with_another_learning_rate(dtype: torch.dtype, rule: str) -> None:
+    lr = torch.tensor(0.5, device=CUDA, dtype=torch.float64)
+    model, optimizer = training(rule, dtype, lr)
+    twin, eager = training(rule, dtype, lr)
+    assert_replays_the_eager_step(model, optimizer, twin, eager, lr)
     assert optimizer.last_grad_norm.item() == eager.last_grad_norm.item()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.factored import RULES, FactoredTextbook, Kinds, tokens
 from support.models import Options, assert_same_bits, loss_of, transformer, weights_of
-from test_gpu import CUDA, PAIRS, allocations, no_synchronisation, numbers
+from test_gpu import CUDA, PAIRS, allocations, assert_replays_the_eager_step, no_synchronisation, numbers
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo, backends, ops, reference
@@ -380,27 +380,4 @@ def test_a_captured_step_replays_with_another_learning_rate(rule: str, fused: bo
     lr = torch.tensor(0.01, device=CUDA, dtype=torch.float64)
     model, optimizer = training(rule, "stochastic", fused=fused, lr=lr)
     twin, eager = training(rule, "stochastic", fused=fused, lr=lr)
-    batch, targets = (torch.zeros(3, 6, dtype=torch.int64, device=CUDA) for _ in range(2))
-
-    def step() -> None:
-        optimizer.backward(model(batch, targets))
-
-    side = torch.cuda.Stream(CUDA)
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-            eager.backward(twin(batch, targets))
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    generator = torch.Generator().manual_seed(0)
-    for turn in range(4):
-        batch.copy_(torch.randint(19, batch.shape, generator=generator))
-        targets.copy_(torch.randint(19, targets.shape, generator=generator))
-        lr.fill_(0.01 / (turn + 1))
-        graph.replay()
-        eager.backward(twin(batch, targets))
-    assert_same_bits(weights_of(model), weights_of(twin))
-    assert optimizer.step_count.item() == eager.step_count.item() == 7
+    assert_replays_the_eager_step(model, optimizer, twin, eager, lr)
