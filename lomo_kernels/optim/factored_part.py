@@ -39,17 +39,17 @@ class Matrices:
             within = [slice(first, first + length) for first, length in zip(*self._block, strict=True)]
             self._whole, self._rows, self._columns = whole, tuple(within[:-1]), (*within[:-2], within[-1])
 
-    def add_sums(self, sums: Sums, scalars: Tensor) -> None:
-        """Adds the gradient's sums of squares to those of the whole gradient."""
+    def add_sums(self, row_sums: Tensor, column_sums: Tensor, scalars: Tensor) -> None:
+        """Adds the gradient's sums of squares to those of the whole gradient, as `Sums` has them."""
         if self._block is None:
-            torch.ops.lomo_kernels.factor_sums_.default(*sums, self.grad, scalars)
+            torch.ops.lomo_kernels.factor_sums_.default(row_sums, column_sums, self.grad, scalars)
             return
         *matrices, rows, columns = self._block.shape
         count = math.prod(matrices)
-        of_rows, of_columns = sums.rows.new_zeros(count * rows), sums.columns.new_zeros(count, columns)
+        of_rows, of_columns = row_sums.new_zeros(count * rows), row_sums.new_zeros(count, columns)
         torch.ops.lomo_kernels.factor_sums_.default(of_rows, of_columns, self.grad, scalars)
-        self._of_rows(sums.rows).add_(of_rows.view(*matrices, rows))
-        self._of_columns(sums.columns).add_(of_columns.view(*matrices, columns))
+        self._of_rows(row_sums).add_(of_rows.view(*matrices, rows))
+        self._of_columns(column_sums).add_(of_columns.view(*matrices, columns))
 
     def factors(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """Row factors and column factors, as the operators take them."""
@@ -121,17 +121,22 @@ class FactoredPart:
         """Adds up the squares of the gradient, and of the parameter if `of_param`.
 
         Args:
-            out: zeros, float64 [length], which holds the sums. Before `sums` is used, those of other ranks' parts have
-                to be added.
+            out: zeros, float64 [length], which holds the sums. If other ranks have parts, their sums have to be added
+                to it, and then `add_up_rows` called.
         """
         rows, columns, self.param_squares = out.split(self._lengths)
-        self.sums = Sums(rows, columns.view(self._matrices, self._columns))
+        columns = columns.view(self._matrices, self._columns)
         for block in self._blocks:
-            block.add_sums(self.sums, self.managed.scalars.vector)
+            block.add_sums(rows, columns, self.managed.scalars.vector)
             if of_param:
                 # Not what the last update could have added up: ``.data`` may have changed the parameter since, unseen,
                 # and a resumed run would add up in another order.
                 torch.ops.lomo_kernels.sq_norm_.default([self.param_squares], [block.weight], None)
+        self.sums = Sums(rows, columns, rows.sum())
+
+    def add_up_rows(self) -> None:
+        """Forms the total again: sums of other ranks' parts have been added."""
+        self.sums = self.sums._replace(total=self.sums.rows.sum())
 
     def add_sq_norm(self, factors: Factors, slot: Tensor) -> None:
         """Adds the sum of squares of the factored gradient to `slot`, float64 [1]."""

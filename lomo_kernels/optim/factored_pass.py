@@ -60,25 +60,29 @@ class FactoredPass(UpdatePass, NormPass):
     def _apply(self, parts: Sequence[FactoredPart], groups: Sequence[dist.ProcessGroup]) -> None:
         """Updates some parameters of one device. `groups`: of the ranks that have their other parts."""
         state, rule, device = self._rule_state, self._rule_state.rule, parts[0].managed.device
-        sums = torch.zeros(sum(part.length for part in parts), dtype=torch.float64, device=device)
-        for part, piece in zip(parts, _pieces(sums, [part.length for part in parts]), strict=True):
+        lengths = [part.length for part in parts]
+        zeros = torch.zeros(sum(lengths) + len(parts), dtype=torch.float64, device=device)
+        sums, sizes = zeros.split([sum(lengths), len(parts)])
+        for part, piece in zip(parts, _pieces(sums, lengths), strict=True):
             part.add_sums(piece, of_param=rule.needs_scale)
             if not (self.norm_known or part.managed.scalars.clamps):
-                # Nothing has clipped the gradient, so the rows' sums are its norm: a read less, of four with "adalomo".
-                part.managed.slot.add_(part.sums.rows.sum())
-        self._add_other_ranks(sums, groups)
+                # Nothing has clipped the gradient, so its sum is its norm: a read less, of four with "adalomo".
+                part.managed.slot.add_(part.sums.total)
+        if groups:
+            self._add_other_ranks(sums, groups)
+            for part in parts:
+                part.add_up_rows()
         factors = [
             rule.factors(part.managed, part.sums, state.of(part.managed), state.of_step(device)) for part in parts
         ]
         coefs = [of_part.coef for of_part in factors]
         if rule.needs_scale:
-            squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
-            for part, of_part, slot in zip(parts, factors, _pieces(squares, [1] * len(parts)), strict=True):
+            for part, of_part, slot in zip(parts, factors, _pieces(sizes, [1] * len(parts)), strict=True):
                 part.add_sq_norm(of_part, slot)
-            self._add_other_ranks(squares, groups)
+            self._add_other_ranks(sizes, groups)
             coefs = [
                 rule.scale(size, part.param_squares[0], part.elements)
-                for part, size in zip(parts, squares.unbind(), strict=True)
+                for part, size in zip(parts, sizes.unbind(), strict=True)
             ]
         for part, of_part, coef in zip(parts, factors, coefs, strict=True):
             self._update(part, of_part, coef)
@@ -93,7 +97,7 @@ class FactoredPass(UpdatePass, NormPass):
         cells = self._rule_state.scalars.cells(part.managed)
         if coef is not None:
             cells.clip_coef.mul_(coef)
-        cells.found_inf.add_(part.sums.rows.sum(), alpha=0.0)  # NaN, which is not zero, of infinity and of NaN
+        cells.found_inf.add_(part.sums.total, alpha=0.0)  # NaN, which is not zero, of infinity and of NaN
         self.changed = True
         self._rule_state.replace(part.managed, factors.state, cells.found_inf)
         part.update(factors, cells.vector, rule=self.rule, stochastic=self.stochastic, seed=self.seed)

@@ -35,10 +35,11 @@ _TINY = 1e-12
 
 
 class Sums(NamedTuple):
-    """Sums of squares of a clipped gradient: [matrices * rows] and [matrices, columns], float64."""
+    """Sums of squares of a clipped gradient: [matrices * rows], [matrices, columns] and of all, float64."""
 
     rows: Tensor
     columns: Tensor
+    total: Tensor  # no dimensions; not finite if an element is not
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -111,9 +112,10 @@ def _none(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=device)
 
 
-def _inverse_rms(squares: Tensor, elements: int) -> Tensor:
-    """1 / (RMS + 1e-12), float64."""
-    return 1.0 / ((squares / max(elements, 1)).sqrt() + _TINY)
+def _inverse_rms(squares: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+    """1 / (RMS + 1e-12), computed in float64. Four launches on a GPU: `1.0 / x` would be two, and a cast one."""
+    rms = (squares / max(elements, 1)).sqrt_().add_(_TINY)
+    return torch.reciprocal(rms, out=torch.empty_like(rms, dtype=dtype))
 
 
 class TensorRule(FactoredRule):
@@ -123,7 +125,7 @@ class TensorRule(FactoredRule):
 
     def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], of_step: Tensor) -> Factors:
         none = _none(sums.rows.device)
-        return Factors(none, none, _inverse_rms(sums.rows.sum(), math.prod(managed.shape)))
+        return Factors(none, none, _inverse_rms(sums.total, math.prod(managed.shape), torch.float64))
 
 
 class RowsRule(TensorRule):
@@ -141,8 +143,8 @@ class RowsRule(TensorRule):
         none = _none(sums.rows.device)
         _, rows, columns = sums.shape
         if managed.is_embedding:
-            return Factors(none, _inverse_rms(sums.columns, rows).float())
-        return Factors(_inverse_rms(sums.rows, columns).float(), none)
+            return Factors(none, _inverse_rms(sums.columns, rows, torch.float32))
+        return Factors(_inverse_rms(sums.rows, columns, torch.float32), none)
 
 
 class AdaLomoRule(FactoredRule):
@@ -192,12 +194,15 @@ class AdaLomoRule(FactoredRule):
         if not sums.columns.numel():
             return Factors(_none(of_step.device), _none(of_step.device), state=state)
         operator = torch.ops.lomo_kernels.adalomo_factors.default
-        of_rows, of_columns, *new = operator(*sums, *state, of_step, self.eps[0])
+        of_rows, of_columns, *new = operator(sums.rows, sums.columns, *state, of_step, self.eps[0])
         return Factors(of_rows, of_columns, state=tuple(new))
 
     def scale(self, u_squares: Tensor, param_squares: Tensor, elements: int) -> Tensor:
-        size, of_param = (squares.div(max(elements, 1)).sqrt() for squares in (u_squares, param_squares))
-        return of_param.clamp(min=self.eps[1]) / (size / self.clip_threshold).clamp(min=1.0)
+        rms = torch._foreach_div([u_squares, param_squares], float(max(elements, 1)))  # one launch for both
+        torch._foreach_sqrt_(rms)
+        torch._foreach_clamp_min_(rms, [self.clip_threshold, self.eps[1]])
+        scale = rms[1].div_(rms[0])
+        return scale if self.clip_threshold == 1.0 else scale.mul_(self.clip_threshold)
 
 
 #: All of them by name, with their defaults.

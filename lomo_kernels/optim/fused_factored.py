@@ -49,13 +49,14 @@ def update_by_row(
     of_columns = torch.zeros(1, weight.shape[1], dtype=torch.float64, device=weight.device)  # not used
     for first, tile in tiles:
         here = slice(first, first + len(tile))
-        sums = Sums(torch.zeros(len(tile), dtype=torch.float64, device=weight.device), of_columns)
-        torch.ops.lomo_kernels.factor_sums_.default(*sums, tile, scalars)
+        of_rows = torch.zeros(len(tile), dtype=torch.float64, device=weight.device)
+        torch.ops.lomo_kernels.factor_sums_.default(of_rows, of_columns, tile, scalars)
+        total = of_rows.sum()
         if add_norm is not None and managed.scalars.clamps:
             add_norm(tile)
         elif add_norm is not None:
-            managed.slot.add_(sums.rows.sum())
-        factors = rule_state.rule.factors(managed, sums, (), of_step)
+            managed.slot.add_(total)
+        factors = rule_state.rule.factors(managed, Sums(of_rows, of_columns, total), (), of_step)
         low = None if managed.low is None else managed.low[here]
         shard = [first * weight.shape[1], tile.numel(), tile.numel()]
         torch.ops.lomo_kernels.factored_update_.default(
@@ -109,10 +110,10 @@ class LookedUpRows(Matrices):
         tokens = sum(use.input.numel() for use in uses)
         return all(use.padding_idx is not None for use in uses) and 8 * tokens <= weight.element_size() * len(weight)
 
-    def add_sums(self, sums: Sums, scalars: Tensor) -> None:
-        of_rows = sums.rows.new_zeros(len(self.grad))
-        torch.ops.lomo_kernels.factor_sums_.default(of_rows, sums.columns, self.grad, scalars)
-        sums.rows.index_add_(0, self.index, of_rows)
+    def add_sums(self, row_sums: Tensor, column_sums: Tensor, scalars: Tensor) -> None:
+        of_rows = row_sums.new_zeros(len(self.grad))
+        torch.ops.lomo_kernels.factor_sums_.default(of_rows, column_sums, self.grad, scalars)
+        row_sums.index_add_(0, self.index, of_rows)
 
     def factors(self, factors: Factors) -> tuple[Tensor, Tensor]:
         return factors.rows[self.index] if factors.rows.numel() else factors.rows, factors.columns
