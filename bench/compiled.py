@@ -93,10 +93,12 @@ class Kernel:
     elements: int  # of a tile that a thread handles
     tiles: int = 1  # that a block takes one after the other, of `LAYER` elements
     markers: tuple[tuple[str, int], ...] = ()  # instructions of the path, beside the accesses; see `sass.hot_path`
+    ahead: int = 0  # bytes of a tile that a thread loads before it handles the tile before
 
     @property
     def has_factors(self) -> bool:
-        return self.operator.startswith("factored_")
+        """Whether it multiplies by factors, or forms the sums that they are made of."""
+        return self.operator.startswith("factor")
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -108,7 +110,7 @@ class Kernel:
     @property
     def dtypes(self) -> tuple[str, ...]:
         """Of the tensors that it reads by wide accesses: the factors of columns, too."""
-        factors = ("fp32",) if self.has_factors else ()
+        factors = ("fp32",) if self.operator.startswith("factored_") else ()
         return (self.grad, *self.written, *factors)
 
     @property
@@ -169,26 +171,34 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
     """Those of one tensor, from `build_cuda`'s objects."""
     threads, elements = _constant("kThreads"), _constant("kShare")
     tiles = LAYER // (threads * elements)
-    operators = {"update_kernel.cu": "sgd_", "sq_norm_kernel.cu": "sq_norm_", "factored_kernel.cu": "factored_update_"}
+    operators = {"update_kernel.cu": "sgd_", "sq_norm_kernel.cu": "sq_norm_"}
+    operators |= {"factored_kernel.cu": "factored_update_", "factor_sums_kernel.cu": "factor_sums_"}
     for source, operator in operators.items():
         for name, code, usage in _dumped(OBJECTS / f"{source}.o", arch):
-            if "4Sign" in name or ("factored" not in source and "Li1E" not in name):  # another rule, a launch of a list
+            if "4Sign" in name or ("factor" not in source and "Li1E" not in name):  # another rule, a launch of a list
                 continue
-            if "factored_sq_norm" in name:  # loads the next tile before it adds this one up: `sass` cannot follow that
+            if operator == "factor_sums_" and "strips" not in name:  # small matrices, and sums of sums
                 continue
             dtypes = [MANGLED[dtype] for dtype in re.findall("|".join(MANGLED), name)]
             # The mangled name of a gradient of the parameter's dtype refers back to it.
             rounding = "split" if "13SplitBFloat16" in name else "stochastic" if "Lb1E" in name else "nearest"
-            what = operator, dtypes[0], dtypes[-1], rounding
+            what = dtypes[0], dtypes[-1], rounding
             resources = code, usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"], threads, elements
-            if operator != "sq_norm_":
-                yield Kernel(*what, False, *resources, -(-tiles // _constant("kTensorBlocks")))
-            if operator == "factored_update_":  # never adds up a norm
-                continue
-            # An update with a norm is the same code on another way: per tile a vote of the warp whether a sum must be
-            # formed again in float64, and at the end a float64 sum over the warp.
-            each = -(-tiles // _constant("kNormBlocks"))
-            yield Kernel(*what, True, *resources, each, (("VOTE", each), ("SHFL", 10)))
+            # A norm votes per tile whether a sum must be formed again in float64, and sums up a warp in float64 once.
+            of_norm = -(-tiles // _constant("kNormBlocks"))
+            norm = ("VOTE", of_norm), ("SHFL", 10)
+            if operator == "factor_sums_":  # a warp adds up two rows in float64 per tile
+                each = -(-tiles // _constant("kSumBlocks"))
+                yield Kernel(operator, *what, True, *resources, each, (("SHFL", 10 * each),))
+            elif "factored_sq_norm" in name:  # without the loads of factors, the way would be that of more tiles
+                loads = "LDG.E.128", of_norm * elements * SIZES["fp32"] // 16
+                ahead = elements * SIZES[dtypes[-1]]
+                yield Kernel("factored_sq_norm_", *what, True, *resources, of_norm, (loads, *norm), ahead)
+            else:
+                if operator != "sq_norm_":
+                    yield Kernel(operator, *what, False, *resources, -(-tiles // _constant("kTensorBlocks")))
+                if operator != "factored_update_":  # an update with a norm is the same code on another way
+                    yield Kernel(operator, *what, True, *resources, of_norm, norm)
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------

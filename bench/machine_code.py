@@ -119,7 +119,7 @@ def facts_of(kernel: Kernel, arch: int) -> Facts:
     path = sass.hot_path(kernel.code, read, written, narrowest, **dict(kernel.markers))
     if path is None:
         raise ValueError(f"{name_of(kernel)}, sm_{arch}: accesses of a whole tile have less than {8 * narrowest} bits")
-    loads = sass.loads_of_tiles(path, read // kernel.tiles, kernel.tiles, narrowest)
+    loads = sass.loads_of_tiles(path, read // kernel.tiles, kernel.tiles, narrowest, kernel.ahead)
     together = min(sass.loads_together(path, of_tile) for of_tile in loads)
     blocks = blocks_per_multiprocessor(arch, kernel.threads, kernel.registers, kernel.shared)
     return Facts(

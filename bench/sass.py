@@ -241,13 +241,21 @@ def _unwound(blocks: list[Block], state: tuple | None, before: dict[tuple, tuple
         yield from blocks[number].code
 
 
-def loads_of_tiles(path: list[Instruction], bytes_of_tile: int, tiles: int, narrowest: int = 16) -> list[list[int]]:
-    """Where on the path the loads of each tile stand, one tile's after the other's."""
-    places: list[list[int]] = [[] for _ in range(tiles)]
-    tile, left = 0, bytes_of_tile
+def loads_of_tiles(
+    path: list[Instruction], bytes_of_tile: int, tiles: int, narrowest: int = 16, ahead: int = 0
+) -> list[list[int]]:
+    """Where on the path the loads of each tile stand, one tile's after the other's.
+
+    Args:
+        ahead: bytes that are loaded with those of the tile before. They count as that tile's. The first tile's are then
+            left out, and so is the last tile, which loads nothing ahead.
+    """
+    places: list[list[int]] = [[] for _ in range(tiles - (ahead > 0))]
+    tile, left = (-1, ahead) if ahead else (0, bytes_of_tile)
     for place, instruction in enumerate(path):
-        if tile < tiles and instruction.is_load and instruction.wide >= narrowest:
-            places[tile].append(place)
+        if tile < len(places) and instruction.is_load and instruction.wide >= narrowest:
+            if tile >= 0:
+                places[tile].append(place)
             left -= instruction.wide
             if left <= 0:
                 tile, left = tile + 1, bytes_of_tile
