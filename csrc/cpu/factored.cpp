@@ -13,7 +13,7 @@ namespace {
 // Gradient, parameter, factors and product of a piece stay in the first-level cache together.
 constexpr int64_t kPiece = 1024;
 
-// Elements [row * columns + column, ... + rows * columns_of_piece): whole rows of one matrix, or a part of one row.
+// Elements [row * columns + column, ... + rows * columns_of_piece): whole rows, or a part of one row.
 struct Piece {
   int64_t row, rows, column, columns;
 };
@@ -33,12 +33,11 @@ template <class Visit>
 void for_each_piece(const Shape& shape, const Visit& visit) {
   const int64_t of_chunk = rows_of_chunk(shape), chunks = chunks_of(shape);
   if (!chunks) return;
-  const int64_t of_matrix = shape.rows_of_matrix();
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t end = std::min(shape.rows, (chunk + 1) * of_chunk);
       for (int64_t row = chunk * of_chunk, rows; row < end; row += rows) {
-        rows = std::min({std::max<int64_t>(1, kPiece / shape.columns), end - row, of_matrix - row % of_matrix});
+        rows = std::min(std::max<int64_t>(1, kPiece / shape.columns), end - row);
         for (int64_t column = 0; column < shape.columns; column += kPiece) {
           visit(chunk, Piece{row, rows, column, std::min(shape.columns - column, kPiece)});
         }
@@ -52,9 +51,10 @@ struct Factors {
 
   void multiply(float* out, const View& grad, const Shape& shape, const Piece& piece, const Scalars& s) const {
     Tile g(grad, piece.row * shape.columns + piece.column, piece.rows * piece.columns);
-    const int64_t matrix = piece.row / shape.rows_of_matrix();
+    const int64_t of_matrix = shape.rows_of_matrix(), matrix = piece.row / of_matrix;
     kernels().factored[grad.dtype](out, g.data(), piece.rows, piece.columns, s, rows ? rows + piece.row : nullptr,
-                                   columns ? columns + matrix * shape.columns + piece.column : nullptr);
+                                   columns ? columns + matrix * shape.columns + piece.column : nullptr,
+                                   (matrix + 1) * of_matrix - piece.row, of_matrix);
   }
 };
 
@@ -77,9 +77,15 @@ void factor_sums_(const Tensor& row_sums, const Tensor& column_sums, const Tenso
   const int64_t of_chunk = (least + kFactorRows - 1) / kFactorRows * kFactorRows;
   const int64_t chunks = (of_matrix + of_chunk - 1) / of_chunk;  // of a matrix
   std::vector<double> partial(chunks > 1 ? chunks * shape.columns : 0);
+  const bool short_rows = g.contiguous && shape.columns < kShortRow;
+  const auto sum_short = [&](int64_t begin, int64_t end, int64_t rows_of_matrix, double* columns) {
+    kernels().factor_sums_short[g.dtype](columns, of_rows + begin, g.at(begin * shape.columns), end - begin,
+                                         shape.columns, rows_of_matrix, s);
+  };
   const auto chunk_sums = [&](int64_t matrix, int64_t chunk, double* columns) {
     const int64_t begin = matrix * of_matrix + chunk * of_chunk;
     const int64_t end = matrix * of_matrix + std::min(of_matrix, (chunk + 1) * of_chunk);
+    if (short_rows) return sum_short(begin, end, of_matrix, columns);
     for (int64_t row = begin, rows; row < end; row += rows) {
       rows = g.contiguous ? std::min<int64_t>(kFactorRows, end - row) : 1;
       const int64_t width = g.contiguous ? shape.columns : kTile;  // what a strided tensor is copied by
@@ -96,6 +102,9 @@ void factor_sums_(const Tensor& row_sums, const Tensor& column_sums, const Tenso
   };
   if (chunks == 1) {
     torch::stable::parallel_for(0, shape.matrices, 16, [&](int64_t first, int64_t last) {
+      if (short_rows) {
+        return sum_short(first * of_matrix, last * of_matrix, of_matrix, of_columns + first * shape.columns);
+      }
       for (int64_t matrix = first; matrix < last; ++matrix) {
         chunk_sums(matrix, 0, of_columns + matrix * shape.columns);
       }

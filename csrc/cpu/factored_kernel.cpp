@@ -11,8 +11,10 @@
 namespace lomo {
 namespace {
 
-constexpr int kLanes = 64;  // columns that are handled at a time
-constexpr int kSums = 8;    // partial sums of a row
+constexpr int kLanes = 64;              // columns that are handled at a time
+constexpr int kSums = 8;                // partial sums of a row
+constexpr int64_t kShortBuffer = 1024;  // elements of short rows that are clipped together
+static_assert(kShortRow <= kShortBuffer, "a short row fits");
 
 // Whether clipping leaves a gradient as it is. Then its instructions are left out, half of all.
 bool is_plain(const Scalars& s) {
@@ -36,6 +38,15 @@ LOMO_FN void clip_last(const typename G::Storage* g, int64_t n, float* to, const
   typename G::Storage padded[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) padded[i] = g[i];
   clip_lanes<G, kPlain>(padded, to, s);
+}
+
+template <class G, bool kPlain>
+void clip_all(const typename G::Storage* g, int64_t n, float* to, const Scalars& s) {
+  for (; n >= kLanes; n -= kLanes, g += kLanes, to += kLanes) clip_lanes<G, kPlain>(g, to, s);
+  if (!n) return;
+  alignas(64) float last[kLanes];
+  clip_last<G, kPlain>(g, n, last, s);
+  for (int64_t i = 0; i < n; ++i) to[i] = last[i];
 }
 
 // Adds squares to the sum of each column, and to the kSums of their row. A float32's square is exact in float64, so a
@@ -96,6 +107,37 @@ void factor_sums(double* column_sums, double* row_sums, const void* grad, int64_
   add_squares<G, false>(column_sums, row_sums, g, stride, rows, columns, s);
 }
 
+// Short rows are clipped together, then added up one after the other. If each row is clipped alone, as kLanes elements,
+// the 512 x 512 matrices of a 3 x 3 convolution take 12 ns per element in place of 0.7 (bfloat16, one thread of Zen 4).
+template <class G, bool kPlain>
+void add_squares_of_short_rows(double* column_sums, double* row_sums, const typename G::Storage* g, int64_t rows,
+                               int64_t columns, int64_t rows_of_matrix, const Scalars& s) {
+  const int64_t together = kShortBuffer / columns;
+  for (int64_t row = 0, of_matrix = 0; row < rows;) {
+    const int64_t end = row + together < rows ? row + together : rows;
+    alignas(64) float x[kShortBuffer];
+    clip_all<G, kPlain>(g + row * columns, (end - row) * columns, x, s);
+    for (const float* from = x; row < end; ++row, from += columns) {
+      double of_row = 0.0;
+      for (int64_t i = 0; i < columns; ++i) {
+        const double square = static_cast<double>(from[i]) * static_cast<double>(from[i]);
+        column_sums[i] += square;
+        of_row += square;
+      }
+      row_sums[row] += of_row;
+      if (++of_matrix == rows_of_matrix) of_matrix = 0, column_sums += columns;
+    }
+  }
+}
+
+template <class G>
+void factor_sums_short(double* column_sums, double* row_sums, const void* grad, int64_t rows, int64_t columns,
+                       int64_t rows_of_matrix, const Scalars& s) {
+  const auto* g = static_cast<const typename G::Storage*>(grad);
+  const auto add = is_plain(s) ? add_squares_of_short_rows<G, true> : add_squares_of_short_rows<G, false>;
+  add(column_sums, row_sums, g, rows, columns, rows_of_matrix, s);
+}
+
 // Not inlined: the compiler forgets `__restrict` of a function that it inlines.
 template <class G, bool kPlain, bool kColumns>
 __attribute__((noinline)) void factor_row(float* __restrict out, const typename G::Storage* __restrict g, int64_t n,
@@ -110,21 +152,41 @@ __attribute__((noinline)) void factor_row(float* __restrict out, const typename 
   for (int64_t i = 0; i < n; ++i) out[i] = kColumns ? x[i] * row_factor * column_factors[i] : x[i] * row_factor;
 }
 
+// Multiplies clipped rows, in place.
+void multiply_short_rows(float* out, int64_t rows, int64_t columns, const float* row_factors,
+                         const float* column_factors, int64_t rows_left, int64_t rows_of_matrix) {
+  for (int64_t row = 0; row < rows; ++row, out += columns) {
+    const float row_factor = row_factors ? row_factors[row] : 1.0f;
+    if (!column_factors) {
+      for (int64_t i = 0; i < columns; ++i) out[i] *= row_factor;
+      continue;
+    }
+    for (int64_t i = 0; i < columns; ++i) out[i] = out[i] * row_factor * column_factors[i];
+    if (--rows_left == 0) rows_left = rows_of_matrix, column_factors += columns;
+  }
+}
+
 template <class G>
 void factored(float* out, const void* grad, int64_t rows, int64_t columns, const Scalars& s, const float* row_factors,
-              const float* column_factors) {
+              const float* column_factors, int64_t rows_left, int64_t rows_of_matrix) {
   const auto* g = static_cast<const typename G::Storage*>(grad);
+  if ((!row_factors && !column_factors) || columns < kShortRow) {
+    is_plain(s) ? clip_all<G, true>(g, rows * columns, out, s) : clip_all<G, false>(g, rows * columns, out, s);
+    if (!row_factors && !column_factors) return;
+    return multiply_short_rows(out, rows, columns, row_factors, column_factors, rows_left, rows_of_matrix);
+  }
   const auto row_of = is_plain(s) ? (column_factors ? factor_row<G, true, true> : factor_row<G, true, false>)
                                   : (column_factors ? factor_row<G, false, true> : factor_row<G, false, false>);
-  if (!row_factors && !column_factors) return row_of(out, g, rows * columns, s, 1.0f, nullptr);
   for (int64_t row = 0; row < rows; ++row, out += columns, g += columns) {
     row_of(out, g, columns, s, row_factors ? row_factors[row] : 1.0f, column_factors);
+    if (column_factors && --rows_left == 0) rows_left = rows_of_matrix, column_factors += columns;
   }
 }
 
 template <class G>
 void install(Kernels& k, DType g) {
   k.factor_sums[g] = factor_sums<G>;
+  k.factor_sums_short[g] = factor_sums_short<G>;
   k.factored[g] = factored<G>;
 }
 

@@ -46,6 +46,9 @@ struct GramSums {
 // Rows whose columns' squares are added up at a time: each is a stream of memory that the processor reads ahead.
 constexpr int kFactorRows = 8;
 
+// Rows of fewer columns are handled many at a time, of several matrices: those of a 3 x 3 convolution have 9 elements.
+constexpr int64_t kShortRow = 64;
+
 struct Kernels {
   const char* isa;
 
@@ -64,9 +67,15 @@ struct Kernels {
   // kFactorRows of them, `stride` elements from one to the next, to the sums of its rows and columns.
   void (*factor_sums[kDTypes])(double* column_sums, double* row_sums, const void* grad, int64_t stride, int64_t rows,
                                int64_t columns, const Scalars& scalars);
-  // out = the factored gradient of consecutive rows. Factors that are null are ones.
+  // The same for consecutive rows of fewer than kShortRow columns, any number of them. Each `rows_of_matrix` rows have
+  // column sums of their own.
+  void (*factor_sums_short[kDTypes])(double* column_sums, double* row_sums, const void* grad, int64_t rows,
+                                     int64_t columns, int64_t rows_of_matrix, const Scalars& scalars);
+  // out = the factored gradient of consecutive rows. Factors that are null are ones. The first matrix has `rows_left`
+  // of these rows, or more than there are. Each further one has `rows_of_matrix`, and column factors of its own.
   void (*factored[kDTypes])(float* out, const void* grad, int64_t rows, int64_t columns, const Scalars& scalars,
-                            const float* row_factors, const float* column_factors);
+                            const float* row_factors, const float* column_factors, int64_t rows_left,
+                            int64_t rows_of_matrix);
 
   // With A = a a^T and B = b b^T: sums over the entries of the block that begins at row i and column j >= i, and of its
   // mirror image. a_lengths, b_lengths: the norms of all rows.
