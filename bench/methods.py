@@ -76,7 +76,11 @@ def clipped_by_tensor(model: nn.Module, lr: float) -> Step:
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}  # torch's defaults
 STOCHASTIC = lomo(clip_grad_norm=CLIP, clip_passes="one", fused_layers=True, rounding="stochastic")
-PLANNED = {name: method for name, method in plan.METHODS.items() if not name.endswith(("master", "foreach", "split"))}
+PLANNED = {
+    name: method
+    for name, method in plan.METHODS.items()
+    if not name.endswith(("master", "foreach", "split")) and not name.startswith("AdaLomo")
+}
 #: What clips with a budget for all that waits for the norm, and what does without the norm of all gradients.
 CLIPPING: dict[str, Method] = {
     "Lomo, clipping, 1/4 kept": keeping(0.25),

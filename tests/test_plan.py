@@ -135,6 +135,8 @@ def test_categories_are_told_apart(peaks: Callable[..., Peak]) -> None:
     assert states["AdamW"] == pytest.approx(2 * weights, abs=scalars)
     assert states["Lomo, split"] == pytest.approx(weights, abs=2 * scalars)
     assert states["SGD"] == 0
+    lines = 4 * sum(sum(param.shape) for param in llama(CONFIG)().parameters())  # rows and columns, or elements
+    assert states["AdaLomo"] == states["AdaLomo, fused"] == pytest.approx(lines, abs=4 * scalars)
     assert states["Lomo, clipping, two passes, fused"] < scalars
     assert gradients["AdamW"] == gradients["SGD"] == gradients["Lomo, clipping, one pass"] == weights
     assert (

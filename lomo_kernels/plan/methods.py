@@ -99,9 +99,7 @@ def lomo(**options: Any) -> Attach:
 
     def attach(model: nn.Module, lr: float) -> Attached:
         optimizer = Lomo(model, lr=lr, **options)
-        return Attached(
-            optimizer.backward, lambda: [state["low"] for state in optimizer.state.values() if "low" in state]
-        )
+        return Attached(optimizer.backward, lambda: _tensors(optimizer))
 
     return attach
 
@@ -146,6 +144,8 @@ METHODS: dict[str, Method] = {
     "Lomo, clipping, two passes, fused": Method(lomo(**_clip, clip_passes="two", fused_layers=True)),
     "Lomo, clipping, one pass": Method(lomo(**_clip, clip_passes="one")),
     "Lomo, clipping, one pass, fused": Method(lomo(**_clip, clip_passes="one", fused_layers=True)),
+    "AdaLomo": Method(lomo(rule="adalomo")),
+    "AdaLomo, fused": Method(lomo(rule="adalomo", fused_layers=True)),
 }
 
 #: Those that FSDP2 leaves possible: gradients are reduced before they reach a hook, so layers cannot be fused.
