@@ -40,9 +40,10 @@ def attach(accelerator: Any) -> None:
     if not isinstance(getattr(accelerator.backward, "__self__", None), _Attached):
         attached = _Attached(accelerator)
         attached.check_accelerator()
-        for name in ("backward", "lomo_backward", "clip_grad_norm_", "clip_grad_value_", "prepare"):
-            setattr(accelerator, name, getattr(attached, name))
         attached.follow_parameters()
+        # At once: an interrupt between two of them would leave some of accelerate's own.
+        names = ("backward", "lomo_backward", "clip_grad_norm_", "clip_grad_value_", "prepare")
+        vars(accelerator).update({name: getattr(attached, name) for name in names})
 
 
 class _Attached:

@@ -76,7 +76,7 @@ def attach(trainer: Any, **options: Any) -> None:
             logs["skipped_steps"] = getattr(trainer.optimizer, "optimizer", trainer.optimizer).skipped_steps.item()
         log(logs, *arguments, **keywords)
 
-    trainer.create_optimizer, trainer.log = create_optimizer, log_skipped_steps
+    vars(trainer).update(create_optimizer=create_optimizer, log=log_skipped_steps)  # both or, at an interrupt, none
 
 
 class LomoTrainer(Trainer):

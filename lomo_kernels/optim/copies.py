@@ -86,6 +86,13 @@ def _parts(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
     Args:
         of: called with a parameter (or the model in which layers are fused) and its name; returns the other one.
     """
+    steps = optimizer._training.steps
+    parts: Parts = steps.between("copy.deepcopy or pickle", lambda: _parts_now(optimizer, of))
+    return parts
+
+
+def _parts_now(optimizer: Any, of: Callable[[Any, str], Any]) -> Parts:
+    """`_parts`, while no step runs."""
     training = optimizer._training
     training.check_not_ended()
     check_groups(training.managed_params, optimizer.param_groups)

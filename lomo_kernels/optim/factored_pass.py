@@ -98,9 +98,11 @@ class FactoredPass(UpdatePass, NormPass):
         if coef is not None:
             cells.clip_coef.mul_(coef)
         cells.found_inf.add_(part.sums.total, alpha=0.0)  # NaN, which is not zero, of infinity and of NaN
+        is_right = cells.found_inf == 0 if factors.state else None
         self.changed = True
-        self._rule_state.replace(part.managed, factors.state, cells.found_inf)
         part.update(factors, cells.vector, rule=self.rule, stochastic=self.stochastic, seed=self.seed)
+        if is_right is not None:  # last, and without memory: if memory runs out, the state is that of the weight
+            self._rule_state.replace(part.managed, factors.state, is_right)
 
     def _handle_factors(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
         """Factors of a layer's uses: see `fused_factored`. No rank has a part of a fused layer's weight."""

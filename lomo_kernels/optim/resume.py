@@ -164,7 +164,7 @@ def load(optimizer: Any, state_dict: Any) -> None:
         warnings.warn(
             "Lomo: the state dict is from torch.optim.SGD. Loaded: learning rates, weight decay and what "
             f"schedulers keep in the groups. Dropped: {', '.join(loaded.dropped) or 'nothing that was in use'}",
-            stacklevel=4,  # load_state_dict's caller
+            stacklevel=6,  # load_state_dict's caller
         )
         training.drop_norm()
     else:

@@ -52,11 +52,8 @@ class RuleState:
     def of(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
         return self._states[managed.index]
 
-    def replace(self, managed: ManagedParameter, new: tuple[Tensor, ...], found_inf: Tensor) -> None:
-        """Replaces a parameter's state, unless `found_inf` is not zero."""
-        if not new:
-            return
-        is_right = found_inf == 0
+    def replace(self, managed: ManagedParameter, new: tuple[Tensor, ...], is_right: Tensor) -> None:
+        """Replaces a parameter's state, if `is_right` (one bool on its device)."""
         for state, changed in zip(self._states[managed.index], new, strict=True):
             torch.where(is_right, changed, state, out=state)
 

@@ -31,6 +31,9 @@ FLOAT16_NODES = 1000
 
 KINDS = ("none", "static", "dynamic")
 
+#: Tensors that the end of a step changes, and what they become. All that needs memory has been done.
+Moves = list[tuple[Tensor, Tensor]]
+
 
 class LossScale:
     """None, a fixed number, or dynamic: halved where a step overflows, doubled after 2000 steps that do not.
@@ -77,20 +80,18 @@ class LossScale:
         limit = LARGEST_FLOAT16_SCALE if loss.dtype is torch.float16 else torch.finfo(torch.float32).max
         return self.scale.clamp(max=limit).to(loss.dtype).to(torch.float32)
 
-    def update(self, found_inf: Tensor) -> None:
-        """Halves or, in time, doubles a dynamic scale. `found_inf`: one element, not zero where the step overflowed."""
-        if self.kind == "dynamic":
-            torch._amp_update_scale_(
-                self.scale, self.growth_tracker, found_inf.float(), GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL
-            )
-            self.scale.clamp_(min=SMALLEST_SCALE)
+    def after_step(self, found_inf: Tensor) -> Moves:
+        """A dynamic scale is halved or, in time, doubled. `found_inf`: one element, not zero where the step
+        overflowed."""
+        if self.kind != "dynamic":
+            return []
+        scale, tracker = self.scale.clone(), self.growth_tracker.clone()
+        torch._amp_update_scale_(scale, tracker, found_inf.float(), GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL)
+        return [(self.scale, scale.clamp_(min=SMALLEST_SCALE)), (self.growth_tracker, tracker)]
 
-    def back_off(self, found_inf: Tensor) -> None:
-        """As `update` where the step overflowed; otherwise nothing, not even towards the next growth."""
-        before = self.scale.clone(), self.growth_tracker.clone()
-        self.update(found_inf)
-        self.scale.copy_(torch.where(found_inf != 0, self.scale, before[0]))
-        self.growth_tracker.copy_(torch.where(found_inf != 0, self.growth_tracker, before[1]))
+    def after_dropped_norm(self, found_inf: Tensor) -> Moves:
+        """As `after_step` where the norm overflowed; otherwise nothing, not even towards the next growth."""
+        return [(tensor, torch.where(found_inf != 0, moved, tensor)) for tensor, moved in self.after_step(found_inf)]
 
 
 def unscaled(grad: Tensor, scale: Tensor) -> Tensor:

@@ -108,13 +108,13 @@ def read(
             f'Lomo: the state dict was saved with rounding="split". The low part of {dropped[0].name}{more} is '
             "dropped, because the optimizer that loads it does not split this parameter. The weight continues from the "
             "bfloat16 number that it is",
-            stacklevel=6,  # load_state_dict's caller
+            stacklevel=8,  # load_state_dict's caller
         )
     if splits and not saved and any(managed.low is not None for managed in managed_params):
         warnings.warn(
             'Lomo: the state dict was saved without rounding="split". The low parts begin with zeros: each weight '
             "continues from the bfloat16 number that it is",
-            stacklevel=6,
+            stacklevel=8,
         )
     return [None if given is None or managed in dropped else _checked(given, managed) for given, managed in pairs]
 

@@ -13,7 +13,7 @@ from .engines.base import ParallelEngine
 from .factored_rules import FactoredRule
 from .hyperparameters import GroupScalars, check_group
 from .managed_parameter import DeviceState, ManagedParameter
-from .scaling import KINDS, LossScale
+from .scaling import KINDS, LossScale, Moves
 from .update_strategy import choose_strategy
 
 
@@ -130,37 +130,38 @@ class TrainingState:
             self.norm.zero_()
             self._measuring = False
 
-    def end_step(self, scaled: bool, *, norm_known: bool, clipped: bool) -> None:
-        """Counts the step and, where its gradients carried the loss scale, moves that.
+    def after_step(self, scaled: bool, *, norm_known: bool, clipped: bool) -> Moves:
+        """What the end of a step changes: it is counted and, if its gradients carried the loss scale, this moves.
 
         Args:
             norm_known: the norm was known before the update, which was skipped if it was not finite.
             clipped: the update used `clip_coef`.
         """
-        self._measuring = False
         primary = self.primary
-        self.strategy.end_step(
-            self.squares, primary.clip_coef if clipped else None, primary.found_inf if norm_known else None
-        )
-        for device_state in self.devices.values():
-            device_state.step.add_(1)
-        self.skipped.add_(self.primary.found_inf.to(torch.int64))
-        if scaled:
-            self.scale.update(self.primary.found_inf)
+        return [
+            *self.strategy.after_step(
+                self.squares, primary.clip_coef if clipped else None, primary.found_inf if norm_known else None
+            ),
+            *((device_state.step, device_state.step + 1) for device_state in self.devices.values()),
+            (self.skipped, self.skipped + primary.found_inf.to(torch.int64)),
+            *(self.scale.after_step(primary.found_inf) if scaled else ()),
+        ]
 
-    def level_steps(self) -> None:
-        """Makes the step counts of all devices equal again, after an interrupt between two devices."""
-        for device_state in self.devices.values():
-            if device_state is not self.primary:
-                _send(self.primary.step, device_state.step)
-
-    def abandon_step(self) -> None:
-        """Called if no step used the norm that `grad_norm` found. If it overflowed, it counts as a skipped step."""
+    def after_dropped_norm(self) -> Moves:
+        """What changes if no step used the norm that `grad_norm` found. If it overflowed, it is a skipped step."""
         overflowed = self.primary.found_inf.to(torch.int64)
-        for device_state in self.devices.values():
-            device_state.step.add_(overflowed.to(device_state.step.device))
-        self.skipped.add_(overflowed)
-        self.scale.back_off(self.primary.found_inf)
+        steps = (device_state.step for device_state in self.devices.values())
+        return [
+            *((step, step + overflowed.to(step.device)) for step in steps),
+            (self.skipped, self.skipped + overflowed),
+            *self.scale.after_dropped_norm(self.primary.found_inf),
+        ]
+
+    def move(self, moves: Moves) -> None:
+        """Changes numbers, without memory. An interrupt may cut it short; then it is called again."""
+        for tensor, value in moves:
+            tensor.copy_(value)
+        self._measuring = False
 
     def squares(self) -> Tensor:
         """Sum of squares of every parameter's gradient in the last step, on `primary`: float64, [parameters]. Over

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +18,16 @@ from .passes import Pass, UpdatePass
 from .scaling import unscaled
 
 _T = TypeVar("_T")
+
+#: All that torch's stable ABI says of an error inside a kernel, whose only calls of torch are for memory.
+_STABLE_ABI = "API call failed at torch/csrc/stable"
+
+#: What to do after an error, by the step's outcome.
+_NOTES = {
+    "unchanged": "the step broke off before a weight was changed; the batch can be run again",
+    "partial": "the step broke off amid its updates: some weights are new, the others old; load the last checkpoint",
+    "complete": "the step had updated all weights, and was counted; do not run the batch again",
+}
 
 
 class Step:
@@ -40,6 +52,7 @@ class Step:
         self.adds_scaled = False  # whether a backward that adds to .grad runs now, with the loss scale
         self.update: UpdatePass | None = None
         self.applied = False  # every gradient was applied
+        self.finish: Callable[[], None] | None = None  # called if the step breaks off after its last update
         self.ended = False  # the step was counted; an error after that is about gradients that are not finite
         self.taken_back = False  # `take_back` is done
         self.dropped = False  # `take_back` had to drop gradients of the user's
@@ -108,7 +121,7 @@ class Step:
         self.leave()
         self._restore_isolated()
         stay = (
-            (self.ended or self.outcome == "unchanged")
+            (self.ended or self.outcome != "partial")
             and not self._consumed
             and all(managed.param.grad is grad and grad._version == version for managed, grad, version in self._stood)
         )
@@ -116,11 +129,15 @@ class Step:
         for managed in self._managed_params:
             if managed.index not in theirs:
                 managed.param.grad = managed.scaled_grad = managed.zeros = None
-        self.dropped = self._accumulated and not stay and not self.ended
+        self.dropped = self._accumulated and not (stay or self.applied or self.ended)
 
     def _restore_isolated(self) -> None:
         for leaf, grad in self._isolated:
             leaf.grad = grad
+
+
+#: All that are in use.
+_live: weakref.WeakSet[Steps] = weakref.WeakSet()
 
 
 class Steps:
@@ -135,6 +152,7 @@ class Steps:
         self._busy: Any = threading.RLock()  # held during a step
         self.current: Step | None = None  # the one that runs now
         self.outcome: str | None = None  # of the last one
+        _live.add(self)
 
     def run(self, training: Any, run: Callable[[Step], _T]) -> _T:
         """Runs one step. Another thread waits. A hook that starts a step inside another one gets an error.
@@ -146,7 +164,38 @@ class Steps:
         try:
             with self._busy:
                 return self._run(training, Step(self._managed_params), run)
-        except BaseException:
+        except BaseException as error:
+            if self._busy._is_owned():
+                self._busy.release()
+            self._describe(error)
+            raise
+
+    def _describe(self, error: BaseException) -> None:
+        """Adds to the traceback what became of the weights. Our own errors say that themselves."""
+        if not hasattr(error, "add_note") or str(error).startswith("Lomo:"):  # notes came with Python 3.11
+            return
+        if _STABLE_ABI in str(error):
+            error.add_note("Lomo: a kernel asked torch for a tensor and got none: memory ran out")
+        error.add_note(f"Lomo: {_NOTES[self.outcome or 'unchanged']} (last_step_outcome is {self.outcome!r})")
+
+    def between(self, call: str, run: Callable[[], _T]) -> _T:
+        """Calls `run` while no step runs: waits for that of another thread.
+
+        Args:
+            call: what calls it, for an error.
+
+        Raises:
+            RuntimeError: the caller is inside a step, which has updated some weights and not others.
+        """
+        self.check_not_inside(
+            f"{call} came inside a step of the same optimizer, whose weights are old and new; call it after the step"
+        )
+        try:
+            self._busy.acquire()
+            result = run()
+            self._busy.release()
+            return result
+        except BaseException:  # also at the end of `run`
             if self._busy._is_owned():
                 self._busy.release()
             raise
@@ -175,8 +224,11 @@ class Steps:
         training.norm_is_known = False
         self.outcome = step.outcome
         step.take_back()
+        if step.finish is not None and not step.ended:
+            step.finish()
+        step.finish = None
         training.state.forget_norms()
-        training.state.level_steps()
+        training.state.strategy.forget_count()
         step.taken_back = True
         if step.dropped:
             warnings.warn(
@@ -186,6 +238,13 @@ class Steps:
                 stacklevel=6,
             )
 
+    def after_fork(self) -> None:
+        """In a child that was forked: the thread whose step ran does not exist here. The step has broken off."""
+        if not self._busy._is_owned():
+            self._busy = threading.RLock()
+            self.outcome = self.outcome if self.current is None else self.current.outcome
+            self.current = None
+
     def check_not_inside(
         self, refusal: str = "a step was started inside another step of the same optimizer; start it after that step"
     ) -> None:
@@ -194,3 +253,12 @@ class Steps:
         in_backward = torch._C._current_graph_task_id() != -1
         if self._busy._is_owned() or (in_backward and self.current is not None):
             raise RuntimeError(f"Lomo: {refusal}")
+
+
+def _after_fork() -> None:
+    for steps in list(_live):
+        steps.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

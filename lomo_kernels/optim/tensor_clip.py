@@ -98,11 +98,15 @@ class TensorClip:
         if self._left:
             self._left = self._left - 1 or None  # some may have been skipped
 
+    def forget_count(self) -> None:
+        """A step broke off, perhaps while it was counted. The next step asks the device how many there were."""
+        self._left, self._left_before = None, 0
+
     def load(self, means: Tensor) -> None:
         """Takes over the means of the first parameters. The others have had no step."""
         self.means.fill_(math.inf)
         self.means[: len(means)].copy_(means)
-        self._left, self._left_before = None, 0
+        self.forget_count()
 
     # ---- A step after the warm-up -----------------------------------------------------------------------------------
 
@@ -145,8 +149,8 @@ class TensorClip:
 
     # ---- The end of a step ------------------------------------------------------------------------------------------
 
-    def update_means(self, squares: Tensor, coef: Tensor | None, found_inf: Tensor | None) -> None:
-        """Updates the means when a step has ended.
+    def means_after_step(self, squares: Tensor, coef: Tensor | None, found_inf: Tensor | None) -> Tensor:
+        """What the means become when a step ends.
 
         Args:
             squares: as in `clip_all`.
@@ -163,4 +167,4 @@ class TensorClip:
         counts = norms.isfinite() & (norms > 0)
         if found_inf is not None:
             counts &= found_inf == 0
-        means.copy_(torch.where(counts, moved, means))
+        return torch.where(counts, moved, means)

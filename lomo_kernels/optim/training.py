@@ -25,7 +25,7 @@ from .owners import other_owners
 from .parameters import check_adapters, check_groups, check_parameter, check_unchanged, is_supported
 from .placement import is_here, shape_of
 from .repeat_check import RepeatCheck
-from .scaling import computes_in_float16
+from .scaling import Moves, computes_in_float16
 from .settings import Settings
 from .split import lacks_low_part, make_low_parts, state_of
 from .state import TrainingState
@@ -238,8 +238,9 @@ class Training:
     def drop_norm(self) -> None:
         """Drops a norm that `grad_norm` found and no `fused_backward` used."""
         if self.norm_is_known:
+            moves = self.state.after_dropped_norm()
             self.norm_is_known = False
-            self.state.abandon_step()
+            self.state.move(moves)
 
     def make_state(self) -> None:
         """Makes the device state again: parameters were added, or moved to another device or dtype."""
@@ -344,11 +345,17 @@ class Training:
             norms[name] = norm
         return norms
 
-    def count_step(self, *, scaled: bool) -> None:
-        """Ends a step: counts it, updates the loss scale, and informs the ranks' engine, schedulers and autocast."""
+    def after_step(self, *, scaled: bool) -> Moves:
+        """What the end of a step changes. Informs the ranks' engine."""
         if self.engine is not None:
             self.engine.end()
-        self.state.end_step(scaled, norm_known=self.norm_comes_first, clipped=self.clip_grad_norm is not None)
+        return self.state.after_step(scaled, norm_known=self.norm_comes_first, clipped=self.clip_grad_norm is not None)
+
+    def count_step(self, moves: Moves) -> None:
+        """Ends a step: counts it, updates the loss scale, and informs schedulers and autocast. An interrupt may cut it
+        short; then it is called again."""
+        self.state.move(moves)
+        self.state.strategy.count_step()
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before the update
         self.trained = True
         self.unpickled = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
@@ -262,7 +263,8 @@ class TrainingStep:
         return self._step.update
 
     def _finish(self, scale: Tensor | None) -> None:
-        self._step.applied = True
+        # In one line: an interrupt comes before both or after both.
+        self._step.finish, self._step.applied = functools.partial(self._finish_again, scale), True
         if not self._training.norm_comes_first:
             self._training.state.finish_norm(None)
             self._training.repeat_check.end_step()
@@ -272,6 +274,16 @@ class TrainingStep:
                 "updated (with clip_grad_norm or dynamic loss scaling, all would have been kept)"
             )
             self._raise_if_not_finite(scale, outcome)
+        self._end(scale)
+
+    def _finish_again(self, scale: Tensor | None) -> None:
+        """Counts a step that broke off after its last update. Over several ranks there is no message: the others may
+        have gone on."""
+        training = self._training
+        if training.engine is not None:
+            return
+        if not training.norm_comes_first:
+            training.state.finish_norm(None)
         self._end(scale)
 
     def _raise_if_not_finite(self, scale: Tensor | None, outcome: str) -> None:
@@ -284,5 +296,9 @@ class TrainingStep:
             raise FloatingPointError(f"Lomo: the gradient is not finite {where}; {outcome}")
 
     def _end(self, scale: Tensor | None) -> None:
-        self._training.count_step(scaled=scale is not None)
-        self._step.ended = True
+        step, training = self._step, self._training
+        moves = training.after_step(scaled=scale is not None)  # all that needs memory and messages
+        step.finish = functools.partial(training.count_step, moves)
+        step.finish()
+        step.ended = True
+        step.finish = None

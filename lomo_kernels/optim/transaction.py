@@ -10,7 +10,27 @@ from .split import LOW, export, load
 
 
 def all_or_nothing(optimizer: Any, change: Callable[[], None]) -> None:
-    """Calls `change`. If it raises, the optimizer, its parameters' hooks and its layers are as they were before."""
+    """Calls `change`. If it raises, the optimizer, its parameters' hooks and its layers are as they were before.
+
+    Raises:
+        RuntimeError: the caller is inside a step.
+    """
+    undo: list[Callable[[], None]] = []
+
+    def run() -> None:
+        undo.append(_way_back(optimizer))
+        change()
+
+    try:
+        optimizer._training.steps.between("a change of its state or groups", run)
+    except BaseException:
+        for restore in undo:
+            restore()
+        raise
+
+
+def _way_back(optimizer: Any) -> Callable[[], None]:
+    """What brings the optimizer back to what it is now."""
     training = optimizer._training
     changed = [optimizer, training, *training.managed_params]
     attributes = [vars(instance).copy() for instance in changed]
@@ -20,9 +40,8 @@ def all_or_nothing(optimizer: Any, change: Callable[[], None]) -> None:
         training.attachment.extent(),
     )
     state, numbers, low = dict(optimizer.state), training.state.export(), export(training.managed_params)[LOW]
-    try:
-        change()
-    except BaseException:
+
+    def restore() -> None:
         for instance, before in zip(changed, attributes, strict=True):
             instance.__dict__ = before
         training.attachment.cut_back(attached)
@@ -32,4 +51,5 @@ def all_or_nothing(optimizer: Any, change: Callable[[], None]) -> None:
         optimizer.state.update(state)
         training.state.load(numbers)
         load(training.managed_params, low)
-        raise
+
+    return restore

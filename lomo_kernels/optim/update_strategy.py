@@ -18,6 +18,7 @@ from .managed_parameter import DeviceState, ManagedParameter
 from .parameter_scalars import ParameterScalars
 from .passes import UpdatePass
 from .rule_state import RuleState
+from .scaling import Moves
 from .tensor_clip import TensorClip
 from .tensor_clip_pass import TensorClipPass
 
@@ -50,14 +51,21 @@ class UpdateStrategy:
         """
         return UpdatePass(*args, norm_known=norm_known, **options)
 
-    def end_step(self, squares: Callable[[], Tensor], coef: Tensor | None, found_inf: Tensor | None) -> None:
-        """A step has ended.
+    def after_step(self, squares: Callable[[], Tensor], coef: Tensor | None, found_inf: Tensor | None) -> Moves:
+        """What the end of a step changes.
 
         Args:
             squares: as in `make_pass`.
             coef: of `clip_grad_norm`; None: it clipped nothing.
             found_inf: not zero if the step was skipped; None: it was not.
         """
+        return []
+
+    def count_step(self) -> None:
+        """A step has ended."""
+
+    def forget_count(self) -> None:
+        """A step broke off, perhaps inside `count_step`."""
 
     def by_parameter(self, index: int) -> dict[str, Tensor]:
         """What is kept for one parameter, live, each with at least one dimension."""
@@ -94,9 +102,15 @@ class TensorClipStrategy(UpdateStrategy):
         self.clip.clip_all(self._squares)
         return UpdatePass(*args, norm_known=True, vector_of=self.clip.scalars.vector, **options)
 
-    def end_step(self, squares: Callable[[], Tensor], coef: Tensor | None, found_inf: Tensor | None) -> None:
-        self.clip.update_means(squares() if self._squares is None else self._squares, coef, found_inf)
+    def after_step(self, squares: Callable[[], Tensor], coef: Tensor | None, found_inf: Tensor | None) -> Moves:
+        of_all = squares() if self._squares is None else self._squares
+        return [(self.clip.means, self.clip.means_after_step(of_all, coef, found_inf))]
+
+    def count_step(self) -> None:
         self.clip.count_step()
+
+    def forget_count(self) -> None:
+        self.clip.forget_count()
 
     def by_parameter(self, index: int) -> dict[str, Tensor]:
         return {CLIP_MEANS: self.clip.means[index].view(1)}
