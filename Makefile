@@ -36,7 +36,7 @@ need_compiler := for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/de
 
 after := echo "'$(bin)/pytest-benchmark compare OLD NEW' shows results of two files side by side."
 
-.PHONY: help demo test sanitize bench bench-full machine-code gpu wheel wheel-cuda sdist lint format testing clean environment FORCE
+.PHONY: help demo test faults sanitize bench bench-full machine-code gpu wheel wheel-cuda sdist lint format testing clean environment FORCE
 .NOTPARALLEL:
 
 help:            ## this list
@@ -91,6 +91,9 @@ testing: $(stamps)/test   ## the C++ module of the tests and benches
 	@$(bin)/cmake -S . -B build/testing -G Ninja -DLOMO_TESTING=ON -DLOMO_CUDA=0 -DPYTHON=$(abspath $(bin)/python) \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) >/dev/null
 	@$(bin)/cmake --build build/testing --target lomo_kernels_testing _emulated
+
+faults: testing  ## faults at every point of a step, kills, threads, ranks, long runs: hours; ARGS="memory lines --stride 20"
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests:build/testing $(bin)/python -m faults $(ARGS)
 
 sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, under the address and undefined-behaviour sanitizers
 	@rm -rf $(checked)/lomo_kernels && mkdir -p $(checked) && cp -r lomo_kernels $(checked)

@@ -102,6 +102,11 @@ param = model.head.weight
 AROUND = {
     "README.md": (MODEL + SCHEDULER, ""),
     "docs/choosing.md": (MODEL, "optimizer.backward(model(loader[0]))"),
+    "docs/faults.md": (
+        MODEL
+        + "import tempfile\noptimizer = Lomo(model)\nfolder = tempfile.TemporaryDirectory()\nos.chdir(folder.name)\n",
+        'assert os.listdir() == ["checkpoint.pt"]',
+    ),
     "docs/memory.md": (
         MODEL.replace("return nn", "return Loss(nn").replace("batch.flatten())", "batch.flatten()))")
         + "class Loss:\n    def __init__(self, loss): self.loss = loss\n",

@@ -14,7 +14,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from support.models import Options, gives, loss_of, same_bits, transformer, vector
 from support.oracle import ordinary
-from test_lomo_interrupts import Tracer, hash_of
 from test_lomo_state import through_a_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -184,31 +183,6 @@ def test_plain_steps_and_accumulation() -> None:
         one.backward(loss(some, 1))
     for mine, whole in zip(joined(optimizer, ours), theirs, strict=True):
         assert same_bits(mine, whole)
-
-
-@pytest.mark.parametrize("options", ["plain", "norm, one pass", "norm, two passes", "rows"])
-def test_an_interrupt_leaves_whole_weights(options: str) -> None:
-    """Both parts of a weight are from before the step, or both are from after it."""
-    settings = {"lr": 1e-3, "rounding": "split", **OPTIONS[options]}
-
-    def run(at: int | None) -> tuple[Tracer, list[Tensor], list[Tensor], list[Tensor]]:
-        some = params(BF16)
-        optimizer = Lomo(some, **settings)
-        optimizer.backward(loss(some, 0))
-        old, tracer = joined(optimizer, some), Tracer(at)
-        tracer.run(lambda: optimizer.backward(loss(some, 1)))
-        middle = joined(optimizer, some)
-        if at is not None:
-            optimizer.backward(loss(some, 2))
-        return tracer, old, middle, joined(optimizer, some)
-
-    counter, old, new, _ = run(None)
-    assert counter.lines > 100
-    for line in range(hash_of(options) % 13, counter.lines, 13):
-        tracer, start, middle, _ = run(line)
-        assert all(map(same_bits, start, old))
-        for i, weight in enumerate(middle):
-            assert same_bits(weight, old[i]) or same_bits(weight, new[i]), (i, tracer.where)
 
 
 # ---- Runs that are resumed or copied --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults.lines import Tracer
 from support.processes import Processes
 from support.trainers import (
     PAGE,
@@ -511,3 +512,16 @@ def test_each_setting_is_tried() -> None:
 def test_the_tables_of_the_page_are_those_of_the_tests() -> None:
     text = PAGE.read_text()
     assert with_tables(text) == text, "run python tests/support/trainers.py"
+
+
+def test_an_interrupt_inside_attach_leaves_nothing_half_attached() -> None:
+    """A second call found `backward` attached, and left accelerate's own clipping."""
+    accelerator = Accelerator(cpu=True)
+    names = ("backward", "lomo_backward", "clip_grad_norm_", "clip_grad_value_", "prepare")
+    counter = Tracer()
+    assert counter.run(lambda: accelerate.attach(accelerator)) is None
+    for line in range(counter.lines):
+        for name in names:
+            vars(accelerator).pop(name, None)
+        assert Tracer(line).run(lambda: accelerate.attach(accelerator)) is not None
+        assert len(vars(accelerator).keys() & set(names)) in (0, len(names)), line

@@ -31,10 +31,17 @@ GRACE = 2.0
 
 
 class Processes:
-    """`world` processes with a default group. With another backend than gloo each takes the GPU of its rank."""
+    """`world` processes with a default group. With another backend than gloo each takes the GPU of its rank.
 
-    def __init__(self, world: int, timeout: float = GROUP_TIMEOUT, backend: str = "gloo") -> None:
+    Args:
+        timeout, call_timeout: seconds, of a collective operation and of a call.
+    """
+
+    def __init__(
+        self, world: int, timeout: float = GROUP_TIMEOUT, backend: str = "gloo", call_timeout: float = CALL_TIMEOUT
+    ) -> None:
         self.world = world
+        self._call_timeout = call_timeout
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
@@ -77,7 +84,7 @@ class Processes:
             pipe.send((function.__module__, function.__qualname__, args))
         results: list[Any] = [Failed("still at it")] * self.world
         open_ = {pipe: rank for rank, pipe in enumerate(self._pipes)}
-        deadline = time.monotonic() + CALL_TIMEOUT
+        deadline = time.monotonic() + self._call_timeout
         while open_ and (ready := wait(list(open_), max(0.0, deadline - time.monotonic()))):
             for pipe in ready:
                 rank = open_.pop(pipe)
