@@ -16,7 +16,7 @@ from .compiled import Kernel
 from .results import RESULTS
 
 FILE = RESULTS / "machine-code.md"
-ARCHES = {"cuda": (80, 90, 100, 120), "triton": (90,)}
+ARCHES = {"cuda": tuple(int(arch) for arch in compiled.TARGETS.split(";") if arch != "75"), "triton": (90,)}
 
 
 class Facts(NamedTuple):

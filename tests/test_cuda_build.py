@@ -1,4 +1,4 @@
-"""The CUDA library is compiled and linked for every target, and its code is what it should be. Needs nvcc, no GPU.
+"""The CUDA library is compiled and linked for `bench.compiled.TARGETS`, and its code is what it should be. Needs nvcc, no GPU.
 
 nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else the one of `pip install nvidia-cuda-nvcc
 nvidia-cuda-runtime`.
@@ -13,12 +13,12 @@ from collections import Counter
 import pytest
 import torch
 
-from bench.compiled import BUILD, OBJECTS, NoCompiler, build_cuda, output_of, tool
+from bench.compiled import BUILD, OBJECTS, TARGETS, NoCompiler, build_cuda, output_of, tool
 from bench.results import ROOT
 from lomo_kernels import ops
 from lomo_kernels.rules import RULES
 
-TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ARCHES = [f"sm_{arch}" for arch in TARGETS.split(";")]
 #: Source: number of kernels in it. update: every rule, times 6 ways to round, as float32 parameters are not rounded,
 #: times 3 dtypes of gradients; it and sq_norm: one kernel for one tensor, one for short lists and one for long ones.
 #: factored: as update, and the norm. factor_sums: strips and small matrices, and the addition of the strips' sums.
@@ -81,7 +81,7 @@ def resources(source):
     return found
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ARCHES)
 @pytest.mark.parametrize("source", KERNELS)
 def test_no_kernel_spills_or_has_a_stack(nvcc, source, target, record_property):
     _, version = output_of(nvcc, "--list-gpu-code")
@@ -180,7 +180,7 @@ def test_the_library_links_and_registers_nothing_without_a_gpu(nvcc, run_python,
     assert process.returncode == 0, process.stderr
     targets, refusal, *registered = process.stdout.splitlines()
     _, known = output_of(nvcc, "--list-gpu-code")
-    expected = [target for target in TARGETS if target in known.split()]
+    expected = [target for target in ARCHES if target in known.split()]
     assert targets.split() == [*expected, expected[-1].replace("sm_", "compute_")]
     assert refusal.startswith("CUDA says: ") and len(refusal) > 30
     assert registered == ["False"] * len(ops.OPERATORS)

@@ -27,6 +27,7 @@ SHAPES = [
     (1, 9, 65),
     (1, 17, 63),
     (3, 5, 7),
+    (300, 3, 3),
     (8000, 3, 3),
     (1, 1, 5000),
     (1, 2, 4097),
@@ -34,7 +35,7 @@ SHAPES = [
     (2, 260, 300),
     (1, 5000, 2),
     (1, 40, 256),
-    (3, 50, 264),
+    (3, 18, 264),
 ]
 CLIPPING = {"inv_scale": 0.5, "clip_value": 0.9, "clip_coef": 0.7}
 #: Without clipping the kernels run fewer instructions.

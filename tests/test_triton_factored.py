@@ -44,7 +44,7 @@ def test_the_interpreted_kernels_pass_their_own_tests(run_python):
 
 @pytest.mark.parametrize("part", ["test_sums", "test_sum_of or test_update", "not (test_sum or test_update)"])
 def test_the_interpreted_kernels_pass_the_contract(run_python, part):
-    chosen = f"({part}) and not threads and not 5000 and not 700 and not 260"
+    chosen = f"({part}) and not threads and not 5000 and not 700 and not 260 and not 8000"
     process = run_python(PYTEST, str(HERE / "test_factored.py"), "-k", chosen, **INTERPRETED)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr
     assert int(re.search(r"(\d+) passed", process.stdout)[1]) >= 15, process.stdout[-300:]
