@@ -1,11 +1,11 @@
-"""Layers whose weight gradient never exists: they hand over its factors instead. A file for each kind of layer, which
-registers itself; see `fused.register`."""
+"""Layers whose weight gradient never exists: they hand over its factors instead. And gated layers, which keep less for
+backward. A file for each kind of layer, which registers itself; see `fused.register`."""
 
-from . import conv1d, embedding, head, linear  # noqa: F401
+from . import conv1d, embedding, gated, head, linear  # noqa: F401
 from .factors import Factors, factor_sinks, gradient_of
 from .fused import FusedLayer, fused_class_of, weight_of
 from .head import linear_cross_entropy
-from .swap import fuse, layers_of, unfuse
+from .swap import fuse, gated_layers_of, layers_of, unfuse
 
 __all__ = [
     "Factors",
@@ -13,6 +13,7 @@ __all__ = [
     "factor_sinks",
     "fuse",
     "fused_class_of",
+    "gated_layers_of",
     "gradient_of",
     "layers_of",
     "linear_cross_entropy",

@@ -18,10 +18,13 @@ PLAIN_PARAMETER = (nn.Parameter, FakeTensor)
 
 
 class FusedLayer(nn.Module):
-    """A layer that hands its weight's gradient over in factors. Copied and pickled, it is the plain one."""
+    """A layer that hands its weight's gradient over in factors, or one without a weight that keeps less for backward.
+    Copied and pickled, it is the plain one."""
 
     #: The class that it stands in for.
     plain: ClassVar[type[nn.Module]]
+    #: Whether it has no weight of its own, and only keeps less for backward than the plain one.
+    keeps_less: ClassVar[bool] = False
 
     @staticmethod
     def weight_of(module: nn.Module) -> Any:
@@ -46,6 +49,7 @@ _Maker = Callable[[type[nn.Module]], type[FusedLayer]]
 
 _by_class: dict[type[nn.Module], type[FusedLayer]] = {}
 _by_name: dict[str, _Maker] = {}
+_by_form: list[Callable[[type[nn.Module]], type[FusedLayer] | None]] = []
 
 
 def register(fused_class: _Fused) -> _Fused:
@@ -67,13 +71,25 @@ def register_by_name(plain_name: str) -> Callable[[_Maker], _Maker]:
     return decorate
 
 
+def register_by_form(
+    make: Callable[[type[nn.Module]], type[FusedLayer] | None],
+) -> Callable[[type[nn.Module]], type[FusedLayer] | None]:
+    """`register` for classes of any name: what is decorated makes the fused class from the plain one, or returns None
+    if it is no such layer."""
+    _by_form.append(make)
+    return make
+
+
 def fused_class_of(module: nn.Module) -> type[FusedLayer] | None:
     """The class that stands in for the module's; None if there is none, as for a subclass."""
     kind = type(module)
     if "plain" in vars(kind) and issubclass(kind, FusedLayer):
         return kind
-    if kind not in _by_class and (make := _by_name.get(f"{kind.__module__}.{kind.__qualname__}")):
-        register(make(kind))
+    if kind not in _by_class:
+        make = _by_name.get(f"{kind.__module__}.{kind.__qualname__}")
+        made = [make(kind)] if make else [of_form for each in _by_form if (of_form := each(kind))]
+        for fused_class in made:
+            register(fused_class)
     return _by_class.get(kind)
 
 
@@ -86,15 +102,21 @@ def weight_of(module: nn.Module) -> Any:
 def takes_part(weight: Any, input: Tensor) -> bool:
     """Whether this call can be one whose backward is ours; else it has to be the plain layer's.
 
+    Not with a weight exchanged for something that is no plain parameter (a DTensor, a parametrization), nor if there is
+    no gradient; see also `is_plain_call`.
+    """
+    return type(weight) in PLAIN_PARAMETER and weight.requires_grad and is_plain_call(input)
+
+
+def is_plain_call(input: Any) -> bool:
+    """Whether ordinary torch code calls a layer with this input, to be differentiated by autograd.
+
     Not under torch.compile, torch.func, forward-mode differentiation or tracing, which cannot see through our backward;
-    not with a weight exchanged for something that is no plain parameter (a DTensor, a parametrization), nor with an
-    input that is no plain tensor (nested, or without storage); not where there is no gradient, nor where somebody's
+    not with an input that is no plain tensor (nested, or without storage); not without gradients, nor if somebody's
     function mode is to see `F.linear` (one that only sets the default device does not).
     """
     return (
         not torch.compiler.is_compiling()
-        and type(weight) in PLAIN_PARAMETER
-        and weight.requires_grad
         and torch.is_grad_enabled()
         and type(input) in PLAIN
         and input.layout is torch.strided

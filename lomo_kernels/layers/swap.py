@@ -39,6 +39,16 @@ def layers_of(model: nn.Module, weights: Container[int]) -> Iterator[tuple[nn.Mo
             yield module, why_not(module)
 
 
+def gated_layers_of(model: nn.Module, weights: Container[int]) -> Iterator[nn.Module]:
+    """The modules that can keep less for backward, and have a layer with one of `weights` (ids)."""
+    for module in model.modules():
+        fused_class = fused_class_of(module)
+        if fused_class is None or not fused_class.keeps_less or "forward" in vars(module):
+            continue
+        if any(id(weight_of(child)) in weights for child in module.children()):
+            yield module
+
+
 def fuse(module: nn.Module) -> None:
     """Makes the module a fused one."""
     fused_class = fused_class_of(module)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Factors, factor_sinks, fuse, layers_of, unfuse, weight_of
+from ..layers import Factors, factor_sinks, fuse, gated_layers_of, layers_of, unfuse, weight_of
 from .accumulation import unscale_grads
 from .managed_parameter import ManagedParameter
 from .owners import claim, forget, live, optimizer_backward, release
@@ -86,13 +86,20 @@ class Attachment:
             managed = managed_params[id(weight_of(module))]
             new = id(module) not in known
             if new:  # also where another optimizer fused it, whose weight was exchanged since
-                self._fused.append(weakref.ref(module))  # first: so that a layer is unfused even after an interrupt
-                fuse(module)
+                self._fuse_one(module)
             managed.reused |= managed.fused and new
             if not managed.fused:
                 managed.fused = True
                 self._factor_sinks.append(id(managed.param))
                 factor_sinks[id(managed.param)] = _factor_sink(self._training, managed)
+
+        for module in gated_layers_of(model, managed_params):
+            if id(module) not in known:
+                self._fuse_one(module)
+
+    def _fuse_one(self, module: nn.Module) -> None:
+        self._fused.append(weakref.ref(module))  # first: so that a layer is unfused even after an interrupt
+        fuse(module)
 
     def remove(self) -> None:
         """Removes everything, also the loss scale that gradients in ``.grad`` carry."""
