@@ -60,7 +60,7 @@ class _HeadLoss(torch.autograd.Function):
         if reduction == "mean":
             total = of_target.sum()
             loss = loss.sum() / total
-            coefficients[1:] /= torch.where(total == 0, 1.0, total)  # nothing counts: the gradient is zero
+            coefficients[1:] /= torch.where(counts.any(), total, 1.0)  # no token counts: the gradient is zero
         elif reduction == "sum":
             loss = loss.sum()
         ctx.weight, ctx.weight_version = weight, weight._version
