@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from support import heads
 from support.engines import (
     CLIPPED,
     LR,
@@ -52,7 +53,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
-from lomo_kernels import Lomo
+from lomo_kernels import Lomo, layers, linear_cross_entropy
 from lomo_kernels.optim.engines.base import ParallelEngine
 
 # ---- How models are spread ------------------------------------------------------------------------------------------
@@ -690,3 +691,39 @@ def norms_of_whole_parameters(rank: int, way: str) -> None:
 @pytest.mark.parametrize("way", ["tensor-fsdp", "hsdp"])
 def test_norms_of_whole_parameters(ranks: Any, way: str) -> None:
     ranks(4).call(norms_of_whole_parameters, way)
+
+
+# ---- A head with its loss -------------------------------------------------------------------------------------------
+
+
+class Headed(heads.Model):
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(tokens.flatten(), targets.flatten())
+
+
+def head(rank: int, kind: str) -> None:
+    """By blocks of logits on each rank, of the weight that FSDP2 has gathered. Its gradient is reduced as any other."""
+    if kind == "module" and not heads.HAS_MODULE:
+        return
+
+    def spread(model: nn.Module) -> None:
+        if kind == "module":
+            fully_shard(model.head)
+        fully_shard(model)
+
+    torch.manual_seed(0)
+    model = Headed(kind, vocab=VOCAB, bias=True)
+    with mock.patch.object(layers.head, "forward_sums", wraps=layers.head.forward_sums) as by_blocks:
+        equals_one_process(Way(Options(), spread), CLIPPED, model)
+    assert by_blocks.call_count == (0 if kind == "module" else 5 * 4)  # each step: here, and on one process three times
+    if kind == "linear":
+        model.reshard()
+        with pytest.raises(TypeError, match="in the forward of the module that FSDP2"):
+            linear_cross_entropy(torch.randn(3, 16), model.head.weight, torch.tensor([0, 1, 2]))
+        with pytest.raises(ValueError, match="fused_layers"):
+            Lomo(model, fused_layers=True)
+
+
+@pytest.mark.parametrize("kind", ["linear", "tied", "module"])
+def test_a_head_with_its_loss(ranks: Any, kind: str) -> None:
+    ranks(2).call(head, kind)

@@ -147,12 +147,17 @@ def linear_cross_entropy(
         A scalar, or [...] with ``reduction="none"``, of the input's dtype; under autocast float32.
 
     Raises:
-        TypeError: the target is not int64.
+        TypeError: the target is not int64, or the weight alone is a DTensor.
         ValueError: shapes do not belong together, or an option has another value.
         IndexError: a target is no class (on a GPU a device-side assertion).
     """
     if target.dtype is not torch.int64:
         raise TypeError(f"linear_cross_entropy: target is {target.dtype}, expected torch.int64")
+    if hasattr(linear_weight, "placements") and not hasattr(input, "placements"):
+        raise TypeError(
+            "linear_cross_entropy: linear_weight is a DTensor and input is not. Call it in the forward of the module "
+            "that FSDP2 gathers with the weight (the model itself, if fully_shard was not applied to the head)"
+        )
     if linear_weight.dim() != 2 or input.shape[-1:] != linear_weight.shape[1:] or input.shape[:-1] != target.shape:
         raise ValueError(
             f"linear_cross_entropy: input is {list(input.shape)}, linear_weight {list(linear_weight.shape)} and target "
