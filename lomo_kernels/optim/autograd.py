@@ -22,6 +22,7 @@ class Start(NamedTuple):
     root: Tensor | GradientEdge
     grad: Tensor | None  # of the root; None: 1 if the root is the loss, otherwise backward reaches nothing
     frees_grad: bool = True  # if the root is an edge, `grad` is freed once it is used
+    others: Sequence[tuple[GradientEdge, Tensor]] = ()  # gradients of parameters, and where they go
 
 
 def start_of(loss: Tensor, scale: Tensor | None) -> Start:
@@ -38,21 +39,24 @@ def run_backward(start: Start, retain_graph: bool, leaves: Sequence[Any] | None 
 
     `leaves`: tensors (or edges of the graph) that get a gradient; backward ends where it needs no more for them.
     """
-    root, grad, frees_grad = start
+    root, grad, frees_grad, others = start
+    roots, grads = [edge for edge, _ in others], [other for _, other in others]
     with errors_explained():
         if not isinstance(root, GradientEdge):
             torch.autograd.backward(root, grad, retain_graph=retain_graph, inputs=leaves)
         elif grad is None:
             return
         elif not _is_plain(grad):
-            torch.autograd.backward(root, grad.clone(), retain_graph=retain_graph, inputs=leaves)
+            torch.autograd.backward([root, *roots], [grad.clone(), *grads], retain_graph=retain_graph, inputs=leaves)
         else:
             # Autograd holds the gradient that a backward starts with until the backward ends. If it gets two gradients,
             # it starts with their sum, which it frees after use, and `grad` can be freed here. A hook may keep the sum
             # or change it in place. The second gradient is -0.0, because adding that changes no bit.
             nothing = grad.new_full((), -0.0).expand(grad.shape)
             with _prehooks([root.node] if frees_grad else [], lambda *_: _free(grad)):
-                torch.autograd.backward([root, root], [grad, nothing], retain_graph=retain_graph, inputs=leaves)
+                torch.autograd.backward(
+                    [root, root, *roots], [grad, nothing, *grads], retain_graph=retain_graph, inputs=leaves
+                )
 
 
 def _is_plain(grad: Tensor) -> bool:

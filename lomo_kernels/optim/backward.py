@@ -106,7 +106,7 @@ class Backward:
             self.runs_loss_once = False
             return None
         trusted = chains.is_trusted(chain)
-        grad = chain.run(start_of(self.graph.loss, self.scale), retain_graph=not trusted)
+        after_loss = chain.run(start_of(self.graph.loss, self.scale), retain_graph=not trusted)
         hidden = [managed.name for managed in self._training.managed_params if managed.last_pass == sink.serial]
         if not hidden and not self._step.isolated_grads:
             chains.trust(chain)
@@ -121,7 +121,7 @@ class Backward:
                     "parameter was unfrozen?). No weight was changed. The next step runs the loss in every backward: "
                     "run this batch again"
                 )
-        return Start(chain.end, grad, frees_grad=False)
+        return after_loss
 
     def norm_only_pass(self, engine: ParallelEngine | None) -> None:
         """A backward that sets the slots to zero, adds up norms in them, and keeps the graph for another backward."""

@@ -70,7 +70,7 @@ class Lomo(torch.optim.Optimizer):
             `nn.LinearCrossEntropyLoss` get no gradient. Their updates are formed tile by tile from the gradient's
             factors: the layer's input and the gradient of its output. Pass the model here if you pass parameters
             or groups. `summary` says which weights are fused. The rules "tensor" and "adalomo" form a linear layer's
-            gradient once. Not over several ranks.
+            gradient once. Gated feed-forward layers (SwiGLU) keep less for backward. Not over several ranks.
         process_group: False: none. A `torch.distributed.ProcessGroup`: data parallel without a wrapper. Gradients are
             averaged over the group inside backward, and parameters and buffers start as its first rank's. Not for
             DTensor parameters (FSDP2, tensor parallel). Pass DeepSpeed's engine here if you pass its parameters or

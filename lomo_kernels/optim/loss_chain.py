@@ -4,6 +4,9 @@ Typically these are the loss function's nodes: nll_loss, log_softmax, a cast. Th
 gradient at the end of this part is kept, and every backward of the step begins there. This has three effects. A loss
 kernel that overwrites what it saved gives the right gradients in a step of two backwards. What the loss saved is freed
 before the first of them. The loss function's backward takes its time once.
+
+A fused loss of Liger, which has the head's weight as a second successor, ends such a part, too. Its forward has made
+the gradients of input and weight, and its backward multiplies them in place. They are kept in place of what it saved.
 """
 
 from __future__ import annotations
@@ -21,28 +24,34 @@ from .autograd import Start, errors_explained
 _MAX_NODES = 64
 #: Names of torch's own nodes, which hide no layer. A node written in Python may run a layer's backward inside.
 _OF_TORCH = re.compile(r"\w+Backward\d+")
+#: Nodes that have saved the gradients of their input and of parameters.
+_HAS_GRADS = ("LigerFusedLinearCrossEntropyFunctionBackward",)
 
 
 class LossChain(NamedTuple):
-    """Nodes in a row. Each one gives a gradient to the next one only, and the last one to the rest of the graph."""
+    """Nodes in a row. Each one gives a gradient to the next one only, and the last one to the rest of the graph and,
+    perhaps, to parameters."""
 
     nodes: list[Any]
-    number: int  # of the last node's gradient that is not None
+    number: int  # of the last node's gradient that goes on
     end: GradientEdge  # to the rest of the graph
+    params: list[tuple[int, GradientEdge]]  # the numbers of the last node's other gradients, and where they go
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(node.name() for node in self.nodes)
 
-    def run(self, start: Start, *, retain_graph: bool) -> Tensor | None:
-        """The gradient at the end. Tensor hooks of this edge are not applied to it: each backward from there calls
-        them."""
-        taken: list[Tensor] = []
+    def run(self, start: Start, *, retain_graph: bool) -> Start:
+        """Where a backward goes on: at the end. Tensor hooks of this edge are not applied to the gradient there: each
+        backward from there calls them."""
+        taken: list[Start] = []
 
         def take(grads: tuple[Tensor | None, ...], _: Any) -> None:
             grad = grads[self.number]
             if grad is not None:
-                taken.append(grad.clone())  # a tensor hook or the next backward may change `grad` in place
+                grad = grad.clone()  # a tensor hook or the next backward may change `grad` in place
+            others = [(edge, other) for number, edge in self.params if (other := grads[number]) is not None]
+            taken.append(Start(self.end, grad, frees_grad=False, others=others))
 
         handle = self.nodes[-1].register_hook(take)
         try:
@@ -52,7 +61,7 @@ class LossChain(NamedTuple):
                 torch.autograd.grad(start.root, self.end, start.grad, retain_graph=retain_graph, allow_unused=True)
         finally:
             handle.remove()
-        return taken.pop() if taken else None
+        return taken.pop() if taken else Start(self.end, None, frees_grad=False)
 
 
 def loss_chain_of(loss: Tensor) -> LossChain | None:
@@ -60,15 +69,21 @@ def loss_chain_of(loss: Tensor) -> LossChain | None:
     to run in every backward."""
     edge = get_gradient_edge(loss)
     nodes: list[Any] = []
+    params: list[tuple[int, GradientEdge]] = []
     number = 0
-    while len(nodes) < _MAX_NODES and not _keeps_state(edge.node):
-        after = [(index, node, output) for index, (node, output) in enumerate(edge.node.next_functions) if node]
-        if len(after) != 1 or hasattr(after[0][1], "variable"):
+    while len(nodes) < _MAX_NODES and not (params or _keeps_state(edge.node)):
+        after = [
+            (index, GradientEdge(node, output))
+            for index, (node, output) in enumerate(edge.node.next_functions)
+            if node is not None
+        ]
+        leaves = [each for each in after if hasattr(each[1].node, "variable")]
+        if len(after) - len(leaves) != 1 or (leaves and edge.node.name() not in _HAS_GRADS):
             break
         nodes.append(edge.node)
-        number, node, output = after[0]
-        edge = GradientEdge(node, output)
-    return LossChain(nodes, number, edge) if nodes else None
+        params = leaves
+        ((number, edge),) = (each for each in after if each not in leaves)
+    return LossChain(nodes, number, edge, params) if nodes else None
 
 
 def _keeps_state(node: Any) -> bool:
