@@ -55,7 +55,8 @@ _by_form: list[Callable[[type[nn.Module]], type[FusedLayer] | None]] = []
 def register(fused_class: _Fused) -> _Fused:
     """Lets `fused_class` stand in for modules whose type is exactly its `plain`. A class decorator."""
     # What shows the class to people and tools (repr, summaries, graph tracers) shows the plain one.
-    fused_class.__module__, fused_class.__qualname__ = fused_class.plain.__module__, fused_class.plain.__qualname__
+    for name in ("__module__", "__name__", "__qualname__"):
+        setattr(fused_class, name, getattr(fused_class.plain, name))
     _by_class[fused_class.plain] = fused_class
     return fused_class
 
