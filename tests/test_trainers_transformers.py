@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from support.processes import Processes
-from support.trainers import EQUAL, TABLES, TOLERANCE, furthest, needs, refusal
+from support.trainers import EQUAL, TABLES, TOLERANCE, assert_equal, furthest, needs, refusal
 from torch import Tensor, nn
 
-from lomo_kernels import Lomo
+from lomo_kernels import Lomo, linear_cross_entropy
 
 needs("transformers", "accelerate")
 from accelerate import FullyShardedDataParallelPlugin  # noqa: E402
@@ -312,6 +312,28 @@ def test_training_goes_on_after_an_interrupt(where: str, tmp_path: Path) -> None
     assert all(float((between[name] - expected[name]).abs().max()) <= TOLERANCE for name in expected)
     assert furthest(model, reference) <= TOLERANCE
     assert TABLES["transformers"]["an interrupt in forward or backward, then `train()` again"] == EQUAL
+
+
+class HeadTrainer(Trainer):
+    """Its loss is made without whole logits."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+        labels = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[..., 1:]
+        return linear_cross_entropy(hidden, model.lm_head.weight, labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_with_its_loss(tied: bool, tmp_path: Path) -> None:
+    settings = {"gradient_accumulation_steps": 3, "max_steps": 5}
+    reference = WithSGD(llama(tied=tied), arguments(tmp_path, **settings), train_dataset=rows(64))
+    trainer = HeadTrainer(llama(tied=tied), arguments(tmp_path, **settings), train_dataset=rows(64))
+    attach(trainer, fused_layers=True, clip_memory=0)
+    for each in (reference, trainer):
+        each.train()
+    assert_equal("transformers", "`compute_loss` with `linear_cross_entropy`", trainer.model, reference.model)
 
 
 LIGER = """

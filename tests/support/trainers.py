@@ -63,6 +63,7 @@ TABLES: dict[str, dict[str, str]] = {
         "`use_liger_kernel=True`, `attach(trainer, clip_memory=0)`": EQUAL,
         "`gradient_accumulation_steps` (and `num_items_in_batch`), an epoch that it does not divide": EQUAL,
         "`compute_loss_func`": EQUAL,
+        "`compute_loss` with `linear_cross_entropy`": EQUAL,
         "`lr_scheduler_type`, `warmup_steps`": EQUAL,
         '`lr_scheduler_type="reduce_lr_on_plateau"`': EQUAL,
         "`weight_decay`, not for norms and biases": EQUAL,
