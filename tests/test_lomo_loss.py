@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from lomo_kernels import Lomo
+from lomo_kernels.optim.autograd import Start
 from lomo_kernels.optim.loss_chain import LossChain, loss_chain_of
 
 WIDTH = 16
@@ -444,11 +445,11 @@ def test_the_kept_gradient_is_freed_when_the_last_backward_has_used_it(
     kept: list[Any] = []
     alive: list[bool] = []
 
-    def run(self: LossChain, *args: Any, **options: Any) -> Tensor | None:
-        grad = run_chain(self, *args, **options)
-        assert grad is not None
-        kept.append(weakref.ref(grad.untyped_storage()))
-        return grad
+    def run(self: LossChain, *args: Any, **options: Any) -> Start:
+        start = run_chain(self, *args, **options)
+        assert start.grad is not None
+        kept.append(weakref.ref(start.grad.untyped_storage()))
+        return start
 
     run_chain = LossChain.run
     monkeypatch.setattr(LossChain, "run", run)

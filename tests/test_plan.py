@@ -212,7 +212,7 @@ def test_a_head_of_llama_3_1_8b_fits() -> None:
     method = METHODS["Lomo, clipping, two passes, fused"]
     peak = simulate_blocks(lambda n: model.build(n, True), model.blocks, model.loss(2, 2048, "fused"), method, edge=1)
     assert peak.at_peak["parameters"] / 2**30 == pytest.approx(14.96, abs=0.01)
-    assert peak.peak / 2**30 == pytest.approx(16.67, abs=0.01)
+    assert peak.peak / 2**30 == pytest.approx(16.68, abs=0.005)
     assert peak.peak / 2**30 <= 16.8
     assert peak.at_peak["gradients"] < 2**20
 
