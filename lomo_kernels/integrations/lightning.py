@@ -49,6 +49,8 @@ class LomoCallback(Callback):
                 _check_hooks(pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if next(callback for callback in trainer.callbacks if isinstance(callback, LomoCallback)) is not self:
+            return  # given twice: one is enough
         optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Lomo)]
         if not optimizers:
             kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
