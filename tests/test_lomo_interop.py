@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import shutil
 import threading
 import warnings
@@ -16,7 +16,7 @@ from support.models import Options, assert_same_bits, batch, gives, loss_of, tra
 from support.textbook import Textbook
 from torch import Tensor, nn
 
-from lomo_kernels import Lomo
+from lomo_kernels import AdaLomo, Lomo
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CLIPPING = pytest.mark.parametrize("clip_grad_norm", [None, 0.3], ids=["one-pass", "two-pass"])
@@ -396,59 +396,92 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@contextlib.contextmanager
-def donated_buffers(on: bool) -> Iterator[None]:
-    from torch._functorch import config
+#: All that a step can be: two backwards, an update in the hook, gradients kept, a part of them; fused layers, which a
+#: compiled model runs as plain ones; a rule with factors.
+COMPILED: list[tuple[type[Lomo], dict[str, Any]]] = [
+    (Lomo, {"clip_grad_norm": 0.1, "clip_memory": 0}),
+    (Lomo, {"weight_decay": 0.1}),
+    (Lomo, {"clip_grad_norm": 0.1}),
+    (Lomo, {"clip_grad_norm": 0.1, "clip_memory": 200}),
+    (Lomo, {"clip_tensor": 1.04, "loss_scale": "dynamic", "clip_memory": 0}),
+    (AdaLomo, {}),
+    (Lomo, {"fused_layers": True}),
+    (Lomo, {"fused_layers": True, "clip_grad_norm": 0.1}),
+    (Lomo, {"fused_layers": True, "clip_grad_norm": 0.1, "clip_memory": 0}),
+]
+ONE_BACKWARD = r"compiled this model for one backward \(donated buffers\)"
 
-    with config.patch(donated_buffer=on):
-        yield
+
+def inputs(step: int) -> Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
 
 
-def compiled_run(backend: str, **settings: Any) -> None:
+def compiled_net(backend: str = "aot_eager") -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = Net()
-    textbook = Textbook(model, lr=0.1, **settings)
-    compiled = torch.compile(model, backend=backend)
-    optimizer = Lomo(model, lr=0.1, **settings)
-    for step in range(3):
-        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
-        optimizer.backward(compiled(x))
-        textbook.step(textbook.model(x))
-        for ours, theirs in zip(model.parameters(), textbook.model.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert all(param.grad is None for param in model.parameters())
+    return model, torch.compile(model, backend=backend, fullgraph=True)
 
 
+def check_steps(compiled: Any, optimizer: Lomo, eager: nn.Module, expected: Lomo, steps: int = 2) -> None:
+    """`compiled` and a copy of its model, each with an optimizer: their steps are equal."""
+    for step in range(steps):
+        optimizer.backward(compiled(inputs(step)))
+        expected.backward(eager(inputs(step)))
+    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert ours.grad is None
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{ONE_BACKWARD}")
+@pytest.mark.parametrize("donates", [False, True], ids=["retained", "donates"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_compiled_model_in_one_pass(fresh_compiler: None, backend: str) -> None:
-    with donated_buffers(True):
-        compiled_run(backend, weight_decay=0.1)
+def test_a_compiled_model_is_the_eager_one(fresh_compiler: None, backend: str, donates: bool) -> None:
+    """In every way to a step, with torch's settings as they are, and without a graph break.
+
+    A plain backward compiles it to write over saved tensors. So does any first forward with inductor.
+    """
+    model, compiled = compiled_net(backend)
+    if donates:
+        compiled(inputs(9)).backward()
+        model.zero_grad()
+    for make, settings in COMPILED:
+        eager = copy.deepcopy(model)
+        with make(model, lr=0.1, **settings) as optimizer, make(eager, lr=0.1, **settings) as expected:
+            check_steps(compiled, optimizer, eager, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_compiled_model_in_two_passes(fresh_compiler: None, backend: str) -> None:
-    with donated_buffers(False):
-        compiled_run(backend, clip_grad_norm=0.1)
-
-
-def test_a_compiled_model_with_donated_buffers_in_two_passes(fresh_compiler: None) -> None:
-    """torch's own message does not say who asked for two passes. It comes where a plain backward was compiled first."""
-    torch.manual_seed(0)
-    model = Net()
-    optimizer = Lomo(model, lr=0.1, clip_grad_norm=0.1, clip_passes="two")
+def test_a_backward_that_is_compiled_to_run_once(fresh_compiler: None) -> None:
+    """Gradients are kept, with one warning. What cannot run once is refused."""
+    model, compiled = compiled_net()
+    eager = copy.deepcopy(model)
+    optimizer, expected = (Lomo(m, lr=0.1, clip_grad_norm=0.1, clip_memory=0) for m in (model, eager))
+    compiled(inputs(9)).backward()
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match=ONE_BACKWARD) as warned:
+        check_steps(compiled, optimizer, eager, expected)
+    assert [warning.filename for warning in warned] == [__file__]
     before = weights_of(model)
-    with donated_buffers(True):
-        compiled = torch.compile(model, backend="aot_eager")
-        compiled(torch.ones(4, 8)).backward()
-        optimizer.zero_grad()
-        with pytest.raises(RuntimeError, match=r"torch\._functorch\.config\.donated_buffer = False") as error:
-            optimizer.backward(compiled(torch.ones(4, 8)))
-        assert 'clip_passes="one"' in str(error.value)
+    with pytest.raises(RuntimeError, match=r"torch\._functorch\.config\.donated_buffer = False"):
+        optimizer.grad_norm(compiled(inputs(2)))
     assert_same_bits(weights_of(model), before)
-    textbook = Textbook(model, lr=0.1, clip_grad_norm=0.1)
-    optimizer.backward(model(torch.ones(4, 8)))
-    textbook.step(textbook.model(torch.ones(4, 8)), norm=optimizer.last_grad_norm)
-    assert_same_bits(weights_of(model), weights_of(textbook.model))
+    check_steps(compiled, optimizer, eager, expected)
+
+
+def test_a_compiled_training_step_ends_its_graph_before_the_optimizer(fresh_compiler: None) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    torch.manual_seed(0)
+    model = Net()
+    eager = copy.deepcopy(model)
+    with Lomo(model, lr=0.1, clip_grad_norm=0.1) as optimizer, Lomo(eager, lr=0.1, clip_grad_norm=0.1) as expected:
+        train = torch.compile(lambda x: optimizer.backward(model(x)), backend="aot_eager")
+        for step in range(2):
+            train(inputs(step))
+            expected.backward(eager(inputs(step)))
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert len(counters["graph_break"]) == 1, counters["graph_break"]
 
 
 # ---- Threads --------------------------------------------------------------------------------------------------------

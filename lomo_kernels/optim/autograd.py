@@ -92,10 +92,10 @@ def errors_explained() -> Iterator[None]:
     except RuntimeError as error:
         if "donated buffer" in str(error):
             raise RuntimeError(
-                "Lomo: clip_memory has no room for all gradients, so backward runs twice. torch.compile reuses the "
-                "memory of saved tensors (donated buffers), which allows one backward. Set "
-                "torch._functorch.config.donated_buffer = False before the model is compiled, or use "
-                'clip_memory=None (clip_passes="one"), with which backward runs once. No weight was changed'
+                "Lomo: backward runs twice here (grad_norm(), several processes, or a compiled block in a reentrant "
+                "checkpoint), and torch.compile reuses the memory of saved tensors (donated buffers), which allows one "
+                "backward. Set torch._functorch.config.donated_buffer = False before the model is compiled, or use "
+                'backward() with clip_memory=None (clip_passes="one"), which runs once. No weight was changed'
             ) from error
         if "under selective activation checkpoint" in str(error):
             raise RuntimeError(

@@ -43,6 +43,7 @@ class Graph:
         kinds: set[str] = set()
         custom: set[str] = set()
         shape = 0
+        donates_buffers = False
         for node in nodes_of(self.loss):
             name = node.name()
             shape = hash((shape, name))
@@ -51,9 +52,11 @@ class Graph:
             if leaf is not None:
                 leaves.append(leaf)
             function = getattr(node, "_forward_cls", None)  # the torch.autograd.Function, if it is one's
-            if function is not None and not function.__module__.startswith(_OWN_BACKWARDS):
-                custom.add(name)
-        return _Walk(leaves, shape, frozenset(kinds), frozenset(custom))
+            if function is not None:
+                donates_buffers = donates_buffers or _donates_buffers(function)
+                if not function.__module__.startswith(_OWN_BACKWARDS):
+                    custom.add(name)
+        return _Walk(leaves, shape, frozenset(kinds), frozenset(custom), donates_buffers)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -75,6 +78,11 @@ class Graph:
     def custom(self) -> frozenset[str]:
         """Names of its nodes whose backward is neither torch's nor this library's."""
         return self._walk.custom
+
+    @property
+    def donates_buffers(self) -> bool:
+        """Whether `torch.compile` has compiled a part of it for one backward, which writes over saved tensors."""
+        return self._walk.donates_buffers
 
     @property
     def has_reentrant_checkpoints(self) -> bool:
@@ -125,6 +133,14 @@ class _Walk(NamedTuple):
     shape: int
     kinds: frozenset[str]
     custom: frozenset[str]
+    donates_buffers: bool
+
+
+def _donates_buffers(function: Any) -> bool:
+    """Whether this class is a compiled backward that writes over saved tensors. A backward that is not compiled yet
+    will not, if backward then retains the graph. Both attributes are the same in torch 2.11 to 2.15."""
+    donated = getattr(getattr(function, "metadata", None), "bw_donated_idxs", None)
+    return bool(donated) and getattr(function, "compiled_bw", None) is not None
 
 
 _REENTRANT = "CheckpointFunctionBackward"

@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch
 from torch._C._autograd import _profiler_enabled
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -32,6 +34,10 @@ def as_step(makes_step: Callable[..., bool]) -> Callable[[Method[_P, _R]], Metho
 
         @functools.wraps(method)
         def call(self: Any, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if (
+                torch.compiler.is_dynamo_compiling()
+            ):  # in a function under torch.compile, whose graph ends before a step
+                return untraced(self, *args, **kwargs)
             if not _is_watched(self):
                 return method(self, *args, **kwargs)
             thread = threading.get_ident()
@@ -48,6 +54,7 @@ def as_step(makes_step: Callable[..., bool]) -> Callable[[Method[_P, _R]], Metho
                 self._stepping.discard(thread)  # once more, in case an interrupt has kept the line above from running
 
         call.hooked = True  # type: ignore[attr-defined]  # torch wraps a `step` without this mark once more
+        untraced = _disable_dynamo(call)
         return call
 
     return decorate

@@ -77,6 +77,7 @@ class Training:
         self._compares_parameters = True  # until the first step has done so
         self.scale_is_open = settings.loss_scale == "auto"  # until a backward says whether it computes in float16
         self.looked_for_scaler = False  # a torch GradScaler, behind a loss
+        self.warned_of_donated_buffers = False
         self._warned_of_momentum = False
         self._stale = False  # `make_state` was begun and not ended
 

@@ -55,11 +55,13 @@ class TrainingStep:
             return
         backward = Backward(training, self._step, loss)
         backward.start_scale()
-        if not known and (budget := training.budget()):
+        budget = training.budget()
+        runs_once = not known and self._must_run_once(backward.graph, budget)
+        if not known and (budget or runs_once):
             try:
-                self._backward_within(backward, budget)
+                self._backward_within(backward, math.inf if runs_once else budget)
             except torch.OutOfMemoryError:
-                if training.engine is None and training.clip_budget.halve():
+                if not runs_once and training.engine is None and training.clip_budget.halve():
                     warnings.warn(
                         'Lomo: memory ran out. clip_memory="auto" keeps half as many bytes from the next step on',
                         stacklevel=9,
@@ -115,6 +117,23 @@ class TrainingStep:
             check_synchronised(training.optimizer())
         if not training.looked_for_scaler:  # once: some loops multiply by another tensor each time
             training.looked_for_scaler = check_no_grad_scaler(loss)
+
+    def _must_run_once(self, graph: Graph, budget: float) -> bool:
+        """Whether `torch.compile` allows one backward, and `budget` wants two. Over several ranks, which have to decide
+        alike, such a backward is refused (`errors_explained`)."""
+        training = self._training
+        twice = training.norm_comes_first and budget < math.inf
+        if not twice or training.engine is not None or not graph.donates_buffers:
+            return False
+        if not training.warned_of_donated_buffers:
+            training.warned_of_donated_buffers = True
+            warnings.warn(
+                "Lomo: torch.compile has compiled this model for one backward (donated buffers). All gradients are "
+                "kept until their norm is known, in more memory than clip_memory allows. For two backwards, set "
+                "torch._functorch.config.donated_buffer = False before the model is compiled",
+                stacklevel=10,
+            )
+        return True
 
     def _backward_within(self, backward: Backward, budget: float) -> None:
         """A step that keeps gradients, at most `budget` bytes of them, until the norm is known. If not all of them fit,
