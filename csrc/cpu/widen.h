@@ -5,6 +5,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace lomo {
@@ -35,6 +37,9 @@ LOMO_FN void widen(const uint16_t* __restrict from, float* __restrict to, Float1
   for (int i = 0; i < kN; i += 8) {
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
   }
+#elif defined(__aarch64__)
+  static_assert(kN % 4 == 0, "whole vectors");
+  for (int i = 0; i < kN; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i))));
 #else
   for (int i = 0; i < kN; ++i) to[i] = Float16::widen(from[i]);
 #endif
