@@ -20,6 +20,15 @@ void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 }  // namespace std
 #endif
 
+#if defined(_GLIBCXX_RELEASE) && _GLIBCXX_RELEASE >= 13
+// GLIBCXX_3.4.32: <iostream>, which torch's headers include, asks for it so that std::cout and its like are ready. Up
+// to GCC 12 every file that includes <iostream> has an object like this one.
+namespace std {
+static ios_base::Init streams;
+void ios_base_library_init() {}
+}  // namespace std
+#endif
+
 #if defined(__GLIBC_PREREQ) && __GLIBC_PREREQ(2, 32)
 // GLIBC_2.32: whether std::shared_ptr may count without atomic operations. 0: it may not, as up to GCC 10.
 extern "C" char __libc_single_threaded;
