@@ -62,6 +62,7 @@ def lay_out(wheel: Path, repository: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         files = [n for n in archive.namelist() if n.startswith(f"{PACKAGE}/") and not n.endswith("/")]
         content = {n.partition("/")[2]: archive.read(n) for n in files}
+        (about,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
     backend: dict[str, object] = {"type": "cpu"}
     build = "cpu"
     if "_cuda.so" in content:
@@ -79,6 +80,7 @@ def lay_out(wheel: Path, repository: Path) -> Path:
         "id": PACKAGE,
         "version": int(name[1]),
         "license": "Apache-2.0",
+        "upstream": re.search(r"^Project-URL: Source, (.+)$", about, re.M)[1],
         "python-depends": [],
         "backend": backend,
         "digest": {"algorithm": "sha256", "files": hashes},

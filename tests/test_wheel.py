@@ -22,7 +22,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUILT = ROOT / "build" / "wheel-tests"
 #: What every Linux has, and torch, which has loaded its library before ours.
-LIBRARIES = {"libtorch_cpu.so", "libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "ld-linux-x86-64.so.2"}
+LIBRARIES = {"libtorch_cpu.so", "libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6"}
+LIBRARIES |= {"ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 #: In git, and of no use without it or the site that has it.
 NOT_IN_SDIST = (".gitignore", ".ci/", ".github/")
 LINK = re.compile(r"!?\[[^][]*\]\(([^)\s]+)\)")
@@ -231,12 +232,13 @@ def variant(wheel, make_repository, tmp_path_factory):
 
 
 def test_the_kernel_repository_is_as_the_hub_wants_it(wheel, variant):
-    """https://huggingface.co/docs/kernels/kernel-requirements; tried with kernels 0.17.2."""
+    """https://huggingface.co/docs/kernels/kernel-requirements; checked by kernels-data and kernel-abi-check too."""
     assert variant.parent.name == "build" and variant.name == f"torch-stable-abi211-cpu-{os.uname().machine}-linux"
     metadata = json.loads((variant / "metadata.json").read_text())
     hashes = metadata.pop("digest")
     assert metadata == {
         **{"name": "lomo-kernels", "id": "lomo_kernels", "version": 0, "license": "Apache-2.0"},
+        "upstream": "https://github.com/lomo-kernels/lomo_kernels",
         **{"python-depends": [], "backend": {"type": "cpu"}},
     }
     files = {str(p.relative_to(variant)) for p in variant.rglob("*") if p.is_file()} - {"metadata.json"}
