@@ -55,7 +55,7 @@ LOMO_FN void add_squares_of_lanes(double* __restrict of_columns, double* __restr
 #if defined(__AVX512F__)
   __m512d sums = _mm512_loadu_pd(of_row);
   for (int part = 0; part < kLanes; part += kSums) {
-    const __m512d wide = _mm512_cvtps_pd(_mm256_loadu_ps(x + part));
+    const __m512d wide = _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(x + part));  // unmasked, g++ 12 warns in vain
     _mm512_storeu_pd(of_columns + part, _mm512_fmadd_pd(wide, wide, _mm512_loadu_pd(of_columns + part)));
     sums = _mm512_fmadd_pd(wide, wide, sums);
   }
