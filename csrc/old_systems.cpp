@@ -35,4 +35,17 @@ extern "C" char __libc_single_threaded;
 char __libc_single_threaded = 0;
 #endif
 
+#if defined(__GLIBC_PREREQ) && __GLIBC_PREREQ(2, 34) && (defined(__x86_64__) || defined(__aarch64__))
+// GLIBC_2.34, which headers of torch 2.15 ask for: before, dlsym was in libdl, which Python and torch have loaded.
+#if defined(__x86_64__)
+__asm__(".symver oldest_dlsym,dlsym@GLIBC_2.2.5");
+#else
+__asm__(".symver oldest_dlsym,dlsym@GLIBC_2.17");
+#endif
+extern "C" void* oldest_dlsym(void* handle, const char* name);
+extern "C" void* dlsym(void* __restrict handle, const char* __restrict name) noexcept {
+  return oldest_dlsym(handle, name);
+}
+#endif
+
 #endif
