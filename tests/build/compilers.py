@@ -70,7 +70,7 @@ def check(cxx: str, folder: Path) -> str:
         )
         if not offered.returncode:
             pytest = (sys.executable, "-P") if sys.version_info >= (3, 11) else (sys.executable,)
-            run(*pytest, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_bits.py", **env)
+            run(*pytest, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "tests/test_bits.py", **env)
             sets.append(isa)
     if not sets:
         raise Failed("the library could not be loaded with any instruction set")
