@@ -38,8 +38,8 @@ PACKAGES += ["filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fs
 #: Where torch looks for the processor, whose name qemu is given. It crashes if it finds the one that is there.
 PROCESSOR = "neoverse-n1"
 FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp ssbs"
-CPUINFO = f"processor\t: 0\nFeatures\t: {FEATURES}\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x3\n"
-CPUINFO += "CPU part\t: 0xd0c\nCPU revision\t: 1\n\n"
+CPUINFO = f"processor\t: %d\nBogoMIPS\t: 50.00\nFeatures\t: {FEATURES}\nCPU implementer\t: 0x41\n"
+CPUINFO += "CPU architecture: 8\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\nCPU revision\t: 1\n\n"
 IDENTIFICATION = "sys/devices/system/cpu/cpu0/regs/identification/midr_el1"
 
 
@@ -59,7 +59,8 @@ def fetch_debian(folder: Path) -> None:
     run("debootstrap", "--arch=arm64", "--foreign", "--variant=minbase", packages, "bookworm", folder)
     for package in sorted((folder / "var/cache/apt/archives").glob("*.deb")):
         run("dpkg-deb", "-x", package, folder)
-    for name, text in (("proc/cpuinfo", CPUINFO), (IDENTIFICATION, "0x00000000413fd0c1\n")):
+    cpuinfo = "".join(CPUINFO % number for number in range(os.cpu_count() or 1))  # torch crashes if one is missing
+    for name, text in (("proc/cpuinfo", cpuinfo), (IDENTIFICATION, "0x00000000413fd0c1\n")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
