@@ -69,10 +69,26 @@ inline void check_device(const Tensor& tensor, const Device& device, const char*
              name_of(device), ", where the parameter or slot is");
 }
 
+// Throws if a tensor's memory does not hold all its elements. Its storage may have been freed or made smaller
+// (`untyped_storage().resize_(0)`, as FSDP does), and the tensor keeps its sizes.
+inline void check_storage(const Tensor& tensor, const char* op, const char* name) {
+  if (tensor.numel() == 0) return;
+  int64_t begin = 0, bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &begin));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t end = begin + 1;
+  for (size_t d = 0; d < sizes.size(); ++d) end += (sizes[d] - 1) * strides[d];
+  LOMO_CHECK(end * static_cast<int64_t>(tensor.element_size()) <= bytes, op, ": ", name, " has shape ",
+             shape_of(tensor), " and a storage of ", bytes, " bytes, expected ",
+             end * static_cast<int64_t>(tensor.element_size()), "; its memory was freed. Nothing was changed");
+}
+
 inline void check_number(const Tensor& tensor, const char* op, const char* name) {
   LOMO_CHECK(tensor.numel() == 1, op, ": ", name, " has shape ", shape_of(tensor), ", expected one element");
   LOMO_CHECK(tensor.scalar_type() == ScalarType::Double || tensor.scalar_type() == ScalarType::Float, op, ": ", name,
              " has dtype ", toString(tensor.scalar_type()), ", expected Double or Float");
+  check_storage(tensor, op, name);
 }
 
 inline void check_scalars(const Tensor& scalars, const char* op) {
@@ -82,6 +98,7 @@ inline void check_scalars(const Tensor& scalars, const char* op) {
              ", expected ", int{kScalars},
              " contiguous elements of dtype Double (float64): lr, weight_decay, inv_scale, clip_value, clip_coef, "
              "found_inf, step");
+  check_storage(scalars, op, "scalars");
 }
 
 // The vector of scalars of a tensor on the CPU.
@@ -112,6 +129,7 @@ inline double* slot_of(const Tensor& slot, const Device& device, const char* op,
   LOMO_CHECK(slot.numel() == 1 && slot.scalar_type() == ScalarType::Double, op, ": ", name, " has shape ",
              shape_of(slot), " and dtype ", toString(slot.scalar_type()),
              ", expected one element of dtype Double (float64)");
+  check_storage(slot, op, name);
   return static_cast<double*>(slot.mutable_data_ptr());
 }
 

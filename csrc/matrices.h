@@ -16,6 +16,7 @@ inline void check_vector(const Tensor& tensor, ScalarType dtype, const Device& d
   check_device(tensor, device, op, name);
   LOMO_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous(), op, ": ", name, " has dtype ",
              toString(tensor.scalar_type()), ", expected contiguous ", toString(dtype));
+  check_storage(tensor, op, name);
 }
 
 // `rows`: [rows]; `columns`: [matrices, columns]. An empty tensor of factors stands for ones.

@@ -10,12 +10,20 @@
 
 namespace lomo {
 
-// From three numbers, or none: the whole parameter.
-inline Shard shard_of(const int64_t* shard, size_t size, const char* op) {
+// From three numbers, or none: the whole parameter. `numel`: of the part; the last of its elements has an index of 64
+// bits.
+inline Shard shard_of(const int64_t* shard, size_t size, int64_t numel, const char* op) {
   if (size == 0) return {};
   LOMO_CHECK(size == 3, op, ": shard has ", size, " numbers, expected (offset, row_length, row_stride)");
   LOMO_CHECK(shard[0] >= 0 && shard[1] > 0 && shard[2] >= shard[1], op, ": shard is (", shard[0], ", ", shard[1], ", ",
              shard[2], "), expected offset >= 0, row_length > 0 and row_stride >= row_length");
+  const int64_t last = std::max<int64_t>(numel - 1, 0);
+  int64_t index = 0;
+  const bool fits = !__builtin_mul_overflow(last / shard[1], shard[2], &index) &&
+                    !__builtin_add_overflow(index, shard[0], &index) &&
+                    !__builtin_add_overflow(index, last % shard[1], &index);
+  LOMO_CHECK(fits, op, ": shard is (", shard[0], ", ", shard[1], ", ", shard[2], "): the last of ", numel,
+             " elements has an index beyond 64 bits");
   return {shard[0], shard[1], shard[2]};
 }
 
@@ -96,7 +104,7 @@ inline std::vector<Update> updates_of(const std::vector<Tensor>& params, const s
   updates.reserve(n);
   for (size_t i = 0; i < n; ++i) {
     updates.push_back(update_of(params[i], grads[i], sq_norm.empty() ? nullptr : &sq_norm[i], parameter_id[i],
-                                shard.empty() ? Shard{} : shard_of(shard.data() + 3 * i, 3, op),
+                                shard.empty() ? Shard{} : shard_of(shard.data() + 3 * i, 3, params[i].numel(), op),
                                 low.empty() ? nullptr : &low[i], stochastic, device, op));
   }
   std::vector<Region> regions;

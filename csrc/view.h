@@ -34,6 +34,7 @@ struct View {
 inline View view_of(const Tensor& tensor, void* data, DType dtype, const Device& device, const char* op,
                     const char* name) {
   check_device(tensor, device, op, name);
+  check_storage(tensor, op, name);
   View view{static_cast<char*>(data), dtype, tensor.numel(), tensor.is_contiguous(), {}, {}};
   if (!view.contiguous) {
     const auto sizes = tensor.sizes(), strides = tensor.strides();

@@ -37,6 +37,13 @@ def stream_key(seed: int, parameter_id: int, step: int) -> int:
     return mix64(parameter_key(seed, parameter_id) ^ (step & MASK64))
 
 
+def shown(value: object) -> str:
+    """A value in a message. Python refuses to write out an int of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1} or more"
+    return repr(value)
+
+
 def bytes_of(text: str, units: Mapping[str, int]) -> float | None:
     """Bytes that a text such as "2GiB" or "1.5 GB" names. None if it names none.
 

@@ -98,6 +98,7 @@ Gradient gradient_of(const std::vector<Tensor>& indices, const std::vector<Tenso
     const int64_t count = index.numel();
     g.uses.push_back({view.dtype, view.contiguous ? 1 : view.strides[dims]});
     g.tokens.reserve(g.tokens.size() + count);
+    check_storage(index, op, "indices");
     const void* data = index.const_data_ptr();
     for (int64_t i = 0; i < count; ++i) {
       const int64_t place = index_places[i];
@@ -176,20 +177,29 @@ struct Weight {
   Layout layout, low_layout;
 };
 
-Weight weight_of(const Tensor& weight, const Tensor* low, const Gradient& g, bool stochastic, const char* op) {
+// What a call reads and writes, for check_no_overlap(). Indices have been read. `slot` may be null.
+std::vector<Region> regions_of(const Gradient& g, const double* slot, const char* slot_name) {
+  std::vector<Region> regions;
+  for (const View& grad : g.grad_outputs) {
+    if (grad.numel) regions.push_back(region_of(grad, Access::kRead, "grad_output"));
+  }
+  if (slot) regions.push_back(region_of(slot, slot_name));
+  return regions;
+}
+
+Weight weight_of(const Tensor& weight, const Tensor* low, const Gradient& g, const double* slot, bool stochastic,
+                 const char* op) {
   LOMO_CHECK(weight.dim() == 2 && weight.size(1) == g.columns, op, ": weight has shape ", shape_of(weight),
              ", expected [num_embeddings, ", g.columns, "]");
   const View view = view_of(weight, weight.mutable_data_ptr(), kCPU, op, "weight");
   const auto low_view = low ? low_of(*low, weight, stochastic, kCPU, op) : std::nullopt;
+  auto regions = regions_of(g, slot, "sq_norm");
   if (view.numel) {
     check_writable(view, op, "weight");
-    std::vector<Region> regions{region_of(view, Access::kWritten, "weight")};
+    regions.push_back(region_of(view, Access::kWritten, "weight"));
     if (low_view) regions.push_back(region_of(*low_view, Access::kWritten, "low"));
-    for (const View& grad : g.grad_outputs) {
-      if (grad.numel) regions.push_back(region_of(grad, Access::kRead, "grad_output"));
-    }
-    check_no_overlap(regions, op);
   }
+  check_no_overlap(std::move(regions), op);
   return {view,
           low_view,
           weight.size(0),
@@ -287,6 +297,7 @@ void embedding_sq_norm_(const Tensor& slot, const std::vector<Tensor>& indices, 
   const float scale = static_cast<float>(number_of(inv_scale, op, "inv_scale", 1.0));
   double* sum = slot_of(slot, kCPU, op, "slot");
   const Gradient g = gradient_of(indices, grad_outputs, padding_idx, INT64_MAX, op);
+  check_no_overlap(regions_of(g, sum, "slot"), op);
   const auto sum_squares = kernels().sum_squares[kFloat32];
   *sum += sum_over_rows(g, [&](int64_t, int64_t, int64_t n, const float* grad) { return sum_squares(grad, n, scale); });
 }
@@ -298,12 +309,12 @@ void embedding_update_(const Tensor& weight_tensor, const std::vector<Tensor>& i
                        const std::optional<Tensor>& low) {
   const char* op = "embedding_update_";
   const Step step = step_from(scalars, rule, stochastic, seed, op);
-  const Shard shard = shard_of(shard_numbers.data(), shard_numbers.size(), op);
+  const Shard shard = shard_of(shard_numbers.data(), shard_numbers.size(), weight_tensor.numel(), op);
   LOMO_CHECK(weight_tensor.dim() == 2, op, ": weight has shape ", shape_of(weight_tensor),
              ", expected [num_embeddings, embedding_dim]");
   const Gradient g = gradient_of(indices, grad_outputs, padding_idx, weight_tensor.size(0), op);
-  const Weight weight = weight_of(weight_tensor, low ? &*low : nullptr, g, stochastic, op);
   double* slot = sq_norm ? slot_of(*sq_norm, kCPU, op, "sq_norm") : nullptr;
+  const Weight weight = weight_of(weight_tensor, low ? &*low : nullptr, g, slot, stochastic, op);
   if (step.found_inf && !slot) return;
   const Updater update{weight, step, shard, stochastic ? stream_key(seed, parameter_id, step.step) : 0};
   const auto sum_squares = kernels().sum_squares[kFloat32];

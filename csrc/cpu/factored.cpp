@@ -153,8 +153,9 @@ void factored_update_(const Tensor& param, const Tensor& grad, const Tensor& row
   const char* op = "factored_update_";
   const Step step = step_from(scalars, rule, stochastic, seed, op);
   const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, kCPU, op);
-  const Update update = update_of(param, grad, nullptr, parameter_id, shard_of(shard.data(), shard.size(), op),
-                                  low ? &*low : nullptr, stochastic, kCPU, op);
+  const Update update =
+      update_of(param, grad, nullptr, parameter_id, shard_of(shard.data(), shard.size(), param.numel(), op),
+                low ? &*low : nullptr, stochastic, kCPU, op);
   std::vector<Region> regions;
   add_factor_regions(row_factors, column_factors, regions);
   add_regions(update, regions);

@@ -36,7 +36,16 @@ void product_(const Tensor& out, const Tensor& grad_output, const Tensor& input,
                  out.size(0) == a.columns && out.size(1) == b.columns,
              op, ": out has shape ", shape_of(out), " and dtype ", toString(out.scalar_type()),
              ", expected a contiguous Float (float32) matrix [", a.columns, ", ", b.columns, "]");
+  check_storage(out, op, "out");
   float* to = static_cast<float*>(out.mutable_data_ptr());
+  const auto* begin = reinterpret_cast<const char*>(to);
+  const auto* end = begin + 4 * a.columns * b.columns;
+  for (const Rows& m : {a, b}) {
+    if (!m.rows || !m.columns) continue;
+    const auto* first = static_cast<const char*>(m.data);
+    LOMO_CHECK(end <= first || first + 2 * ((m.rows - 1) * m.stride + m.columns) <= begin, op,
+               ": out and a factor share memory: the factor would change before it is read. Nothing was changed");
+  }
   // An element's sum has the same order in whatever task it stands, so the result does not depend on the threads.
   const int64_t blocks = (a.columns + kProductRows - 1) / kProductRows;
   const int64_t strips = (b.columns + kProductColumns - 1) / kProductColumns;

@@ -12,6 +12,7 @@ inline Rows rows_of(const Tensor& tensor, DType dtype, const char* op, const cha
              ", another than the first tensor's");
   LOMO_CHECK(tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1), op, ": ", name, " has shape ",
              shape_of(tensor), ", expected a matrix whose rows are contiguous");
+  check_storage(tensor, op, name);
   return {tensor.const_data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 

@@ -69,8 +69,9 @@ void factored_update_(const Tensor& param, const Tensor& grad, const Tensor& row
   const Device device = device_of(param, op, "param");
   const Step step{scalars_on(scalars, device, op), checked_rule(rule, op), stochastic, seed};
   const Shape shape = matrices_of(grad, row_factors, column_factors, ScalarType::Float, device, op);
-  const Update update = update_of(param, grad, nullptr, parameter_id, shard_of(shard.data(), shard.size(), op),
-                                  low ? &*low : nullptr, stochastic, device, op);
+  const Update update =
+      update_of(param, grad, nullptr, parameter_id, shard_of(shard.data(), shard.size(), param.numel(), op),
+                low ? &*low : nullptr, stochastic, device, op);
   std::vector<Region> regions;
   add_factor_regions(row_factors, column_factors, regions);
   add_regions(update, regions);

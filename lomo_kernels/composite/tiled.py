@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._arguments import check_low, library
+from ..ops._arguments import check_low, check_shard, check_slot, library
+from ..ops._pairs import check_factors_apart, check_linear, check_linear_update, is_plain_linear
 from . import gram
 from .gram import flat
 
@@ -36,7 +37,8 @@ library.define("_product_(Tensor(a!) out, Tensor grad_output, Tensor input, bool
 
 @torch.library.register_fake("lomo_kernels::_product_")
 def _(out: Tensor, grad_output: Tensor, input: Tensor, accumulate: bool) -> None:
-    pass
+    if not out.device == grad_output.device == input.device:
+        raise ValueError(f"_product_: out is on {out.device}, the factors on {grad_output.device} and {input.device}")
 
 
 #: A tile's memory: large enough for products to be fast, small enough for the update to find it in a cache. Update of a
@@ -107,7 +109,8 @@ def simulated(device: str) -> Iterator[None]:
 
 def tile_rows(rows: int, columns: int, device: str = "cpu") -> int:
     """Rows of one tile of a gradient [rows, columns]."""
-    return max(1, min(rows, max(LEAST_ROWS, tile_bytes(device) // (4 * max(columns, 1)))))
+    bytes = TILE_BYTES if (_simulated_device or device) == "cpu" else GPU_TILE_BYTES  # not one more call
+    return max(1, min(rows, max(LEAST_ROWS, bytes // (4 * max(columns, 1)))))
 
 
 def tile_bytes(device: str = "cpu") -> int:
@@ -138,6 +141,8 @@ def _tiles(rows: int, columns: int, device: torch.device) -> list[tuple[int, Ten
         return []
     height = tile_rows(rows, columns, device.type)
     memory = buffer.get(height * columns, device).view(height, columns)
+    if height >= rows:  # mostly, and a comprehension is one more call
+        return [(0, memory)]
     tiles = [(first, memory) for first in range(0, rows, height)]
     last = tiles[-1][0]
     tiles[-1] = last, memory[: rows - last]
@@ -279,6 +284,11 @@ def _embedding_tiles(
 
 
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
+    op = "linear_sq_norm_"
+    if not is_plain_linear([slot], inputs, grad_outputs) or slot.numel() != 1 or slot.dtype is not torch.float64:
+        check_slot(op, "slot", slot, slot.device if isinstance(slot, Tensor) else torch.device("cpu"))
+        check_linear(op, inputs, grad_outputs, slot)
+        check_factors_apart(op, [*inputs, *grad_outputs], None, slot)
     if len(inputs) == 1:
         elements = inputs[0].shape[-1] * grad_outputs[0].shape[-1]
         estimate = gram.estimate(inputs[0], grad_outputs[0])
@@ -288,8 +298,22 @@ def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tenso
         torch.ops.lomo_kernels.sq_norm_.default([slot], [tile], inv_scale)
 
 
-def linear_update_(weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], *update_arguments: Any) -> None:
-    update_by_tiles(weight, linear_tiles(inputs, grad_outputs), *update_arguments)
+def linear_update_(
+    weight: Tensor,
+    inputs: list[Tensor],
+    grad_outputs: list[Tensor],
+    scalars: Tensor,
+    sq_norm: Tensor | None,
+    *update_arguments: Any,
+) -> None:
+    op = "linear_update_"
+    shard, low = update_arguments[4], update_arguments[5] if len(update_arguments) > 5 else None
+    if not is_plain_linear([weight, sq_norm, low], inputs, grad_outputs, weight):
+        check_linear_update(op, weight, inputs, grad_outputs)
+        check_factors_apart(op, [*inputs, *grad_outputs], weight, sq_norm, [] if low is None else [low])
+    if shard:
+        check_shard(op, shard, weight.numel())
+    update_by_tiles(weight, linear_tiles(inputs, grad_outputs), scalars, sq_norm, *update_arguments)
 
 
 def embedding_sq_norm_(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from ..numbers import shown
+
 #: A number, or a one-element float64 or float32 tensor on the parameter's device that the host never reads.
 Scalar = float | Tensor
 
@@ -26,6 +28,7 @@ def is_number_tensor(op: str, name: str, value: Scalar, device: torch.device) ->
     """Whether a scalar is a tensor. Raises TypeError or ValueError if it is one that no operator takes."""
     if not isinstance(value, Tensor):
         return False
+    check_dense(op, name, value)
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected one element")
     if value.dtype not in (torch.float64, torch.float32):
@@ -39,9 +42,10 @@ def check_number(op: str, name: str, value: float, low: float, open_: bool, high
     """Raises TypeError unless `value` is a number, ValueError unless it is >= low (> low if `open_`) and <= high."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a number or a one-element tensor")
-    if not (low < value if open_ else low <= value) or value > high or math.isnan(value):
+    above = low < value if open_ else low <= value
+    if not above or value > high or (value > FINITE and value != math.inf):  # an int may be more than float64 holds
         bounds = f"{'>' if open_ else '>='} {low:g} and {'finite' if high < math.inf else 'not NaN'}"
-        raise ValueError(f"{op}: {name} is {value}, expected a number {bounds}")
+        raise ValueError(f"{op}: {name} is {shown(value)}, expected a number {bounds}")
 
 
 def inv_scale_tensor(op: str, value: Scalar | None, device: torch.device) -> Tensor | None:
@@ -71,7 +75,7 @@ def integer(op: str, name: str, value: int) -> int:
     if not isinstance(value, int):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected an int")
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{op}: {name} is {value}, expected an integer of 64 bits")
+        raise ValueError(f"{op}: {name} is {shown(value)}, expected an integer of 64 bits")
     return value
 
 
@@ -80,11 +84,19 @@ def is_step_tensor(op: str, step: int | Tensor, device: torch.device) -> bool:
     if not isinstance(step, Tensor):
         integer(op, "step", step)
         return False
+    check_dense(op, "step", step)
     if step.numel() != 1 or step.dtype != torch.int64:
         raise ValueError(f"{op}: step has shape {list(step.shape)} and dtype {step.dtype}, expected one int64 element")
     if step.device != device:
         raise ValueError(f"{op}: step is on {step.device}, expected {device}, where the parameter is")
     return True
+
+
+def check_dense(op: str, name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless `tensor` has strides."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "a nested one" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{op}: {name} has layout {layout}, expected a dense (strided) tensor")
 
 
 def check_element_type(op: str, name: str, tensor: Tensor) -> None:
@@ -93,8 +105,7 @@ def check_element_type(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a tensor")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected float32, bfloat16 or float16")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{op}: {name} has layout {tensor.layout}, expected a dense (strided) tensor")
+    check_dense(op, name, tensor)
 
 
 def check_pair(op: str, param: Tensor, grad: Tensor) -> None:
@@ -118,6 +129,7 @@ def check_low(op: str, params: Sequence[Tensor], low: Sequence[Tensor], *, stoch
     for param, part in zip(params, low, strict=True):
         if not isinstance(part, Tensor):
             raise TypeError(f"{op}: low is a {type(part).__name__}, expected an int16 tensor of the parameter's shape")
+        check_dense(op, "low", part)
         if param.dtype is torch.float16:
             raise TypeError(
                 f'{op}: a parameter is float16, and rounding="split" is for bfloat16; make the parameter bfloat16, or '
@@ -126,7 +138,7 @@ def check_low(op: str, params: Sequence[Tensor], low: Sequence[Tensor], *, stoch
         if param.dtype is torch.float32:
             if part.numel():
                 raise ValueError(f"{op}: a float32 parameter has a low part, expected it of bfloat16 parameters only")
-        elif part.dtype is not torch.int16 or part.layout is not torch.strided or part.shape != param.shape:
+        elif part.dtype is not torch.int16 or part.shape != param.shape:
             raise ValueError(
                 f"{op}: low has shape {list(part.shape)} and dtype {part.dtype}, expected a dense int16 tensor of the "
                 f"parameter's shape {list(param.shape)}"
@@ -161,6 +173,7 @@ def check_slot(op: str, name: str, slot: Tensor, device: torch.device) -> None:
     """Raises TypeError or ValueError unless `slot` can take a sum of squares."""
     if not isinstance(slot, Tensor):
         raise TypeError(f"{op}: {name} is a {type(slot).__name__}, expected a float64 tensor of one element")
+    check_dense(op, name, slot)
     if slot.numel() != 1 or slot.dtype != torch.float64:
         raise ValueError(
             f"{op}: {name} has shape {list(slot.shape)} and dtype {slot.dtype}, expected one float64 element"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import as_list, check_element_type, check_lengths
+from ._arguments import DTYPES, as_list, check_element_type, check_lengths
 from ._overlap import Access, check_no_overlap, have_addresses, regions
 
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -36,6 +36,9 @@ def check_linear(op: str, inputs: Sequence[Tensor], grad_outputs: Sequence[Tenso
 
     Returns nothing; the weight's shape is that of the first pair.
     """
+    check_lengths(op, "input tensors", len(inputs), grad_output=len(grad_outputs))
+    if not inputs:
+        raise ValueError(f"{op}: input is an empty list, expected one tensor per use of the layer")
     for x, gy in zip(inputs, grad_outputs, strict=True):
         check_element_type(op, "input", x)
         check_element_type(op, "grad_output", gy)
@@ -50,6 +53,48 @@ def check_linear(op: str, inputs: Sequence[Tensor], grad_outputs: Sequence[Tenso
             )
         if x.shape[-1] != inputs[0].shape[-1] or gy.shape[-1] != grad_outputs[0].shape[-1]:
             raise ValueError(f"{op}: the pairs differ in their last dimensions, expected uses of one layer")
+
+
+def check_linear_update(op: str, weight: Tensor, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> None:
+    """`check_linear`, and raises TypeError or ValueError unless the weight has the shape of the pairs' gradient."""
+    check_element_type(op, "weight", weight)
+    check_linear(op, inputs, grad_outputs, weight)
+    columns, rows = inputs[0].shape[-1], grad_outputs[0].shape[-1]
+    check_weight(op, weight, rows, columns, "[out_features, in_features] of grad_output and input")
+
+
+def is_plain_linear(
+    written: Sequence[Tensor | None], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor], weight: Tensor | None = None
+) -> bool:
+    """Whether `check_linear` and `check_factors_apart` have nothing to look for, nor `check_linear_update` if there is a
+    weight. In one function, because a fused layer asks twice in each step.
+
+    Args:
+        written: weight or slot first. None: not given.
+    """
+    first = written[0]
+    if not isinstance(first, Tensor) or len(inputs) != len(grad_outputs) or not inputs:
+        return False
+    x, gy, device, storages = inputs[0], grad_outputs[0], first.device, set()
+    if not (isinstance(x, Tensor) and isinstance(gy, Tensor) and x.dim() and gy.dim()):
+        return False
+    columns, rows = x.shape[-1], gy.shape[-1]
+    if weight is not None and (weight.dtype not in DTYPES or weight.shape != (rows, columns)):
+        return False
+    tensors = 0
+    for group in (written, inputs, grad_outputs):
+        for tensor in group:
+            if tensor is not None:
+                if tensor.device != device or tensor.layout is not torch.strided or tensor.is_nested:
+                    return False
+                storages.add(tensor.untyped_storage()._cdata)
+                tensors += 1
+    for x, gy in zip(inputs, grad_outputs, strict=True):
+        if x.dtype not in DTYPES or x.dtype is not gy.dtype or not (x.dim() and gy.dim()):
+            return False
+        if x.shape[:-1] != gy.shape[:-1] or x.shape[-1] != columns or gy.shape[-1] != rows:
+            return False
+    return len(storages) == tensors
 
 
 def check_factors_apart(

@@ -23,7 +23,7 @@ from ._arguments import (
     library,
 )
 from ._overlap import check_scale_apart
-from ._pairs import check_factors_apart, check_linear, check_weight, pair_lists
+from ._pairs import check_factors_apart, check_linear, check_linear_update, pair_lists
 from .scalars import check_vector
 from .update import Step, increment_version, update_arguments
 
@@ -56,15 +56,9 @@ def _(
     shard: list[int],
     low: Tensor | None = None,
 ) -> None:
-    _check_update("linear_update_", weight, inputs, grad_outputs)
+    check_linear_update("linear_update_", weight, inputs, grad_outputs)
     check_vector("linear_update_", scalars, weight.device)
     check_low("linear_update_", [weight], [] if low is None else [low], stochastic=stochastic)
-
-
-def _check_update(op: str, weight: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor]) -> None:
-    check_linear(op, inputs, grad_outputs, weight)
-    columns, rows = inputs[0].shape[-1], grad_outputs[0].shape[-1]
-    check_weight(op, weight, rows, columns, "[out_features, in_features] of grad_output and input")
 
 
 def linear_sq_norm_(
@@ -138,7 +132,7 @@ def linear_sgd_(
     inputs, grad_outputs = pair_lists(op, "input", input, grad_output)
     if not isinstance(weight, Tensor):
         raise TypeError(f"{op}: weight is a {type(weight).__name__}, expected a tensor")
-    _check_update(op, weight, inputs, grad_outputs)
+    check_linear_update(op, weight, inputs, grad_outputs)
     check_served(weight)
     slots = [] if sq_norm is None else [sq_norm]
     scalars, settings, lows = update_arguments(op, slots, [weight], [low], step)

@@ -45,6 +45,8 @@ def _(
     *seed_to_low: Any,
 ) -> None:
     check_lengths("update_", "params", len(params), grads=len(grads))
+    for slot in sq_norm:
+        check_slot("update_", "sq_norm", slot, params[0].device)
     for param, grad in zip(params, grads, strict=True):
         check_pair("update_", param, grad)
         check_vector("update_", scalars, param.device)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..numbers import bytes_of
+from ..numbers import bytes_of, shown
 from .managed_parameter import ManagedParameter
 
 #: As much as the device has free, and never more than all gradients take.
@@ -52,7 +52,7 @@ def clip_memory_of(value: Any, passes: Any) -> float | str:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"Lomo: clip_memory is a {type(value).__name__}, {expected}")
     if not value >= 0:  # type: ignore[operator]
-        raise ValueError(f"Lomo: clip_memory is {value!r}, {expected}")
+        raise ValueError(f"Lomo: clip_memory is {shown(value)}, {expected}")
     try:
         return float(value)
     except OverflowError:  # more than any memory

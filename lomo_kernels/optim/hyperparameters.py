@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..numbers import shown
+from ..ops._arguments import FINITE
 from ..ops.scalars import NAMES
 
 _NUMBER = "expected a finite number >= 0, or a one-element float64 or float32 tensor"
@@ -17,13 +19,13 @@ _NUMBER = "expected a finite number >= 0, or a one-element float64 or float32 te
 def check_group(group: dict[str, Any], where: str) -> None:
     """Raises TypeError or ValueError unless a parameter group's options are usable. Tensors are not read."""
     for name in ("lr", "weight_decay"):
-        _check(group[name], f"{where}: {name}", _NUMBER, lambda value: 0 <= value < math.inf)
+        _check(group[name], f"{where}: {name}", _NUMBER, lambda value: 0 <= value <= FINITE)
     if group["clip_grad_value"] is not None:
         _check(
             group["clip_grad_value"],
             f"{where}: clip_grad_value",
             "expected None, a number > 0, or a one-element float64 or float32 tensor",
-            lambda value: value > 0,
+            lambda value: 0 < value <= FINITE or value == math.inf,
         )
 
 
@@ -48,13 +50,13 @@ def check_positive(name: str, value: Any) -> None:
     """Raises TypeError or ValueError unless `value` is a finite number above zero."""
     if isinstance(value, Tensor):
         raise TypeError(f"Lomo: {name} is a tensor, expected a number")
-    _check(value, f"Lomo: {name}", "expected a finite number > 0", lambda number: 0 < number < math.inf)
+    _check(value, f"Lomo: {name}", "expected a finite number > 0", lambda number: 0 < number <= FINITE)
 
 
 def check_seed(seed: Any, where: str) -> int:
     """Raises ValueError unless `seed` is an integer of 64 bits."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{where} is {seed!r}, expected an integer of 64 bits")
+        raise ValueError(f"{where} is {shown(seed)}, expected an integer of 64 bits")
     return seed
 
 
@@ -63,9 +65,9 @@ def _check(value: Any, where: str, expected: str, allowed: Any) -> None:
         if value.numel() != 1 or value.dtype not in (torch.float64, torch.float32):
             raise ValueError(f"{where} has shape {list(value.shape)} and dtype {value.dtype}, {expected}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{where} is {value!r}, {expected}")
+        raise TypeError(f"{where} is {shown(value)}, {expected}")
     elif not allowed(value):
-        raise ValueError(f"{where} is {value}, {expected}")
+        raise ValueError(f"{where} is {shown(value)}, {expected}")
 
 
 class LiveScalar:

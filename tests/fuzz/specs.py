@@ -1,0 +1,84 @@
+"""A case is drawn as plain values (its spec), so that it can be printed, run again and made smaller."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any, NamedTuple
+
+Spec = dict[str, Any]
+
+
+class Finding(AssertionError):
+    """The library did something that it promises not to do."""
+
+
+class Outcome(NamedTuple):
+    """What came of a case: "equal" (the result was compared) or "refused", and how many operators it called."""
+
+    what: str
+    calls: int = 1
+
+
+class Kind(NamedTuple):
+    """A kind of cases: `draw` makes a spec, `run` runs it and raises `Finding`."""
+
+    draw: Callable[[Random], Spec]
+    run: Callable[[Spec], Outcome]
+
+
+OWN = re.compile(r"(Lomo|AdaLomo|lomo_kernels|[a-z_]*(sgd|sq_norm|update|factors|factor_sums|product|gram)(_list)?_?): ")
+#: What the dispatcher and torch's argument parser say of a raw call, before anything of this library runs.
+OF_TORCH = re.compile(
+    r"Could not run 'lomo_kernels::|lomo_kernels::\w+\(\) |fallback doesn't currently support mutable TensorLists|"
+    r"Please convert all Tensors to FakeTensors|Multiple dispatch failed|unsupported tensor layout|"
+    r"There were no tensor arguments to this function|Expected Tensor but got|aoti_torch_\w+\(|"
+    r"Not yet supported ScalarType|setStorage: sizes|no fake impl or Meta kernel"
+)
+NEVER = re.compile(r"INTERNAL ASSERT|please report a bug|Exceeds the limit", re.I)
+
+
+def check_words(error: Exception, *, raw: bool) -> None:
+    """Raises `Finding` unless the exception is of a kind and in words that this library chose."""
+    text = str(error)
+    ours = isinstance(error, (TypeError, ValueError, RuntimeError)) and OWN.match(text) and not NEVER.search(text)
+    if not ours and not (raw and OF_TORCH.search(text) and not NEVER.search(text)):
+        raise Finding(f"refused in words that are not the library's: {type(error).__name__}: {text[:300]}") from error
+
+
+def _smaller(value: Any) -> Iterator[Any]:
+    """Simpler values in place of one, the simplest first."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in value.get("_optional", ()):
+                yield {k: v for k, v in value.items() if k != key}
+            yield from ({**value, key: new} for new in _smaller(inner) if not key.startswith("_"))
+    elif isinstance(value, list):
+        for i in range(len(value)):
+            yield value[:i] + value[i + 1 :]
+        for i, inner in enumerate(value):
+            yield from (value[:i] + [new] + value[i + 1 :] for new in _smaller(inner))
+    elif isinstance(value, bool):
+        yield from [False] if value else []
+    elif isinstance(value, int) and abs(value) > 1:
+        yield from (0, 1, value // 2)
+    elif isinstance(value, float) and value not in (0.0, 1.0):
+        yield 1.0
+    elif isinstance(value, str) and value not in ("", "float32"):
+        yield ""
+
+
+def shrink(spec: Spec, fails: Callable[[Spec], bool], tries: int = 400) -> Spec:
+    """A smaller spec that fails, too. A spec that cannot be built does not fail."""
+    changed = True
+    while changed and tries > 0:
+        changed = False
+        for new in _smaller(spec):
+            tries -= 1
+            if tries < 0:
+                break
+            if fails(new):
+                spec, changed = new, True
+                break
+    return spec
