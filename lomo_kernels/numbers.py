@@ -39,9 +39,10 @@ def stream_key(seed: int, parameter_id: int, step: int) -> int:
 
 def shown(value: object) -> str:
     """A value in a message. Python refuses to write out an int of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > 1024:
-        return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1} or more"
-    return repr(value)
+    try:
+        return repr(value)
+    except ValueError:
+        return f"an int of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def bytes_of(text: str, units: Mapping[str, int]) -> float | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .numbers import shown
+
 #: Rules of one element. Name: number by which the operators know the rule.
 #: sgd: g. sign (SignSGD): 1, -1, or 0 where g is zero.
 RULES = {"sgd": 0, "sign": 1}
@@ -21,5 +23,5 @@ def rule_number(rule: str, who: str, others: Iterable[str] = ()) -> int:
     """
     number = RULES.get(rule) if isinstance(rule, str) else None
     if number is None:
-        raise ValueError(f"{who}: rule is {rule!r}, expected one of {', '.join(map(repr, (*RULES, *others)))}")
+        raise ValueError(f"{who}: rule is {shown(rule)}, expected one of {', '.join(map(repr, (*RULES, *others)))}")
     return number

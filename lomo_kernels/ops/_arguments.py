@@ -155,7 +155,7 @@ def low_parts(op: str, rounding: str, params: Sequence[Tensor], low: Sequence[Te
     """
     if rounding != "split":
         if any(part is not None for part in low):
-            raise ValueError(f'{op}: low was given, and rounding is {rounding!r}, expected "split" or no low')
+            raise ValueError(f'{op}: low was given, and rounding is {shown(rounding)}, expected "split" or no low')
         return []
     parts = []
     for param, part in zip(params, low, strict=True):
@@ -203,7 +203,7 @@ def check_shard(op: str, shard: Sequence[int], numel: int) -> list[int]:
 def as_list(op: str, name: str, values: Iterable[Any]) -> list[Any]:
     """`values` as a list. Raises TypeError if it is no list and no tensor of one dimension or more."""
     if not isinstance(values, Iterable) or (isinstance(values, Tensor) and values.dim() == 0):
-        raise TypeError(f"{op}: {name} is {values!r}, expected a list")
+        raise TypeError(f"{op}: {name} is {shown(values)}, expected a list")
     return list(values)
 
 

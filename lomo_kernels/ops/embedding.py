@@ -110,8 +110,8 @@ def embedding_sq_norm_(
     check_embedding(op, index_list, grad_outputs, paddings, slot)
     check_served(slot)
     check_factors_apart(op, [*index_list, *grad_outputs], None, slot)
-    check_scale_apart(op, inv_scale, [slot])
     number = inv_scale_tensor(op, inv_scale, slot.device)
+    check_scale_apart(op, inv_scale, [slot])
     torch.ops.lomo_kernels.embedding_sq_norm_.default(slot, index_list, grad_outputs, paddings, number)
 
 

@@ -92,8 +92,8 @@ def linear_sq_norm_(
     check_linear(op, inputs, grad_outputs, slot)
     check_served(slot)
     check_factors_apart(op, [*inputs, *grad_outputs], None, slot)
-    check_scale_apart(op, inv_scale, [slot])
     number = inv_scale_tensor(op, inv_scale, slot.device)
+    check_scale_apart(op, inv_scale, [slot])
     torch.ops.lomo_kernels.linear_sq_norm_.default(slot, inputs, grad_outputs, number)
 
 

@@ -80,5 +80,6 @@ def sq_norm_list_(
 
 
 def _inv_scale(op: str, value: Scalar | None, slots: Sequence[Tensor]) -> Tensor | None:
+    number = inv_scale_tensor(op, value, slots[0].device)
     check_scale_apart(op, value, slots)
-    return inv_scale_tensor(op, value, slots[0].device)
+    return number

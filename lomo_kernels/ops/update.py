@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
+from ..numbers import shown
 from ..rules import rule_number
 from ._arguments import (
     Scalar,
@@ -221,7 +222,7 @@ def update_arguments(
 def check_rounding(op: str, rounding: str) -> str:
     """Returns `rounding`. Raises ValueError unless it is one of the three modes."""
     if rounding not in ROUNDINGS:
-        raise ValueError(f'{op}: rounding is {rounding!r}, expected "nearest", "stochastic" or "split"')
+        raise ValueError(f'{op}: rounding is {shown(rounding)}, expected "nearest", "stochastic" or "split"')
     return rounding
 
 

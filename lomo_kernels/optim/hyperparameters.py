@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..numbers import shown
-from ..ops._arguments import FINITE
+from ..ops._arguments import FINITE, check_dense
 from ..ops.scalars import NAMES
 
 _NUMBER = "expected a finite number >= 0, or a one-element float64 or float32 tensor"
@@ -62,8 +62,10 @@ def check_seed(seed: Any, where: str) -> int:
 
 def _check(value: Any, where: str, expected: str, allowed: Any) -> None:
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dtype not in (torch.float64, torch.float32):
-            raise ValueError(f"{where} has shape {list(value.shape)} and dtype {value.dtype}, {expected}")
+        check_dense(where, "it", value)
+        if value.numel() != 1 or value.dtype not in (torch.float64, torch.float32) or value.is_meta:
+            of = f"shape {list(value.shape)} and dtype {value.dtype} on {value.device}"
+            raise ValueError(f"{where} has {of}, {expected}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where} is {shown(value)}, {expected}")
     elif not allowed(value):

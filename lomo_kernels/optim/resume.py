@@ -91,6 +91,8 @@ def _groups_of(state_dict: Any) -> list[dict[str, Any]]:
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     ):
         raise TypeError("Lomo: the state dict's param_groups are not a list of dicts, each with a list of params")
+    if not all(isinstance(key, (int, str)) for group in groups for key in group["params"]):
+        raise TypeError("Lomo: the state dict's param_groups have params that are neither numbers nor names")
     return groups
 
 

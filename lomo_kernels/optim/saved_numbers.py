@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..numbers import shown
 from .factored_rules import NUMBERS, STATES
 from .hyperparameters import check_seed
 from .managed_parameter import ManagedParameter
@@ -68,7 +69,7 @@ def read_numbers(
     _check_numbers(numbers, kinds)
     if numbers["rule"] != settings.rule:
         raise ValueError(
-            f"Lomo: the state dict was saved with rule {numbers['rule']!r}, this optimizer has {settings.rule!r}; "
+            f"Lomo: the state dict was saved with rule {shown(numbers['rule'])}, this optimizer has {settings.rule!r}; "
             "construct it with the same rule"
         )
     _check_means(numbers.get(CLIP_MEANS), len(managed_params), settings.clip_tensor)
@@ -86,10 +87,10 @@ def _of_entry(entry: Any, managed_params: Sequence[ManagedParameter]) -> dict[st
         raise TypeError(f"Lomo: the state dict's {KEY!r} entry is a {type(entry).__name__}, expected a dict")
     version = entry.get("version", VERSION)
     if type(version) is not int or version < 1:
-        raise ValueError(f"Lomo: the state dict's version is {version!r}, expected an integer from 1 to {VERSION}")
+        raise ValueError(f"Lomo: the state dict's version is {shown(version)}, expected an integer from 1 to {VERSION}")
     if version > VERSION:
         raise ValueError(
-            f"Lomo: the state dict has version {version}; this lomo_kernels reads versions up to {VERSION}. Update "
+            f"Lomo: the state dict has version {shown(version)}; this lomo_kernels reads versions up to {VERSION}. Update "
             "lomo_kernels to the release that saved it, or a later one"
         )
     _check_keys(entry, (*_NUMBERS, "parameters"), optional=("version", "rule", CLIP_MEANS))
@@ -126,7 +127,7 @@ def _of_parameters(
             )
     scaling = first["scaling"]
     if type(scaling) is not int or not 0 <= scaling < len(KINDS):
-        raise ValueError(f"Lomo: the state dict's scaling is {scaling!r}, expected 0 to {len(KINDS) - 1}")
+        raise ValueError(f"Lomo: the state dict's scaling is {shown(scaling)}, expected 0 to {len(KINDS) - 1}")
     names = {number: name for name, number in NUMBERS.items()}
     numbers = first | {"scaling": KINDS[scaling], "rule": names.get(first["rule"], first["rule"])}
     if CLIP_MEANS in first:
@@ -154,7 +155,7 @@ def read_rule_state(
         for name, own in expected.items():
             given = theirs.get(name)
             if not isinstance(given, Tensor) or given.shape != own.shape or given.dtype != own.dtype or given.is_meta:
-                was = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else repr(given)
+                was = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else shown(given)
                 raise ValueError(
                     f"Lomo: the state dict's {name} of {managed.name} is {was}, expected {own.dtype} {list(own.shape)}"
                 )
@@ -201,9 +202,7 @@ def check_layout(theirs: Any, managed_params: Sequence[ManagedParameter]) -> Non
     """Raises ValueError unless names and shapes are those of `managed_params`. None is not compared, and neither is the
     name of a parameter that was given without one."""
     ours = _layout(managed_params)
-    if not isinstance(theirs, list) or not all(
-        isinstance(entry, (list, tuple)) and len(entry) == 2 for entry in theirs
-    ):
+    if not isinstance(theirs, list) or not all(map(_is_name_and_shape, theirs)):
         raise ValueError(f"Lomo: the state dict's parameters are not a list of (name, shape); {EXPECTED}")
     if len(ours) != len(theirs):
         raise ValueError(f"Lomo: the state dict has {len(theirs)} parameters, this optimizer has {len(ours)}")
@@ -218,6 +217,14 @@ def check_layout(theirs: Any, managed_params: Sequence[ManagedParameter]) -> Non
             )
 
 
+def _is_name_and_shape(entry: Any) -> bool:
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        return False
+    name, shape = entry
+    sizes = shape if isinstance(shape, (list, tuple)) else [] if shape is None else [None]
+    return (name is None or isinstance(name, str)) and all(isinstance(size, int) for size in sizes)
+
+
 def _bare(name: str) -> str:
     """A parameter's name without the parts that `torch.compile` and `checkpoint_wrapper` add."""
     return ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
@@ -227,7 +234,7 @@ def _check_numbers(numbers: dict[str, Any], kinds: Sequence[str]) -> None:
     """Raises ValueError unless step, counters, loss scale and seed are possible in a run."""
     scaling = numbers["scaling"]
     if not isinstance(scaling, str) or scaling not in KINDS:
-        raise ValueError(f"Lomo: the state dict's scaling is {scaling!r}, expected one of {', '.join(KINDS)}")
+        raise ValueError(f"Lomo: the state dict's scaling is {shown(scaling)}, expected one of {', '.join(KINDS)}")
     if scaling not in kinds:
         raise ValueError(
             f"Lomo: the state dict was saved with {scaling} loss scaling, this optimizer has {kinds[0]}; construct it "
@@ -251,7 +258,7 @@ def _number(name: str, value: Any, dtype: torch.dtype, smallest: float, largest:
     allowed = f"{smallest:g}" if smallest == largest else f"from {smallest:g} to {largest:g}"
     expected = f"expected a tensor of one element, {str(dtype).removeprefix('torch.')}, {allowed}"
     if not isinstance(value, Tensor):
-        raise ValueError(f"Lomo: the state dict's {name} is {value!r}, {expected}")
+        raise ValueError(f"Lomo: the state dict's {name} is {shown(value)}, {expected}")
     if value.dtype is not dtype or value.numel() != 1 or value.is_meta:
         raise ValueError(
             f"Lomo: the state dict's {name} has shape {list(value.shape)} and dtype {value.dtype} on {value.device}, "

@@ -55,7 +55,7 @@ def _pool(dtype: torch.dtype, values: str) -> Tensor:
     """Values to choose from. "integers": sums and products of a few hundred of them are exact in any order."""
     n = 1 << 18
     if values == "ids":
-        return torch.randint(0, 1 << 30, (n,), generator=oracle.generator(5), dtype=torch.int64).to(dtype)
+        return torch.randint(0, 1 << 30, (n,), generator=oracle.generator(5), dtype=torch.int64)
     if values == "integers":
         return torch.randint(-3, 4, (n,), generator=oracle.generator(6)).to(dtype)
     if values == "squares":
@@ -116,11 +116,11 @@ class Block:
         view = self.view(name, spec)
         if not view.numel():
             return
-        pool, need = _pool(view.dtype, spec["values"]), view.numel()
+        pool, need = _pool(torch.int64 if spec["values"] == "ids" else view.dtype, spec["values"]), view.numel()
         first = spec["seed"] % (len(pool) - need)
         chosen = pool[first : first + need]
         if spec["values"] == "ids":
-            chosen = chosen % spec["rows"]
+            chosen = (chosen % spec["rows"]).to(view.dtype)
         with torch.inference_mode(self.bytes.is_inference()):
             flat = view.new_empty(need).copy_(chosen).view(spec["shape"])
             if spec["layout"] == "expanded":  # copy_ refuses elements that share memory

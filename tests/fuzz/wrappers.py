@@ -103,24 +103,23 @@ def _call(spec: Spec, lists: dict[str, list[Any]]) -> None:
             options["shard"] = [options["shard"]] * len(params)
         ops.sgd_list_(params, grads, sq_norm=slots, low=lows, **scalars, **options)
         return
-    for name in ("parameter_id", "shard"):  # of lists
-        if isinstance(options.get(name), list) and options[name] and name + "s" not in options:
-            options[name] = options[name][0]
+    for name in ("parameter_id", "shard"):  # drawn for a list
+        drawn = options.get(name)
+        if isinstance(drawn, list) and drawn and (name == "parameter_id" or isinstance(drawn[0], list)):
+            options[name] = drawn[0]
     first = [one[0] if one else None for one in (params, grads, slots, lows)]
     ops.sgd_(first[0], first[1], sq_norm=first[2], low=first[3], **scalars, **options)
 
 
-def _number(name: str, pair: list[Any]) -> float:
-    number = float(pair[0])
-    if pair[1] == "float32":
-        number = torch.tensor(number, dtype=torch.float64).float().item()
-    return number
+def _number(pair: list[Any]) -> float:
+    scalar = _scalar(*pair)
+    return scalar.item() if isinstance(scalar, Tensor) else float(scalar)
 
 
 def _expect(spec: Spec, lists: dict[str, list[Any]]) -> None:
     """What the documentation says, from plain numbers and `reference.updated`."""
     neutral = {"inv_scale": 1.0, "clip_value": math.inf, "clip_coef": 1.0, "weight_decay": 0.0, "found_inf": 0.0}
-    given = {n: _number(n, pair) for n, pair in spec["scalars"].items() if pair[0] is not None}
+    given = {n: _number(pair) for n, pair in spec["scalars"].items() if pair[0] is not None or pair[1]}
     numbers: dict[str, Any] = neutral | given
     found_inf = numbers.pop("found_inf")
     slots = lists.get("slots" if spec["op"] == "sq_norm_" else "sq_norms", [])
@@ -165,7 +164,7 @@ def run(spec: Spec) -> Outcome:
             raise Finding(f"bytes have changed, and then it was refused: {str(error)[:200]}") from error
         return Outcome("refused")
     tensors = [t for one in lists.values() for t in one if isinstance(t, Tensor)]
-    if tensors and all(t.is_meta or type(t).__name__ == "FakeTensor" for t in tensors):
+    if all(t.is_meta or type(t).__name__ == "FakeTensor" for t in tensors):
         return Outcome("equal")
     try:
         _expect(spec, _by_name(spec, want, exotic=False))
