@@ -67,7 +67,7 @@ class Estimate(NamedTuple):
         scaled = self.total * (1.0 if inv_scale is None else inv_scale.float().item()) ** 2
         if not SMALLEST * elements <= scaled <= LARGEST:
             return False
-        slot += scaled
+        slot.detach().add_(scaled)
         return True
 
 

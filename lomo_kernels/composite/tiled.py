@@ -37,8 +37,9 @@ library.define("_product_(Tensor(a!) out, Tensor grad_output, Tensor input, bool
 
 @torch.library.register_fake("lomo_kernels::_product_")
 def _(out: Tensor, grad_output: Tensor, input: Tensor, accumulate: bool) -> None:
-    if not out.device == grad_output.device == input.device:
-        raise ValueError(f"_product_: out is on {out.device}, the factors on {grad_output.device} and {input.device}")
+    places = [tensor.device if isinstance(tensor, Tensor) else None for tensor in (out, grad_output, input)]
+    if len(set(places)) > 1:
+        raise ValueError(f"_product_: out is on {places[0]}, the factors on {places[1]} and {places[2]}")
 
 
 #: A tile's memory: large enough for products to be fast, small enough for the update to find it in a cache. Update of a

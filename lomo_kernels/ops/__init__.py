@@ -2,7 +2,7 @@
 
 from . import adalomo as adalomo  # for their schemas: they have no public function
 from . import factored as factored
-from ._negative import handle_negative_bits
+from ._lazy_views import resolve_lazy_views
 from .embedding import embedding_sgd_, embedding_sq_norm_
 from .linear import linear_sgd_, linear_sq_norm_
 from .sq_norm import sq_norm_, sq_norm_list_
@@ -33,4 +33,4 @@ OPERATORS = (
     "adalomo_factors",
 )
 
-handle_negative_bits(OPERATORS)
+resolve_lazy_views(OPERATORS)

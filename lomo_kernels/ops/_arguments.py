@@ -56,6 +56,15 @@ def inv_scale_tensor(op: str, value: Scalar | None, device: torch.device) -> Ten
     return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")  # type: ignore[arg-type]
 
 
+def check_places(op: str, like: Tensor, sq_norm: Tensor | None, inv_scale: Tensor | None) -> None:
+    """Raises ValueError unless the optional tensors of a raw call are on the device of `like`; `inv_scale` may be on the
+    CPU. For fake functions: without it a call with one of them on "meta" would do nothing, without a word."""
+    if sq_norm is not None:
+        check_slot(op, "sq_norm", sq_norm, like.device)
+    if inv_scale is not None and inv_scale.device not in (like.device, torch.device("cpu")):
+        raise ValueError(f"{op}: inv_scale is on {inv_scale.device}, expected {like.device} or the CPU")
+
+
 #: Set by `lomo_kernels.backends`: chooses the kernels for a device if that was not done yet.
 choose_kernels: list[Callable[[torch.device], None]] = []
 
@@ -136,7 +145,7 @@ def check_low(op: str, params: Sequence[Tensor], low: Sequence[Tensor], *, stoch
                 'use rounding="stochastic"'
             )
         if param.dtype is torch.float32:
-            if part.numel():
+            if part.numel() or part.dtype is not torch.int16:
                 raise ValueError(f"{op}: a float32 parameter has a low part, expected it of bfloat16 parameters only")
         elif part.dtype is not torch.int16 or part.shape != param.shape:
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ._arguments import (
     Scalar,
     check_low,
+    check_places,
     check_served,
     check_shard,
     check_slot,
@@ -45,6 +46,7 @@ library.define(
 @torch.library.register_fake("lomo_kernels::embedding_sq_norm_")
 def _(slot: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], inv_scale: Any) -> None:
     check_embedding("embedding_sq_norm_", indices, grad_outputs, padding_idx, slot)
+    check_places("embedding_sq_norm_", slot, None, inv_scale)
 
 
 @torch.library.register_fake("lomo_kernels::embedding_update_")
@@ -64,6 +66,7 @@ def _(
 ) -> None:
     _check_update("embedding_update_", weight, indices, grad_outputs, padding_idx)
     check_vector("embedding_update_", scalars, weight.device)
+    check_places("embedding_update_", weight, sq_norm, None)
     check_low("embedding_update_", [weight], [] if low is None else [low], stochastic=stochastic)
 
 

@@ -46,10 +46,11 @@ def _(
     *seed_to_low: Any,
 ) -> None:
     check_lengths("update_", "params", len(params), grads=len(grads))
-    for slot in sq_norm:
-        check_slot("update_", "sq_norm", slot, params[0].device)
     for param, grad in zip(params, grads, strict=True):
         check_pair("update_", param, grad)
+    for param, slot in zip(params, sq_norm, strict=False):
+        check_slot("update_", "sq_norm", slot, param.device)
+    for param in params:
         check_vector("update_", scalars, param.device)
     check_low("update_", params, seed_to_low[-1], stochastic=stochastic)
 

@@ -401,6 +401,8 @@ def run(spec: Spec) -> Outcome:
     except Exception as error:
         if "negative bit" in exotics and "share memory" in str(error):  # torch gives the operator a copy
             return Outcome("equal")
+        if torch.equal(got.bytes, before) and any(0 in one["shape"] for one in spec["tensors"].values()):
+            return Outcome("equal")  # nothing to do, and nothing done
         raise Finding(f"it was not refused; the reference says {type(error).__name__}: {str(error)[:300]}") from error
     compare(spec, got, want)
     if expected is not None and not math.isclose(float(result[0]), float(expected), rel_tol=1e-5, abs_tol=1e-9):

@@ -31,10 +31,10 @@ class Kind(NamedTuple):
 OWN = re.compile(r"(Lomo|AdaLomo|lomo_kernels|[a-z_]*(sgd|sq_norm|update|factors|factor_sums|product|gram)(_list)?_?): ")
 #: What the dispatcher and torch's argument parser say of a raw call, before anything of this library runs.
 OF_TORCH = re.compile(
-    r"Could not run 'lomo_kernels::|lomo_kernels::\w+\(\) |fallback doesn't currently support mutable TensorLists|"
+    r"Could not run 'lomo_kernels::|lomo_kernels::\w+\(\) |"
     r"Please convert all Tensors to FakeTensors|Multiple dispatch failed|unsupported tensor layout|"
     r"There were no tensor arguments to this function|Expected Tensor but got|aoti_torch_\w+\(|"
-    r"Not yet supported ScalarType|setStorage: sizes|no fake impl or Meta kernel"
+    r"Not yet supported ScalarType|setStorage: sizes|lomo_kernels\._gram\.default|no fake impl or Meta kernel"
 )
 NEVER = re.compile(r"INTERNAL ASSERT|please report a bug|Exceeds the limit", re.I)
 

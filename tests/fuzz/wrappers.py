@@ -124,7 +124,8 @@ def _expect(spec: Spec, lists: dict[str, list[Any]]) -> None:
     found_inf = numbers.pop("found_inf")
     slots = lists.get("slots" if spec["op"] == "sq_norm_" else "sq_norms", [])
     for slot, grad in zip(slots, lists.get("grads", []), strict=False):
-        slot.detach().add_(reference.sum_of_squares(grad, numbers["inv_scale"]))
+        if slot is not None:
+            slot.detach().add_(reference.sum_of_squares(grad, numbers["inv_scale"]))
     if spec["op"] == "sq_norm_" or found_inf:
         return
     options = spec["options"]

@@ -1,4 +1,4 @@
-"""Views whose elements torch negates when it reads them, such as the imaginary part of a conjugate.
+"""Views whose elements torch negates or conjugates when it reads them, such as the imaginary part of a conjugate.
 
 torch gives an operator copies of them. It fails after the update of some operators, and before that of others, if such
 a view is to be written. So it is refused here.
@@ -15,10 +15,11 @@ from torch import Tensor
 from ._arguments import library
 
 
-def handle_negative_bits(operators: Sequence[str]) -> None:
+def resolve_lazy_views(operators: Sequence[str]) -> None:
     """Registers what the operators do with such views."""
     for name in operators:
-        library.impl(name, _call_of(name), "Negative")
+        for key in ("Negative", "Conjugate"):
+            library.impl(name, _call_of(name), key)
 
 
 def _call_of(name: str) -> Any:
@@ -29,10 +30,10 @@ def _call_of(name: str) -> Any:
         for argument, value in zip(arguments, given, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in value if isinstance(value, list) else [value]:
-                    if tensor is not None and tensor.is_neg():
+                    if tensor is not None and (tensor.is_neg() or tensor.is_conj()):
                         raise ValueError(
-                            f"{name}: {argument.name} is a view that negates its memory (Tensor.is_neg), expected one "
-                            "that can be written. Nothing was changed. Pass the view's resolve_neg(), and copy it back"
+                            f"{name}: {argument.name} is a view that negates or conjugates its memory (Tensor.is_neg, "
+                            "is_conj), expected one that can be written. Nothing was changed. Pass a copy"
                         )
         return operator(*(_resolved(value) for value in given))
 
@@ -42,4 +43,4 @@ def _call_of(name: str) -> Any:
 def _resolved(value: Any) -> Any:
     if isinstance(value, list):
         return [_resolved(each) for each in value]
-    return value.resolve_neg() if isinstance(value, Tensor) else value
+    return value.resolve_conj().resolve_neg() if isinstance(value, Tensor) else value
