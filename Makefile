@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 # Ranks and programs of tests wait for each other: two workers keep two cores busy for two thirds of the time.
 WORKERS ?= 3
 ARGS ?=
+# Of `make fuzz`.
+MINUTES ?= 10
 # Of `make gpu`.
 BUDGET ?= 540
 RESULTS ?= build/gpu
@@ -37,7 +39,7 @@ need_compiler := for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/de
 
 after := echo "'$(bin)/pytest-benchmark compare OLD NEW' shows results of two files side by side."
 
-.PHONY: help demo test faults sanitize bench bench-full machine-code gpu wheel wheel-cuda sdist lint format testing clean environment FORCE
+.PHONY: help demo test faults fuzz sanitize sanitize-threads bench bench-full machine-code gpu wheel wheel-cuda sdist lint format testing clean environment FORCE
 .NOTPARALLEL:
 
 help:            ## this list
@@ -96,6 +98,9 @@ testing: $(stamps)/test   ## the C++ module of the tests and benches
 faults: testing  ## faults at every point of a step, kills, threads, ranks, long runs: hours; ARGS="memory lines --stride 20"
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests:build/testing $(bin)/python -m faults $(ARGS)
 
+fuzz: $(stamps)/test   ## random operator calls, models and state dicts for MINUTES=10; ARGS="operators --seed=1" selects
+	@cd tests && OMP_NUM_THREADS=1 PYTHONPATH=$(abspath .) $(abspath $(bin))/python -m fuzz --minutes=$(MINUTES) $(ARGS)
+
 sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, under the address and undefined-behaviour sanitizers
 	@rm -rf $(checked)/lomo_kernels && mkdir -p $(checked) && cp -r lomo_kernels $(checked)
 	@$(bin)/cmake -S . -B build/sanitize -G Ninja -DLOMO_SANITIZE=address,undefined -DLOMO_TESTING=ON -DLOMO_CUDA=0 \
@@ -114,6 +119,21 @@ sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, u
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py tests/test_overlap.py $$cpu $(ARGS) || exit 1; done
+
+# Only this library is built with the sanitizer, so what torch's own threads do is not seen. Its thread pool is not used
+# (one thread for each caller): the sanitizer does not know OpenMP's barriers and takes what they order for races.
+sanitize-threads: $(stamps)/test   ## operators called from several threads, under the thread sanitizer
+	@rm -rf build/tsan/site && mkdir -p build/tsan/site && cp -r lomo_kernels build/tsan/site
+	@$(bin)/cmake -S . -B build/tsan -G Ninja -DLOMO_SANITIZE=thread -DLOMO_CUDA=0 \
+	  -DPYTHON=$(abspath $(bin)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) -DLOMO_OUTPUT_DIR=$(abspath build/tsan/site)/lomo_kernels >/dev/null
+	@$(bin)/cmake --build build/tsan --target _cpu
+	@for isa in baseline avx2 avx512 avx512bf16 amx; do \
+	  case $$isa in avx512) flag=avx512bw;; avx512bf16) flag=avx512_bf16;; amx) flag=amx_bf16;; avx2) flag=avx2;; *) flag=;; esac; \
+	  [ -z "$$flag" ] || grep -qw $$flag /proc/cpuinfo || { echo "This processor lacks $$isa: left out"; continue; }; \
+	  OMP_NUM_THREADS=1 LOMO_KERNELS_ISA=$$isa PYTHONPATH=build/tsan/site:tests \
+	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libtsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	  TSAN_OPTIONS="exitcode=66 halt_on_error=0 ignore_noninstrumented_modules=1" \
+	  $(bin)/python -P tests/support/threads.py || exit 1; done
 
 clean:           ## remove what was built; VENV stays
 	rm -rf build dist *.egg-info lomo_kernels/*.so

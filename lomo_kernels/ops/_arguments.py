@@ -35,6 +35,7 @@ def is_number_tensor(op: str, name: str, value: Scalar, device: torch.device) ->
         raise TypeError(f"{op}: {name} has dtype {value.dtype}, expected float64 or float32")
     if value.device != device:
         raise ValueError(f"{op}: {name} is on {value.device}, expected {device}, where the parameter or slot is")
+    check_memory(op, name, value)
     return True
 
 
@@ -98,6 +99,7 @@ def is_step_tensor(op: str, step: int | Tensor, device: torch.device) -> bool:
         raise ValueError(f"{op}: step has shape {list(step.shape)} and dtype {step.dtype}, expected one int64 element")
     if step.device != device:
         raise ValueError(f"{op}: step is on {step.device}, expected {device}, where the parameter is")
+    check_memory(op, "step", step)
     return True
 
 
@@ -106,6 +108,13 @@ def check_dense(op: str, name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "a nested one" if tensor.is_nested else tensor.layout
         raise ValueError(f"{op}: {name} has layout {layout}, expected a dense (strided) tensor")
+
+
+def check_memory(op: str, name: str, tensor: Tensor) -> None:
+    """Raises RuntimeError if a tensor's storage was freed (`untyped_storage().resize_(0)`, as FSDP does). The tensor keeps
+    its sizes, and torch reads beyond the memory. ``csrc/checks.h`` has the same for what kernels read."""
+    if not torch.compiler.is_compiling() and tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise RuntimeError(f"{op}: {name} has a storage of 0 bytes; its memory was freed. Nothing was changed")
 
 
 def check_element_type(op: str, name: str, tensor: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import DTYPES, as_list, check_element_type, check_lengths
+from ._arguments import DTYPES, as_list, check_element_type, check_lengths, check_memory
 from ._overlap import Access, check_no_overlap, have_addresses, regions
 
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -87,7 +87,10 @@ def is_plain_linear(
             if tensor is not None:
                 if tensor.device != device or tensor.layout is not torch.strided or tensor.is_nested:
                     return False
-                storages.add(tensor.untyped_storage()._cdata)
+                storage = tensor.untyped_storage()
+                if not storage.nbytes():  # freed, or a tensor without elements
+                    return False
+                storages.add(storage._cdata)
                 tensors += 1
     for x, gy in zip(inputs, grad_outputs, strict=True):
         if x.dtype not in DTYPES or x.dtype is not gy.dtype or not (x.dim() and gy.dim()):
@@ -104,6 +107,8 @@ def check_factors_apart(
     with each other: then a part would change before it is used."""
     slots = [] if slot is None else [slot]
     weights = [] if weight is None else [weight]
+    for tensor in (*weights, *slots, *low, *factors):
+        check_memory(op, "a weight, slot or factor", tensor)
     if not have_addresses((*weights, *slots)):
         return
     check_no_overlap(

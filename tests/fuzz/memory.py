@@ -161,11 +161,11 @@ def exotic(view: Tensor, kind: str) -> Any:
         "quantized": lambda: torch.quantize_per_tensor(view.detach().float(), 0.1, 0, torch.qint8),
         "None": lambda: None,
         "number": lambda: 3,
-        "freed": lambda: _freed(view.detach().clone()),
+        "freed": lambda: freed(view.detach().clone()),
     }
     return copies[kind]()
 
 
-def _freed(tensor: Tensor) -> Tensor:
+def freed(tensor: Tensor) -> Tensor:
     tensor.untyped_storage().resize_(0)
     return tensor

@@ -52,7 +52,7 @@ class Model(nn.Module):
             self.layers.append(made)
         self.head = nn.Linear(width, 3)
         for i, param in enumerate(self.parameters()):
-            param.requires_grad_(i % 5 not in spec["frozen"] or i == 0)
+            param.requires_grad_(i % 5 not in spec["frozen"] or param is self.head.weight)
 
     def _layer(self, kind: str, layer: Any, x: Tensor, index: Tensor) -> Tensor:
         if kind == "unused":

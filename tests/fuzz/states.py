@@ -26,7 +26,7 @@ VALUES: tuple[Any, ...] = (
 def _made(value: Any) -> Any:
     """A value of a spec, which has no tensors in it."""
     if not isinstance(value, list) or not value:
-        return value
+        return copy.deepcopy(value)  # another mutation may change it
     kinds = {
         "tensor": lambda: torch.full([2] * max(value[2], 0), 3, dtype=getattr(torch, value[1])),
         "meta": lambda: torch.ones((), device="meta"),
@@ -36,7 +36,7 @@ def _made(value: Any) -> Any:
         "complex": lambda: torch.ones((), dtype=torch.complex64),
         "bool": lambda: torch.ones((), dtype=torch.bool),
     }
-    return kinds[value[0]]() if value[0] in kinds else value
+    return kinds[value[0]]() if value[0] in kinds else list(value)
 
 
 def draw(r: Random) -> Spec:

@@ -20,7 +20,7 @@ from lomo_kernels import ops, reference
 HYPERPARAMETERS = ("lr", "weight_decay", "inv_scale", "clip_value", "clip_coef", "found_inf")
 OPTIONS = ("rule", "rounding", "seed", "parameter_id", "step", "shard")
 #: Kinds of scalars: plain numbers, and tensors that hold one.
-AS = ("", "", "", "float64", "float32", "float64 of no dimension", "int64", "two elements", "meta", "sparse", "nested")
+AS = ("", "", "", "freed", "float64", "float32", "float64 of no dimension", "int64", "two elements", "meta", "sparse", "nested")
 
 
 def draw(r: Random) -> Spec:
@@ -69,6 +69,7 @@ def _scalar(value: Any, kind: str) -> Any:
         "two elements": lambda: torch.cat([made, made]),
         "meta": lambda: made.to("meta"),
         "sparse": made.to_sparse,
+        "freed": lambda: memory.freed(made),
         "nested": lambda: torch.nested.nested_tensor([made]),
     }
     return kinds[kind]()
@@ -138,7 +139,7 @@ def _expect(spec: Spec, lists: dict[str, list[Any]]) -> None:
         else:
             keys: dict[str, Any] = {name: options.get(name) or 0 for name in ("seed", "step", "parameter_id")}
             ids, shard = options.get("parameter_id"), options.get("shard")
-            keys["parameter_id"] = ids[i] if isinstance(ids, list) and ids else int(ids or 0) if ids else 0
+            keys["parameter_id"] = ids[i] if isinstance(ids, (list, tuple)) and ids else int(ids or 0) if ids else 0
             if ids is None and spec["list"]:
                 keys["parameter_id"] = i
             if shard:
