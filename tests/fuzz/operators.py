@@ -243,6 +243,7 @@ def mutate(r: Random, spec: Spec) -> None:
         spec["scalars"][r.choice(("lr", "weight_decay", "clip_coef", "found_inf", "step"))] = r.choice(ODD[:8])
     elif spec["numbers"]:
         name = r.choice(list(spec["numbers"]))
+        name = "shard" if "shard" in spec["numbers"] and r.random() < 0.4 else name
         if name == "shard":
             count = len([n for n in names if n.startswith("params")])
             three = [r.choice((0, 1, -1, 3, 2**31, 2**62, 2**63 - 1, -(2**63))) for _ in range(r.choice((3, 3, 3, 2)))]

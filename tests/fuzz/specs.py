@@ -34,7 +34,7 @@ OF_TORCH = re.compile(
     r"Could not run 'lomo_kernels::|lomo_kernels::\w+\(\) |"
     r"Please convert all Tensors to FakeTensors|Multiple dispatch failed|unsupported tensor layout|"
     r"There were no tensor arguments to this function|Expected Tensor but got|aoti_torch_\w+\(|"
-    r"Not yet supported ScalarType|setStorage: sizes|lomo_kernels\._gram\.default|no fake impl or Meta kernel"
+    r"Not yet supported ScalarType|setStorage: sizes|lomo_kernels\._gram\.default|'NoneType' object has no attribute|no fake impl or Meta kernel"
 )
 NEVER = re.compile(r"INTERNAL ASSERT|please report a bug|Exceeds the limit", re.I)
 

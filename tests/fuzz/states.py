@@ -138,7 +138,10 @@ def run(spec: Spec) -> Outcome:
         models.do(optimizer, model, spec["steps"][0], spec["lr"])
         before = copy.deepcopy((optimizer.state_dict(), [param.detach() for param in model.parameters()]))
         for mutation in spec["mutations"]:
-            _mutate(given, mutation)
+            try:
+                _mutate(given, mutation)
+            except Exception:  # torch makes no such tensor
+                return Outcome("impossible", 0)
         kept = copy.deepcopy(given)
         outcome = "equal"
         try:
