@@ -52,7 +52,8 @@ inline std::optional<View> low_of(const Tensor& low, const Tensor& param, bool s
              "rounding=\"stochastic\"");
   check_device(low, device, op, "low");
   if (dtype == kFloat32) {
-    LOMO_CHECK(!low.numel() && low.scalar_type() == ScalarType::Short, op, ": a float32 parameter has a low part, expected it of bfloat16 parameters only");
+    LOMO_CHECK(!low.numel() && low.scalar_type() == ScalarType::Short, op,
+               ": a float32 parameter has a low part, expected it of bfloat16 parameters only");
     return std::nullopt;
   }
   LOMO_CHECK(low.scalar_type() == ScalarType::Short && same_shape(low, param), op, ": low has shape ", shape_of(low),

@@ -69,7 +69,7 @@ def test_freed_memory_is_refused(freed_one: str) -> None:
     given = {"param": torch.ones(9), "grad": torch.ones(9), "scalars": scalars()}
     given["slot"] = torch.zeros(1, dtype=torch.float64)
     freed(given[freed_one])
-    with pytest.raises(RuntimeError, match="its memory was freed. Nothing was changed"):
+    with pytest.raises(RuntimeError, match="its memory was freed"):
         RAW.update_([given["param"]], [given["grad"]], given["scalars"], [given["slot"]], 0, False, 0, [0], [], [])
     factor = torch.ones(2, 3, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="its memory was freed"):
@@ -133,7 +133,7 @@ def test_a_view_that_negates_its_memory() -> None:
 
 @needs_compiled
 def test_raw_calls_of_layers_check_what_the_wrappers_check() -> None:
-    """Wrong shapes left a part of the weight as it was, or failed in torch's words; shared memory gave another weight."""
+    """Wrong shapes left a part of the weight as it was, and shared memory gave other weights."""
     weight, slot = torch.ones(4, 3), torch.zeros(1, dtype=torch.float64)
     x, gy = torch.ones(2, 3), torch.ones(2, 4)
     rest = (scalars(), None, 0, False, 0, 0, [])
@@ -144,7 +144,9 @@ def test_raw_calls_of_layers_check_what_the_wrappers_check() -> None:
         lambda: RAW.linear_update_(weight, [weight[:2]], [gy], *rest),
         lambda: RAW.linear_sq_norm_(slot, [x], [gy.bfloat16()], None),
         lambda: RAW.linear_sq_norm_(slot.float(), [x], [gy], None),
-        lambda: RAW.embedding_sq_norm_(slot, [torch.zeros(1, dtype=torch.int64)], [slot.view(torch.float32)[None]], [-1], None),
+        lambda: RAW.embedding_sq_norm_(
+            slot, [torch.zeros(1, dtype=torch.int64)], [slot.view(torch.float32)[None]], [-1], None
+        ),
     ]
     for call in refused:
         with pytest.raises((RuntimeError, ValueError, TypeError), match=r"^(linear|embedding)_\w+_: "):
@@ -171,12 +173,16 @@ def test_a_meta_tensor_among_others_is_refused(op: str) -> None:
 
 def test_malformed_layouts_and_keys_of_a_state_dict_are_refused() -> None:
     """In Python's words before: "'int' object is not iterable", "unhashable type"."""
-    for where, value in ((("lomo", "parameters", 0, 1), 3), (("param_groups", 0, "params", 0), {}), (("lomo", "step"), 10**5000)):
+    for where, value in (
+        (("lomo", "parameters", 0, 1), 3),
+        (("param_groups", 0, "params", 0), {}),
+        (("lomo", "step"), 10**5000),
+    ):
         optimizer = Lomo(nn.Linear(2, 2), lr=0.1)
         state: Any = optimizer.state_dict()
         inner = state
         for key in where[:-1]:
             inner = inner[key]
         inner[where[-1]] = value
-        with pytest.raises((TypeError, ValueError), match="^Lomo: "):
+        with pytest.raises((TypeError, ValueError), match=r"^Lomo: "):
             optimizer.load_state_dict(state)

@@ -58,8 +58,8 @@ def inv_scale_tensor(op: str, value: Scalar | None, device: torch.device) -> Ten
 
 
 def check_places(op: str, like: Tensor, sq_norm: Tensor | None, inv_scale: Tensor | None) -> None:
-    """Raises ValueError unless the optional tensors of a raw call are on the device of `like`; `inv_scale` may be on the
-    CPU. For fake functions: without it a call with one of them on "meta" would do nothing, without a word."""
+    """Raises ValueError unless the optional tensors of a raw call are on the device of `like`. `inv_scale` may be on
+    the CPU. For fake functions: without it a call with a tensor on "meta" would do nothing, without a word."""
     if sq_norm is not None:
         check_slot(op, "sq_norm", sq_norm, like.device)
     if inv_scale is not None and inv_scale.device not in (like.device, torch.device("cpu")):
@@ -111,8 +111,8 @@ def check_dense(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_memory(op: str, name: str, tensor: Tensor) -> None:
-    """Raises RuntimeError if a tensor's storage was freed (`untyped_storage().resize_(0)`, as FSDP does). The tensor keeps
-    its sizes, and torch reads beyond the memory. ``csrc/checks.h`` has the same for what kernels read."""
+    """Raises RuntimeError if a tensor's storage was freed (`untyped_storage().resize_(0)`, as FSDP does). The tensor
+    keeps its sizes, and torch reads beyond the memory. ``csrc/checks.h`` has the same for what kernels read."""
     if not torch.compiler.is_compiling() and tensor.numel() and not tensor.untyped_storage().nbytes():
         raise RuntimeError(f"{op}: {name} has a storage of 0 bytes; its memory was freed. Nothing was changed")
 

@@ -64,10 +64,14 @@ def check_linear_update(op: str, weight: Tensor, inputs: Sequence[Tensor], grad_
 
 
 def is_plain_linear(
-    written: Sequence[Tensor | None], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor], weight: Tensor | None = None
+    written: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    weight: Tensor | None = None,
 ) -> bool:
-    """Whether `check_linear` and `check_factors_apart` have nothing to look for, nor `check_linear_update` if there is a
-    weight. In one function, because a fused layer asks twice in each step.
+    """Whether `check_linear` and `check_factors_apart` would find nothing, nor `check_linear_update` of the weight.
+
+    In one function, because a fused layer asks twice in each step.
 
     Args:
         written: weight or slot first. None: not given.

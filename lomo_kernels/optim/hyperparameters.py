@@ -35,8 +35,8 @@ def unused_momentum(groups: Sequence[dict[str, Any]]) -> str:
         momentum = group.get("momentum", 0.0)
         if isinstance(momentum, Tensor) or momentum:
             return (
-                f"Lomo: param_groups[{index}]['momentum'] is {shown(momentum)}, which is not used: Lomo has no momentum. "
-                "OneCycleLR and CyclicLR set it; give them cycle_momentum=False"
+                f"Lomo: param_groups[{index}]['momentum'] is {shown(momentum)}, which is not used: Lomo has no "
+                "momentum. OneCycleLR and CyclicLR set it; give them cycle_momentum=False"
             )
     return ""
 

@@ -90,8 +90,8 @@ def _of_entry(entry: Any, managed_params: Sequence[ManagedParameter]) -> dict[st
         raise ValueError(f"Lomo: the state dict's version is {shown(version)}, expected an integer from 1 to {VERSION}")
     if version > VERSION:
         raise ValueError(
-            f"Lomo: the state dict has version {shown(version)}; this lomo_kernels reads versions up to {VERSION}. Update "
-            "lomo_kernels to the release that saved it, or a later one"
+            f"Lomo: the state dict has version {shown(version)}; this lomo_kernels reads versions up to {VERSION}. "
+            "Update lomo_kernels to the release that saved it, or a later one"
         )
     _check_keys(entry, (*_NUMBERS, "parameters"), optional=("version", "rule", CLIP_MEANS))
     check_layout(entry["parameters"], managed_params)

@@ -1,7 +1,7 @@
 """``python -m fuzz`` (`make fuzz`): random cases until the time is over. A finding ends it with exit status 1.
 
-A child process runs the cases, so that a crash or a call that does not come back is a finding, too. What it found is made
-smaller and printed with the command that runs it again.
+A child process runs the cases, so that a crash or a call that does not come back is a finding, too. What it found is
+made smaller and printed with the command that runs it again.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ SHARES = {"operators": 0.45, "wrappers": 0.2, "models": 0.25, "states": 0.1}
 PATIENCE = 120
 
 
-def _kind(name: str):  # type: ignore[no-untyped-def]
+def _kind(name: str):
     from importlib import import_module
 
     return getattr(import_module(f"fuzz.{name}"), name.upper())
 
 
-def spec_of(kind: str, seed: int, number: int):  # type: ignore[no-untyped-def]
+def spec_of(kind: str, seed: int, number: int):
     return _kind(kind).draw(Random(f"{kind} {seed} {number}"))
 
 
-def run_cases(kind: str, seed: int, first: int, count: int, seconds: float, at: mmap.mmap | None = None) -> dict[str, int]:
+def run_cases(
+    kind: str, seed: int, first: int, count: int, seconds: float, at: mmap.mmap | None = None
+) -> dict[str, int]:
     """Runs cases, in this process. Returns how many there were, how many calls, and what came of them.
 
     Raises:
@@ -65,10 +67,10 @@ def run_cases(kind: str, seed: int, first: int, count: int, seconds: float, at: 
     return dict(counts)
 
 
-def _shrunk(kind: str, spec):  # type: ignore[no-untyped-def]
+def _shrunk(kind: str, spec):
     from fuzz.specs import Finding, shrink
 
-    def message(smaller) -> str:  # type: ignore[no-untyped-def]
+    def message(smaller) -> str:
         try:
             _kind(kind).run(smaller)
         except Finding as error:
@@ -81,10 +83,10 @@ def _shrunk(kind: str, spec):  # type: ignore[no-untyped-def]
     return shrink(spec, lambda smaller: bool(wanted) and message(smaller) == wanted)
 
 
-def printed(spec) -> str:  # type: ignore[no-untyped-def]
+def printed(spec) -> str:
     """A spec as Python. Python does not write out an int of thousands of digits."""
 
-    def short(value):  # type: ignore[no-untyped-def]
+    def short(value):
         if isinstance(value, dict):
             return {key: short(inner) for key, inner in value.items()}
         if isinstance(value, (list, tuple)):
@@ -115,14 +117,18 @@ def _child(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _supervise(kind: str, arguments: argparse.Namespace, first: int, count: int, minutes: float) -> dict[str, int] | None:
+def _supervise(
+    kind: str, arguments: argparse.Namespace, first: int, count: int, minutes: float
+) -> dict[str, int] | None:
     """Runs cases in a child process. Prints a finding, and returns None then."""
     with NamedTemporaryFile() as file:
         file.write(first.to_bytes(8, "little"))
         file.flush()
         command = [sys.executable, "-m", "fuzz", kind, "--child", "--at", file.name, "--seed", str(arguments.seed)]
         command += ["--first", str(first), "--cases", str(count), "--minutes", str(minutes)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        )
         last, since = -1, time.monotonic()
         while True:
             try:
@@ -138,9 +144,11 @@ def _supervise(kind: str, arguments: argparse.Namespace, first: int, count: int,
                     errors += f"\nIt did not come back in {PATIENCE} seconds"
                     break
         if child.returncode == 0:
-            return json.loads(out.strip().splitlines()[-1])  # type: ignore[no-any-return]
+            return json.loads(out.strip().splitlines()[-1])
         number = int.from_bytes(Path(file.name).read_bytes()[:8], "little")
-    print(f"{errors[-6000:]}\n{kind}: case {number} of seed {arguments.seed} failed (status {child.returncode}). Again:")
+    print(
+        f"{errors[-6000:]}\n{kind}: case {number} of seed {arguments.seed} failed (status {child.returncode}). Again:"
+    )
     print(f"  cd tests && python -m fuzz {kind} --seed={arguments.seed} --first={number} --cases=1", flush=True)
     if child.returncode != 1:
         print(printed(spec_of(kind, arguments.seed, number)))
@@ -148,7 +156,9 @@ def _supervise(kind: str, arguments: argparse.Namespace, first: int, count: int,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m fuzz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("kinds", nargs="*", choices=[[], *KINDS], help=f"of {', '.join(KINDS)}; default: all")
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=None, help="default: of the time")

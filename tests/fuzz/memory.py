@@ -24,8 +24,8 @@ SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 129, 
 LARGE = (511, 512, 513, 1023, 1025, 4095, 4096, 4097, 8193)
 HUGE = (65535, 65536, 65537, 70000)
 EXOTIC = (
-    "requires grad", "parameter", "subclass", "negative bit", "conjugate bit", "sparse", "csr", "mkldnn", "meta", "fake",
-    "nested", "jagged", "quantized", "None", "number", "freed",
+    "requires grad", "parameter", "subclass", "negative bit", "conjugate bit", "sparse", "csr", "mkldnn", "meta",
+    "fake", "nested", "jagged", "quantized", "None", "number", "freed",
 )  # fmt: skip
 #: Those that are a view of the block's memory.
 SHARING = ("requires grad", "parameter", "subclass", "negative bit")

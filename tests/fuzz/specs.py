@@ -28,13 +28,27 @@ class Kind(NamedTuple):
     run: Callable[[Spec], Outcome]
 
 
-OWN = re.compile(r"(Lomo|AdaLomo|lomo_kernels|[a-z_]*(sgd|sq_norm|update|factors|factor_sums|product|gram)(_list)?_?): ")
+OWN = re.compile(
+    r"(Lomo|AdaLomo|lomo_kernels|[a-z_]*(sgd|sq_norm|update|factors|factor_sums|product|gram)(_list)?_?): "
+)
 #: What the dispatcher and torch's argument parser say of a raw call, before anything of this library runs.
 OF_TORCH = re.compile(
-    r"Could not run 'lomo_kernels::|lomo_kernels::\w+\(\) |"
-    r"Please convert all Tensors to FakeTensors|Multiple dispatch failed|unsupported tensor layout|"
-    r"There were no tensor arguments to this function|Expected Tensor but got|aoti_torch_\w+\(|"
-    r"Not yet supported ScalarType|setStorage: sizes|lomo_kernels\._gram\.default|'NoneType' object has no attribute|no fake impl or Meta kernel"
+    "|".join(
+        (
+            r"Could not run 'lomo_kernels::",
+            r"lomo_kernels::\w+\(\) ",
+            r"There were no tensor arguments to this function",
+            r"Expected Tensor but got",  # None for a tensor
+            r"'NoneType' object has no attribute",
+            r"aoti_torch_\w+\(",
+            r"Not yet supported ScalarType",  # of torch's stable interface
+            r"setStorage: sizes",  # a view of a freed tensor
+            r"lomo_kernels\._gram\.default",  # which nobody calls with a fake tensor
+            r"no fake impl or Meta kernel",
+            r"Multiple dispatch failed",
+            r"unsupported tensor layout",
+        )
+    )
 )
 NEVER = re.compile(r"INTERNAL ASSERT|please report a bug|Exceeds the limit", re.I)
 
@@ -43,7 +57,11 @@ def check_words(error: Exception, *, raw: bool) -> None:
     """Raises `Finding` unless the exception is of a kind and in words that this library chose."""
     text = str(error)
     ours = isinstance(error, (TypeError, ValueError, RuntimeError)) and OWN.match(text) and not NEVER.search(text)
-    if not ours and "Please convert all Tensors to FakeTensors" not in text and not (raw and OF_TORCH.search(text) and not NEVER.search(text)):
+    if (
+        not ours
+        and "Please convert all Tensors to FakeTensors" not in text
+        and not (raw and OF_TORCH.search(text) and not NEVER.search(text))
+    ):
         raise Finding(f"refused in words that are not the library's: {type(error).__name__}: {text[:300]}") from error
 
 
@@ -64,7 +82,7 @@ def _smaller(value: Any) -> Iterator[Any]:
         for i in range(len(value)):
             yield value[:i] + value[i + 1 :]
         for i, inner in enumerate(value):
-            yield from (value[:i] + [new] + value[i + 1 :] for new in _smaller(inner))
+            yield from ([*value[:i], new, *value[i + 1 :]] for new in _smaller(inner))
     elif isinstance(value, bool):
         yield from [False] if value else []
     elif isinstance(value, int) and abs(value) > 1:

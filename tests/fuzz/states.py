@@ -16,10 +16,10 @@ from fuzz.specs import Finding, Kind, Outcome, Spec, check_words
 from lomo_kernels import Lomo
 
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2**31, 2**63 - 1, 2**63, 10**400, 10**5000, 0.5, -0.5, math.nan, math.inf, 1e308, 1j, "",
-    "dynamic", "sgd", "a" * 1000, [], {}, (), [1], {"a": 1}, {1, 2}, b"x", object, ["tensor", "float64", 1], ["tensor", "int64", 0],
-    ["tensor", "float32", 2], ["tensor", "float32", -1], ["tensor", "float64", 3], ["tensor", "uint8", 4], ["meta"], ["sparse"],
-    ["nan"], ["quantized"], ["complex"], ["bool"],
+    None, True, False, 0, 1, -1, 2**31, 2**63 - 1, 2**63, 10**400, 10**5000, 0.5, -0.5, math.nan, math.inf, 1e308, 1j,
+    "", "dynamic", "sgd", "a" * 1000, [], {}, (), [1], {"a": 1}, {1, 2}, b"x", object, ["tensor", "float64", 1],
+    ["tensor", "int64", 0], ["tensor", "float32", 2], ["tensor", "float32", -1], ["tensor", "float64", 3],
+    ["tensor", "uint8", 4], ["meta"], ["sparse"], ["nan"], ["quantized"], ["complex"], ["bool"],
 )  # fmt: skip
 
 
@@ -45,9 +45,13 @@ def draw(r: Random) -> Spec:
     spec["fused"] = spec["resumes"] = False
     spec["mutations"] = [
         {
-            "where": [r.randrange(1 << 16) for _ in range(5)],  # which child of a dict or list, from the outside inwards
+            "where": [
+                r.randrange(1 << 16) for _ in range(5)
+            ],  # which child of a dict or list, from the outside inwards
             "depth": r.choice((1, 2, 2, 3, 3, 3, 4, 5)),
-            "how": r.choice(("replace", "replace", "replace", "delete", "add", "element", "reshape", "dtype", "double")),
+            "how": r.choice(
+                ("replace", "replace", "replace", "delete", "add", "element", "reshape", "dtype", "double")
+            ),
             "value": r.randrange(len(VALUES)),
         }
         for _ in range(r.choice((1, 1, 2, 3)))

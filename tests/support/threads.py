@@ -40,7 +40,11 @@ def work(number: int, barrier: threading.Barrier, wrong: list[str]) -> None:
         for i, (param, grad) in enumerate(zip(expected, grads, strict=True)):
             new = reference.updated(param, grad, **numbers, stochastic=True, parameter_id=i)
             param.copy_(new)
-    wrong += [f"thread {number}: parameter {i}" for i, (p, e) in enumerate(zip(params, expected, strict=True)) if not p.equal(e)]
+    wrong += [
+        f"thread {number}: parameter {i}"
+        for i, (p, e) in enumerate(zip(params, expected, strict=True))
+        if not p.equal(e)
+    ]
 
 
 def main() -> int:
