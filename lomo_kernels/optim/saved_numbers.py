@@ -210,7 +210,7 @@ def check_layout(theirs: Any, managed_params: Sequence[ManagedParameter]) -> Non
         nameless = f"parameter {managed.index}"
         same_name = name is None or nameless in (name, our_name) or _bare(name) == _bare(our_name)
         if not same_name or (shape is not None and list(shape) != our_shape):
-            of_shape = "" if shape is None else f" of shape {list(shape)}"
+            of_shape = "" if shape is None else f" of shape {shown(list(shape))}"
             raise ValueError(
                 f"Lomo: parameter {managed.index} is {name}{of_shape} in the state dict, "
                 f"{our_name} of shape {our_shape} here; expected the same parameters in the same order"
