@@ -105,6 +105,17 @@ def test_an_int_of_thousands_of_digits_is_refused(name: str) -> None:
     assert param.eq(1).all()
 
 
+def test_scalars_and_gradients_without_strides_are_refused() -> None:
+    """They were refused in torch's words: "reshape is not implemented for sparse tensors", "Internal error"."""
+    one = torch.ones(1)
+    nested = torch.nested.nested_tensor([one])
+    for given in ({"lr": one.to_sparse()}, {"lr": nested}, {"lr": 0.1, "found_inf": one.to_sparse()}):
+        with pytest.raises(ValueError, match="expected a dense"):
+            ops.sgd_(torch.ones(3), torch.ones(3), **given)
+    with pytest.raises(ValueError, match="expected a dense"):
+        ops.sgd_(torch.ones(1), nested, lr=0.1)
+
+
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "clip_grad_norm", "clip_grad_value", "loss_scale", "seed"])
 def test_an_optimizer_refuses_such_an_int(name: str) -> None:
     for number in (10**400, 10**5000):
