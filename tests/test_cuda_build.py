@@ -1,4 +1,5 @@
-"""The CUDA library is compiled and linked for `bench.compiled.TARGETS`, and its code is what it should be. Needs nvcc, no GPU.
+"""The CUDA library is compiled and linked for `bench.compiled.TARGETS`, and its code is what it should be. Needs nvcc,
+no GPU.
 
 nvcc is that of PATH, CUDACXX, CUDA_HOME or /usr/local/cuda, else the one of `pip install nvidia-cuda-nvcc
 nvidia-cuda-runtime`.
