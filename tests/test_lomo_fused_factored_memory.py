@@ -8,22 +8,22 @@ from typing import Any
 import pytest
 import torch
 from support.factored import RULES
-from test_lomo_fused_memory import CLIP, ONE, Stack, allocated, step_of
+from test_lomo_fused_memory import CLIP, ONE, ROWS, TILE, WEIGHT, WIDTH, Stack, allocated, small_tiles, step_of
 from torch import nn
 
 from lomo_kernels import Lomo
-from lomo_kernels.composite import tiled
 from lomo_kernels.plan.methods import Method, lomo
 from lomo_kernels.plan.simulate import simulate
 
-#: Weights of some three tiles. What a rule keeps for each row and column is small beside them.
-ROWS, WIDTH = 1280, 1024
-WEIGHT = ROWS * WIDTH
-TILE = 4 * tiled.tile_rows(ROWS, WIDTH) * WIDTH
+__all__ = ["small_tiles"]  # a fixture: weights are of some three tiles here, too
+
+#: Tokens whose factors are nearly as large as the gradient.
+MANY = 200
 
 
-def peak(rule: str, fused: bool, tokens: int, *, dtype: torch.dtype, tied: bool, kind: str, **options: Any) -> int:
-    model = Stack(tied=tied, kind=kind, rows=ROWS, width=WIDTH).to(dtype)
+def peak(rule: str, fused: bool, tokens: int, *, dtype: torch.dtype, **options: Any) -> int:
+    shape = {name: options.pop(name) for name in ("tied", "kind", "rows", "width") if name in options}
+    model = Stack(**shape).to(dtype)
     with Lomo(model, lr=1e-3, rule=rule, fused_layers=fused, **options) as optimizer:
         gc.collect()
         return allocated(step_of(model, optimizer, tokens)).peak
@@ -41,8 +41,10 @@ def peak(rule: str, fused: bool, tokens: int, *, dtype: torch.dtype, tied: bool,
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.filterwarnings("ignore:Lomo. reentrant")
 def test_the_peak_is_never_above_that_of_the_hooks(dtype: torch.dtype, rule: str, tied: bool, kind: str) -> None:
-    model: dict[str, Any] = {"dtype": dtype, "tied": tied, "kind": kind}
-    size = WEIGHT * dtype.itemsize
+    # With weights of a tile and a quarter the activations of a bfloat16 block, computed again, would decide.
+    more = 2 if kind == "non-reentrant" else 1
+    model: dict[str, Any] = {"dtype": dtype, "tied": tied, "kind": kind, "rows": more * ROWS, "width": more * WIDTH}
+    size = more**2 * WEIGHT * dtype.itemsize
     hooks, fused = (peak(rule, way, 16, **model) for way in (False, True))
     assert fused <= hooks + 4096, "indices, and numbers"
     if tied:  # in the hooks a gradient of the head waits for that of the embedding
@@ -50,12 +52,12 @@ def test_the_peak_is_never_above_that_of_the_hooks(dtype: torch.dtype, rule: str
     elif rule == "rows":
         assert fused < hooks - (size - TILE) + 0.2 * size
     if kind == "none":
-        assert peak(rule, True, 400, **model) <= peak(rule, False, 400, **model) + 4096
+        assert peak(rule, True, MANY, **model) <= peak(rule, False, MANY, **model) + 4096
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_clipping_keeps_factors_and_forms_one_gradient_at_a_time(rule: str) -> None:
-    model: dict[str, Any] = {"dtype": torch.float32, "tied": False, "kind": "none"}
+    model = {"dtype": torch.float32}
     assert peak(rule, True, 16, **model, **CLIP) <= peak(rule, False, 16, **model, **CLIP) + 4096
     assert peak(rule, True, 16, **model, **ONE) < 1.3 * 4 * WEIGHT
 

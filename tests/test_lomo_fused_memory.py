@@ -108,12 +108,23 @@ def sgd_step(model: Stack, tokens: int) -> Callable[[], None]:
     return step
 
 
+#: Each kind of checkpoints with each dtype and each rule, as each dtype with each rule, tied and not.
 @pytest.mark.parametrize(
-    ("tied", "kind"),
-    [(False, "none"), (False, "reentrant"), (False, "non-reentrant"), (True, "none"), (True, "non-reentrant")],
+    ("tied", "kind", "dtype", "rule"),
+    [
+        (False, "none", torch.float32, {}),
+        (False, "none", torch.bfloat16, CLIP),
+        (False, "reentrant", torch.float32, CLIP),
+        (False, "reentrant", torch.bfloat16, {}),
+        (False, "non-reentrant", torch.float32, {}),
+        (False, "non-reentrant", torch.bfloat16, CLIP),
+        (True, "none", torch.float32, CLIP),
+        (True, "none", torch.bfloat16, {}),
+        (True, "non-reentrant", torch.float32, {}),
+        (True, "non-reentrant", torch.bfloat16, CLIP),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("rule", [{}, CLIP], ids=["plain", "two"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tensor_of_a_weights_size_is_ever_made(dtype: torch.dtype, rule: Any, tied: bool, kind: str) -> None:
     model = Stack(tied=tied, kind=kind).to(dtype)
     optimizer = Lomo(model, lr=1e-3, fused_layers=True, weight_decay=0.1, **rule)
@@ -129,9 +140,18 @@ def test_the_recorder_sees_the_gradient_of_a_layer_that_is_not_fused() -> None:
     assert allocated(step_of(model, Lomo(model, lr=1e-3), 16)).largest == WEIGHT * 4
 
 
-@pytest.mark.parametrize("shared", [1, 3], ids=["one input each", "shared inputs"])
-@pytest.mark.parametrize("kind", ["none", "non-reentrant"])
-@pytest.mark.parametrize("tokens", [4, 100, 350])
+#: Each two of them in all pairs of values. `shared` layers have one input.
+@pytest.mark.parametrize(
+    ("tokens", "kind", "shared"),
+    [
+        (4, "none", 1),
+        (4, "non-reentrant", 3),
+        (100, "none", 3),
+        (100, "non-reentrant", 1),
+        (350, "none", 1),
+        (350, "non-reentrant", 3),
+    ],
+)
 def test_one_backward_keeps_the_smaller_of_factors_and_gradients(tokens: int, kind: str, shared: int) -> None:
     model = Stack(shared=shared, kind=kind)
     weights = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding))]
