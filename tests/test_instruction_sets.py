@@ -228,7 +228,7 @@ def instructions():
                     update()
                 return min(native.count_instructions(update) for _ in range(2))
 
-            counts[f"{oracle.name_of(dtype)} {rounding}"] = (call(3 * 4096) - call(4096)) / (2 * 4096)
+            counts[f"{oracle.name_of(dtype)} {rounding}"] = (call(3 * 1024) - call(1024)) / (2 * 1024)
     return counts
 
 
