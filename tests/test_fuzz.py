@@ -1,7 +1,6 @@
 """A small, fixed part of `make fuzz`, and what it found.
 
-45 seconds on a quiet core: the cases of a minute find every defect that was planted to try the fuzzer
-(docs/robustness.md).
+Less than a minute on one core. docs/robustness.md says which planted defects so many cases find.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from lomo_kernels import Lomo, backends, ops
 RAW = torch.ops.lomo_kernels
 needs_compiled = pytest.mark.skipif(backends.choice("CPU").backend != "cpu", reason="compares the compiled operators")
 
-#: Cases of each kind: some ten seconds on a quiet core.
+#: Cases of each kind, which take some ten seconds.
 CASES = {"operators": 4000, "wrappers": 2500, "models": 250, "states": 150}
 
 

@@ -428,6 +428,16 @@ def test_a_hook_of_the_user_that_raises_leaves_all_as_it_was() -> None:
         assert whole_state(optimizer) == before
 
 
+def test_a_hook_of_a_load_may_save() -> None:
+    """It was refused as "inside a step"."""
+    _, source = run_of_three(lr=0.25)
+    _, optimizer = run_of_three()
+    saved: list[Any] = []
+    optimizer.register_load_state_dict_post_hook(lambda each: saved.append(each.state_dict()))
+    optimizer.load_state_dict(source.state_dict())
+    assert saved[0]["param_groups"][0]["lr"] == 0.25
+
+
 def test_an_interrupt_at_any_line_of_add_param_group() -> None:
     """With a layer to fuse, a parameter unfrozen since, and a norm that waits for its step."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1))

@@ -37,9 +37,9 @@ library.define("_product_(Tensor(a!) out, Tensor grad_output, Tensor input, bool
 
 @torch.library.register_fake("lomo_kernels::_product_")
 def _(out: Tensor, grad_output: Tensor, input: Tensor, accumulate: bool) -> None:
-    places = [tensor.device if isinstance(tensor, Tensor) else None for tensor in (out, grad_output, input)]
-    if len(set(places)) > 1:
-        raise ValueError(f"_product_: out is on {places[0]}, the factors on {places[1]} and {places[2]}")
+    devices = [tensor.device if isinstance(tensor, Tensor) else None for tensor in (out, grad_output, input)]
+    if len(set(devices)) > 1:
+        raise ValueError(f"_product_: out is on {devices[0]}, the factors on {devices[1]} and {devices[2]}")
 
 
 #: A tile's memory: large enough for products to be fast, small enough for the update to find it in a cache. Update of a
@@ -110,8 +110,9 @@ def simulated(device: str) -> Iterator[None]:
 
 def tile_rows(rows: int, columns: int, device: str = "cpu") -> int:
     """Rows of one tile of a gradient [rows, columns]."""
-    bytes = TILE_BYTES if (_simulated_device or device) == "cpu" else GPU_TILE_BYTES  # not one more call
-    return max(1, min(rows, max(LEAST_ROWS, bytes // (4 * max(columns, 1)))))
+    # `tile_bytes`, written out: a call less in the update of each layer.
+    memory = TILE_BYTES if (_simulated_device or device) == "cpu" else GPU_TILE_BYTES
+    return max(1, min(rows, max(LEAST_ROWS, memory // (4 * max(columns, 1)))))
 
 
 def tile_bytes(device: str = "cpu") -> int:
@@ -142,7 +143,7 @@ def _tiles(rows: int, columns: int, device: torch.device) -> list[tuple[int, Ten
         return []
     height = tile_rows(rows, columns, device.type)
     memory = buffer.get(height * columns, device).view(height, columns)
-    if height >= rows:  # mostly, and a comprehension is one more call
+    if height >= rows:  # the usual case, without the call that a comprehension is
         return [(0, memory)]
     tiles = [(first, memory) for first in range(0, rows, height)]
     last = tiles[-1][0]

@@ -57,7 +57,7 @@ def inv_scale_tensor(op: str, value: Scalar | None, device: torch.device) -> Ten
     return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")  # type: ignore[arg-type]
 
 
-def check_places(op: str, like: Tensor, sq_norm: Tensor | None, inv_scale: Tensor | None) -> None:
+def check_devices(op: str, like: Tensor, sq_norm: Tensor | None, inv_scale: Tensor | None) -> None:
     """Raises ValueError unless the optional tensors of a raw call are on the device of `like`. `inv_scale` may be on
     the CPU. For fake functions: without it a call with a tensor on "meta" would do nothing, without a word."""
     if sq_norm is not None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ._arguments import (
     Scalar,
+    check_devices,
     check_low,
-    check_places,
     check_served,
     check_shard,
     check_slot,
@@ -46,7 +46,7 @@ library.define(
 @torch.library.register_fake("lomo_kernels::embedding_sq_norm_")
 def _(slot: Tensor, indices: list[Tensor], grad_outputs: list[Tensor], padding_idx: list[int], inv_scale: Any) -> None:
     check_embedding("embedding_sq_norm_", indices, grad_outputs, padding_idx, slot)
-    check_places("embedding_sq_norm_", slot, None, inv_scale)
+    check_devices("embedding_sq_norm_", slot, None, inv_scale)
 
 
 @torch.library.register_fake("lomo_kernels::embedding_update_")
@@ -66,7 +66,7 @@ def _(
 ) -> None:
     _check_update("embedding_update_", weight, indices, grad_outputs, padding_idx)
     check_vector("embedding_update_", scalars, weight.device)
-    check_places("embedding_update_", weight, sq_norm, None)
+    check_devices("embedding_update_", weight, sq_norm, None)
     check_low("embedding_update_", [weight], [] if low is None else [low], stochastic=stochastic)
 
 

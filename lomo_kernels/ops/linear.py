@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ._arguments import (
     Scalar,
+    check_devices,
     check_low,
-    check_places,
     check_served,
     check_shard,
     check_slot,
@@ -41,7 +41,7 @@ library.define(
 @torch.library.register_fake("lomo_kernels::linear_sq_norm_")
 def _(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
     check_linear("linear_sq_norm_", inputs, grad_outputs, slot)
-    check_places("linear_sq_norm_", slot, None, inv_scale)
+    check_devices("linear_sq_norm_", slot, None, inv_scale)
 
 
 @torch.library.register_fake("lomo_kernels::linear_update_")
@@ -60,7 +60,7 @@ def _(
 ) -> None:
     check_linear_update("linear_update_", weight, inputs, grad_outputs)
     check_vector("linear_update_", scalars, weight.device)
-    check_places("linear_update_", weight, sq_norm, None)
+    check_devices("linear_update_", weight, sq_norm, None)
     check_low("linear_update_", [weight], [] if low is None else [low], stochastic=stochastic)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from ._arguments import (
     Scalar,
     as_list,
+    check_devices,
     check_element_type,
     check_lengths,
-    check_places,
     check_served,
     check_slot,
     inv_scale_tensor,
@@ -34,7 +34,7 @@ def _(slots: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None) -> Non
     check_lengths("sq_norm_", "grads", len(grads), slots=len(slots))
     for slot, grad in zip(slots, grads, strict=True):
         _check("sq_norm_", slot, grad)
-        check_places("sq_norm_", slot, None, inv_scale)
+        check_devices("sq_norm_", slot, None, inv_scale)
 
 
 def sq_norm_(slot: Tensor, grad: Tensor, *, inv_scale: Scalar | None = None) -> None:

@@ -187,6 +187,8 @@ class Steps:
         Raises:
             RuntimeError: the caller is inside a step, which has updated some weights and not others.
         """
+        if self._busy._is_owned() and self.current is None:  # a hook inside another such call, as of `load_state_dict`
+            return run()
         self.check_not_inside(
             f"{call} came inside a step of the same optimizer, whose weights are old and new; call it after the step"
         )

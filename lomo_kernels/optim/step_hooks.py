@@ -34,9 +34,8 @@ def as_step(makes_step: Callable[..., bool]) -> Callable[[Method[_P, _R]], Metho
 
         @functools.wraps(method)
         def call(self: Any, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if (
-                torch.compiler.is_dynamo_compiling()
-            ):  # in a function under torch.compile, whose graph ends before a step
+            # In a function under torch.compile. Its graph ends before a step.
+            if torch.compiler.is_dynamo_compiling():
                 return untraced(self, *args, **kwargs)
             if not _is_watched(self):
                 return method(self, *args, **kwargs)

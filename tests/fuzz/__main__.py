@@ -164,7 +164,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="default: of the time")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--cases", type=int, default=10**12, help="at most so many of each kind")
-    parser.add_argument("--keep-going", action="store_true", help="after a finding, too")
+    parser.add_argument("--keep-going", action="store_true", help="after a finding, with the next kind")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--at", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -188,7 +188,6 @@ def main() -> int:
                 failed = True
                 if not arguments.keep_going:
                     return 1
-                first += 1
                 break
             total.update(counts)
             first += counts.get("cases", 0)

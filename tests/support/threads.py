@@ -1,5 +1,6 @@
-"""Operators called from several threads at once, on tensors of their own. `make sanitize` runs it under the thread
-sanitizer: the first calls race to choose the kernels, and each thread's results are compared with the reference.
+"""Operators called from several threads at once, on tensors of their own. `make sanitize-threads` runs it under
+the thread sanitizer: the first calls race to choose the kernels, and the parameters that each thread has updated in
+lists are compared with the reference.
 
 Not a test of pytest: torch's own libraries have to be imported before the sanitizer watches anything that matters.
 """
