@@ -85,7 +85,7 @@ def test_the_second_step_is_as_the_first(name: str) -> None:
 
 
 # That tensors outside of operators are as simulated `test_a_simulation_is_exact` shows of every pair.
-@pytest.mark.parametrize(("name", "checkpointing"), zip(METHODS, itertools.cycle([True, False, False, True])))
+@pytest.mark.parametrize(("name", "checkpointing"), [*zip(METHODS, itertools.cycle([True, False, False, True]))])
 def test_what_kernels_take_for_themselves_is_little(
     simulated: Callable[[str, bool], Peak], name: str, checkpointing: bool
 ) -> None:
@@ -230,7 +230,8 @@ def test_a_head_of_llama_3_1_8b_fits() -> None:
     method = METHODS["Lomo, clipping, two passes, fused"]
     peak = simulate_blocks(lambda n: model.build(n, True), model.blocks, model.loss(2, 2048, "fused"), method, edge=1)
     assert peak.at_peak["parameters"] / 2**30 == pytest.approx(14.96, abs=0.01)
-    assert peak.peak / 2**30 == pytest.approx(16.88, abs=0.01)
+    assert peak.peak / 2**30 == pytest.approx(16.68, abs=0.005)
+    assert peak.peak / 2**30 <= 16.8
     assert peak.at_peak["gradients"] < 2**20
 
 

@@ -11,9 +11,8 @@ Llama, Mistral, Qwen and some hundred other models of Transformers. A class with
 
 from __future__ import annotations
 
-import typing
-from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from types import FunctionType
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +20,28 @@ from torch import Tensor, nn
 
 from .fused import FusedLayer, is_plain_call, register_by_form
 
-#: Bodies of `forward(self, x)`. The numbers stand for names, in the order in which bytecode first has them.
-_FORMS = (
-    "return self.{0}(self.{1}(self.{2}(x)) * self.{3}(x))",  # Transformers
-    "y = self.{0}(self.{1}(self.{2}(x)) * self.{3}(x)); return y",
-    "return self.{0}({1}.{2}(self.{3}(x)) * self.{4}(x))",  # F.silu
-    "return {0}({1}.{2}, self.{3}({4}.{5}(self.{6}(x)) * self.{7}(x)))",  # the same in cast(torch.Tensor, …)
-)
+# Formulas of gated layers. The names of the attributes do not count. `F`, `torch` and `cast` are imported here, because
+# Python compiles a call of a function of an imported module in another way than a method call.
+
+
+def _by_module(self: Any, x: Any) -> Any:  # Transformers
+    return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+def _by_module_named(self: Any, x: Any) -> Any:
+    y = self.down(self.activation(self.gate(x)) * self.up(x))
+    return y
+
+
+def _by_function(self: Any, x: Any) -> Any:
+    return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def _by_function_cast(self: Any, x: Any) -> Any:
+    return cast(torch.Tensor, self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+_FORMS = (_by_module, _by_module_named, _by_function, _by_function_cast)
 _SILU = F.silu
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
@@ -103,33 +117,21 @@ def _names_in(forward: Any) -> _Names | None:
     if not isinstance(forward, FunctionType):
         return None
     code = forward.__code__
-    if code.co_argcount != 2 or code.co_freevars or not 4 <= len(code.co_names) <= 8:
+    if code.co_argcount != 2 or code.co_freevars:
         return None
     for form in _FORMS:
-        names = code.co_names
-        if form.count("{") != len(names):
+        own = form.__code__
+        if code.co_code != own.co_code or len(code.co_names) != len(own.co_names):
             continue
-        *before, gate, up = names
-        imported = names[0] if len(before) == 2 else before[-2]
-        if code.co_code != _code_of(form.format(*names), imported):
-            continue
-        if len(before) == 2:
-            down, activation = before
-            return _Names(gate, up, down, activation)
-        down, module, silu = before[-3:]
-        has_cast = len(before) > 3
-        if getattr(forward.__globals__.get(module), silu, None) is F.silu and (
-            not has_cast or forward.__globals__.get(names[0]) is typing.cast
-        ):
-            return _Names(gate, up, down, None)
+        named = dict(zip(own.co_names, code.co_names, strict=True))
+        attributes = named["gate"], named["up"], named["down"]
+        if "activation" in named:
+            return _Names(*attributes, named["activation"])
+        called = forward.__globals__
+        casts = "cast" not in named or called.get(named["cast"]) is cast
+        if casts and getattr(called.get(named["F"]), named["silu"], None) is F.silu:
+            return _Names(*attributes, None)
     return None
-
-
-def _code_of(body: str, imported: str) -> bytes:
-    # Python compiles a call of a function of an imported module in another way than a method call.
-    module = compile(f"import {imported}\ndef forward(self, x): {body}", "<form>", "exec")
-    (code,) = (constant for constant in module.co_consts if isinstance(constant, CodeType))
-    return code.co_code
 
 
 def _is_silu(activation: Any) -> bool:

@@ -172,9 +172,10 @@ class Steps:
 
     def _describe(self, error: BaseException) -> None:
         """Adds to the traceback what became of the weights. Our own errors say that themselves."""
-        if not hasattr(error, "add_note") or str(error).startswith("Lomo:"):  # notes came with Python 3.11
+        message = error.args[0] if error.args and isinstance(error.args[0], str) else ""
+        if not hasattr(error, "add_note") or message.startswith("Lomo:"):  # notes came with Python 3.11
             return
-        if _STABLE_ABI in str(error):
+        if _STABLE_ABI in message:
             error.add_note("Lomo: a kernel asked torch for a tensor and got none: memory ran out")
         error.add_note(f"Lomo: {_NOTES[self.outcome or 'unchanged']} (last_step_outcome is {self.outcome!r})")
 
