@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from ._versions import require
 
 
 def attach(accelerator: Any) -> None:
-    """Replaces `backward`, `lomo_backward`, `clip_grad_norm_`, `clip_grad_value_` and `prepare` of this `Accelerator`.
+    """Replaces `backward`, `lomo_backward`, `no_sync`, `clip_grad_norm_`, `clip_grad_value_` and `prepare` of this
+    `Accelerator`.
 
     ``accelerator.backward(loss)`` then frees each gradient inside backward. It adds to ``.grad`` if accelerate does not
-    synchronise gradients (``accelerator.accumulate(model)``), otherwise it makes a step; ``optimizer.step()`` and
+    synchronise gradients (inside `accumulate` and `no_sync`), otherwise it makes a step; ``optimizer.step()`` and
     ``optimizer.zero_grad()`` may stay. Call it before or after ``accelerator.prepare``; a second call does nothing.
 
     Args:
@@ -42,7 +44,7 @@ def attach(accelerator: Any) -> None:
         attached.check_accelerator()
         attached.follow_parameters()
         # At once: an interrupt between two of them would leave some of accelerate's own.
-        names = ("backward", "lomo_backward", "clip_grad_norm_", "clip_grad_value_", "prepare")
+        names = ("backward", "lomo_backward", "no_sync", "clip_grad_norm_", "clip_grad_value_", "prepare")
         vars(accelerator).update({name: getattr(attached, name) for name in names})
 
 
@@ -51,7 +53,8 @@ class _Attached:
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
-        self._prepare = accelerator.prepare
+        self._prepare, self._no_sync = accelerator.prepare, accelerator.no_sync
+        self._open_no_syncs = 0
         self._clip_norm, self._clip_value = accelerator.clip_grad_norm_, accelerator.clip_grad_value_
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +79,7 @@ class _Attached:
         steps = self._accelerator.gradient_accumulation_steps
         if scale_wrt_gas and steps != 1:
             loss = loss / steps
-        if not self._accelerator.sync_gradients:
+        if not self._synchronises():
             with optimizer.accumulate():
                 optimizer.backward(loss)
         elif learning_rate is None or any(float(group["lr"]) == learning_rate for group in optimizer.param_groups):
@@ -87,6 +90,16 @@ class _Attached:
     def lomo_backward(self, loss: Tensor, learning_rate: float) -> None:
         """accelerate's own call for lomo_optim, of a loss that is divided already."""
         self.backward(loss, learning_rate=learning_rate, scale_wrt_gas=False)
+
+    @contextlib.contextmanager
+    def no_sync(self, model: Any) -> Iterator[None]:
+        """As accelerate's. On one process too, a backward inside it only adds to ``.grad``."""
+        self._open_no_syncs += 1
+        try:
+            with self._no_sync(model):
+                yield
+        finally:
+            self._open_no_syncs -= 1
 
     def clip_grad_norm_(self, parameters: Any, max_norm: Any, norm_type: Any = 2) -> Tensor:
         """Returns the last step's norm before clipping: a copy of `Lomo.last_grad_norm`. If gradients are being
@@ -166,9 +179,12 @@ class _Attached:
             )
         return optimizer
 
+    def _synchronises(self) -> bool:
+        return self._accelerator.sync_gradients and not self._open_no_syncs
+
     def _accumulates(self, optimizer: Lomo) -> bool:
         """Whether gradients stand in ``.grad`` for a later step. Raises RuntimeError if the loss scale is in them."""
-        if self._accelerator.sync_gradients:
+        if self._synchronises():
             return False
         if optimizer._training.state.scale.used:
             raise RuntimeError(

@@ -38,6 +38,7 @@ TABLES: dict[str, dict[str, str]] = {
         "`fused_layers=True`, clipping": EQUAL,
         "`backward(loss, learning_rate=…)`, `lomo_backward(loss, learning_rate)`": EQUAL,
         "`free_memory()`, then prepared again": EQUAL,
+        "`no_sync` around each backward before the last": EQUAL,
         "`save_state`, `load_state`": EQUAL,
         "`GradScalerKwargs(enabled=False)`": EQUAL,
         "FSDP2, two processes": EQUAL,
