@@ -2,8 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# Ranks and programs of tests wait for each other: two workers keep two cores busy for two thirds of the time.
-WORKERS ?= 3
+WORKERS ?= 2
 ARGS ?=
 # Of `make fuzz`.
 MINUTES ?= 10
