@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import scenes
 from faults.lines import Tracer
+from faults.scenes import Way, accumulated, backward, pair
 from support.models import assert_same_bits, gives, vector, weights_of
 from support.textbook import Textbook, Textbook64
 from torch import Tensor, nn
@@ -29,6 +31,10 @@ LR = 0.1
 
 class Net(nn.Module):
     """Matrices of 160 KiB, which are updated at once, and small ones, which wait in lists; a weight used twice."""
+
+    @staticmethod
+    def index(seed: int) -> Tensor:
+        return scenes.index(seed, classes=11, tokens=6)
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,34 +55,12 @@ def net() -> Net:
     return Net()
 
 
-def index(seed: int) -> Tensor:
-    return torch.randint(11, (6,), generator=torch.Generator().manual_seed(seed))
-
-
-def backward(optimizer: Lomo, model: nn.Module, seed: int) -> None:
-    optimizer.backward(model(index(seed)))
-
-
-def accumulated(optimizer: Lomo, model: nn.Module, seed: int) -> None:
-    with optimizer.accumulate():
-        optimizer.backward(model(index(seed + 100)))
-    optimizer.backward(model(index(seed)))
-
-
-def pair(optimizer: Lomo, model: nn.Module, seed: int) -> None:
-    loss = model(index(seed))
-    optimizer.grad_norm(loss)
-    optimizer.fused_backward(loss, lr=LR)
-
-
 def plain(optimizer: Lomo, model: nn.Module, seed: int) -> None:
-    model(index(seed)).backward()
-    optimizer.step()
+    scenes.plain(optimizer, model, seed)
     optimizer.zero_grad()
 
 
 CLIP = {"clip_grad_norm": 0.05, "clip_passes": "two"}
-Way = Callable[[Lomo, nn.Module, int], None]
 #: The optimizer's options, and what is called for one step.
 MODES: dict[str, tuple[dict[str, Any], Way]] = {
     "plain": ({}, backward),
@@ -105,12 +89,12 @@ def check_after(optimizer: Lomo, model: nn.Module, options: dict[str, Any], seed
     backward(optimizer, model, seed)
     assert optimizer.last_step_outcome == "complete", where
     if fused:  # the sums of products are in another order than autograd's
-        exact.step(exact.model(index(seed)))
+        exact.step(exact.model(Net.index(seed)))
         assert optimizer.last_grad_norm.item() == pytest.approx(exact.norm, rel=1e-4), where
         for (name, param), wanted in zip(model.named_parameters(), exact.model.parameters(), strict=True):
             assert (param.double() - wanted).abs().max().item() < 1e-5, f"{name}, {where}"
     else:
-        textbook.step(textbook.model(index(seed)), norm=optimizer.last_grad_norm)
+        textbook.step(textbook.model(Net.index(seed)), norm=optimizer.last_grad_norm)
         assert optimizer.last_grad_norm.item() == pytest.approx(textbook.norm, rel=1e-6), where
         assert_same_bits(weights_of(model), weights_of(textbook.model))
 
@@ -133,7 +117,7 @@ def test_a_signal_during_backward(mode: str) -> None:
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         for turn in range(30):
-            loss = model(index(1))
+            loss = model(Net.index(1))
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-5 * 1.3**turn)
                 optimizer.backward(loss)
@@ -228,7 +212,7 @@ def test_accumulated_gradients_stay_if_the_broken_step_has_not_come_to_them() ->
     model = net()
     optimizer = Lomo(model, lr=LR, clip_grad_norm=0.05, clip_passes="two")
     textbook = Textbook(model, lr=LR, clip_grad_norm=0.05)
-    used = model(index(5))
+    used = model(Net.index(5))
     used.backward()
     model.zero_grad()
     with optimizer.accumulate(), warnings.catch_warnings():
@@ -239,8 +223,8 @@ def test_accumulated_gradients_stay_if_the_broken_step_has_not_come_to_them() ->
         with pytest.raises(TypeError):
             optimizer.backward(None)  # type: ignore[arg-type]
     backward(optimizer, model, 1)
-    textbook.backward(textbook.model(index(0)))
-    textbook.step(textbook.model(index(1)), norm=optimizer.last_grad_norm)
+    textbook.backward(textbook.model(Net.index(0)))
+    textbook.step(textbook.model(Net.index(1)), norm=optimizer.last_grad_norm)
     assert_same_bits(weights_of(model), weights_of(textbook.model))
 
 
@@ -253,7 +237,7 @@ def test_gradients_of_other_leaves_are_given_back() -> None:
         optimizer = Lomo(model, lr=LR, clip_grad_norm=0.05, loss_scale=512.0, clip_passes="two")
         other.grad = sgd.clone()
         with pytest.raises(Failure):
-            optimizer.backward(model(index(0)) * other.sum())
+            optimizer.backward(model(Net.index(0)) * other.sum())
         assert torch.equal(other.grad, sgd)
         handle.remove()
         optimizer.remove()
@@ -269,7 +253,7 @@ def test_a_use_of_the_optimizer_by_a_hook_inside_its_step(mode: str, use: str) -
     options, _ = MODES[mode]
     model = net()
     optimizer = Lomo(model, lr=LR, **options)
-    loss = model(index(7))
+    loss = model(Net.index(7))
     uses: dict[str, Callable[[], Any]] = {
         "remove": optimizer.remove,
         "backward": lambda: optimizer.backward(loss),

@@ -306,16 +306,21 @@ def linear_update_(
     grad_outputs: list[Tensor],
     scalars: Tensor,
     sq_norm: Tensor | None,
-    *update_arguments: Any,
+    rule: int,
+    stochastic: bool,
+    seed: int,
+    parameter_id: int,
+    shard: list[int],
+    low: Tensor | None = None,
 ) -> None:
     op = "linear_update_"
-    shard, low = update_arguments[4], update_arguments[5] if len(update_arguments) > 5 else None
     if not is_plain_linear([weight, sq_norm, low], inputs, grad_outputs, weight):
         check_linear_update(op, weight, inputs, grad_outputs)
         check_factors_apart(op, [*inputs, *grad_outputs], weight, sq_norm, [] if low is None else [low])
     if shard:
         check_shard(op, shard, weight.numel())
-    update_by_tiles(weight, linear_tiles(inputs, grad_outputs), scalars, sq_norm, *update_arguments)
+    arguments = scalars, sq_norm, rule, stochastic, seed, parameter_id, shard, low
+    update_by_tiles(weight, linear_tiles(inputs, grad_outputs), *arguments)
 
 
 def embedding_sq_norm_(

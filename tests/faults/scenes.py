@@ -26,6 +26,10 @@ class Net(nn.Module):
 
     reentrant = False
 
+    @staticmethod
+    def index(seed: int) -> Tensor:
+        return index(seed)
+
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.embedding = nn.Embedding(CLASSES, WIDTH)
@@ -48,33 +52,38 @@ class Reentrant(Net):
     reentrant = True
 
 
-def index(seed: int) -> Tensor:
-    return torch.randint(CLASSES, (24,), generator=torch.Generator().manual_seed(seed))
+def index(seed: int, classes: int = CLASSES, tokens: int = 24) -> Tensor:
+    return torch.randint(classes, (tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(model: Any, seed: int) -> Tensor:
+    """Of the batch that the model's `index` draws."""
+    return model(model.index(seed))
 
 
 def backward(optimizer: Lomo, model: nn.Module, seed: int) -> None:
-    optimizer.backward(model(index(seed)))
+    optimizer.backward(loss_of(model, seed))
 
 
 def accumulated(optimizer: Lomo, model: nn.Module, seed: int) -> None:
     with optimizer.accumulate():
-        optimizer.backward(model(index(seed + 100)))
-    optimizer.backward(model(index(seed)))
+        optimizer.backward(loss_of(model, seed + 100))
+    optimizer.backward(loss_of(model, seed))
 
 
 def pair(optimizer: Lomo, model: nn.Module, seed: int) -> None:
-    loss = model(index(seed))
+    loss = loss_of(model, seed)
     optimizer.grad_norm(loss)
-    optimizer.fused_backward(loss, lr=LR)
+    optimizer.fused_backward(loss, lr=optimizer.param_groups[0]["lr"])
 
 
 def plain(optimizer: Lomo, model: nn.Module, seed: int) -> None:
-    model(index(seed)).backward()
+    loss_of(model, seed).backward()
     optimizer.step()
 
 
 def overflowing(optimizer: Lomo, model: nn.Module, seed: int) -> None:
-    optimizer.backward(model(index(seed)) * 1e38 * 1e38)
+    optimizer.backward(loss_of(model, seed) * 1e38 * 1e38)
 
 
 Way = Callable[[Lomo, nn.Module, int], None]
