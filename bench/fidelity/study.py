@@ -11,6 +11,7 @@ import gc
 import importlib.metadata
 import itertools
 import math
+import os
 import platform
 import subprocess
 import time
@@ -96,12 +97,15 @@ def about(task: Any) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The last that changed the library, with a plus sign if files of it differ from it; empty outside a clone."""
+    """The last that changed the library, with a plus sign if files of it differ from it; LOMO_COMMIT if that is given;
+    otherwise empty outside a clone."""
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command, "--", "lomo_kernels", "csrc"], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
+    if given := os.environ.get("LOMO_COMMIT"):
+        return given[:7]
     return git("log", "-1", "--format=%h") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
 
 

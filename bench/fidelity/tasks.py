@@ -59,7 +59,7 @@ class Llama:
     SIZES: ClassVar = {
         "quick": LlamaSize(Config(2, 64, 2, 2, 176), 64, 2, 30, 8, 100, 32),
         "cpu": LlamaSize(Config(4, 160, 5, 5, 432), 128, 2, 160, 12, 1000, 96),
-        "cuda": LlamaSize(Config(8, 512, 8, 8, 1376), 256, 8, 400, 32, 4000, 192),
+        "cuda": LlamaSize(Config(6, 384, 6, 6, 1024), 256, 8, 200, 32, 1500, 192),
     }
 
     def __init__(self, size: LlamaSize, device: str) -> None:
