@@ -67,14 +67,14 @@ def _hash32(block_key: int, x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def element_index(numel: int, shard: Sequence[int] | None = None) -> Tensor:
-    """Index of each local element in the whole parameter (row-major), int64 [numel].
+def element_index(numel: int, shard: Sequence[int] | None = None, device: torch.device | str = "cpu") -> Tensor:
+    """Index of each local element in the whole parameter (row-major), int64 [numel] on `device`.
 
     Args:
         shard: ``(offset, row_length, row_stride)``: element i has index
             ``offset + (i // row_length) * row_stride + i % row_length``. None: the tensor is the whole parameter.
     """
-    i = torch.arange(numel, dtype=torch.int64, device="cpu")
+    i = torch.arange(numel, dtype=torch.int64, device=device)
     if shard is None:
         return i
     offset, row_length, row_stride = shard
@@ -299,7 +299,7 @@ def updated(
     """What `lomo_kernels.ops.sgd_` makes of `param`, as a new tensor. Arguments as there, numbers only."""
     p, finite = _stepped(param.to(torch.float32), grad, lr, weight_decay, inv_scale, clip_value, clip_coef, rule)
     stream = stream_key(seed, parameter_id, step) if stochastic else None
-    index = element_index(param.numel(), shard).view(param.shape).to(param.device)
+    index = element_index(param.numel(), shard, param.device).view(param.shape)
     return torch.where(finite, round_to(p, param.dtype, stream, index), param)
 
 

@@ -249,7 +249,9 @@ def test_a_step_never_synchronises(dtype: torch.dtype, rule: str) -> None:
     model, optimizer = training(rule, dtype, 0.1)
     tokens, targets = (torch.zeros(3, 6, dtype=torch.int64, device=CUDA) for _ in range(2))
     optimizer.backward(model(tokens, targets))
-    optimizer.grad_norm(model(tokens, targets))  # looks once whether a second backward has the first one's gradients
+    # Looks once, at finite gradients, whether a second backward has the first one's. float16's overflow at first.
+    while not math.isfinite(optimizer.grad_norm(model(tokens, targets))):
+        optimizer.backward(model(tokens, targets))
     with no_synchronisation():
         for step in range(3):
             optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
@@ -311,7 +313,8 @@ def test_a_list_takes_few_launches() -> None:
         kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         return sum(not event.name.startswith("Memcpy") for event in kernels)
 
-    assert 1 <= launches(lambda: ops.sgd_list_(params, grads, lr=lr)) <= 3
+    # Two for the tensors, two for the scalars: lr to float64, and all of them to one vector.
+    assert 1 <= launches(lambda: ops.sgd_list_(params, grads, lr=lr)) <= 4
     assert 1 <= launches(lambda: ops.sq_norm_list_(slots, grads)) <= 4
     assert launches(lambda: [ops.sgd_(p, g, lr=lr) for p, g in zip(params, grads, strict=True)]) >= 500
 

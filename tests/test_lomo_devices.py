@@ -33,6 +33,7 @@ class Stream:
 
     def __init__(self) -> None:
         self.waited_for: list[Stream] = []
+        self.cuda_stream = id(self)
 
     def wait_stream(self, other: Stream) -> None:
         self.waited_for.append(other)
@@ -72,6 +73,7 @@ class Cuda:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     imitation = Cuda()
     monkeypatch.setattr("lomo_kernels.optim.streams.torch.cuda.current_stream", imitation.current_stream)
+    monkeypatch.setattr("lomo_kernels.optim.streams.handle", lambda device: imitation.stream.cuda_stream)
     return imitation
 
 
@@ -142,6 +144,7 @@ def test_a_full_buffer_is_emptied_on_its_own_stream(cuda: Cuda) -> None:
 
 def test_the_cpu_is_never_asked_for_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams.torch.cuda, "current_stream", None)
+    monkeypatch.setattr(streams, "handle", None)
     model = transformer(Options())
     Lomo(model, lr=0.1, clip_grad_norm=1.0, clip_passes="two").backward(loss_of(model, 0))
 

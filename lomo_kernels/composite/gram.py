@@ -43,7 +43,9 @@ def compiled() -> bool:
 
 def flat(tensor: Tensor, *, contiguous_rows: bool = False) -> Tensor:
     """The tensor as a matrix [tokens, features]. reshape(-1, 0) would not know how many tokens there are."""
-    matrix = tensor.detach()[None].flatten(0, -2)
+    matrix = tensor.detach()
+    if matrix.dim() != 2:
+        matrix = matrix[None].flatten(0, -2)
     return matrix.contiguous() if contiguous_rows and matrix.stride(1) != 1 else matrix
 
 

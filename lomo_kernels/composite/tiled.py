@@ -46,15 +46,18 @@ def _(out: Tensor, grad_output: Tensor, input: Tensor, accumulate: bool) -> None
 #: bfloat16 weight 1024 x 1024 for 256 tokens, as a multiple of `weight.addmm_`, one thread of Zen 4: 1.27 with 512 KiB,
 #: 1.21 with 1 MiB, 1.10 with 2 MiB, 1.14 with 4 MiB; float32: 1.19, 1.12, 1.14, 1.13.
 TILE_BYTES = 2 * 1024 * 1024
-#: A GPU has larger caches, and needs some hundred blocks of a tile for a product to use all of it. Not measured.
+#: A GPU has larger caches, and needs some hundred blocks of a tile for a product to use all of it. Update of a bfloat16
+#: weight 11008 x 4096 on an H200, as a multiple of the product alone: 3.9 with 16 MiB and 3.5 with 64 for 256 tokens,
+#: 2.1 and 1.9 for 1024, 1.24 and 1.22 for 4096, 1.04 and 1.04 for 16384.
 GPU_TILE_BYTES = 16 * 1024 * 1024
 #: Rows of a tile at least, however wide the weight is: one block of `_product_`. bfloat16 4096 x 4096, 2048 tokens:
 #: 1.21 with 128 rows, 1.08 with 256.
 LEAST_ROWS = 256
 #: From so many tokens on, tiles serve 16-bit factors on GPUs that Triton's kernels would serve: cuBLAS is then faster
-#: than Triton's `product` by more than the buffer costs. Modelled, not measured. For a weight 11008 x 4096
-#: on an H100, milliseconds with cuBLAS and with `product`: 0.22 and 0.16 to 0.19 for 1024 tokens, 0.62 and 0.62 to 0.75
-#: for 4096, 2.2 and 2.5 to 3.0 for 16384. The first measurement replaces it.
+#: than Triton's `product` by more than the buffer costs. Update of a bfloat16 weight 11008 x 4096 on an H200,
+#: milliseconds with tiles of 16 MiB and with tiles in registers: 0.19 and 0.14 for 256 tokens, 0.28 and 0.26 for 1024,
+#: 0.70 and 0.74 for 4096, 2.3 and 2.7 for 16384. With the sum of squares in the same pass Triton's kernel took 0.26 for
+#: 256 tokens and 0.38 for 1024, so tiles serve that.
 #:
 #: `weight.addmm_` would need no buffer, but a gradient that is not finite would destroy the weight, and alpha and beta
 #: are numbers, which the host would have to read from the device.
@@ -178,13 +181,14 @@ def has_mixed_products(input: Tensor) -> bool:
     return not (input.dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation)
 
 
-def is_faster_on_gpu(tokens: int, mixed_products: bool) -> bool:
+def is_faster_on_gpu(tokens: int, mixed_products: bool, *, both: bool = False) -> bool:
     """Whether tiles serve a linear layer's factors of so many tokens better than Triton's kernels.
 
     Args:
         mixed_products: `has_mixed_products` of the factors.
+        both: an update with its sum of squares in the same pass.
     """
-    return mixed_products and tokens >= CROSSOVER
+    return mixed_products and (both or tokens >= CROSSOVER)
 
 
 def linear_tiles(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -198,7 +202,8 @@ def linear_tiles(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> It
     for first, tile in _tiles(gy.shape[1], x.shape[1], x.device):
         fresh = True
         for x, gy in uses:
-            add_product(tile, gy[:, first : first + len(tile)], x, fresh=fresh)
+            part = gy if tile.shape[0] == gy.shape[1] else gy[:, first : first + len(tile)]
+            add_product(tile, part, x, fresh=fresh)
             fresh = False
         yield first, tile
 
@@ -296,6 +301,13 @@ def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tenso
         estimate = gram.estimate(inputs[0], grad_outputs[0])
         if estimate is not None and estimate.add_to(slot, inv_scale, elements):
             return
+    sq_norm_by_tiles(slot, inputs, grad_outputs, inv_scale)
+
+
+def sq_norm_by_tiles(
+    slot: Tensor, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor], inv_scale: Tensor | None
+) -> None:
+    """``linear_sq_norm_`` of arguments that were checked."""
     for _, tile in linear_tiles(inputs, grad_outputs):
         torch.ops.lomo_kernels.sq_norm_.default([slot], [tile], inv_scale)
 
@@ -358,7 +370,7 @@ def update_by_tiles(
         check_low("update_", [weight], [low], stochastic=stochastic)
     columns = weight.shape[1]
     for first, tile in tiles:
-        rows = weight[first : first + len(tile)]
+        rows = weight if tile.shape == weight.shape else weight[first : first + len(tile)]
         begin, numel = first * columns, tile.numel()
         if shard and stochastic:
             params, grads, shards = _parts(rows, tile, begin, shard)

@@ -122,7 +122,9 @@ class ByteLlama(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
         self.head = nn.Linear(config.d_model, config.vocab, bias=False)
-        generator = torch.Generator().manual_seed(seed)
+        # A GPU's tensors take a GPU's generator; simulated ones take any.
+        on_gpu = self.head.weight.is_cuda and torch.cuda.is_available()
+        generator = torch.Generator("cuda" if on_gpu else "cpu").manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 writes = name.endswith(("attention.out.weight", "ffn.down.weight"))

@@ -111,7 +111,7 @@ def _constants(device: torch.device, numbers: list[float]) -> tuple[Tensor, ...]
         return _on_host(numbers, 0).split(1)
     if device.type != "cuda" or _is_traced() or torch.cuda.is_current_stream_capturing():
         return _filled(device, numbers)
-    return _kept(device, torch.cuda.current_stream(device).cuda_stream, tuple(numbers))
+    return _kept(device, torch._C._cuda_getCurrentRawStream(device.index), tuple(numbers))
 
 
 @functools.lru_cache(maxsize=64)  # a learning rate that is a number, beside a scalar tensor, changes in each step

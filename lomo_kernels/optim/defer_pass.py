@@ -17,7 +17,7 @@ from .engines.base import ParallelEngine
 from .factor_store import SavedFactors
 from .managed_parameter import ManagedParameter
 from .passes import NormPass, UpdatePass
-from .streams import Streams, current
+from .streams import Streams
 
 
 class DeferredGradient(NamedTuple):
@@ -138,7 +138,7 @@ class DeferPass(NormPass):
         super().add(managed, grad, saved)
         if managed.index in self._evicted:
             return
-        stream = current(managed.local) if managed.on_gpu else None
+        stream = self._streams.join(managed.device) if managed.on_gpu else None
         deferred = DeferredGradient(managed, grad, saved, stream)
         self._deferred.append(deferred)
         for observer in self.observers:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layers import Factors
 from .managed_parameter import ManagedParameter
+from .streams import Streams, handle
 
 # A factor that is a view of memory more than this many times its own size is copied, to let that memory go.
 ROOMY = 1.25
@@ -21,18 +22,17 @@ class SavedFactors(NamedTuple):
     factors: Factors
     versions: tuple[int, int]  # of its two tensors
     bytes: int  # of these and of those of the weight before them
-    stream: torch.cuda.Stream | None = None  # on which grad_output was made
-    made: torch.cuda.Event | None = None  # when it was
+    stream: torch.cuda.Stream | None = None  # on which grad_output was made; None: of a CPU
 
     def join(self) -> None:
         """Makes the current stream wait for the factors. Autograd makes it wait for gradients; the weight has none."""
-        if self.stream is None or self.made is None:
+        device = self.factors.grad_output.device
+        if self.stream is None or handle(device) == self.stream.cuda_stream:
             return
-        current = torch.cuda.current_stream(self.factors.grad_output.device)
-        if current != self.stream:
-            current.wait_event(self.made)
-            for tensor in self.factors.tensors:
-                tensor.record_stream(current)
+        # For all that the other stream has by now: to record an event at each use took 10 us, and hardly ever is there
+        # another stream.
+        torch.cuda.current_stream(device).wait_stream(self.stream)
+        Streams.lend(self.factors.tensors, device, self.stream)
 
     def check(self, name: str, outcome: str) -> None:
         """Raises RuntimeError, which says `outcome`, if the tensors were altered in place since then."""
@@ -57,6 +57,7 @@ class FactorStore:
     """The factors of one pass, by weight.
 
     Args:
+        streams: of the pass.
         params: a factor in their memory is copied: they may change before it is used.
         until_the_end: factors are kept after their weight's hook was called, so a factor that is a view of much more
             memory is copied.
@@ -65,8 +66,14 @@ class FactorStore:
     """
 
     def __init__(
-        self, params: Iterable[Tensor] = (), *, until_the_end: bool = False, only_if_smaller: bool = False
+        self,
+        streams: Streams,
+        params: Iterable[Tensor] = (),
+        *,
+        until_the_end: bool = False,
+        only_if_smaller: bool = False,
     ) -> None:
+        self._streams = streams
         self._params = {param.untyped_storage()._cdata for param in params}
         self._until_the_end = until_the_end
         self._only_if_smaller = only_if_smaller
@@ -112,12 +119,9 @@ class FactorStore:
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
             tensors.append(tensor)
         input, grad_output = tensors
-        held = SavedFactors(
+        return SavedFactors(
             factors._replace(input=input, grad_output=grad_output),
             (input._version, grad_output._version),
             bytes_before + input.nbytes + grad_output.nbytes,
+            self._streams.join(grad_output.device) if grad_output.is_cuda else None,
         )
-        if not grad_output.is_cuda:
-            return held
-        stream = torch.cuda.current_stream(grad_output.device)
-        return held._replace(stream=stream, made=stream.record_event())

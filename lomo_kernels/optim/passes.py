@@ -79,7 +79,7 @@ class Pass:
         self._batch = 0  # if not zero: all gradients wait until there are so many
         self._lock = threading.Lock()  # backward runs the hooks of each device in a thread of its own
         self._store = FactorStore(
-            params, until_the_end=self.keeps, only_if_smaller=self.keeps or factors_only_if_smaller
+            self._streams, params, until_the_end=self.keeps, only_if_smaller=self.keeps or factors_only_if_smaller
         )
 
     def take(self, managed: ManagedParameter) -> None:
@@ -133,7 +133,7 @@ class Pass:
         if saved:
             for held in saved:
                 held.check(managed.name, self.outcome)
-                if held.made is not None:
+                if held.stream is not None:
                     held.join()
             del held  # so that `saved` alone keeps them
             self._handle_factors(managed, grad, saved)

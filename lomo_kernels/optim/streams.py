@@ -25,35 +25,44 @@ class Streams:
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._caller = {device: torch.cuda.current_stream(device) for device in devices if device.type == "cuda"}
-        self._joined = {stream: device for device, stream in self._caller.items()}
+        self._joined = {(device.index, stream.cuda_stream): stream for device, stream in self._caller.items()}
         self._lock = threading.Lock()
 
     def join(self, device: torch.device) -> torch.cuda.Stream | None:
         """The stream current on `device`, after it waited, the first time, for the caller's. None for the CPU."""
         if device.type != "cuda":
             return None
-        stream = torch.cuda.current_stream(device)
+        key = device.index, handle(device)
+        stream = self._joined.get(key)
+        if stream is not None:
+            return stream
         with self._lock:
-            if stream not in self._joined:
-                self._joined[stream] = device
-                stream.wait_stream(self._caller[device])
+            stream = torch.cuda.current_stream(device)
+            stream.wait_stream(self._caller[device])
+            self._joined[key] = stream
         return stream
 
     def leave(self) -> None:
         """The caller's streams wait for all that joined: what their kernels wrote is read from here on."""
-        for stream, device in self._joined.items():
-            if stream != (caller := self._caller[device]):
-                caller.wait_stream(stream)
+        for device, caller in self._caller.items():
+            for (index, _), stream in self._joined.items():
+                if index == device.index and stream != caller:
+                    caller.wait_stream(stream)
 
     @staticmethod
     def lend(tensors: Iterable[Tensor], device: torch.device, owner: torch.cuda.Stream | None) -> None:
         """Keeps memory that belongs to stream `owner` from being given away before the current stream has used it."""
-        if owner is None:
+        if owner is None or handle(device) == owner.cuda_stream:
             return
         current = torch.cuda.current_stream(device)
-        if current != owner:
-            for tensor in tensors:
-                tensor.record_stream(current)
+        for tensor in tensors:
+            tensor.record_stream(current)
+
+
+def handle(device: torch.device) -> int:
+    """CUDA's handle of the stream current on a GPU. `torch.cuda.current_stream` makes an object of it, which took 6 us
+    where this took 0.3."""
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
 def current(tensor: Tensor) -> torch.cuda.Stream | None:
@@ -63,7 +72,8 @@ def current(tensor: Tensor) -> torch.cuda.Stream | None:
 
 def here(tensor: Tensor, made_on: torch.cuda.Stream | None) -> Tensor:
     """`tensor`, for use on the current stream: what another one does to it is waited for, and its memory is kept."""
-    if made_on is not None and (now := torch.cuda.current_stream(tensor.device)) != made_on:
+    if made_on is not None and handle(tensor.device) != made_on.cuda_stream:
+        now = torch.cuda.current_stream(tensor.device)
         now.wait_stream(made_on)
         tensor.record_stream(now)
     return tensor

@@ -211,7 +211,7 @@ class Workspaces:
         """At least `size` elements, on the current stream of `device`, which is the current device."""
         if is_capturing(device):
             return self._make(size, dtype=self._dtype, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
         buffer = self._kept.get((device, stream))
         if buffer is None or buffer.numel() < size:
             # Powers of two: an eighth more each time would allocate in many steps.

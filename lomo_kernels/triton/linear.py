@@ -7,6 +7,7 @@ gradient is ever in memory.
 
 from __future__ import annotations
 
+import functools
 import threading
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -17,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..composite import gram, tiled
-from ..ops._arguments import check_low
+from ..ops import scalars as vectors
 from ..ops._overlap import Access, check_no_overlap, regions
-from ..ops._pairs import check_linear, check_weight
+from ..ops._pairs import check_factors_apart, check_linear, check_linear_update, is_plain_linear
 from . import launch
 from .launch import TYPES, generation
 from .numerics import (
@@ -486,67 +487,85 @@ class Factors(NamedTuple):
     gy_stride: int
     x_stride: int
 
-    @property
-    def aligned(self) -> bool:
+    def is_aligned(self) -> bool:
         addresses = self.gy.data_ptr() | self.x.data_ptr() | self.gy_stride | self.x_stride
         return not (addresses | self.rows | self.columns) % 16
 
 
 def factors_of(x: Tensor, gy: Tensor) -> Factors:
-    x, gy = (_rows_of(tensor.detach().reshape(-1, tensor.shape[-1])) for tensor in (x, gy))
-    return Factors(gy, x, x.shape[0], gy.shape[1], x.shape[1], gy.stride(0), x.stride(0))
+    x, gy = _rows_of(x), _rows_of(gy)
+    tokens, columns = x.shape
+    return Factors(gy, x, tokens, gy.shape[1], columns, gy.stride(0), x.stride(0))
 
 
-def _rows_of(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy of it, with the elements of a row next to each other."""
+def _rows_of(tensor: Tensor) -> Tensor:
+    """The tensor as a matrix, or a copy of it, with the elements of a row next to each other."""
+    matrix = tensor.detach()
+    if matrix.dim() != 2:
+        matrix = matrix.reshape(-1, matrix.shape[-1])
     near = matrix.stride(1) == 1 or matrix.shape[1] == 1
     return matrix if near and matrix.stride(0) < LARGEST else matrix.contiguous()
 
 
-def by_tiles(inputs: list[Tensor], rows: int, columns: int, norm: bool) -> bool:
+def by_tiles(inputs: list[Tensor], rows: int, columns: int, *, norm: bool, updates: bool) -> bool:
     """Whether `tiled` does the work: several pairs, which are added up first, many tokens, sizes beyond `LARGEST`,
-    and norms where Triton cannot compile them. The shapes decide, not what is in the tensors."""
+    and norms where Triton cannot compile them. The shapes decide, not what is in the tensors.
+
+    Args:
+        norm: the sum of squares is wanted.
+        updates: the update is.
+    """
     if norm and not sums_products(generation(inputs[0].device), triton.__version__):
         return True
     tokens = inputs[0].numel() // columns
     if len(inputs) > 1 or max(rows, columns) >= LARGEST or tokens >= 2**31 - 128:
         return True
-    return tiled.is_faster_on_gpu(tokens, tiled.has_mixed_products(inputs[0]))
+    return tiled.is_faster_on_gpu(tokens, tiled.has_mixed_products(inputs[0]), both=norm and updates)
 
 
-def shape_of(factors: Factors, tile: Tile, gpu: int) -> tuple[int, dict[str, Any]]:
-    """Programs, and what a product's kernel is compiled for."""
-    constants = {
-        "G": TYPES[factors.x.dtype],
-        "ALIGNED": factors.aligned,
+@functools.cache
+def tile_and_constants(factors: torch.dtype, gpu: int, aligned: bool) -> tuple[Tile, dict[str, Any]]:
+    """`tile_of`, and what a product's kernel is compiled for, the same dict at each call."""
+    tile = tile_of(factors, gpu, aligned)
+    return tile, {
+        "G": TYPES[factors],
+        "ALIGNED": aligned,
         "BM": tile.rows,
         "BN": tile.columns,
         "BK": tile.tokens,
-        "WIDEN": widened(factors.x.dtype, gpu),
-        "TOKENS": factors.tokens if launch.INTERPRETED else None,  # range() of a tensor fails there, see `add_up`
+        "WIDEN": widened(factors, gpu),
+        "TOKENS": None,
         **tile.options(),
     }
-    return launch.cdiv(factors.rows, tile.rows) * launch.cdiv(factors.columns, tile.columns), constants
+
+
+def shape_of(factors: Factors, gpu: int) -> tuple[int, Tile, dict[str, Any]]:
+    """Programs, their tile, and what their kernel is compiled for."""
+    tile, constants = tile_and_constants(factors.x.dtype, gpu, factors.is_aligned())
+    if launch.INTERPRETED:  # range() of a tensor fails there, see `add_up`
+        constants = constants | {"TOKENS": factors.tokens}
+    return launch.cdiv(factors.rows, tile.rows) * launch.cdiv(factors.columns, tile.columns), tile, constants
 
 
 def linear_sq_norm_(slot: Tensor, inputs: list[Tensor], grad_outputs: list[Tensor], inv_scale: Tensor | None) -> None:
     op, device = "linear_sq_norm_", slot.device
     launch.check_slot(op, "slot", slot, device)
-    check_linear(op, inputs, grad_outputs, slot)
+    if not is_plain_linear([slot], inputs, grad_outputs):
+        check_linear(op, inputs, grad_outputs, slot)
+        check_factors_apart(op, [*inputs, *grad_outputs], None, slot)
     number, kind = launch.inv_scale(op, inv_scale, device)
     rows, columns = grad_outputs[0].shape[-1], inputs[0].shape[-1]
     if rows == 0 or columns == 0:
         return
-    if by_tiles(inputs, rows, columns, norm=True):
-        tiled.linear_sq_norm_(slot, inputs, grad_outputs, inv_scale)
+    if by_tiles(inputs, rows, columns, norm=True, updates=False):
+        tiled.sq_norm_by_tiles(slot, inputs, grad_outputs, inv_scale)
         return
     factors = factors_of(inputs[0], grad_outputs[0])
     if factors.tokens == 0:
         return
     gpu = generation(device)
     by_tokens = gram.is_cheaper_on_gpu(factors.tokens, rows, columns)
-    tile = tile_of(factors.x.dtype, gpu, factors.aligned)
-    blocks, constants = shape_of(factors, tile, gpu)
+    blocks, _, constants = shape_of(factors, gpu)
     # Another thread may use the stream, too: no kernel of its own between those of one call, which share memory.
     with launch.on(device), _gram_lock if by_tokens else nullcontext():
         done = _gram(slot, factors, number, kind, gpu) if by_tokens else None
@@ -594,7 +613,7 @@ def _gram(slot: Tensor, factors: Factors, number: int, kind: int, gpu: int) -> T
         launch.partials.get(device, 2 * blocks),
         launch.counters.get(device, 1),
         G=TYPES[dtype],
-        ALIGNED=factors.aligned,
+        ALIGNED=factors.is_aligned(),
         BT=tile.rows,
         BK=tile.tokens,
         WIDEN=widened(dtype, gpu),
@@ -619,29 +638,30 @@ def linear_update_(
     low: Tensor | None = None,
 ) -> None:
     op, device = "linear_update_", weight.device
-    check_linear(op, inputs, grad_outputs, weight)
-    rows, columns = grad_outputs[0].shape[-1], inputs[0].shape[-1]
-    check_weight(op, weight, rows, columns, "[out_features, in_features] of grad_output and input")
-    step = launch.step_scalars(op, scalars, device)
-    launch.check_rule(op, rule)
-    launch.indices_of(op, shard, weight.numel())
     lows = [] if low is None else [low]
-    check_low(op, [weight], lows, stochastic=stochastic)
+    contiguous = weight.is_contiguous()
+    if not (contiguous and is_plain_linear([weight, sq_norm, low], inputs, grad_outputs, weight)):
+        check_linear_update(op, weight, inputs, grad_outputs)
+        check_writable(op, weight, lows, [*inputs, *grad_outputs])
+    launch.check_rule(op, rule)
+    if shard:
+        launch.indices_of(op, shard, weight.numel())
     if sq_norm is not None:
         launch.check_slot(op, "sq_norm", sq_norm, device)
-    if weight.numel() == 0:
-        return
-    check_writable(op, weight, lows, [*inputs, *grad_outputs])
     # The kernel knows a whole weight's indices only, and no split weight: its product's tile takes the registers.
-    if lows or (shard and stochastic) or by_tiles(inputs, rows, columns, norm=sq_norm is not None):
+    rows, columns = grad_outputs[0].shape[-1], inputs[0].shape[-1]
+    if lows or (shard and stochastic) or by_tiles(inputs, rows, columns, norm=sq_norm is not None, updates=True):
+        vectors.check_vector(op, scalars, device)
         update_arguments = (sq_norm, rule, stochastic, seed, parameter_id, shard, low)
-        tiled.linear_update_(weight, inputs, grad_outputs, scalars, *update_arguments)
+        tiled.update_by_tiles(weight, tiled.linear_tiles(inputs, grad_outputs), scalars, *update_arguments)
+        return
+    step = launch.step_scalars(op, scalars, device)
+    if not rows * columns:
         return
     stochastic = stochastic and weight.dtype != torch.float32
     factors, gpu = factors_of(inputs[0], grad_outputs[0]), generation(device)
-    w = weight.detach().contiguous()
-    tile = tile_of(factors.x.dtype, gpu, factors.aligned)
-    blocks, constants = shape_of(factors, tile, gpu)
+    w = weight.detach() if contiguous else weight.detach().contiguous()
+    blocks, tile, constants = shape_of(factors, gpu)
     with launch.on(device):
         slot, partials, counter = 0, None, None
         if sq_norm is not None:
@@ -665,7 +685,7 @@ def linear_update_(
             PARTS=tile.parts,
             **constants,
         )
-        if not weight.is_contiguous():
+        if not contiguous:
             weight.detach().copy_(w)
 
 
