@@ -310,12 +310,12 @@ def test_norms_that_triton_cannot_compile_go_by_tiles(monkeypatch):
     x, gy = factors_of((20, 40, 30), torch.float32)
     done = []
     monkeypatch.setattr(linear, "sums_products", lambda *_: False)
-    for name in ("linear_update_", "linear_sq_norm_"):
+    for name in ("update_by_tiles", "sq_norm_by_tiles"):
         monkeypatch.setattr(linear.tiled, name, lambda *_, name=name: done.append(name))
     ops.linear_sq_norm_(slot_of(), x, gy)
     ops.linear_sgd_(torch.zeros(40, 30), x, gy, lr=0.1, sq_norm=slot_of())
     ops.linear_sgd_(torch.zeros(40, 30), x, gy, lr=0.1)
-    assert done == ["linear_sq_norm_", "linear_update_"]
+    assert done == ["sq_norm_by_tiles", "update_by_tiles"]
 
 
 @pytest.mark.parametrize("gpu", [0, 75, 80, 90, 100, 103, 120])
