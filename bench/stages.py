@@ -17,7 +17,8 @@ COUNTERS = (
 )
 #: Of csrc/cuda.
 KERNELS = ("update_kernel", "sq_norm_kernel", "factored_update_kernel", "factored_sq_norm_kernel")
-KERNELS += ("sums_of_matrices_kernel", "sums_of_strips_kernel", "add_parts_kernel")
+KERNELS += ("sums_of_matrices_kernel", "sums_of_strips_kernel", "add_parts_kernel", "total_kernel")
+KERNELS += ("inverse_rms_kernel", "adalomo_factors_kernel", "adalomo_scale_kernel", "replace_states_kernel")
 NCU = [
     "ncu",
     "--clock-control",

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from .composite import adalomo, tiled
+from .composite import rule_factors, tiled
 from .ops._arguments import choose_kernels, library
 
 VARIABLE = "LOMO_KERNELS_BACKEND"
 NAMES = ("cpu", "cuda", "triton", "reference")
 
-COMPOSITE = tiled.IMPLEMENTATIONS | adalomo.IMPLEMENTATIONS
+COMPOSITE = tiled.IMPLEMENTATIONS | rule_factors.IMPLEMENTATIONS
 
 _HERE = Path(__file__).parent
 CPU_LIBRARY, CUDA_LIBRARY = _HERE / "_cpu.so", _HERE / "_cuda.so"
@@ -71,11 +71,16 @@ def _load_cpu() -> str:
     return str(name.decode())
 
 
-def _load_tiled(key: str, reason: str) -> dict[str, Choice]:
-    """Those operators of layers and of AdaLomo that nothing serves yet: made of torch's operators and our others."""
-    choice = Choice(key, "tiled", "torch's operators, and update_ or sq_norm_ tile by tile", reason)
+def _unserved(key: str) -> list[str]:
+    """Those operators of layers and of rules with factors that nothing serves yet."""
     served = torch._C._dispatch_has_kernel_for_dispatch_key
-    names = [name for name in COMPOSITE if not served(f"lomo_kernels::{name}", key)]
+    return [name for name in COMPOSITE if not served(f"lomo_kernels::{name}", key)]
+
+
+def _load_tiled(key: str, reason: str) -> dict[str, Choice]:
+    """What nothing serves yet is made of torch's operators and our others."""
+    choice = Choice(key, "tiled", "torch's operators, and update_ or sq_norm_ tile by tile", reason)
+    names = _unserved(key)
     for name in names:
         library.impl(name, COMPOSITE[name], key)
     return dict.fromkeys(names, choice)
@@ -113,12 +118,13 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _load_reference(key: str) -> str:
+def _load_reference(key: str) -> Choice:
     from . import reference  # only here: it is the oracle of the tests, and serves only if it is forced
 
     for name, function in reference.IMPLEMENTATIONS.items():
         library.impl(name, function, key)
-    return "plain torch"
+    reason = f"{VARIABLE}=reference"
+    return Choice(key, "reference", "plain torch", reason, _load_tiled(key, reason))
 
 
 # ---- The choice -----------------------------------------------------------------------------------------------------
@@ -126,7 +132,7 @@ def _load_reference(key: str) -> str:
 
 def _choose_for_cpu(forced: str | None) -> Choice:
     if forced == "reference":
-        return Choice("CPU", "reference", _load_reference("CPU"), f"{VARIABLE}=reference")
+        return _load_reference("CPU")
     if forced == "triton" and _interpreted():
         return _with_triton("CPU", f"{VARIABLE}=triton with TRITON_INTERPRET=1")
     isa = os.environ.get("LOMO_KERNELS_ISA")
@@ -137,7 +143,7 @@ def _choose_for_cpu(forced: str | None) -> Choice:
 def _choose_for_cuda(forced: str | None) -> Choice:
     """Raises ImportError where `forced` cannot be had."""
     if forced == "reference":
-        return Choice("CUDA", "reference", _load_reference("CUDA"), f"{VARIABLE}=reference")
+        return _load_reference("CUDA")
     if forced == "cpu" or (forced == "triton" and _interpreted()):
         return Choice("CUDA", "none", f"unset {VARIABLE}", f"{VARIABLE}={forced} serves CPU tensors")
     if torch.version.cuda is None and torch.version.hip is None:
@@ -162,17 +168,19 @@ def _choose_for_cuda(forced: str | None) -> Choice:
 
 
 def _choose_layers() -> dict[str, Choice]:
-    """What serves the operators of layers and of AdaLomo beside the CUDA library, which has none of them."""
+    """What serves the operators of layers beside the CUDA library, which has none of them."""
+    names = _unserved("CUDA")
     try:
-        choice = Choice("CUDA", "triton", _load_triton("CUDA", COMPOSITE), "the compiled library has no kernel for it")
+        choice = Choice("CUDA", "triton", _load_triton("CUDA", names), "the compiled library has no kernel for it")
     except ImportError as error:
         return _load_tiled("CUDA", str(error))
-    return dict.fromkeys(COMPOSITE, choice)
+    return dict.fromkeys(names, choice)
 
 
 def _with_triton(key: str, reason: str) -> Choice:
-    """Triton for all operators. Raises ImportError if it cannot be had."""
-    return Choice(key, "triton", _load_triton(key), reason)
+    """Triton for all operators that it has. Raises ImportError if it cannot be had."""
+    detail = _load_triton(key)
+    return Choice(key, "triton", detail, reason, _load_tiled(key, "Triton has no kernel for it"))
 
 
 def _no_gpu(forced: str | None, reason: str, remedy: str) -> Choice:

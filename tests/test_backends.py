@@ -12,6 +12,7 @@ import torch
 import lomo_kernels
 import lomo_kernels.__main__
 from lomo_kernels import backends, ops
+from lomo_kernels.composite import rule_factors, tiled
 
 SHOW = "from lomo_kernels import backends; print([(c.key, c.backend, c.reason) for c in backends.choices()])"
 
@@ -68,17 +69,26 @@ def test_a_forced_backend_that_is_missing_is_refused(run_python, name):
 
 
 #: What there is: torch's CUDA and ROCm, a GPU, the compiled library, Triton. What is then chosen, forced or not; after
-#: a plus what serves the operators of layers and of AdaLomo, where that is something else.
+#: a plus what serves others: beside the library the operators of layers, beside Triton those of few numbers.
 CUDA, ROCM, GPU, LIBRARY, TRITON = "CUDA", "ROCm", "GPU", "library", "Triton"
 BROKEN = "broken library"
 SITUATIONS = {
-    (CUDA, GPU, LIBRARY, TRITON): {None: "cuda + triton", "cuda": "cuda + tiled", "triton": "triton", "cpu": "none"},
+    (CUDA, GPU, LIBRARY, TRITON): {
+        None: "cuda + triton",
+        "cuda": "cuda + tiled",
+        "triton": "triton + tiled",
+        "cpu": "none",
+    },
     (CUDA, GPU, LIBRARY): {None: "cuda + tiled", "cuda": "cuda + tiled", "triton": "no Triton"},
-    (CUDA, GPU, TRITON): {None: "triton", "cuda": "no library", "triton": "triton"},
-    (CUDA, GPU, BROKEN, TRITON): {None: "triton, with a warning", "cuda": "no code for this GPU", "triton": "triton"},
+    (CUDA, GPU, TRITON): {None: "triton + tiled", "cuda": "no library", "triton": "triton + tiled"},
+    (CUDA, GPU, BROKEN, TRITON): {
+        None: "triton + tiled, with a warning",
+        "cuda": "no code for this GPU",
+        "triton": "triton + tiled",
+    },
     (CUDA, GPU): {None: "none"},
     (CUDA, LIBRARY, TRITON): {None: "none", "cuda": "is_available() is False", "triton": "is_available() is False"},
-    (ROCM, GPU, LIBRARY, TRITON): {None: "triton", "cuda": "built without CUDA", "triton": "triton"},
+    (ROCM, GPU, LIBRARY, TRITON): {None: "triton + tiled", "cuda": "built without CUDA", "triton": "triton + tiled"},
     (LIBRARY, TRITON): {None: "none", "cuda": "without CUDA and ROCm", "triton": "without CUDA and ROCm"},
 }
 
@@ -99,7 +109,7 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
     def load_cuda():
         if torch.version.cuda is None:
             raise ImportError("torch is built without CUDA")
-        plain = set(ops.OPERATORS) - set(backends.COMPOSITE)
+        plain = set(ops.OPERATORS) - set(tiled.IMPLEMENTATIONS)
         return load(LIBRARY, "no code for this GPU" if BROKEN in there else "no library", plain)()
 
     class Library:
@@ -110,8 +120,12 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path, there):
     monkeypatch.setattr(torch.version, "hip", "7.0" if ROCM in there else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: GPU in there)
     monkeypatch.setattr(backends, "_load_cuda", load_cuda)
-    monkeypatch.setattr(backends, "_load_triton", load(TRITON, "no Triton", ops.OPERATORS))
+    small = rule_factors.IMPLEMENTATIONS.keys() - {"adalomo_factors"}
+    monkeypatch.setattr(backends, "_load_triton", load(TRITON, "no Triton", set(ops.OPERATORS) - small))
     monkeypatch.setattr(backends, "library", Library())
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: (name.split("::")[1], key) in registered
+    )
     file = tmp_path / "_cuda.so"
     monkeypatch.setattr(backends, "CUDA_LIBRARY", file)
     if LIBRARY in there or BROKEN in there:

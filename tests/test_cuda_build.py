@@ -23,11 +23,13 @@ ARCHES = [f"sm_{arch}" for arch in TARGETS.split(";")]
 #: Source: number of kernels in it. update: every rule, times 6 ways to round, as float32 parameters are not rounded,
 #: times 3 dtypes of gradients; it and sq_norm: one kernel for one tensor, one for short lists and one for long ones.
 #: factored: as update, and the norm. factor_sums: strips and small matrices, and the addition of the strips' sums.
+#: rule_factors: one for each operator.
 KERNELS = {
     "update_kernel.cu": len(RULES) * 6 * 3 * 3,
     "sq_norm_kernel.cu": 3 * 3,
     "factored_kernel.cu": len(RULES) * 6 * 3 + 3,
     "factor_sums_kernel.cu": 3 + 3 + 1,
+    "rule_factors_kernel.cu": 5,
 }
 #: Registers of a thread at most: three blocks of 256 threads fit on a multiprocessor, or two.
 REGISTERS = dict.fromkeys(KERNELS, 80) | {"factored_kernel.cu": 128}
@@ -107,7 +109,8 @@ def test_nothing_is_fused_and_nothing_flushed(ptx):
         operations = Counter(re.findall(r"^\s*(?:@\S+\s+)?([a-z0-9]+\.[a-z0-9.]*f(?:16|32|64)\S*)", code, re.MULTILINE))
         arithmetic = [op for op in operations if re.match(r"(mul|add|sub)\.", op)]
         # Without .rn the assembler may fuse a product and a sum.
-        assert arithmetic and all(".rn." in op for op in arithmetic), (kernel, operations)
+        assert arithmetic or "replace_states" in kernel, kernel  # it copies
+        assert all(".rn." in op for op in arithmetic), (kernel, operations)
         # A conversion rounds to nearest; but a stochastic result was rounded before, and is cut.
         conversions = {op for op in operations if re.match(r"cvt\.r[a-z]\.b?f16", op)}
         types = re.findall(TYPES, kernel)

@@ -101,6 +101,7 @@ PARTS = {
     "norms": ("test_sq_norm.py", ""),
     "factored updates": ("test_factored.py", "not sum"),
     "factored sums": ("test_factored.py", "sum"),
+    "rule factors": ("test_rule_factors.py", "not torch"),
 }
 
 

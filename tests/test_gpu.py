@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bench.measure import SCRATCH, memory_of
 from lomo_kernels import Lomo, backends, ops, reference
-from lomo_kernels.composite import tiled
+from lomo_kernels.composite import rule_factors, tiled
 from lomo_kernels.ops import scalars
 
 pytestmark = pytest.mark.gpu
@@ -486,8 +486,10 @@ def test_every_operator_has_one_kernel_and_info_names_it() -> None:
     for name in ops.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", "CUDA")
         expected = chosen.backend
-        if chosen.backend == "cuda" and name in backends.COMPOSITE:
+        if chosen.backend == "cuda" and name in tiled.IMPLEMENTATIONS:
             expected = "tiled" if os.environ.get(backends.VARIABLE) == "cuda" or "triton" not in forms() else "triton"
+        elif chosen.backend != "cuda" and name in rule_factors.IMPLEMENTATIONS:
+            expected = "triton" if chosen.backend == "triton" and name == "adalomo_factors" else "tiled"
         assert chosen.of(name).backend == expected
 
 

@@ -23,6 +23,8 @@ from lomo_kernels.ops.scalars import POSITIONS, vector
 pytestmark = pytest.mark.gpu
 
 OPERATORS = ("factor_sums_", "factored_sq_norm_", "factored_update_")
+#: Operators that make few numbers of sums.
+SMALL = ("factor_sums_total_", "inverse_rms", "adalomo_factors", "adalomo_scale_", "replace_states_")
 CLIPPING = {"inv_scale": 0.5, "clip_value": 0.9, "clip_coef": 0.7}
 #: (matrices, rows of each, columns): around blocks of 16 rows, 256 columns and 4096 elements, convolutions, rows that
 #: begin at addresses no vector can be loaded from, long and short ones, and more programs than a GPU runs at a time.
@@ -181,6 +183,51 @@ def test_sums_tell_a_gradient_that_is_not_finite(value: float, where: tuple[int,
     assert (~column_sums.isfinite()).nonzero()[:, 1].tolist() == [where[1]]
 
 
+def made_of_sums(shape: tuple[int, int, int], device: torch.device | str) -> list[Tensor]:
+    """What the operators of `ops.rule_factors` make of random sums, all of it."""
+    matrices, rows, columns = shape
+    generator = torch.Generator().manual_seed(1)
+    sizes = (matrices * rows,), (matrices, columns), (matrices, rows), (matrices, columns)
+    row_sums, column_sums, *states = (torch.rand(s, generator=generator).double().to(device) for s in sizes)
+    row, column = (state.float() for state in states)
+    slot, found_inf, coef = torch.tensor([1.0, 0.0, 0.7], dtype=torch.float64, device=device).unbind()
+    beta = torch.tensor(0.3, device=device)
+    made: list[Tensor] = []
+
+    def call() -> None:
+        total, is_finite = operator("factor_sums_total_")(row_sums, slot, found_inf)
+        narrow, wide = (operator("inverse_rms")(row_sums, columns, wide) for wide in (False, True))
+        factors = operator("adalomo_factors")(row_sums, column_sums, row, column, beta, 1e-30)
+        operator("adalomo_scale_")(coef, total, slot, matrices * rows * columns, 1.0, 1e-3)
+        operator("replace_states_")([row, column], list(factors[2:]), is_finite)
+        made[:] = [total, is_finite, narrow, wide, *factors]
+
+    call()
+    if device != "cpu":
+        with no_synchronisation():
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        graph.replay()
+    else:
+        call()
+        call()
+    return [tensor.cpu() for tensor in (*made, row, column, slot, found_inf, coef)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_rules_make_of_sums_is_what_a_cpu_makes(shape: tuple[int, int, int]) -> None:
+    """Three times: called, called without a synchronisation, and replayed."""
+    for ours, expected in zip(made_of_sums(shape, CUDA), made_of_sums(shape, "cpu"), strict=True):
+        assert ours.dtype == expected.dtype and ours.shape == expected.shape
+        if ours.dtype is torch.bool:
+            assert ours.item() and expected.item()
+        else:
+            tolerance = 1e-13 if ours.dtype is torch.float64 else 2e-6  # of states, after three steps
+            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=0)
+
+
 # ---- Streams, graphs, synchronisation, allocation --------------------------------------------------------------------
 
 
@@ -313,10 +360,12 @@ def test_a_graph_beside_eager_calls() -> None:
 
 def test_every_factored_operator_has_one_kernel_and_info_names_it() -> None:
     chosen = backends.choice("CUDA")
-    for name in OPERATORS:
+    for name in (*OPERATORS, *SMALL):
         assert name in ops.OPERATORS
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lomo_kernels::{name}", "CUDA")
-        if os.environ.get(backends.VARIABLE) in ("triton", "reference"):
+        if chosen.backend == "cuda":
+            assert chosen.of(name).backend == "cuda"
+        if name in OPERATORS and os.environ.get(backends.VARIABLE) in ("triton", "reference"):
             assert chosen.of(name).backend == os.environ[backends.VARIABLE]
 
 

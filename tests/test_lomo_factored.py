@@ -86,14 +86,16 @@ def test_a_gradient_is_read_no_more_often_than_the_rule_needs(rule: str, clip_gr
         optimizer.backward(sum(gives(layer.weight, torch.ones(150, 150)) for layer in model))
     of_norm, of_size = 3 * (clip_grad_value is not None), 3 * (rule == "adalomo")
     expected = {"factor_sums_": 3, "factored_update_": 3, "factored_sq_norm_": of_size, "sq_norm_": of_norm + of_size}
-    expected["adalomo_factors"] = of_size
+    expected |= {"factor_sums_total_": 3, "inverse_rms": 3 - of_size}
+    expected |= dict.fromkeys(("adalomo_factors", "adalomo_scale_", "replace_states_"), of_size)
     assert calls.ours == {f"lomo_kernels::{name}": count for name, count in expected.items() if count}
     assert optimizer.last_grad_norm.item() == pytest.approx(3**0.5 * 150)
 
 
-@pytest.mark.parametrize(("rule", "most"), [("tensor", 12), ("rows", 11), ("adalomo", 18)])
+@pytest.mark.parametrize(("rule", "most"), [("tensor", 7), ("rows", 6), ("adalomo", 10)])
 def test_a_further_parameter_takes_few_operators(rule: str, most: int) -> None:
-    """Each is a launch on a GPU, where the host is the limit. One is the loss's. The rows' sums are added up once."""
+    """Each is a launch with the CUDA library, where the host is the limit; sums of large gradients are two. One is the
+    loss's. The rows' sums are added up once."""
     counts = []
     for layers in (4, 12):
         params = [nn.Parameter(torch.ones(150, 150)) for _ in range(layers)]
@@ -103,7 +105,7 @@ def test_a_further_parameter_takes_few_operators(rule: str, most: int) -> None:
             optimizer.backward(loss)
         counts.append(calls.counts)
     further = {name: count / 8 for name, count in (counts[1] - counts[0]).items()}
-    assert further["aten::sum"] == 1
+    assert further["lomo_kernels::factor_sums_total_"] == 1
     assert sum(further.values()) <= most, further
 
 

@@ -147,6 +147,15 @@ CASES = {
         OPS.adalomo_factors,
         (tensor(6).double() ** 2, tensor(10).double().view(2, 5) ** 2, *squares(2, 3, 5), torch.tensor(0.3), 1e-30),
     ),
+    "factor_sums_total_": lambda: (OPS.factor_sums_total_, (tensor(6).double() ** 2, slot(), slot())),
+    "factor_sums_total_ without a norm": lambda: (OPS.factor_sums_total_, (tensor(6).double() ** 2, None, slot())),
+    "inverse_rms": lambda: (OPS.inverse_rms, (tensor(6).double().view(2, 3) ** 2, 5, False)),
+    "inverse_rms wide": lambda: (OPS.inverse_rms, (slot() + 1.0, 5, True)),
+    "adalomo_scale_": lambda: (OPS.adalomo_scale_, (slot() + 0.5, slot() + 2.0, slot() + 3.0, 7, 1.0, 1e-3)),
+    "replace_states_": lambda: (
+        OPS.replace_states_,
+        ([tensor(6).view(2, 3), tensor(5)], [tensor(6, seed=1).view(2, 3), tensor(5, seed=2)], torch.tensor(True)),
+    ),
     "adalomo_factors of a vector": lambda: (
         OPS.adalomo_factors,
         (tensor(1).double() ** 2, tensor(5).double().view(1, 5) ** 2, *squares(1, 0, 5), torch.tensor(0.3), 1e-30),
@@ -228,7 +237,11 @@ def test_the_schema_tells_what_is_mutated(name):
         "update_": ["params", "sq_norm", "low"],
         "factor_sums_": ["row_sums", "column_sums"],
         "factored_update_": ["param", "low"],
+        "factor_sums_total_": ["slot", "found_inf"],
+        "inverse_rms": [],
         "adalomo_factors": [],
+        "adalomo_scale_": ["coef"],
+        "replace_states_": ["states"],
     }
     assert mutated == written.get(name, ["slot"] if "norm" in name else ["weight", "sq_norm", "low"])
 

@@ -6,7 +6,7 @@
 #include <functional>
 #include <vector>
 
-#include "../numerics.h"
+#include "../rule_factors.h"
 
 namespace lomo {
 namespace cuda {
@@ -117,6 +117,13 @@ void factored_sq_norm(double* slot, const Matrices& grad, const Factors& factors
                       const WorkspaceSource& workspace, void* stream);
 void factor_sums(double* row_sums, double* column_sums, const Matrices& grad, const ScalarVector& scalars,
                  const ScratchSource& scratch, void* stream);
+
+// The operators of lomo_kernels/ops/rule_factors.py, a launch each.
+void factor_sums_total(const Total& total, void* stream);
+void inverse_rms(const InverseRMS& roots, void* stream);
+void adalomo_factors(const AdaLomoFactors& factors, void* stream);
+void adalomo_scale(const AdaLomoScale& scale, void* stream);
+void replace_states(const std::vector<State>& states, const bool* is_finite, void* stream);
 
 }  // namespace cuda
 }  // namespace lomo

@@ -1,7 +1,7 @@
 """The operators, with argument checks and documentation. Registered in ``torch.ops.lomo_kernels``."""
 
-from . import adalomo as adalomo  # for their schemas: they have no public function
-from . import factored as factored
+from . import factored as factored  # for their schemas: they have no public function
+from . import rule_factors as rule_factors
 from ._lazy_views import resolve_lazy_views
 from .embedding import embedding_sgd_, embedding_sq_norm_
 from .linear import linear_sgd_, linear_sq_norm_
@@ -30,7 +30,11 @@ OPERATORS = (
     "factor_sums_",
     "factored_sq_norm_",
     "factored_update_",
+    "factor_sums_total_",
+    "inverse_rms",
     "adalomo_factors",
+    "adalomo_scale_",
+    "replace_states_",
 )
 
 resolve_lazy_views(OPERATORS)

@@ -86,9 +86,8 @@ class FactoredPart:
         matrices, rows, columns = shape_of_matrices(shape)
         self._matrices, self._columns = matrices, columns
         self.elements = matrices * rows * columns  # of the whole parameter
-        self._lengths = [matrices * rows, matrices * columns, 1]
-        #: Number of elements of the tensor that `add_sums` takes.
-        self.length = sum(self._lengths)
+        #: Numbers of elements of the tensors that `add_sums` takes.
+        self.lengths = [matrices * rows, matrices * columns, 1]
         self._local = managed.local.detach()
         self._blocks: list[Matrices] = []
         if isinstance(grad, Matrices):
@@ -117,26 +116,26 @@ class FactoredPart:
             yield Matrices(piece.reshape(matrix), weight.reshape(matrix), shard, block, (1,) * added + whole, low)
             begin += size
 
-    def add_sums(self, out: Tensor, *, of_param: bool) -> None:
+    def add_sums(self, row_sums: Tensor, column_sums: Tensor, param_squares: Tensor, *, of_param: bool) -> None:
         """Adds up the squares of the gradient, and of the parameter if `of_param`.
 
         Args:
-            out: zeros, float64 [length], which holds the sums. If other ranks have parts, their sums have to be added
-                to it, and then `add_up_rows` called.
+            row_sums, column_sums, param_squares: zeros, float64, of `lengths`. They hold the sums. If other ranks have
+                parts, their sums have to be added before `add_total`.
         """
-        rows, columns, self.param_squares = out.split(self._lengths)
-        columns = columns.view(self._matrices, self._columns)
+        self.row_sums, self.param_squares = row_sums, param_squares
+        self.column_sums = column_sums.view(self._matrices, self._columns)
         for block in self._blocks:
-            block.add_sums(rows, columns, self.managed.scalars.vector)
+            block.add_sums(row_sums, self.column_sums, self.managed.scalars.vector)
             if of_param:
                 # Not what the last update could have added up: ``.data`` may have changed the parameter since, unseen,
                 # and a resumed run would add up in another order.
-                torch.ops.lomo_kernels.sq_norm_.default([self.param_squares], [block.weight], None)
-        self.sums = Sums(rows, columns, rows.sum())
+                torch.ops.lomo_kernels.sq_norm_.default([param_squares], [block.weight], None)
 
-    def add_up_rows(self) -> None:
-        """Forms the total again: sums of other ranks' parts have been added."""
-        self.sums = self.sums._replace(total=self.sums.rows.sum())
+    def add_total(self, slot: Tensor | None, found_inf: Tensor) -> None:
+        """Forms the total, adds it to `slot`, and notes in `found_inf` if it is not finite."""
+        total, self.is_finite = torch.ops.lomo_kernels.factor_sums_total_.default(self.row_sums, slot, found_inf)
+        self.sums = Sums(self.row_sums, self.column_sums, total)
 
     def add_sq_norm(self, factors: Factors, slot: Tensor) -> None:
         """Adds the sum of squares of the factored gradient to `slot`, float64 [1]."""

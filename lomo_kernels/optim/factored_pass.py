@@ -50,9 +50,9 @@ class FactoredPass(UpdatePass, NormPass):
         together: dict[tuple[dist.ProcessGroup, ...], list[FactoredPart]] = {}
         for managed, grad in zip(managed_params, grads, strict=True):
             part = FactoredPart(managed, grad)
-            if managed.groups:
-                together.setdefault(managed.groups, []).append(part)
-            else:
+            if managed.groups or not self._batch:
+                together.setdefault(managed.groups or (), []).append(part)
+            else:  # a large one, which may be a copy in another layout: not many of them at a time
                 self._apply([part], ())
         for groups, parts in together.items():
             self._apply(parts, groups)
@@ -60,49 +60,44 @@ class FactoredPass(UpdatePass, NormPass):
     def _apply(self, parts: Sequence[FactoredPart], groups: Sequence[dist.ProcessGroup]) -> None:
         """Updates some parameters of one device. `groups`: of the ranks that have their other parts."""
         state, rule, device = self._rule_state, self._rule_state.rule, parts[0].managed.device
-        lengths = [part.length for part in parts]
-        zeros = torch.zeros(sum(lengths) + len(parts), dtype=torch.float64, device=device)
-        sums, sizes = zeros.split([sum(lengths), len(parts)])
-        for part, piece in zip(parts, _pieces(sums, lengths), strict=True):
-            part.add_sums(piece, of_param=rule.needs_scale)
-            if not (self.norm_known or part.managed.scalars.clamps):
-                # Nothing has clipped the gradient, so its sum is its norm: a read less, of four with "adalomo".
-                part.managed.slot.add_(part.sums.total)
+        lengths = [length for part in parts for length in part.lengths]
+        of_sums = sum(lengths)
+        zeros = torch.zeros(of_sums + len(parts), dtype=torch.float64, device=device)
+        pieces = torch.split_with_sizes(zeros, [*lengths, *[1] * len(parts)])
+        for i, part in enumerate(parts):
+            part.add_sums(*pieces[3 * i : 3 * i + 3], of_param=rule.needs_scale)
+        # If nothing has clipped the gradient, its sum is its norm: a read less, of four with "adalomo".
+        slots = [None if self.norm_known or part.managed.scalars.clamps else part.managed.slot for part in parts]
         if groups:
-            self._add_other_ranks(sums, groups)
-            for part in parts:
-                part.add_up_rows()
-        factors = [
-            rule.factors(part.managed, part.sums, state.of(part.managed), state.of_step(device)) for part in parts
-        ]
-        coefs = [of_part.coef for of_part in factors]
+            for part, slot in zip(parts, slots, strict=True):
+                if slot is not None:  # of this rank's own part
+                    slot.add_(part.row_sums.sum())
+            self._add_other_ranks(zeros[:of_sums], groups)
+            slots = [None] * len(parts)
+        scalars = [state.scalars.cells(part.managed) for part in parts]
+        factors: list[Factors] = []
+        for part, cells, slot in zip(parts, scalars, slots, strict=True):
+            part.add_total(slot, cells.found_inf)
+            factors.append(rule.factors(part.managed, part.sums, state.of(part.managed), state.of_step(device)))
         if rule.needs_scale:
-            for part, of_part, slot in zip(parts, factors, _pieces(sizes, [1] * len(parts)), strict=True):
-                part.add_sq_norm(of_part, slot)
-            self._add_other_ranks(sizes, groups)
-            coefs = [
-                rule.scale(size, part.param_squares[0], part.elements)
-                for part, size in zip(parts, sizes.unbind(), strict=True)
-            ]
-        for part, of_part, coef in zip(parts, factors, coefs, strict=True):
-            self._update(part, of_part, coef)
+            sizes = pieces[len(lengths) :]
+            for part, of_part, size in zip(parts, factors, sizes, strict=True):
+                part.add_sq_norm(of_part, size)
+            if groups:
+                self._add_other_ranks(zeros[of_sums:], groups)
+            for part, cells, size in zip(parts, scalars, sizes, strict=True):
+                rule.scale_(cells.clip_coef, size, part.param_squares, part.elements)
+        self.changed = True
+        for part, of_part, cells in zip(parts, factors, scalars, strict=True):
+            if of_part.coef is not None:
+                cells.clip_coef.mul_(of_part.coef)
+            part.update(of_part, cells.vector, rule=self.rule, stochastic=self.stochastic, seed=self.seed)
+            if of_part.state:  # last, and without memory: if memory runs out, the state is that of the weight
+                state.replace(part.managed, of_part.state, part.is_finite)
 
     def _add_other_ranks(self, sums: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
-        if groups:
-            assert self._rule_state.engine is not None
-            self._rule_state.engine.sum_parts_(sums, groups)
-
-    def _update(self, part: FactoredPart, factors: Factors, coef: Tensor | None) -> None:
-        """The coefficient and the overflow flag of the parameter's update take in what the gradient says."""
-        cells = self._rule_state.scalars.cells(part.managed)
-        if coef is not None:
-            cells.clip_coef.mul_(coef)
-        cells.found_inf.add_(part.sums.total, alpha=0.0)  # NaN, which is not zero, of infinity and of NaN
-        is_right = cells.found_inf == 0 if factors.state else None
-        self.changed = True
-        part.update(factors, cells.vector, rule=self.rule, stochastic=self.stochastic, seed=self.seed)
-        if is_right is not None:  # last, and without memory: if memory runs out, the state is that of the weight
-            self._rule_state.replace(part.managed, factors.state, is_right)
+        assert self._rule_state.engine is not None
+        self._rule_state.engine.sum_parts_(sums, groups)
 
     def _handle_factors(self, managed: ManagedParameter, grad: Tensor | None, saved: Sequence[SavedFactors]) -> None:
         """Factors of a layer's uses: see `fused_factored`. No rank has a part of a fused layer's weight."""
@@ -121,7 +116,3 @@ class FactoredPass(UpdatePass, NormPass):
         if add_norm is not None and managed.scalars.clamps:
             add_norm(gradient)
         self._apply([FactoredPart(managed, gradient if rows is None else rows)], ())
-
-
-def _pieces(tensor: Tensor, lengths: list[int]) -> Sequence[Tensor]:
-    return tensor.split(lengths) if len(lengths) > 1 else (tensor,)

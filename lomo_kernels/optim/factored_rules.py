@@ -31,15 +31,13 @@ from ..rules import RULES
 from .hyperparameters import check_positive
 from .managed_parameter import ManagedParameter
 
-_TINY = 1e-12
-
 
 class Sums(NamedTuple):
     """Sums of squares of a clipped gradient: [matrices * rows], [matrices, columns] and of all, float64."""
 
     rows: Tensor
     columns: Tensor
-    total: Tensor  # no dimensions; not finite if an element is not
+    total: Tensor  # one element; not finite if an element of the gradient is not
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -49,12 +47,13 @@ class Sums(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """u = g * coef * rows * columns, and times `FactoredRule.scale` if the rule needs it. Empty factors are ones."""
+    """u = g * coef * rows * columns, and times the number of `FactoredRule.scale_` if the rule needs it. Empty factors
+    are ones."""
 
     rows: Tensor  # float32 [matrices * rows]
     columns: Tensor  # float32 [matrices, columns]
     coef: Tensor | None = None  # float64, no dimensions
-    state: tuple[Tensor, ...] = ()  # the parameter's new state
+    state: Sequence[Tensor] = ()  # the parameter's new state
 
 
 class FactoredRule:
@@ -96,8 +95,9 @@ class FactoredRule:
         """What u is made of. `of_step`: see there."""
         raise NotImplementedError
 
-    def scale(self, u_squares: Tensor, param_squares: Tensor, elements: int) -> Tensor:
-        """The number by which u is multiplied, from the sums of squares of u and of the parameter."""
+    def scale_(self, coef: Tensor, u_squares: Tensor, param_squares: Tensor, elements: int) -> None:
+        """Multiplies `coef` by the number by which u is multiplied, from the sums of squares of u and of the parameter.
+        All have one element of float64."""
         raise NotImplementedError
 
 
@@ -112,12 +112,6 @@ def _none(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=device)
 
 
-def _inverse_rms(squares: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
-    """1 / (RMS + 1e-12), computed in float64. Four launches on a GPU: `1.0 / x` would be two, and a cast one."""
-    rms = (squares / max(elements, 1)).sqrt_().add_(_TINY)
-    return torch.reciprocal(rms, out=torch.empty_like(rms, dtype=dtype))
-
-
 class TensorRule(FactoredRule):
     """Each tensor's gradient over its RMS (arXiv 2502.06742, one iteration)."""
 
@@ -125,7 +119,8 @@ class TensorRule(FactoredRule):
 
     def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], of_step: Tensor) -> Factors:
         none = _none(sums.rows.device)
-        return Factors(none, none, _inverse_rms(sums.total, math.prod(managed.shape), torch.float64))
+        coef = torch.ops.lomo_kernels.inverse_rms.default(sums.total, math.prod(managed.shape), True)
+        return Factors(none, none, coef)
 
 
 class RowsRule(TensorRule):
@@ -143,8 +138,8 @@ class RowsRule(TensorRule):
         none = _none(sums.rows.device)
         _, rows, columns = sums.shape
         if managed.is_embedding:
-            return Factors(none, _inverse_rms(sums.columns, rows, torch.float32))
-        return Factors(_inverse_rms(sums.rows, columns, torch.float32), none)
+            return Factors(none, torch.ops.lomo_kernels.inverse_rms.default(sums.columns, rows, False))
+        return Factors(torch.ops.lomo_kernels.inverse_rms.default(sums.rows, columns, False), none)
 
 
 class AdaLomoRule(FactoredRule):
@@ -191,18 +186,16 @@ class AdaLomoRule(FactoredRule):
         return (1.0 - step**self.decay_rate).float()
 
     def factors(self, managed: ManagedParameter, sums: Sums, state: tuple[Tensor, ...], of_step: Tensor) -> Factors:
-        if not sums.columns.numel():
-            return Factors(_none(of_step.device), _none(of_step.device), state=state)
+        if not sums.columns.numel():  # nothing changes
+            return Factors(_none(of_step.device), _none(of_step.device))
         operator = torch.ops.lomo_kernels.adalomo_factors.default
         of_rows, of_columns, *new = operator(sums.rows, sums.columns, *state, of_step, self.eps[0])
-        return Factors(of_rows, of_columns, state=tuple(new))
+        return Factors(of_rows, of_columns, state=new)
 
-    def scale(self, u_squares: Tensor, param_squares: Tensor, elements: int) -> Tensor:
-        rms = torch._foreach_div([u_squares, param_squares], float(max(elements, 1)))  # one launch for both
-        torch._foreach_sqrt_(rms)
-        torch._foreach_clamp_min_(rms, [self.clip_threshold, self.eps[1]])
-        scale = rms[1].div_(rms[0])
-        return scale if self.clip_threshold == 1.0 else scale.mul_(self.clip_threshold)
+    def scale_(self, coef: Tensor, u_squares: Tensor, param_squares: Tensor, elements: int) -> None:
+        torch.ops.lomo_kernels.adalomo_scale_.default(
+            coef, u_squares, param_squares, elements, self.clip_threshold, self.eps[1]
+        )
 
 
 #: All of them by name, with their defaults.

@@ -52,10 +52,9 @@ class RuleState:
     def of(self, managed: ManagedParameter) -> tuple[Tensor, ...]:
         return self._states[managed.index]
 
-    def replace(self, managed: ManagedParameter, new: tuple[Tensor, ...], is_right: Tensor) -> None:
-        """Replaces a parameter's state, if `is_right` (one bool on its device)."""
-        for state, changed in zip(self._states[managed.index], new, strict=True):
-            torch.where(is_right, changed, state, out=state)
+    def replace(self, managed: ManagedParameter, new: Sequence[Tensor], is_finite: Tensor) -> None:
+        """Replaces a parameter's state, if `is_finite` (one bool on its device)."""
+        torch.ops.lomo_kernels.replace_states_.default(self._states[managed.index], new, is_finite)
 
     def by_parameter(self, index: int) -> dict[str, Tensor]:
         """A parameter's state by name, live."""

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""``adalomo_factors`` in Triton: one launch. `lomo_kernels/composite/adalomo.py` states the formula.
+"""``adalomo_factors`` in Triton: one launch. `lomo_kernels/composite/rule_factors.py` states the formula.
 
 One program has the rows of a matrix, because all of them are divided by their mean. Others have some columns each.
 """
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.adalomo import check_adalomo
+from ..ops.rule_factors import check_adalomo
 from . import launch
 
 #: Numbers that a program has at a time.

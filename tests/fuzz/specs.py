@@ -29,7 +29,8 @@ class Kind(NamedTuple):
 
 
 OWN = re.compile(
-    r"(Lomo|AdaLomo|lomo_kernels|[a-z_]*(sgd|sq_norm|update|factors|factor_sums|product|gram)(_list)?_?): "
+    r"(Lomo|AdaLomo|lomo_kernels|[a-z_]*(sgd|sq_norm|update|factors|factor_sums|total|rms|scale|states|product|gram)"
+    r"(_list)?_?): "
 )
 #: What the dispatcher and torch's argument parser say of a raw call, before anything of this library runs.
 OF_TORCH = re.compile(
