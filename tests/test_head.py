@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.heads import HAS_MODULE, WAYS, Model, batch, error, model_of, small_blocks, textbook_of  # noqa: F401
+from support.heads import HAS_MODULE, KINDS, WAYS, Model, batch, error, model_of, small_blocks, textbook_of  # noqa: F401
 from torch import Tensor, nn
 
-import lomo_kernels.layers.head as layer
+import lomo_kernels.layers.losses as losses
 from lomo_kernels import Lomo, linear_cross_entropy
 from lomo_kernels.layers import factor_sinks
 from lomo_kernels.memory import LiveBytes
@@ -33,7 +33,7 @@ def peak_of(model: Model, way: dict[str, Any], data: tuple[Tensor, Tensor]) -> i
 
 
 @pytest.mark.parametrize("way", ["hook", "two passes", "one pass", "a budget"])
-@pytest.mark.parametrize("kind", ["linear", "tied", "module"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_neither_logits_nor_the_gradient_exist(kind: str, way: str) -> None:
     vocab, tokens = 5000, 64
     model = model_of(kind, vocab=vocab, width=8)
@@ -46,7 +46,7 @@ def test_the_module_is_swapped_and_swapped_back() -> None:
     model = model_of("module")
     shown = repr(model)
     with Lomo(model, lr=0.1, fused_layers=True) as optimizer:
-        assert type(model.head) is layer.LinearCrossEntropyLoss and repr(model) == shown
+        assert type(model.head) is losses.LinearCrossEntropyLoss and repr(model) == shown
         line = next(line for line in optimizer.summary().splitlines() if line.startswith("head.linear.weight"))
         assert "never exists" in line
         assert type(copy.deepcopy(model).head) is nn.LinearCrossEntropyLoss

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import stand_in
 from .accumulation import Accumulation
 from .attachment import Attachment
 from .clip_memory import ClipBudget
@@ -196,6 +197,8 @@ class Training:
         if stale:
             self.make_state()
         self.attachment.hook_all()
+        if self.attachment.fuses:
+            stand_in()  # for a loss whose package was imported since then
         if loss is not None:
             self._scale_float16(loss)
         if not self._warned_of_momentum and (text := unused_momentum(groups)):

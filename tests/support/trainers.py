@@ -62,6 +62,7 @@ TABLES: dict[str, dict[str, str]] = {
         "`max_grad_norm=0`": EQUAL,
         "`use_liger_kernel=True`, `gradient_accumulation_steps`": EQUAL,
         "`use_liger_kernel=True`, `attach(trainer, clip_memory=0)`": EQUAL,
+        "`use_liger_kernel=True`, `attach(trainer, fused_layers=True)`": EQUAL,
         "`gradient_accumulation_steps` (and `num_items_in_batch`), an epoch that it does not divide": EQUAL,
         "`compute_loss_func`": EQUAL,
         "`compute_loss` with `linear_cross_entropy`": EQUAL,
