@@ -120,6 +120,8 @@ def _loss(
         return None
     bound.apply_defaults()
     given = {names.get(name, name): value for name, value in bound.arguments.items()}
+    if not given.keys() >= set(_KNOWN):
+        return None
     for name, parameter in signature.parameters.items():
         if names.get(name, name) not in (*_KNOWN, *_OF_NO_EFFECT) and bound.arguments[name] != parameter.default:
             return None
