@@ -120,7 +120,8 @@ def _totals(managed_params: Sequence[ManagedParameter], kept: bool, twice: set[i
         lines.append(f"Until backward has ended, {_mebibytes(others)} MiB of other gradients are kept.")
     if any(managed.formed == OTHER_CALL for managed in trained):
         lines.append(
-            "A head whose gradient never exists: lomo_kernels.linear_cross_entropy(hidden, head.weight, targets)."
+            "If that call is a head with its loss: with lomo_kernels.linear_cross_entropy(hidden, head.weight, targets)"
+            " its gradient never exists."
         )
     if twice:
         lines.append(f"{len(twice)} gradients did not fit into clip_memory: backward runs twice through their layers.")

@@ -149,6 +149,7 @@ TABLES: dict[str, dict[str, str]] = {
         "an `optimizer_zero_grad` of the module's own": "OwnZeroGrad replaces optimizer_zero_grad",
         "`optimizer_step` that calls the closure twice": "optimizer_step ran its closure twice",
         "`self.optimizers().backward(loss)` in automatic optimization": "Lightning runs backward itself",
+        "manual: two `Lomo`s of the same weights": "this optimizer was replaced by a newer Lomo",
         "manual: `clip_gradients` after `backward`": "clip_gradients got 0.3, and Lomo was made with",
         "manual: `backward` without the callback": "this is a LightningLomo around the optimizer",
     },
