@@ -389,6 +389,21 @@ def test_training_twice_warns_of_nothing(tmp_path: Path) -> None:
     assert TABLES["transformers"]["`train()` twice"] == EQUAL
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_learning_rate_that_nobody_set(given: bool, tmp_path: Path) -> None:
+    """Trainer's default hardly changes a weight."""
+    args = arguments(tmp_path, max_steps=1)
+    if not given:
+        args.learning_rate = TrainingArguments(str(tmp_path), use_cpu=True).learning_rate
+    trainer = Trainer(llama(), args, train_dataset=rows(4))
+    attach(trainer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    said = [str(warning.message) for warning in caught if "Lomo: learning_rate=5e-05 is the" in str(warning.message)]
+    assert len(said) == (0 if given else 1)
+
+
 def test_model_init_and_a_new_accelerator(tmp_path: Path) -> None:
     """A hyperparameter search makes both anew."""
     trainer = Trainer(model_init=lambda: llama(), args=arguments(tmp_path), train_dataset=rows(64))
