@@ -307,6 +307,30 @@ def test_a_weight_that_was_changed_is_refused(when: str, way: str) -> None:
             assert_same_bits(weights_of(model), before)
 
 
+@pytest.mark.parametrize("way", ["hook", "two passes", "one pass"])
+def test_saved_tensors_that_are_copies(way: str) -> None:
+    """As of `save_on_cpu` on a GPU: they have other versions."""
+    model = model_of("tied", bias=True)
+    textbook = textbook_of(model, way)
+    with Lomo(model, lr=0.2, fused_layers=True, **WAYS[way]) as optimizer:
+        for step in range(3):
+            with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+                loss = model(*batch(step))
+            optimizer.backward(loss)
+            textbook.step(textbook.model(*batch(step)))
+        for ours, theirs in zip(model.parameters(), textbook.model.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            losses = [model(*batch(step)) for step in range(2)]
+        with torch.no_grad():
+            model.head.weight.mul_(1.0)
+        before = weights_of(model)
+        for backward in (losses[0].backward, lambda: optimizer.backward(losses[1])):
+            with pytest.raises(RuntimeError, match="changed in place after the forward"):
+                backward()
+        assert_same_bits(weights_of(model), before)
+
+
 def test_a_frozen_weight_or_input() -> None:
     model = model_of("linear", bias=True)
     model.embedding.requires_grad_(False)

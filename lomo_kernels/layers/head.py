@@ -72,7 +72,14 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:  # a weight without a gradient is not decayed either
             return (None,) * 9
-        input, weight, bias, target, smooth, coefficients, _ = ctx.saved_tensors
+        input, _, bias, target, smooth, coefficients, _ = ctx.saved_tensors
+        weight = ctx.weight  # what hooks have saved may be a copy (save_on_cpu), of another version
+        if weight._version != ctx.weight_version:
+            raise RuntimeError(
+                "linear_cross_entropy: linear_weight was changed in place after the forward (version "
+                f"{weight._version}, expected {ctx.weight_version}). Backward makes the logits again. Change weights "
+                "before the forward or after backward"
+            )
         of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return _differentiable(ctx, grad_output)
@@ -147,12 +154,11 @@ def linear_cross_entropy(
         A scalar, or [...] with ``reduction="none"``, of the input's dtype; under autocast float32.
 
     Raises:
-        TypeError: the target is not int64, or the weight alone is a DTensor.
+        TypeError: the target is not int64, dtypes differ without autocast, or the weight alone is a DTensor.
         ValueError: shapes do not belong together, or an option has another value.
         IndexError: a target is no class (on a GPU a device-side assertion).
     """
-    if target.dtype is not torch.int64:
-        raise TypeError(f"linear_cross_entropy: target is {target.dtype}, expected torch.int64")
+    _check_kinds(input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing)
     if hasattr(linear_weight, "placements") and not hasattr(input, "placements"):
         raise TypeError(
             "linear_cross_entropy: linear_weight is a DTensor and input is not. Call it in the forward of the module "
@@ -187,6 +193,41 @@ def linear_cross_entropy(
     return loss.view(target.shape) if reduction == "none" and target.dim() != 1 else loss
 
 
+def _check_kinds(
+    input: Any, weight: Any, target: Any, bias: Any, class_weight: Any, ignore_index: Any, label_smoothing: Any
+) -> None:
+    """Raises TypeError if an argument of `linear_cross_entropy` is of a wrong type or dtype."""
+    said = "linear_cross_entropy: "
+    tensors = {"input": input, "linear_weight": weight, "target": target}
+    tensors |= {name: each for name, each in (("linear_bias", bias), ("weight", class_weight)) if each is not None}
+    for name, each in tensors.items():
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{said}{name} is a {type(each).__name__}, expected a tensor")
+        if name != "target" and not each.is_floating_point():
+            raise TypeError(f"{said}{name} is {each.dtype}, expected a floating point dtype")
+    if target.dtype is not torch.int64:
+        raise TypeError(f"{said}target is {target.dtype}, expected torch.int64")
+    if not torch.is_autocast_enabled(input.device.type):
+        for name in ("linear_weight", "linear_bias"):
+            if name in tensors and tensors[name].dtype is not input.dtype:
+                raise TypeError(
+                    f"{said}{name} is {tensors[name].dtype} and input {input.dtype}, expected the same dtype. Cast the "
+                    "input, or call it under torch.autocast"
+                )
+    if not _is_index(ignore_index):
+        raise TypeError(f"{said}ignore_index is {ignore_index!r}, expected an int or None")
+    if not _is_number(label_smoothing):
+        raise TypeError(f"{said}label_smoothing is {label_smoothing!r}, expected a number")
+
+
+def _is_index(ignore_index: Any) -> bool:
+    return ignore_index is None or (isinstance(ignore_index, int) and not isinstance(ignore_index, bool))
+
+
+def _is_number(label_smoothing: Any) -> bool:
+    return isinstance(label_smoothing, float | int)
+
+
 def _ignored(ignore_index: int | None) -> int:
     return -100 if ignore_index is None else ignore_index
 
@@ -203,7 +244,7 @@ def _takes_part(input: Any, weight: Any, target: Any, bias: Any, class_weight: A
         and weight.dtype in _DTYPES
         and (autocast or (weight.dtype is input.dtype and (bias is None or bias.dtype is input.dtype)))
         and not (autocast and torch.get_autocast_dtype(kind) not in _DTYPES)
-        and (class_weight is None or not class_weight.requires_grad)
+        and (class_weight is None or (class_weight.is_floating_point() and not class_weight.requires_grad))
         and all(each.device == input.device for each in (weight, *others))
     )
 
@@ -234,8 +275,8 @@ def loss_by_blocks(
         or input.shape[1] != weight.shape[1]
         or target.shape != input.shape[:1]
         or any(each is not None and each.shape != weight.shape[:1] for each in (bias, class_weight))
-        or not isinstance(ignore_index, int | None)
-        or not isinstance(label_smoothing, float | int)
+        or not _is_index(ignore_index)
+        or not _is_number(label_smoothing)
         or not 0.0 <= label_smoothing <= 1.0
     ):
         return None

@@ -17,7 +17,7 @@ from .placement import Placement, shape_of
 SMALL_BYTES = 64 * 1024
 # Why the gradient of a fused layer's weight was formed.
 LARGE_FACTORS = "its factors were larger than its gradient"
-OTHER_CALL = "a call that is not fused has used it"
+OTHER_CALL = "a call that is not fused has used it (or somebody's hook is on it)"
 
 
 class DeviceState:
