@@ -522,13 +522,31 @@ def root_not_sharded(rank: int) -> None:
 
 
 def unsharded_at_the_time(rank: int) -> None:
-    model = transformer_of_vectors()
-    fsdp(model)
-    loss_of(model, rank)  # the root keeps its parameters gathered for a backward
-    with pytest.raises(ValueError, match=r"model\.reshard\(\)"):
-        Lomo(model, lr=LR)
-    model.reshard()
-    Lomo(model, lr=LR).backward(loss_of(model, rank))
+    """Some parameters are gathered, or all."""
+    for spread in (fsdp, fully_shard):
+        model = transformer_of_vectors()
+        spread(model)
+        for by_forward in (True, False):
+            loss_of(model, rank) if by_forward else model.unshard()  # the root stays gathered for a backward
+            gathered = next(param for param in model.parameters() if not hasattr(param, "placements"))
+            for given, options in (
+                (model, {}),
+                (model, {"fused_layers": True}),
+                ([gathered], {}),
+                ([gathered], {"fused_layers": model}),
+                ([gathered], {"process_group": torch.distributed.group.WORLD}),
+            ):
+                with pytest.raises(ValueError, match=r"FSDP2 has gathered .* \(model\.reshard\(\)"):
+                    Lomo(given, lr=LR, **options)
+            model.reshard()
+        optimizer = Lomo(model, lr=LR)
+        optimizer.backward(loss_of(model, rank))
+        loss_of(model, rank)
+        with pytest.raises(ValueError, match="has gathered"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2)), gathered]})
+        model.reshard()
+        optimizer.backward(loss_of(model, rank))
+        optimizer.remove()
 
 
 def fsdp1(rank: int) -> None:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.heads import HAS_MODULE, WAYS, Model, batch, error, model_of, small_blocks, textbook_of  # noqa: F401
+from support.heads import HAS_MODULE, KINDS, WAYS, Model, batch, error, model_of, small_blocks, textbook_of  # noqa: F401
 from torch import Tensor, nn
 
-import lomo_kernels.layers.head as layer
+import lomo_kernels.layers.losses as losses
 from lomo_kernels import Lomo, linear_cross_entropy
 from lomo_kernels.layers import factor_sinks
 from lomo_kernels.memory import LiveBytes
@@ -33,7 +33,7 @@ def peak_of(model: Model, way: dict[str, Any], data: tuple[Tensor, Tensor]) -> i
 
 
 @pytest.mark.parametrize("way", ["hook", "two passes", "one pass", "a budget"])
-@pytest.mark.parametrize("kind", ["linear", "tied", "module"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_neither_logits_nor_the_gradient_exist(kind: str, way: str) -> None:
     vocab, tokens = 5000, 64
     model = model_of(kind, vocab=vocab, width=8)
@@ -46,7 +46,7 @@ def test_the_module_is_swapped_and_swapped_back() -> None:
     model = model_of("module")
     shown = repr(model)
     with Lomo(model, lr=0.1, fused_layers=True) as optimizer:
-        assert type(model.head) is layer.LinearCrossEntropyLoss and repr(model) == shown
+        assert type(model.head) is losses.LinearCrossEntropyLoss and repr(model) == shown
         line = next(line for line in optimizer.summary().splitlines() if line.startswith("head.linear.weight"))
         assert "never exists" in line
         assert type(copy.deepcopy(model).head) is nn.LinearCrossEntropyLoss
@@ -157,6 +157,21 @@ def test_large_logits_are_exact() -> None:
         torch.testing.assert_close(got.double(), exact.double(), rtol=1e-4, atol=1e-4)  # a logit of 600 has 6e-5
 
 
+@pytest.mark.parametrize("first", [0, 100, 950])
+def test_classes_that_a_bias_rules_out(first: int) -> None:
+    """By minus infinity, as of tokens that nobody may write: more than a block of them, and before any other."""
+    x, weight = torch.randn(5, 3, requires_grad=True), nn.Parameter(torch.randn(1000, 3))
+    bias = torch.zeros(1000)
+    bias[first : first + 800] = float("-inf")
+    target = torch.tensor([0, 999, 901, -100, 930]) if first else torch.tensor([801, 999, 901, -100, 930])
+    target = target.where(bias[target.clamp(min=0)].isfinite() | (target < 0), 5)
+    ours = gradients(linear_cross_entropy(x, weight, target, linear_bias=bias), x, weight)
+    theirs = gradients(F.cross_entropy(F.linear(x, weight, bias), target), x, weight)
+    assert all(each.isfinite().all() for each in theirs)
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 # ---- edges -----------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +201,20 @@ def test_leading_dimensions_and_ignore_index() -> None:
         ({"weight": torch.ones(4)}, ValueError, "weight"),
         ({"reduction": "average"}, ValueError, "average"),
         ({"label_smoothing": 1.5}, ValueError, "1.5"),
+        ({"input": None}, TypeError, "input is a NoneType, expected a tensor"),
+        ({"linear_weight": [1.0]}, TypeError, "linear_weight is a list, expected a tensor"),
+        ({"target": 3}, TypeError, "target is a int, expected a tensor"),
+        ({"linear_bias": 1.0}, TypeError, "linear_bias is a float, expected a tensor"),
+        ({"weight": "balanced"}, TypeError, "weight is a str, expected a tensor"),
+        ({"weight": torch.ones(5, dtype=torch.int64)}, TypeError, "weight is torch.int64, expected a floating point"),
+        ({"input": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, "input is torch.int64, expected a floating"),
+        ({"input": torch.zeros(4, 3, dtype=torch.bfloat16)}, TypeError, "linear_weight is torch.float32 and input"),
+        ({"linear_bias": torch.zeros(5).double()}, TypeError, "linear_bias is torch.float64 and input torch.float32"),
+        ({"ignore_index": 0.5}, TypeError, "ignore_index is 0.5, expected an int or None"),
+        ({"ignore_index": True}, TypeError, "ignore_index is True"),
+        ({"label_smoothing": "some"}, TypeError, "label_smoothing is 'some', expected a number"),
+        ({"label_smoothing": float("nan")}, ValueError, "label_smoothing is nan"),
+        ({"reduction": None}, ValueError, "reduction is None"),
         ({"target": torch.tensor([0, 5, 1, 1])}, IndexError, "out of range"),
         ({"target": torch.tensor([0, -1, 1, 1])}, IndexError, "out of range"),
     ],

@@ -411,9 +411,9 @@ class Model(nn.Module):
         return self.middle(self.embedding(x)).tanh()
 
 x, y = torch.arange(6), torch.arange(6).flip(0)
-liger = LigerFusedLinearCrossEntropyLoss()
+liger, with_z = LigerFusedLinearCrossEntropyLoss(), LigerFusedLinearCrossEntropyLoss(lse_square_scale=0.1)
 
-def loss_of(model, factor):
+def loss_of(model, factor, liger=liger):
     loss = liger(model.head.weight, model(x), y, model.head.bias)
     return loss if factor == 1.0 else loss * factor
 
@@ -425,16 +425,20 @@ for factor, tied, options in (
     (0.5, True, dict(clip_grad_norm=0.05, clip_memory=0, fused_layers=True)),
     (0.5, False, dict(clip_grad_norm=0.05, clip_memory=600)),  # as "auto", if not all fit
     (0.5, False, dict(loss_scale="dynamic", clip_passes="two")),
+    (0.5, True, dict(clip_grad_norm=0.05, clip_memory=0, z=0.1, fused_layers=True)),
+    (1.0, False, dict(clip_grad_norm=0.05, clip_memory=600, z=0.1, fused_layers=True)),
 ):
-    model = Model(tied)
+    model, z = Model(tied), options.pop("z", 0.0)
     optimizer = Lomo(model, lr=0.5, **options)
     for step in range(4):
         exact = Textbook64(model, lr=0.5, clip_grad_norm=options.get("clip_grad_norm"))
-        optimizer.backward(loss_of(model, factor))
-        exact.step(F.cross_entropy(exact.model.head(exact.model(x)), y) * factor)
+        logits = exact.model.head(exact.model(x))
+        optimizer.backward(loss_of(model, factor, with_z if z else liger))
+        exact.step((F.cross_entropy(logits, y) + z * logits.logsumexp(1).square().mean()) * factor)
         for param, wanted in zip(model.parameters(), exact.model.parameters(), strict=True):
             assert (param.double() - wanted).abs().max().item() < 1e-6, (factor, tied, options, step)
             assert param.grad is None
+    assert ("a call that is not fused" in optimizer.summary()) is (z != 0)
 model = Model(False)
 optimizer = Lomo(model, lr=0.5, clip_grad_norm=0.05, clip_memory=0)
 before = [param.detach().clone() for param in model.parameters()]
@@ -451,7 +455,8 @@ print("exact")
 
 def test_fused_loss_of_liger(run_python: Any) -> None:
     """Its weight's gradient exists since forward, and goes the way of every gradient. Backward multiplies it in place
-    unless the loss is used without a factor, and runs once in a step."""
+    unless the loss is used without a factor, and runs once in a step. With fused layers ours stands in, which has no
+    z-loss."""
     pytest.importorskip("triton", reason="liger-kernel runs on Triton")
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed: it is in the extra 'test'")
     done = run_python(LIGER_FUSED, TRITON_INTERPRET="1")

@@ -11,10 +11,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from support import heads
 from torch import Tensor, nn
 
 from bench.measure import SCRATCH, allocations, peak_of, second_step_peak
-from lomo_kernels import Lomo
+from lomo_kernels import Lomo, linear_cross_entropy
 from lomo_kernels.composite import tiled
 from lomo_kernels.demo.model import ByteLlama, Config
 from lomo_kernels.optim import repeat_check
@@ -222,6 +223,33 @@ def test_a_fused_head_is_simulated_to_the_byte() -> None:
         each.memory = torch.empty(0)
     with patch.object(repeat_check, "_can_compare", lambda devices: False):
         assert record(build, loss, method, workspaces=KERNELS["cpu"].workspaces) == simulated
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("call", ["torch", "liger"])
+def test_torchs_and_ligers_functions_are_simulated_as_ours(call: str, tied: bool) -> None:
+    """`F.linear_cross_entropy` and Liger's fused loss, for which ours stands in."""
+    pytest.importorskip("liger_kernel.ops" if call == "liger" else "torch")
+    if call == "torch" and not heads.HAS_MODULE:
+        pytest.skip("F.linear_cross_entropy came with torch 2.13")
+    calls = {"torch": lambda *tensors: nn.functional.linear_cross_entropy(*tensors), "liger": heads.liger}
+
+    def peak(function: Any) -> Peak:
+        def build() -> nn.Module:
+            model = nn.Sequential(nn.Embedding(30000, 64), nn.Linear(64, 30000, bias=False))
+            if tied:
+                model[1].weight = model[0].weight
+            return model
+
+        def loss(model: nn.Module) -> Tensor:
+            tokens = torch.zeros(512, dtype=torch.int64)
+            return function(model[0](tokens), model[1].weight, tokens)
+
+        return simulate(build, loss, METHODS["Lomo, clipping, two passes, fused"])
+
+    ours, theirs = peak(linear_cross_entropy), peak(calls[call])
+    assert theirs.peak == pytest.approx(ours.peak, abs=64)  # Liger's mean has one number more
+    assert theirs.most["gradients"] == ours.most["gradients"] < 30000 * 64 * 4
 
 
 def test_a_head_of_llama_3_1_8b_fits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import gc
@@ -260,6 +261,35 @@ def test_attaching_twice_and_late_is_the_same() -> None:
     assert optimizer.optimizer.step_count.item() == 1
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_zero_grad_ends_a_step_too(first: bool) -> None:
+    accelerator, model, optimizer, _ = ready()
+    reference = classifier()
+    sgd = torch.optim.SGD(reference.parameters(), lr=LR)
+    for step in range(STEPS):
+        batch = examples(64)[4 * step : 4 * step + 4]
+        if first:
+            optimizer.zero_grad()
+        accelerator.backward(loss_of(model, batch))
+        if not first:
+            optimizer.zero_grad()
+        sgd.zero_grad()
+        loss_of(reference, batch).backward()
+        sgd.step()
+    assert_equal("accelerate", "`zero_grad()` before or after each backward, no `step()`", model, reference)
+
+
+def test_a_loop_that_begins_anew_after_an_error() -> None:
+    """Between backward and `optimizer.step()`."""
+    accelerator, model, optimizer, loss = ready()
+    accelerator.backward(loss)
+    with pytest.raises(RuntimeError, match="came twice"):
+        accelerator.backward(loss_of(model, examples(4)[:]))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.backward(loss_of(model, examples(4)[:]))
+    assert optimizer.optimizer.step_count.item() == 2
+
+
 # ---- What is refused, before a weight has changed -------------------------------------------------------------------
 
 
@@ -308,6 +338,15 @@ def refuse_retain() -> None:
     accelerator.backward(loss, retain_graph=True)
 
 
+def refuse_two_backwards() -> None:
+    accelerator, model, optimizer, loss = ready()
+    with torch.no_grad():
+        optimizer.param_groups[0]["lr"] = 0.0  # the first one is a step
+    accelerator.backward(loss)
+    optimizer.param_groups[0]["lr"] = LR
+    accelerator.backward(loss_of(model, examples(4)[:]))
+
+
 def refuse_deepspeed() -> None:
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.DEEPSPEED
@@ -338,6 +377,7 @@ REFUSED = {
     "`clip_grad_norm_` of some parameters": refuse_some,
     "`clip_grad_value_` with another bound than `Lomo`'s": refuse_value,
     "`backward(loss, retain_graph=True)`": refuse_retain,
+    "two backwards before one `optimizer.step()`": refuse_two_backwards,
     "DeepSpeed, Megatron-LM": refuse_deepspeed,
     "FSDP1": refuse_fsdp1,
     "`optimizer.backward` without `attach`, while gradients accumulate": refuse_without_attach,
@@ -499,16 +539,15 @@ def test_data_parallel_of_torch_is_refused(ranks: Callable[[int], Processes]) ->
 
 
 def test_each_setting_is_tried() -> None:
-    elsewhere = {
-        "`backward(loss, learning_rate=…)`, `lomo_backward(loss, learning_rate)`",
-        "`save_state`, `load_state`",
-        "`no_sync` around each backward before the last",
-        "FSDP2, two processes",
-        "FSDP2, two processes, `gradient_accumulation_steps=2`, clipping",
-        "two processes, `Lomo(process_group=…)`, a model that is not wrapped",
-        "DistributedDataParallel",
+    """A test names it, which compares with what the table says (`assert_equal`, `refusal`, `TABLES`)."""
+    named = {
+        node.value
+        for path in Path(__file__).parent.glob("test_trainers_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
     }
-    assert TABLES["accelerate"].keys() == LOOPS.keys() | REFUSED.keys() | elsewhere
+    for trainer, settings in TABLES.items():
+        assert settings.keys() <= named, (trainer, settings.keys() - named)
 
 
 def test_the_tables_of_the_page_are_those_of_the_tests() -> None:

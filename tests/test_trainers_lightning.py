@@ -519,6 +519,17 @@ class Adam(Automatic):
         return torch.optim.AdamW(self.parameters())
 
 
+class SharedWeights(Manual):
+    """The second optimizer has some of the first one's, and goes first."""
+
+    def configure_optimizers(self) -> Any:
+        return [Lomo(part, lr=LR) for part in (self.network, self.network[2])]
+
+    def training_step(self, batch: Any, index: int) -> None:
+        for optimizer in reversed(self.optimizers()):
+            optimizer.backward(loss_of(self.network, batch))
+
+
 REFUSED: dict[str, tuple[type[Automatic], dict[str, Any], dict[str, Any]]] = {
     'a GradScaler (`precision="16-mixed"`)': (
         Automatic,
@@ -535,6 +546,7 @@ REFUSED: dict[str, tuple[type[Automatic], dict[str, Any], dict[str, Any]]] = {
     "a `configure_gradient_clipping` of the module's own": (OwnClipping, {}, {}),
     "an `optimizer_zero_grad` of the module's own": (OwnZeroGrad, {}, {}),
     "`self.optimizers().backward(loss)` in automatic optimization": (OwnStep, {}, {}),
+    "manual: two `Lomo`s of the same weights": (SharedWeights, {}, {}),
     '`precision="64-true"`, and other precisions': (Automatic, {}, {"precision": "64-true"}),
 }
 

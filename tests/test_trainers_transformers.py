@@ -349,9 +349,16 @@ def trained(kind, accumulation, **options):
         attach(trainer, **options)
     trainer.train()
     assert trainer.model.forward.__func__.__module__.startswith("liger_kernel")
+    if "fused_layers" in options:
+        lines = trainer.optimizer.optimizer.summary().splitlines()
+        assert [line for line in lines if line.startswith("lm_head") and line.endswith("weight of Linear")], lines
     return trainer.model
 
-for accumulation, options in ((2, dict(fused_layers=True)), (1, dict(clip_memory=0))):
+for accumulation, options in (
+    (2, dict(fused_layers=True)),
+    (1, dict(fused_layers=True, clip_memory=0)),
+    (1, dict(clip_memory=0)),
+):
     model = trained(Trainer, accumulation, **options)
     assert furthest(model, trained(WithSGD, accumulation)) <= 1e-6 and furthest(model, llama()) > 0.001
 print("equal")
@@ -359,13 +366,14 @@ print("equal")
 
 
 def test_the_fused_loss_of_liger(run_python: Any, tmp_path: Path) -> None:
-    """Its kernels, interpreted: a step's loss is divided by the number of items."""
+    """Its kernels, interpreted: a step's loss is divided by the number of items. With fused layers ours stands in."""
     needs("liger_kernel", "triton")
     path = os.pathsep.join(sys.path)
     done = run_python(LIGER, str(Path(__file__).parent), str(tmp_path), TRITON_INTERPRET="1", PYTHONPATH=path)
     assert done.stdout.strip().endswith("equal"), done.stdout + done.stderr
     assert TABLES["transformers"]["`use_liger_kernel=True`, `gradient_accumulation_steps`"] == EQUAL
     assert TABLES["transformers"]["`use_liger_kernel=True`, `attach(trainer, clip_memory=0)`"] == EQUAL
+    assert TABLES["transformers"]["`use_liger_kernel=True`, `attach(trainer, fused_layers=True)`"] == EQUAL
 
 
 def test_training_twice_warns_of_nothing(tmp_path: Path) -> None:
@@ -379,6 +387,21 @@ def test_training_twice_warns_of_nothing(tmp_path: Path) -> None:
             each.train()
     assert furthest(trainer.model, reference.model) <= TOLERANCE
     assert TABLES["transformers"]["`train()` twice"] == EQUAL
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_learning_rate_that_nobody_set(given: bool, tmp_path: Path) -> None:
+    """Trainer's default hardly changes a weight."""
+    args = arguments(tmp_path, max_steps=1)
+    if not given:
+        args.learning_rate = TrainingArguments(str(tmp_path), use_cpu=True).learning_rate
+    trainer = Trainer(llama(), args, train_dataset=rows(4))
+    attach(trainer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    said = [str(warning.message) for warning in caught if "Lomo: learning_rate=5e-05 is the" in str(warning.message)]
+    assert len(said) == (0 if given else 1)
 
 
 def test_model_init_and_a_new_accelerator(tmp_path: Path) -> None:

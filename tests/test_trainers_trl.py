@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.trainers import EQUAL, TABLES, TOLERANCE, furthest, needs
+from support.trainers import EQUAL, TABLES, TOLERANCE, assert_equal, furthest, needs
 
 from lomo_kernels import Lomo
 
@@ -106,18 +106,24 @@ def with_sgd(base: Any) -> Any:
     return WithSGD
 
 
-@pytest.mark.parametrize("base,build", [(SFTTrainer, sft), (DPOTrainer, dpo), (GRPOTrainer, grpo)])
+@pytest.mark.parametrize(
+    "setting,base,build",
+    [
+        ("TRL's `SFTTrainer`, `gradient_accumulation_steps`", SFTTrainer, sft),
+        ("TRL's `DPOTrainer`, `gradient_accumulation_steps`", DPOTrainer, dpo),
+        ("TRL's `GRPOTrainer`, `gradient_accumulation_steps`", GRPOTrainer, grpo),
+    ],
+)
 @pytest.mark.parametrize("options", [{}, {"fused_layers": True, "clip_memory": 0}], ids=["plain", "fused, two passes"])
 def test_weights_and_log_are_those_of_sgd(
-    base: Any, build: Callable[..., Any], options: dict[str, Any], tmp_path: Path
+    setting: str, base: Any, build: Callable[..., Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
     trainer, reference = build(base, tmp_path), build(with_sgd(base), tmp_path)
     attach(trainer, **options)
     for each in (trainer, reference):
         torch.manual_seed(2)  # of what GRPO generates
         each.train()
-    assert TABLES["transformers"][f"TRL's `{base.__name__}`, `gradient_accumulation_steps`"] == EQUAL
-    assert furthest(trainer.model, reference.model) <= TOLERANCE
+    assert_equal("transformers", setting, trainer.model, reference.model)
     assert furthest(trainer.model, llama()) > 1e-3, "nothing was trained"
     norms, expected = (
         [entry["grad_norm"] for entry in each.state.log_history if "grad_norm" in entry]

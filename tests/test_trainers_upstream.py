@@ -13,7 +13,8 @@
 | `test_gradient_accumulation` and its plugin, `test_dataloader_break`, `test_mutable_states` | accumulation |
 | `test_accumulation` of schedulers | schedules that end |
 | pickling, preparing twice, None, `free_memory(objects)`, `step_was_skipped` | prepared objects, skipped steps |
-| `test_distributed_sync…`, `trigger_sync_in_backward` | none: DistributedDataParallel is refused |
+| `test_distributed_sync…` | none: DistributedDataParallel is refused |
+| `trigger_sync_in_backward` | two losses of a step |
 | Lightning: clipping by norm and by value | what was applied |
 | `configure_gradient_clipping` overridden, GradScaler, DDP, LBFGS | test_trainers_lightning, refused |
 | invalid `gradient_clip_val`, Fabric | none: Lightning's constructor refuses it; no integration |
@@ -28,6 +29,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Iterator
@@ -36,7 +38,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.trainers import TOLERANCE, assert_equal, classifier, examples, furthest, loss_of, needs
+from support.trainers import TOLERANCE, assert_equal, classifier, examples, furthest, loss_of, needs, refusal
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo
@@ -159,6 +161,37 @@ def test_no_sync() -> None:
     ours = trained(True)
     assert furthest(ours, classifier()) > 0.01
     assert_equal("accelerate", "`no_sync` around each backward before the last", ours, trained(False))
+
+
+def test_two_losses_of_a_step() -> None:
+    """accelerate's documented loop for `trigger_sync_in_backward`: the error's words lead to SGD's weights."""
+
+    def trained(how: str) -> nn.Module:
+        forget_state()
+        accelerator, model = Accelerator(cpu=True), classifier()
+        made = torch.optim.SGD(model.parameters(), lr=LR) if how == "sgd" else Lomo(model, lr=LR)
+        if how != "sgd":
+            accelerate.attach(accelerator)
+        wrapped, optimizer = accelerator.prepare(model, made)
+        for step in range(4):
+            with accelerator.no_sync(wrapped):
+                first, second = (loss_of(wrapped, examples(64)[8 * step + i : 8 * step + i + 4]) for i in (0, 4))
+            if how == "added":
+                accelerator.backward(first + second)
+            else:
+                with accelerator.no_sync(wrapped) if how == "no_sync" else contextlib.nullcontext():
+                    accelerator.backward(first)
+                with accelerator.trigger_sync_in_backward(wrapped):
+                    accelerator.backward(second)
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    with pytest.raises(RuntimeError, match=refusal("accelerate", "two backwards before one `optimizer.step()`")):
+        trained("as documented")
+    reference = trained("sgd")
+    for how in ("added", "no_sync"):
+        assert furthest(trained(how), reference) <= TOLERANCE < furthest(reference, classifier())
 
 
 @pytest.mark.parametrize(

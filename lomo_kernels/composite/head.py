@@ -128,7 +128,8 @@ def forward_sums(input: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | No
     """
     operands = _Operands(input, head)
     tokens = len(operands.input)
-    largest = input.new_full((tokens,), float("-inf"), dtype=torch.float64)
+    # Not minus infinity: a bias of minus infinity (of tokens that nobody may write) may give a whole block such logits.
+    largest = input.new_full((tokens,), torch.finfo(torch.float32).min, dtype=torch.float64)
     total, target_logit = (input.new_zeros(tokens, dtype=torch.float64) for _ in range(2))
     smooth = None if head.class_weight is None else torch.zeros_like(total)
     for classes in operands.classes(0, len(head.weight)):

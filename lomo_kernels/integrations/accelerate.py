@@ -21,8 +21,9 @@ def attach(accelerator: Any) -> None:
     `Accelerator`.
 
     ``accelerator.backward(loss)`` then frees each gradient inside backward. It adds to ``.grad`` if accelerate does not
-    synchronise gradients (inside `accumulate` and `no_sync`), otherwise it makes a step; ``optimizer.step()`` and
-    ``optimizer.zero_grad()`` may stay. Call it before or after ``accelerator.prepare``; a second call does nothing.
+    synchronise gradients (inside `accumulate` and `no_sync`), otherwise it makes a step. ``optimizer.step()`` stays in
+    the loop: it does nothing more, and a second backward before it is refused, because accelerate would add up the two.
+    Call it before or after ``accelerator.prepare``; a second call does nothing.
 
     Args:
         accelerator: with one optimizer, a `Lomo`, once the first backward comes. On one process, with FSDP2, or with
@@ -31,7 +32,8 @@ def attach(accelerator: Any) -> None:
     Raises:
         ImportError: another version of accelerate than those tested.
         RuntimeError, TypeError: now or at a backward: a GradScaler, DistributedDataParallel, DeepSpeed, FSDP1, several
-            optimizers, another one than `Lomo`. No weight was changed.
+            optimizers, another one than `Lomo`, two backwards without ``optimizer.step()`` in between. No weight was
+            changed.
     """
     require("accelerate", "1.15", "2.0")
     if not hasattr(accelerator, "sync_gradients"):
@@ -61,6 +63,9 @@ class _Attached:
         """As accelerate's."""
         result = self._prepare(*args, **kwargs)
         self.follow_parameters()
+        for prepared in self._accelerator._optimizers:
+            if isinstance(prepared.optimizer, Lomo):  # a loop that begins anew, perhaps after an error
+                prepared.optimizer._training.trained = False
         return result
 
     def backward(self, loss: Tensor, *, learning_rate: Any = None, scale_wrt_gas: bool = True, **kwargs: Any) -> None:
@@ -82,6 +87,13 @@ class _Attached:
         if not self._synchronises():
             with optimizer.accumulate():
                 optimizer.backward(loss)
+        elif learning_rate is None and optimizer._training.trained:
+            raise RuntimeError(
+                "Lomo: accelerator.backward came twice without optimizer.step() in between. The first one was a step, "
+                "and this one would be another; accelerate adds up their gradients. Add the losses and call backward "
+                "once, or put all but the last backward inside `with accelerator.no_sync(model):`. If each is a step, "
+                "call optimizer.step() or optimizer.zero_grad() after each. This call changed no weight"
+            )
         elif learning_rate is None or any(float(group["lr"]) == learning_rate for group in optimizer.param_groups):
             optimizer.backward(loss)
         else:

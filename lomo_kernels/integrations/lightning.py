@@ -35,7 +35,8 @@ class LomoCallback(Callback):
     Raises:
         ImportError: another version of Lightning than those tested.
         RuntimeError, TypeError, ValueError: when a fit begins: a GradScaler, a strategy that reduces gradients itself,
-            no `Lomo`, two bounds of clipping, hooks that replace backward or clipping. No weight was changed.
+            no `Lomo`, two with the same parameters, two bounds of clipping, hooks that replace backward or clipping.
+            No weight was changed.
     """
 
     def __init__(self) -> None:
@@ -56,6 +57,7 @@ class LomoCallback(Callback):
             kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
             raise TypeError(f"Lomo: the LightningModule's optimizers are {kinds}, expected Lomo")
         for optimizer in optimizers:
+            optimizer._training.check_not_ended()  # by another one of them, with the same parameters
             _check_clipping(trainer, optimizer)
         self._attached.close()
         for optimizer in optimizers:

@@ -145,6 +145,12 @@ def _optimizer(
         {"params": [(name, param) for name, param in trained if (name in decayed) is decays], "weight_decay": decay}
         for decays, decay in ((True, args.weight_decay), (False, 0.0))
     ]
+    if args.learning_rate == type(args).__dataclass_fields__["learning_rate"].default:
+        warnings.warn(
+            f"Lomo: learning_rate={args.learning_rate} is the default of {type(args).__name__}, meant for AdamW. SGD "
+            "hardly learns with it: begin with 0.5, or with 0.005 and rule='adalomo' (docs/choosing.md)",
+            stacklevel=2,
+        )
     fused = options.get("fused_layers", False)
     clip_grad_norm = args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None
     optimizer = Lomo(

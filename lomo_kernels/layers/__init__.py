@@ -1,10 +1,11 @@
 """Layers whose weight gradient never exists: they hand over its factors instead. And gated layers, which keep less for
 backward. A file for each kind of layer, which registers itself; see `fused.register`."""
 
-from . import conv1d, embedding, gated, head, linear  # noqa: F401
+from . import conv1d, embedding, gated, linear, losses  # noqa: F401
 from .factors import Factors, factor_sinks, gradient_of
 from .fused import FusedLayer, fused_class_of, weight_of
 from .head import linear_cross_entropy
+from .losses import stand_in
 from .swap import fuse, gated_layers_of, layers_of, unfuse
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "gradient_of",
     "layers_of",
     "linear_cross_entropy",
+    "stand_in",
     "unfuse",
     "weight_of",
 ]

@@ -1,6 +1,6 @@
-"""A language model's last linear layer with its cross entropy: `linear_cross_entropy`, and `nn.LinearCrossEntropyLoss`
-(torch 2.13). The logits never exist whole; backward hands the input and four numbers of each token to the optimizer in
-place of the weight's gradient, which makes it by tiles: see `composite.head`."""
+"""A language model's last linear layer with its cross entropy: `linear_cross_entropy`. The logits never exist whole;
+backward hands the input and four numbers of each token to the optimizer in place of the weight's gradient, which makes
+it by tiles: see `composite.head`. `losses` has torch's and Liger's names for it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..composite.head import Head, forward_sums, input_gradient
 from .factors import Factors, gradient_of, offer_factors
-from .fused import FusedLayer, register, takes_part
+from .fused import PLAIN, takes_part
 
 _REDUCTIONS = ("mean", "sum", "none")
 _NAMES = "input", "softmax"
@@ -72,7 +72,14 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:  # a weight without a gradient is not decayed either
             return (None,) * 9
-        input, weight, bias, target, smooth, coefficients, _ = ctx.saved_tensors
+        input, _, bias, target, smooth, coefficients, _ = ctx.saved_tensors
+        weight = ctx.weight  # what hooks have saved may be a copy (save_on_cpu), of another version
+        if weight._version != ctx.weight_version:
+            raise RuntimeError(
+                "linear_cross_entropy: linear_weight was changed in place after the forward (version "
+                f"{weight._version}, expected {ctx.weight_version}). Backward makes the logits again. Change weights "
+                "before the forward or after backward"
+            )
         of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return _differentiable(ctx, grad_output)
@@ -147,12 +154,11 @@ def linear_cross_entropy(
         A scalar, or [...] with ``reduction="none"``, of the input's dtype; under autocast float32.
 
     Raises:
-        TypeError: the target is not int64, or the weight alone is a DTensor.
+        TypeError: the target is not int64, dtypes differ without autocast, or the weight alone is a DTensor.
         ValueError: shapes do not belong together, or an option has another value.
         IndexError: a target is no class (on a GPU a device-side assertion).
     """
-    if target.dtype is not torch.int64:
-        raise TypeError(f"linear_cross_entropy: target is {target.dtype}, expected torch.int64")
+    _check_kinds(input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing)
     if hasattr(linear_weight, "placements") and not hasattr(input, "placements"):
         raise TypeError(
             "linear_cross_entropy: linear_weight is a DTensor and input is not. Call it in the forward of the module "
@@ -172,7 +178,7 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"linear_cross_entropy: label_smoothing is {label_smoothing}, expected 0.0 to 1.0")
-    ignored = -100 if ignore_index is None else ignore_index
+    ignored = _ignored(ignore_index)
     if not _takes_part(input, linear_weight, target, linear_bias, weight):
         loss = F.cross_entropy(
             F.linear(input, linear_weight, linear_bias).reshape(-1, len(linear_weight)),
@@ -187,67 +193,112 @@ def linear_cross_entropy(
     return loss.view(target.shape) if reduction == "none" and target.dim() != 1 else loss
 
 
-def _takes_part(input: Tensor, weight: Any, target: Tensor, bias: Tensor | None, class_weight: Tensor | None) -> bool:
+def _check_kinds(
+    input: Any, weight: Any, target: Any, bias: Any, class_weight: Any, ignore_index: Any, label_smoothing: Any
+) -> None:
+    """Raises TypeError if an argument of `linear_cross_entropy` is of a wrong type or dtype."""
+    said = "linear_cross_entropy: "
+    tensors = {"input": input, "linear_weight": weight, "target": target}
+    tensors |= {name: each for name, each in (("linear_bias", bias), ("weight", class_weight)) if each is not None}
+    for name, each in tensors.items():
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{said}{name} is a {type(each).__name__}, expected a tensor")
+        if name != "target" and not each.is_floating_point():
+            raise TypeError(f"{said}{name} is {each.dtype}, expected a floating point dtype")
+    if target.dtype is not torch.int64:
+        raise TypeError(f"{said}target is {target.dtype}, expected torch.int64")
+    if not torch.is_autocast_enabled(input.device.type):
+        for name in ("linear_weight", "linear_bias"):
+            if name in tensors and tensors[name].dtype is not input.dtype:
+                raise TypeError(
+                    f"{said}{name} is {tensors[name].dtype} and input {input.dtype}, expected the same dtype. Cast the "
+                    "input, or call it under torch.autocast"
+                )
+    if not _is_index(ignore_index):
+        raise TypeError(f"{said}ignore_index is {ignore_index!r}, expected an int or None")
+    if not _is_number(label_smoothing):
+        raise TypeError(f"{said}label_smoothing is {label_smoothing!r}, expected a number")
+
+
+def _is_index(ignore_index: Any) -> bool:
+    return ignore_index is None or (isinstance(ignore_index, int) and not isinstance(ignore_index, bool))
+
+
+def _is_number(label_smoothing: Any) -> bool:
+    return isinstance(label_smoothing, float | int)
+
+
+def _ignored(ignore_index: int | None) -> int:
+    return -100 if ignore_index is None else ignore_index
+
+
+def _takes_part(input: Any, weight: Any, target: Any, bias: Any, class_weight: Any) -> bool:
+    others = [target, *(each for each in (bias, class_weight) if each is not None)]
+    if not takes_part(weight, input) or any(type(each) not in PLAIN for each in others):
+        return False
     kind = input.device.type
     autocast = torch.is_autocast_enabled(kind)
     return (
-        takes_part(weight, input)
-        and weight.numel() > 0
+        weight.numel() > 0
         and input.dtype in _DTYPES
         and weight.dtype in _DTYPES
         and (autocast or (weight.dtype is input.dtype and (bias is None or bias.dtype is input.dtype)))
         and not (autocast and torch.get_autocast_dtype(kind) not in _DTYPES)
-        and (class_weight is None or not class_weight.requires_grad)
-        and input.device == weight.device == target.device
+        and (class_weight is None or (class_weight.is_floating_point() and not class_weight.requires_grad))
+        and all(each.device == input.device for each in (weight, *others))
     )
 
 
-def _by_blocks(input: Tensor, weight: Any, bias: Any, target: Tensor, class_weight: Any, *options: Any) -> Tensor:
+def loss_by_blocks(
+    input: Any,
+    weight: Any,
+    target: Any,
+    bias: Any,
+    class_weight: Any,
+    reduction: Any,
+    ignore_index: Any,
+    label_smoothing: Any,
+    dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    """`linear_cross_entropy` of an input [tokens, features]. None if this call has to be a plain function's, which also
+    says what is wrong with it.
+
+    Args:
+        dtype: of the loss; None: the input's, under autocast float32.
+    """
+    if (
+        not _takes_part(input, weight, target, bias, class_weight)
+        or reduction not in _REDUCTIONS
+        or target.dtype is not torch.int64
+        or input.dim() != 2
+        or weight.dim() != 2
+        or input.shape[1] != weight.shape[1]
+        or target.shape != input.shape[:1]
+        or any(each is not None and each.shape != weight.shape[:1] for each in (bias, class_weight))
+        or not _is_index(ignore_index)
+        or not _is_number(label_smoothing)
+        or not 0.0 <= label_smoothing <= 1.0
+    ):
+        return None
+    options = reduction, _ignored(ignore_index), label_smoothing
+    return _by_blocks(input, weight, bias, target, class_weight, *options, dtype=dtype)
+
+
+def _by_blocks(
+    input: Tensor,
+    weight: Any,
+    bias: Any,
+    target: Tensor,
+    class_weight: Any,
+    *options: Any,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     kind = input.device.type
     autocast = torch.is_autocast_enabled(kind)
-    dtype = torch.float32 if autocast else input.dtype
+    dtype = dtype or (torch.float32 if autocast else input.dtype)
     if autocast:
         input = input.to(torch.get_autocast_dtype(kind))
     with torch.autocast(kind, enabled=False):
         x = input.reshape(-1, weight.shape[1])
         loss: Tensor = _HeadLoss.apply(x, weight, bias, target.reshape(-1), class_weight, *options, dtype)
     return loss
-
-
-if hasattr(nn, "LinearCrossEntropyLoss"):
-    _PLAIN = nn.LinearCrossEntropyLoss.forward, F.linear_cross_entropy, F.linear, F.cross_entropy  # see linear.py
-
-    @register
-    class LinearCrossEntropyLoss(FusedLayer, nn.LinearCrossEntropyLoss):
-        """Stands in for `nn.LinearCrossEntropyLoss` while a `Lomo` with ``fused_layers=True`` manages its weight."""
-
-        plain = nn.LinearCrossEntropyLoss
-
-        def forward(self, input: Tensor, target: Tensor) -> Tensor:
-            linear = self.linear
-            weight = linear._parameters.get("weight")
-            now = nn.LinearCrossEntropyLoss.forward, F.linear_cross_entropy, F.linear, F.cross_entropy
-            if (
-                now != _PLAIN
-                or self.out_features
-                or input.dim() != 2
-                or target.dtype is not torch.int64
-                or target.shape != input.shape[:1]
-                or input.shape[1] != linear.in_features
-                or self.reduction not in _REDUCTIONS
-                or not _takes_part(input, weight, target, linear.bias, self.weight)
-            ):
-                return super().forward(input, target)
-            ignored = -100 if self.ignore_index is None else self.ignore_index
-            return _by_blocks(
-                input, weight, linear.bias, target, self.weight, self.reduction, ignored, self.label_smoothing
-            )
-
-        @staticmethod
-        def weight_of(module: nn.Module) -> Any:
-            linear = module.linear
-            return linear._parameters.get("weight") if isinstance(linear, nn.Module) else None
-
-        @staticmethod
-        def reason_to_keep(module: nn.Module) -> str | None:
-            return "out_features" if module.out_features else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Factors, factor_sinks, fuse, gated_layers_of, layers_of, unfuse, weight_of
+from ..layers import Factors, factor_sinks, fuse, gated_layers_of, layers_of, stand_in, unfuse, weight_of
 from .accumulation import unscale_grads
 from .managed_parameter import ManagedParameter
 from .owners import claim, forget, live, optimizer_backward, release
@@ -92,7 +92,7 @@ class Attachment:
                 managed.fused = True
                 self._factor_sinks.append(id(managed.param))
                 factor_sinks[id(managed.param)] = _factor_sink(self._training, managed)
-
+        stand_in()
         for module in gated_layers_of(model, managed_params):
             if id(module) not in known:
                 self._fuse_one(module)
@@ -134,6 +134,7 @@ def _detach(
         handles.pop().remove()
     while ids:
         factor_sinks.pop(ids.pop(), None)
+    stand_in()
     unfuse(fused)
     fused.clear()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers import Factors
-from .managed_parameter import ManagedParameter
+from .managed_parameter import LARGE_FACTORS, OTHER_CALL, ManagedParameter
 from .streams import Streams, handle
 
 # A factor that is a view of memory more than this many times its own size is copied, to let that memory go.
@@ -104,9 +104,15 @@ class FactorStore:
         ours.clear()
         return [*uses, factors]
 
-    def close(self, managed: ManagedParameter) -> Sequence[SavedFactors]:
-        """The weight's factors: its hook was called. Those of other backwards, inside this one or around, stay."""
-        return self._open.pop((torch._C._current_graph_task_id(), managed.index), ())
+    def close(self, managed: ManagedParameter, grad: Tensor | None) -> Sequence[SavedFactors]:
+        """The weight's factors: its hook was called. Those of other backwards, inside this one or around, stay.
+
+        Args:
+            grad: what came beside them.
+        """
+        key = torch._C._current_graph_task_id(), managed.index
+        managed.formed = "" if grad is None else LARGE_FACTORS if key in self._returned else OTHER_CALL
+        return self._open.pop(key, ())
 
     def _hold(self, factors: Factors, bytes_before: int) -> SavedFactors:
         """The factors, with a copy of each tensor whose memory is a parameter's, or much larger and not to be kept."""

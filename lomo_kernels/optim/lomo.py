@@ -196,9 +196,7 @@ class Lomo(torch.optim.Optimizer):
             itself.zero_grad(set_to_none)
             return
         super().zero_grad(set_to_none=set_to_none)
-        for managed in self._training.managed_params:
-            managed.note_zeros()
-        self._training.drop_norm()
+        self._training.after_zero_grad()
 
     def grad_norm(self, loss: Tensor) -> Tensor:
         """First call of lomo_optim's pair: a backward for the norm. The next `fused_backward` uses this norm, once.

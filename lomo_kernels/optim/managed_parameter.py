@@ -15,6 +15,9 @@ from .placement import Placement, shape_of
 # A gradient up to this size waits in a buffer for one list call (per call from Python: 1.4 us for a list of many
 # against 2.5 us each, one thread of a CPU).
 SMALL_BYTES = 64 * 1024
+# Why the gradient of a fused layer's weight was formed.
+LARGE_FACTORS = "its factors were larger than its gradient"
+OTHER_CALL = "a call that is not fused has used it (or somebody's hook is on it)"
 
 
 class DeviceState:
@@ -71,6 +74,7 @@ class ManagedParameter:
         self.hooked = False  # a frozen parameter has no hook
         self.attributes: dict[str, Any] | None = None  # the parameter's __dict__; swap_tensors exchanges it
         self.fused = False  # some of its layers hand over factors in place of its gradient
+        self.formed = ""  # one of these, of the last backward
         self.reused = False  # several layers have it, or one was used several times in a backward
         self.last_pass = -1  # the last pass in which its gradient came
         self.scaled_grad: Tensor | None = None  # what accumulate() left in .grad, with `grad_scale` in it

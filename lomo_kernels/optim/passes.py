@@ -95,7 +95,7 @@ class Pass:
         saved: Sequence[SavedFactors] = ()
         if managed.fused:
             with self._lock:
-                saved = self._store.close(managed)
+                saved = self._store.close(managed, grad)
         if grad is None and not saved:
             return
         param.grad = None

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..layers import FusedLayer, fused_class_of, layers_of, weight_of
 from .factored_rules import FactoredRule
-from .managed_parameter import ManagedParameter
+from .managed_parameter import OTHER_CALL, ManagedParameter
 from .placement import shape_of
 
 _HEADER = ("parameters", "of shape", "dtype", "MiB", "gradient", "why")
@@ -52,9 +52,9 @@ def summary(
 def _gradient(managed: ManagedParameter, kept: bool, rule: FactoredRule | None, only_looked_up: bool) -> str:
     if not managed.param.requires_grad:
         return "none"
-    if managed.fused and kept:
+    if managed.fused and kept and managed.formed != OTHER_CALL:
         return "its factors are kept, or it, if smaller"
-    if managed.fused:  # see `fused_factored`
+    if managed.fused and not kept and not managed.formed:  # see `fused_factored`
         if rule is None or rule.is_by_row(managed):
             return "never exists"
         return "its tokens' rows, or it, if smaller" if only_looked_up else "formed once, and freed"
@@ -94,6 +94,8 @@ def _reasons(managed_params: Sequence[ManagedParameter], model: nn.Module | None
         elif reason is not None and fused_class_of(module) is not None:
             reasons[managed.index] += f": {reason}"
     for managed in managed_params:
+        if managed.formed:
+            reasons[managed.index] += f"; {managed.formed}"
         if not managed.param.requires_grad:
             reasons[managed.index] = "frozen"
     return reasons
@@ -110,8 +112,17 @@ def _totals(managed_params: Sequence[ManagedParameter], kept: bool, twice: set[i
     if low := [managed.low for managed in managed_params if managed.low is not None]:
         lines.append(f'rounding="split" keeps {sum(part.nbytes for part in low) / 2**20:.2f} MiB of low parts.')
     if kept:
-        others = [managed for managed in trained if not managed.fused and managed.index not in twice]
+        others = [
+            managed
+            for managed in trained
+            if not (managed.fused and managed.formed != OTHER_CALL) and managed.index not in twice
+        ]
         lines.append(f"Until backward has ended, {_mebibytes(others)} MiB of other gradients are kept.")
+    if any(managed.formed == OTHER_CALL for managed in trained):
+        lines.append(
+            "If that call is a head with its loss: with lomo_kernels.linear_cross_entropy(hidden, head.weight, targets)"
+            " its gradient never exists."
+        )
     if twice:
         lines.append(f"{len(twice)} gradients did not fit into clip_memory: backward runs twice through their layers.")
     return lines

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import stand_in
 from .accumulation import Accumulation
 from .attachment import Attachment
 from .clip_memory import ClipBudget
@@ -69,7 +70,7 @@ class Training:
         self.accumulating = False  # inside `Lomo.accumulate`
         self.norm_is_known = False  # grad_norm() was called and fused_backward() not yet
         self.passed_over = False  # another optimizer's backward dropped a gradient of ours
-        self.trained = False  # there was a step since `Lomo.step` was last called
+        self.trained = False  # there was a step since `Lomo.step` or `zero_grad` was last called
         self.unpickled = False  # until the first step
         self.started = False  # there are parameters, state and hooks
         self.ended = ""  # why it cannot be used any more
@@ -196,6 +197,8 @@ class Training:
         if stale:
             self.make_state()
         self.attachment.hook_all()
+        if self.attachment.fuses:
+            stand_in()  # for a loss whose package was imported since then
         if loss is not None:
             self._scale_float16(loss)
         if not self._warned_of_momentum and (text := unused_momentum(groups)):
@@ -242,6 +245,13 @@ class Training:
             moves = self.state.after_dropped_norm()
             self.norm_is_known = False
             self.state.move(moves)
+
+    def after_zero_grad(self) -> None:
+        """Gradients in ``.grad`` were dropped, or filled with zeros."""
+        for managed in self.managed_params:
+            managed.note_zeros()
+        self.drop_norm()
+        self.trained = False
 
     def make_state(self) -> None:
         """Makes the device state again: parameters were added, or moved to another device or dtype."""

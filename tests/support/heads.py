@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from lomo_kernels.composite import tiled
 from support.textbook import Textbook
 
 HAS_MODULE = hasattr(nn, "LinearCrossEntropyLoss")
+#: Ways to call a head with its loss: ours with a tied weight or not, torch's module and function, Liger's function.
+KINDS = ["linear", "tied", "module", "function", "liger"]
 CLIP = {"clip_grad_norm": 0.05}
 WAYS: dict[str, dict[str, Any]] = {
     "hook": {},
@@ -30,11 +33,12 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Model(nn.Module):
-    """`kind`: "tied", "linear" or "module". `plain`: by the logits, whole."""
+    """`kind`: one of `KINDS`. `tied`: whether the embedding has the head's weight. `plain`: by the logits, whole."""
 
     def __init__(self, kind: str = "linear", *, bias: bool = False, checkpoints: str = "none", **options: Any) -> None:
         super().__init__()
         vocab, width = options.pop("vocab", 700), options.pop("width", 16)
+        tied = options.pop("tied", kind in ("tied", "function"))
         self.kind, self.plain, self.checkpoints, self.options = kind, False, checkpoints, options
         self.embedding = nn.Embedding(vocab, width)
         self.inner = nn.Linear(width, width)
@@ -42,7 +46,7 @@ class Model(nn.Module):
             self.head: nn.Module = nn.LinearCrossEntropyLoss(width, vocab, bias=bias, **options)
         else:
             self.head = nn.Linear(width, vocab, bias=bias)
-        if kind == "tied":
+        if tied:
             self.head.weight = self.embedding.weight
         self.to(torch.float32)
         with torch.no_grad():
@@ -61,6 +65,10 @@ class Model(nn.Module):
         if self.kind == "module":
             loss: Tensor = self.head(x, targets)
             return loss
+        if self.kind == "function":
+            return F.linear_cross_entropy(x, linear.weight, targets, linear_bias=linear.bias, **options)
+        if self.kind == "liger":
+            return liger(x, linear.weight, targets, linear.bias, **options)
         return linear_cross_entropy(x, linear.weight, targets, linear_bias=linear.bias, **options)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -72,6 +80,17 @@ class Model(nn.Module):
         return loss.sum() if loss.dim() else loss
 
 
+def liger(*args: Any, **options: Any) -> Tensor:
+    """As `liger_fused_linear_cross_entropy`, whose module takes long to import."""
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
+
+    named = {"weight": "ce_weight"}
+    bound = inspect.signature(Function.forward).bind(None, *args, **{named.get(k, k): v for k, v in options.items()})
+    bound.apply_defaults()
+    loss: Tensor = Function.apply(*bound.args[1:])[0]
+    return loss
+
+
 def batch(seed: int, tokens: int = 37, vocab: int = 700) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randint(vocab, (2, tokens), generator=generator)
@@ -80,8 +99,11 @@ def batch(seed: int, tokens: int = 37, vocab: int = 700) -> tuple[Tensor, Tensor
 
 
 def model_of(kind: str = "linear", seed: int = 0, **options: Any) -> Model:
-    if kind == "module" and not HAS_MODULE:
+    if kind in ("module", "function") and not HAS_MODULE:
         pytest.skip("nn.LinearCrossEntropyLoss came with torch 2.13")
+    if kind == "liger":
+        pytest.importorskip("triton", reason="liger-kernel runs on Triton")
+        pytest.importorskip("liger_kernel.ops", reason="liger-kernel is not installed: it is in the extra 'test'")
     torch.manual_seed(seed)
     return Model(kind, **options)
 

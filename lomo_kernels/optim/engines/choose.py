@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ def choose_engine(
         from .zero3 import ZeRO3
 
         return ZeRO3(process_group, managed_params)
+    if "torch.distributed.fsdp" in sys.modules:  # not imported for this
+        from .dtensor import refuse_gathered
+
+        refuse_gathered(managed_params)
     sharded = [managed for managed in managed_params if local_of(managed.param) is not managed.param]
     if any(hasattr(managed.param, "ds_tensor") for managed in sharded):
         raise ValueError(

@@ -77,8 +77,7 @@ class DTensorEngine(ParallelEngine):
             if managed.param.requires_grad and not isinstance(managed.param, DTensor):
                 raise ValueError(
                     f"Lomo: {managed.name} is a plain parameter beside FSDP2's, which no one reduces the gradient of. "
-                    "Call fully_shard on the whole model too, after its parts, or freeze it; after a forward without a "
-                    "backward call model.reshard() first"
+                    "Call fully_shard on the whole model too, after its parts, or freeze it"
                 )
         if not all(
             hasattr(group, "_partial_reduce_output")
@@ -232,6 +231,20 @@ def shard_of(block: Block, whole: Sequence[int]) -> Shard | None:
 def _whole(tensor: Tensor) -> Shard:
     elements = max(tensor.numel(), 1)
     return 0, elements, elements
+
+
+def refuse_gathered(managed_params: Sequence[ManagedParameter]) -> None:
+    """Raises ValueError if one is what FSDP2 has gathered for a while, in place of its shard."""
+    trained = {id(managed.param): managed.name for managed in managed_params if managed.param.requires_grad}
+    for group in _fsdp_groups():
+        for param in group.fsdp_params:
+            name = trained.get(id(getattr(param, "_unsharded_param", None)))
+            if name is not None:
+                raise ValueError(
+                    f"Lomo: FSDP2 has gathered {name} (after a forward without a backward, or unshard()), and frees it "
+                    "later; the optimizer trains its shard. Before you make the optimizer, call reshard() on the "
+                    "module that was given to fully_shard (model.reshard() for the whole model)"
+                )
 
 
 def _fsdp_groups() -> Iterator[Any]:
