@@ -76,6 +76,24 @@ def test_freed_memory_is_refused(freed_one: str) -> None:
 
 
 @needs_compiled
+@pytest.mark.parametrize("elements", [2**40 + 1, 2**62, 2**63 - 1])
+def test_more_elements_than_any_memory_has_are_refused(elements: int) -> None:
+    """An expanded tensor has them in four bytes. Their number overflowed, or the C++ library's words came."""
+    slot, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, 1)
+    row = one.expand(1, elements)
+    calls = [
+        lambda: RAW.sq_norm_([slot], [row], None),
+        lambda: RAW.factored_sq_norm_(slot, row, torch.empty(0), torch.empty(0), scalars()),
+        lambda: RAW.embedding_sq_norm_(slot, [torch.zeros(1, dtype=torch.int64)], [row], [-1], None),
+        lambda: RAW._gram(row.T, row.T),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=rf"has {elements} elements, expected at most 1099511627776"):
+            call()
+    assert slot.item() == 0
+
+
+@needs_compiled
 @pytest.mark.parametrize("shard", [(2**63 - 1, 1, 2), (0, 1, 2**62), (5, 2, 2**63 - 1)])
 def test_a_shard_beyond_64_bits_is_refused_in_raw_calls(shard: tuple[int, int, int]) -> None:
     """It was a signed overflow."""
