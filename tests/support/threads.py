@@ -50,7 +50,7 @@ def made(seed: int) -> Values:
 
 
 def calls(v: Values, seed: int, step: int) -> list[tuple[str, tuple[Any, ...]]]:
-    """Every operator, with its arguments."""
+    """Operators of updates, norms, layers and factors, with their arguments."""
     numbers = scalars.vector("threads", torch.device("cpu"), {"lr": 0.125, "weight_decay": 0.125, "step": step})
     *of_params, of_linear, of_embedding, of_matrix = v["slots"]
     weight, x, gy = v["linear"]
