@@ -100,7 +100,7 @@ faults: testing  ## faults at every point of a step, kills, threads, ranks, long
 fuzz: $(stamps)/test   ## random operator calls, models and state dicts for MINUTES=10; ARGS="operators --seed=1" selects
 	@cd tests && OMP_NUM_THREADS=1 PYTHONPATH=$(abspath .) $(abspath $(bin))/python -m fuzz --minutes=$(MINUTES) $(ARGS)
 
-sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, under the address and undefined-behaviour sanitizers
+sanitize: $(stamps)/test   ## the operators' tests and random calls, and tests of emulated CUDA kernels, under the address and undefined-behaviour sanitizers
 	@rm -rf $(checked)/lomo_kernels && mkdir -p $(checked) && cp -r lomo_kernels $(checked)
 	@$(bin)/cmake -S . -B build/sanitize -G Ninja -DLOMO_SANITIZE=address,undefined -DLOMO_TESTING=ON -DLOMO_CUDA=0 \
 	  -DPYTHON=$(abspath $(bin)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) -DLOMO_OUTPUT_DIR=$(abspath $(checked))/lomo_kernels >/dev/null
@@ -114,10 +114,12 @@ sanitize: $(stamps)/test   ## the operators' tests, emulated CUDA kernels too, u
 	  case $$isa in avx512) flag=avx512bw;; avx512bf16) flag=avx512_bf16;; amx) flag=amx_bf16;; avx2) flag=avx2;; *) flag=;; esac; \
 	  [ -z "$$flag" ] || grep -qw $$flag /proc/cpuinfo || { echo "This processor lacks $$isa: left out"; continue; }; \
 	  [ $$isa != emulated ] || { cpu=; cp build/sanitize/_emulated.so $(checked)/lomo_kernels/_cpu.so; }; \
-	  OMP_NUM_THREADS=1 LOMO_KERNELS_ISA=$$isa PYTHONPATH=$(checked) \
-	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py tests/test_overlap.py $$cpu $(ARGS) || exit 1; done
+	  export OMP_NUM_THREADS=1 LOMO_KERNELS_ISA=$$isa PYTHONPATH=$(abspath $(checked)); \
+	  export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
+	  first="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)"; \
+	  LD_PRELOAD="$$first" $(bin)/pytest -q -n $(WORKERS) tests/test_sgd.py tests/test_sq_norm.py tests/test_overlap.py $$cpu $(ARGS) \
+	  && { [ $$isa = emulated ] || (cd tests && LD_PRELOAD="$$first" $(abspath $(bin))/python -m fuzz operators --cases=10000 --minutes=60); } \
+	  || exit 1; done
 
 # Only this library is built with the sanitizer, so what torch's own threads do is not seen. Its thread pool is not used
 # (one thread for each caller): the sanitizer does not know OpenMP's barriers and takes what they order for races.

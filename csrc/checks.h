@@ -69,10 +69,16 @@ inline void check_device(const Tensor& tensor, const Device& device, const char*
              name_of(device), ", where the parameter or slot is");
 }
 
+// Elements of a tensor, at most: 1.1e12. An expanded tensor of a few bytes may have more. Up to here no count of bytes
+// overflows, nor any of the GPU kernels' numbers of 32 bits: a block of a norm has 2^30 elements.
+constexpr int64_t kMostElements = int64_t{1} << 40;
+
 // Throws if a tensor's memory does not hold all its elements. Its storage may have been freed or made smaller
 // (`untyped_storage().resize_(0)`, as FSDP does), and the tensor keeps its sizes.
 inline void check_storage(const Tensor& tensor, const char* op, const char* name) {
   if (tensor.numel() == 0) return;
+  LOMO_CHECK(tensor.numel() <= kMostElements, op, ": ", name, " has ", tensor.numel(), " elements, expected at most ",
+             kMostElements, ". Nothing was changed");
   int64_t begin = 0, bytes = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &begin));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));

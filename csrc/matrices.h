@@ -15,7 +15,8 @@ inline void check_vector(const Tensor& tensor, ScalarType dtype, const Device& d
                          const char* name) {
   check_device(tensor, device, op, name);
   LOMO_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous(), op, ": ", name, " has dtype ",
-             toString(tensor.scalar_type()), ", expected contiguous ", toString(dtype));
+             toString(tensor.scalar_type()), tensor.is_contiguous() ? "" : " and is not contiguous",
+             ", expected a contiguous tensor of dtype ", toString(dtype));
   check_storage(tensor, op, name);
 }
 
@@ -46,7 +47,7 @@ T* data_of(const Tensor& tensor) {
 template <class T>
 Region vector_region(const Tensor& tensor, Access access, const char* name) {
   const char* begin = data_of<const char>(tensor);
-  return {begin, begin + tensor.numel() * int64_t{sizeof(T)}, nullptr, access, name};
+  return {begin, begin + tensor.numel() * int64_t{sizeof(T)}, sizeof(T), nullptr, access, name};
 }
 
 inline void add_factor_regions(const Tensor& rows, const Tensor& columns, std::vector<Region>& regions) {

@@ -15,25 +15,26 @@ namespace lomo {
 // What a call does with a tensor. kAdded: a slot. Several gradients may have the same slot.
 enum class Access { kRead, kAdded, kWritten };
 
-// Where a tensor's elements lie, from `begin` to before `end`. `view` is null for a slot and must outlive the region.
+// Where a tensor's elements, of `element_size` bytes, lie: from `begin` to before `end`. `view` is null if they are
+// contiguous by their kind, as slots and factors are, and must outlive the region.
 struct Region {
   const char *begin, *end;
+  int64_t element_size;
   const View* view;
   Access access;
   const char* name;
 
-  int64_t element_size() const { return view ? view->element_size() : 8; }
   bool dense() const { return !view || is_dense(*view); }  // every byte in between belongs to an element
 };
 
 inline Region region_of(const View& view, Access access, const char* name) {
   const auto [begin, end] = view.range();
-  return {begin, end, &view, access, name};
+  return {begin, end, view.element_size(), &view, access, name};
 }
 
 inline Region region_of(const double* slot, const char* name) {
   const auto* begin = reinterpret_cast<const char*>(slot);
-  return {begin, begin + sizeof *slot, nullptr, Access::kAdded, name};
+  return {begin, begin + sizeof *slot, sizeof *slot, nullptr, Access::kAdded, name};
 }
 
 // Whether some element of `dims` has an offset in [low, high]. `dims`: (stride, elements), largest stride first. Most
@@ -64,7 +65,7 @@ inline bool share_memory(const Region& a, const Region& b) {
   // are counted from its end: then the difference is a sum.
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride in bytes, elements)
   for (const Region* region : {&a, &b}) {
-    const int64_t size = region->element_size();
+    const int64_t size = region->element_size;
     if (region->dense()) {
       dims.emplace_back(size, (region->end - region->begin) / size);
       continue;
@@ -81,8 +82,8 @@ inline bool share_memory(const Region& a, const Region& b) {
       merged.emplace_back(stride, elements);
     }
   }
-  const int64_t distance = (b.end - b.element_size()) - a.begin;
-  const int64_t low = distance - (a.element_size() - 1), high = distance + (b.element_size() - 1);
+  const int64_t distance = (b.end - b.element_size) - a.begin;
+  const int64_t low = distance - (a.element_size - 1), high = distance + (b.element_size - 1);
   int budget = 10000;
   return reaches(merged.data(), merged.size(), low, high, budget);
 }

@@ -102,6 +102,8 @@ PARTS = {
     "factored updates": ("test_factored.py", "not sum"),
     "factored sums": ("test_factored.py", "sum"),
     "rule factors": ("test_rule_factors.py", "not torch"),
+    "refusals": ("test_fuzz.py", "no_parameters or 64_bits"),
+    "shared memory": ("test_overlap.py", "factors_next"),
 }
 
 

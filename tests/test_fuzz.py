@@ -76,6 +76,43 @@ def test_freed_memory_is_refused(freed_one: str) -> None:
 
 
 @needs_compiled
+def test_lists_beside_no_parameters_are_refused() -> None:
+    """The CUDA operator did nothing, without a word."""
+    one, none = torch.ones(1), torch.empty(0)
+    calls = [
+        lambda: RAW.update_([], [one], scalars(), [], 0, False, 0, [], [], []),
+        lambda: RAW.update_([], [], scalars(), [one.double()], 0, False, 0, [], [], []),
+        lambda: RAW.update_([], [], scalars(), [], 0, False, 0, [1], [], []),
+        lambda: RAW.update_([], [], scalars(), [], 0, False, 0, [], [0, 1, 1], []),
+        lambda: RAW.update_([], [], scalars(), [], 0, False, 0, [], [], [none]),
+        lambda: RAW.update_([], [], scalars(), [], 99, False, 0, [], [], []),
+        lambda: RAW.update_([], [], one, [], 0, False, 0, [], [], []),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"^update_: (0 params, 1|0 params, 3|rule is 99|scalars has)"):
+            call()
+    RAW.update_([], [], scalars(), [], 0, False, 0, [], [], [])
+
+
+@needs_compiled
+@pytest.mark.parametrize("elements", [2**40 + 1, 2**62, 2**63 - 1])
+def test_more_elements_than_any_memory_has_are_refused(elements: int) -> None:
+    """An expanded tensor has them in four bytes. Their number overflowed, or the C++ library's words came."""
+    slot, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, 1)
+    row = one.expand(1, elements)
+    calls = [
+        lambda: RAW.sq_norm_([slot], [row], None),
+        lambda: RAW.factored_sq_norm_(slot, row, torch.empty(0), torch.empty(0), scalars()),
+        lambda: RAW.embedding_sq_norm_(slot, [torch.zeros(1, dtype=torch.int64)], [row], [-1], None),
+        lambda: RAW._gram(row.T, row.T),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=rf"has {elements} elements, expected at most 1099511627776"):
+            call()
+    assert slot.item() == 0
+
+
+@needs_compiled
 @pytest.mark.parametrize("shard", [(2**63 - 1, 1, 2), (0, 1, 2**62), (5, 2, 2**63 - 1)])
 def test_a_shard_beyond_64_bits_is_refused_in_raw_calls(shard: tuple[int, int, int]) -> None:
     """It was a signed overflow."""

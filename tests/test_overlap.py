@@ -5,9 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lomo_kernels import Lomo, ops
+from lomo_kernels import Lomo, backends, ops
 from lomo_kernels.ops import _overlap
 from lomo_kernels.ops._overlap import Access
+from lomo_kernels.ops.scalars import vector
+
+RAW = torch.ops.lomo_kernels
 
 SIZE = 48  # elements of the memory that views are taken of
 
@@ -145,6 +148,31 @@ def test_overlap_is_refused_and_changes_nothing(name):
     with pytest.raises(RuntimeError, match=f"{words}.* share memory"):
         call()
     assert (memory == 1).all()
+
+
+@pytest.mark.skipif(backends.choice("CPU").backend != "cpu", reason="csrc/overlap.h is compiled into the CPU library")
+@pytest.mark.parametrize("begin", range(0, 46))
+def test_factors_next_to_the_elements_of_a_strided_parameter(begin):
+    """Vectors of factors and of sums have elements of 4 and of 8 bytes."""
+    memory, none, ones = torch.ones(SIZE), torch.empty(0), torch.full((3, 1), 0.5)
+    scalars = vector("test", memory.device, {"lr": 0.1})
+    matrix, vectors = memory.as_strided((3, 1), (13, 2), 9), memory[begin : begin + 3]
+    sums = torch.zeros(1, 1, dtype=torch.float64)
+    calls = [
+        (vectors, lambda: RAW.factored_update_(matrix, ones, vectors, none, scalars, 0, False, 0, 0, [])),
+    ]
+    if begin % 2 == 0 and begin + 6 <= SIZE:
+        wide = memory[begin : begin + 6].view(torch.float64)
+        calls.append((wide, lambda: RAW.factor_sums_(wide, sums, matrix, scalars)))
+    for others, call in calls:
+        before = memory.clone()
+        if places(matrix) & places(others):
+            with pytest.raises(RuntimeError, match="share memory"):
+                call()
+            assert torch.equal(memory, before)
+        else:
+            call()
+            assert not torch.equal(memory, before)
 
 
 def test_columns_of_one_matrix_are_fine(device):

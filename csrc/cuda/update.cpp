@@ -47,11 +47,11 @@ void update_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads
              const std::vector<Tensor>& sq_norm, int64_t rule, bool stochastic, int64_t seed,
              const std::vector<int64_t>& parameter_id, const std::vector<int64_t>& shard,
              const std::vector<Tensor>& low) {
-  if (params.empty()) return;
   const char* op = "update_";
-  const Device device = device_of(params[0], op, "param");
+  const Device device = params.empty() ? scalars.device() : device_of(params[0], op, "param");
   const Step step{scalars_on(scalars, device, op), checked_rule(rule, op), stochastic, seed};
-  run(updates_of(params, grads, sq_norm, parameter_id, shard, low, stochastic, device, op), step, device);
+  const auto updates = updates_of(params, grads, sq_norm, parameter_id, shard, low, stochastic, device, op);
+  if (!updates.empty()) run(updates, step, device);
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from .engines.base import ParallelEngine
 from .graph import Graph
 from .managed_parameter import DeviceState, ManagedParameter
+from .out_of_memory import ran_out_of_memory
 from .owners import optimizer_backward
 from .state import TrainingState
 
@@ -195,10 +196,8 @@ def _run_again(
             _statistics_kept(training, model),
         ):
             norm_pass()
-    except torch.OutOfMemoryError:
-        raise
     except _FAILURES as error:
-        if str(error).startswith("Lomo:"):
+        if str(error).startswith("Lomo:") or ran_out_of_memory(error):
             raise
         raise RuntimeError(
             f"Lomo: a second backward through the same graph failed, and the first did not: {error}. Selective "

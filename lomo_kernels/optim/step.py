@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from .managed_parameter import ManagedParameter
+from .out_of_memory import as_out_of_memory
 from .owners import OptimizerBackward, optimizer_backward, set_optimizer_backward
 from .passes import Pass, UpdatePass
 from .scaling import unscaled
 
 _T = TypeVar("_T")
-
-#: All that torch's stable ABI says of an error inside a kernel, whose only calls of torch are for memory.
-_STABLE_ABI = "API call failed at torch/csrc/stable"
 
 #: What to do after an error, by the step's outcome.
 _NOTES = {
@@ -167,16 +165,17 @@ class Steps:
         except BaseException as error:
             if self._busy._is_owned():
                 self._busy.release()
-            self._describe(error)
-            raise
+            explained = as_out_of_memory(error)
+            self._describe(explained)
+            if explained is error:
+                raise
+            raise explained from error
 
     def _describe(self, error: BaseException) -> None:
         """Adds to the traceback what became of the weights. Our own errors say that themselves."""
         message = error.args[0] if error.args and isinstance(error.args[0], str) else ""
         if not hasattr(error, "add_note") or message.startswith("Lomo:"):  # notes came with Python 3.11
             return
-        if _STABLE_ABI in message:
-            error.add_note("Lomo: a kernel asked torch for a tensor and got none: memory ran out")
         error.add_note(f"Lomo: {_NOTES[self.outcome or 'unchanged']} (last_step_outcome is {self.outcome!r})")
 
     def between(self, call: str, run: Callable[[], _T]) -> _T:

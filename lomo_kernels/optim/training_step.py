@@ -17,6 +17,7 @@ from .graph import Graph, check_fused_weights, check_loss
 from .hyperparameters import check_group
 from .inside_accelerate import check_synchronised
 from .managed_parameter import ManagedParameter
+from .out_of_memory import ran_out_of_memory
 from .passes import NormPass, Pass, UpdatePass
 from .scaling import check_no_grad_scaler
 from .step import Step
@@ -60,8 +61,9 @@ class TrainingStep:
         if not known and (budget or runs_once):
             try:
                 self._backward_within(backward, math.inf if runs_once else budget)
-            except torch.OutOfMemoryError:
-                if not runs_once and training.engine is None and training.clip_budget.halve():
+            except RuntimeError as error:
+                halves = not runs_once and training.engine is None and ran_out_of_memory(error)
+                if halves and training.clip_budget.halve():
                     warnings.warn(
                         'Lomo: memory ran out. clip_memory="auto" keeps half as many bytes from the next step on',
                         stacklevel=9,

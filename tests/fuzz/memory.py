@@ -112,6 +112,19 @@ class Block:
         dtype = getattr(torch, spec["dtype"])
         return self.bytes.view(dtype).as_strided(spec["shape"], strides, begin // dtype.itemsize)
 
+    def separate(self, specs: dict[str, Spec]) -> Block:
+        """The same values in tensors that share no memory."""
+        other = Block({name: spec | {"at": []} for name, spec in specs.items()}, inference=self.bytes.is_inference())
+        for name, spec in specs.items():
+            other.write(name, spec, self.view(name, spec))
+        return other
+
+    def write(self, name: str, spec: Spec, values: Tensor) -> None:
+        """Writes a tensor. If some of its elements share memory, which copy_ refuses, one of them is written."""
+        view = self.view(name, spec)
+        with torch.inference_mode(self.bytes.is_inference()):
+            view.as_strided(*_narrowed(view, view)).copy_(values.as_strided(*_narrowed(values, view)))
+
     def _fill(self, name: str, spec: Spec) -> None:
         view = self.view(name, spec)
         if not view.numel():
@@ -122,16 +135,11 @@ class Block:
         if spec["values"] == "ids":
             chosen = (chosen % spec["rows"]).to(view.dtype)
         with torch.inference_mode(self.bytes.is_inference()):
-            flat = view.new_empty(need).copy_(chosen).view(spec["shape"])
-            if spec["layout"] == "expanded":  # copy_ refuses elements that share memory
-                view.as_strided(*_narrowed(view)).copy_(flat.as_strided(*_narrowed(flat, view)))
-            else:
-                view.copy_(flat)
+            self.write(name, spec, view.new_empty(need).copy_(chosen).view(spec["shape"]))
 
 
-def _narrowed(tensor: Tensor, like: Tensor | None = None) -> tuple[list[int], list[int], int]:
-    """Sizes and strides with the dimensions of stride zero (of `like`) cut to one."""
-    like = tensor if like is None else like
+def _narrowed(tensor: Tensor, like: Tensor) -> tuple[list[int], list[int], int]:
+    """Sizes and strides with the dimensions of stride zero of `like` cut to one."""
     sizes = [1 if s == 0 else n for n, s in zip(like.shape, like.stride(), strict=True)]
     return sizes, list(tensor.stride()), tensor.storage_offset()
 
