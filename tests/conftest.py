@@ -84,9 +84,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks():
-    """ranks(world): `Processes` that stay for the session."""
+    """ranks(world): `Processes` that stay for a file's tests. For the session they would take time while other tests
+    run: see `support.processes.CROWDED`."""
     from support.processes import by_world
 
     yield from by_world()
