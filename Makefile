@@ -48,7 +48,7 @@ help:            ## this list
 demo: $(stamps)/demo   ## watch an optimizer step with and without LOMO
 	@$(bin)/python -m lomo_kernels demo $(ARGS)
 
-test: testing    ## all tests; ARGS="-k sgd" selects
+test: testing    ## all tests except the slow ones; ARGS=--slow adds these, ARGS="-k sgd" selects
 	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests -n $(WORKERS) --dist worksteal $(ARGS)
 
 bench: testing   ## measure a short selection; ARGS="update norm" selects questions

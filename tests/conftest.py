@@ -22,6 +22,15 @@ hypothesis.settings.register_profile("explore", database=None, deadline=None, ma
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        default=bool(os.environ.get("CI")),
+        help="run the tests marked slow, too, as continuous integration does",
+    )
+
+
 def served_devices():
     """Devices that the tests of the operators run on: those with a backend in force, and with hardware."""
     from lomo_kernels import backends
@@ -56,6 +65,13 @@ def pytest_unconfigure():
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU: torch.cuda.is_available() is False")
+    if item.get_closest_marker("slow") and not (item.config.option.slow or selects(item.config)):
+        pytest.skip("slow, left out: make test ARGS=--slow runs all tests")
+
+
+def selects(config):
+    """Whether tests were named, by -k, by -m or by path::name: then all that are named run."""
+    return bool(config.option.keyword or config.option.markexpr or any("::" in name for name in config.args))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -84,9 +100,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks():
-    """ranks(world): `Processes` that stay for the session."""
+    """ranks(world): `Processes` that stay for a file's tests. For the session they would take time while other tests
+    run: see `support.processes.CROWDED`."""
     from support.processes import by_world
 
     yield from by_world()

@@ -225,6 +225,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.arg
 """
 
 
+@pytest.mark.slow
 def test_the_reference_passes_the_contract(run_python):
     """The operators' own tests once more, on a part of the grid."""
     here = Path(__file__).parent

@@ -1,7 +1,6 @@
 """The benches' own machinery: rounds, buffers, results, and that implementations are right. Nothing here looks at a
 time."""
 
-import os
 import re
 import subprocess
 import sys
@@ -106,16 +105,21 @@ def test_x(paired, implementation, elements):
 """
 
 
-def test_rounds_alternate_with_the_baselines_and_go_to_the_file(tmp_path):
-    """A process of its own: in a worker of pytest-xdist pytest-benchmark measures nothing."""
+#: In a worker of pytest-xdist, which these variables tell of, pytest-benchmark measures nothing.
+PYTEST = """
+import os, sys, pytest
+for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+    del os.environ[name]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
+"""
+
+
+def test_rounds_alternate_with_the_baselines_and_go_to_the_file(run_python, tmp_path):
     (tmp_path / "bench_x.py").write_text(BENCH)
     (tmp_path / "conftest.py").write_text("from bench.conftest import *")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--full", str(tmp_path)]
-    command += ["--benchmark-enable", f"--benchmark-json={tmp_path}/x.json", "--rootdir", str(tmp_path)]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    env |= {"PYTHONPATH": str(results.ROOT), "OMP_NUM_THREADS": "1", "LOMO_COMMIT": "abc"}
-    options = ["-o", "python_files=bench_*.py"]
-    done = subprocess.run([*command, *options], cwd=results.ROOT, env=env, capture_output=True, text=True)
+    options = ["--full", str(tmp_path), "--rootdir", str(tmp_path), "-o", "python_files=bench_*.py"]
+    options += ["--benchmark-enable", f"--benchmark-json={tmp_path}/x.json"]
+    done = run_python(PYTEST, *options, LOMO_COMMIT="abc")
     assert done.returncode == 0, done.stdout + done.stderr
     run = results.read(tmp_path / "x.json")
     (benchmark,) = run["benchmarks"]
@@ -245,7 +249,7 @@ for name in ("sgd_", "sgd_list_", "sq_norm_", "linear_sgd_", "embedding_sgd_"):
     setattr(ops, name, lambda *arguments, **options: None)
 """
 
-
+#: Of each question the smallest sizes.
 SELECTED = {
     "update": "sgd_ and bfloat16-65536",
     "norm": "sq_norm_ and 65536",
@@ -255,18 +259,15 @@ SELECTED = {
 }
 
 
-@pytest.mark.parametrize("question, select", SELECTED.items(), ids=SELECTED)
-def test_nothing_of_ours_that_is_wrong_is_timed(tmp_path, question, select):
+def test_nothing_of_ours_that_is_wrong_is_timed(run_python):
     """In a process of its own whose operators do nothing."""
-    if question in ("update", "norm"):
-        pytest.importorskip("lomo_kernels_testing", reason="the probes are built by `make testing`")
-    (tmp_path / "break_operators.py").write_text(BREAK)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "break_operators"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(results.ROOT)])
-    command += [results.QUESTIONS[question], "-k", select]
-    done = subprocess.run(command, cwd=results.ROOT, env=env, capture_output=True, text=True)
+    pytest.importorskip("lomo_kernels_testing", reason="the probes are built by `make testing`")
+    chosen = " or ".join(f"test_{question}" + f" and {words}" * bool(words) for question, words in SELECTED.items())
+    asked = [str(results.ROOT / results.QUESTIONS[question]) for question in SELECTED]
+    done = run_python(BREAK + PYTEST, *asked, "-k", chosen, "-rfE")
     assert done.returncode == 1 and "passed" not in done.stdout, done.stdout + done.stderr
+    failed = re.findall(r"^(?:FAILED|ERROR) \S+::test_(\w+)", done.stdout, re.M)
+    assert set(failed) == SELECTED.keys()
 
 
 def test_a_rival_that_is_wrong_is_named_and_not_timed(monkeypatch):

@@ -101,6 +101,7 @@ def test_a_backward_of_small_parameters_runs(name: str) -> None:
     bench_training.backward_of((4,), torch.float32, 5, name, "cpu")(0)
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_same_steps() -> None:
     """Those of all implementations are compared where they start; rank 1 follows as rank 0 asks, and ends."""
     with bench_ranks.started(bench_ranks.data_parallel, "27M", 8) as rank:

@@ -84,6 +84,7 @@ def resources(source):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ARCHES)
 @pytest.mark.parametrize("source", KERNELS)
 def test_no_kernel_spills_or_has_a_stack(nvcc, source, target, record_property):
@@ -102,6 +103,7 @@ def test_no_kernel_spills_or_has_a_stack(nvcc, source, target, record_property):
 # ---- Code -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_is_fused_and_nothing_flushed(ptx):
     source, kernels = ptx
     assert len(kernels) == KERNELS[source]
@@ -122,6 +124,7 @@ def test_nothing_is_fused_and_nothing_flushed(ptx):
         assert not [op for op in operations if re.match(forbidden, op) and op not in exact], (kernel, operations)
 
 
+@pytest.mark.slow
 def test_doubles_are_for_sums_and_scalars_only(ptx):
     """At most a conversion and three operations per element of a group, in the rescue of sums; none in the update."""
     for kernel, code in ptx[1].items():
@@ -129,6 +132,7 @@ def test_doubles_are_for_sums_and_scalars_only(ptx):
         assert doubles <= 2 * 16 + 32, (kernel, doubles)
 
 
+@pytest.mark.slow
 def test_accesses_are_as_wide_as_can_be(ptx):
     """A thread's 16 elements take 2 accesses of 8 neighbours; with 32 bits an element in either tensor 4 of 4. The
     gradient, dead after it is read, is loaded with the streaming policy."""
@@ -174,6 +178,7 @@ for name in ops.OPERATORS:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: the library is loaded as it is")
 def test_the_library_links_and_registers_nothing_without_a_gpu(nvcc, run_python, tmp_path):
     """A torch without CUDA lacks one symbol of it, which is lent here; every other one must be found."""

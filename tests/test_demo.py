@@ -2,10 +2,8 @@
 
 import argparse
 import math
-import os
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -24,15 +22,11 @@ SMALL = shlex.split(
 METHODS = ("Lomo", "Lomo, clip_memory=0", "AdaLomo", "SGD + clip", "AdamW + clip")
 
 
-def demo(*options):
-    return subprocess.run(
-        [sys.executable, "-m", "lomo_kernels", "demo", *options],
-        env=os.environ | {"COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@pytest.fixture
+def demo(run_python):
+    """Runs the command with these options."""
+    command = "import runpy; runpy.run_module('lomo_kernels', run_name='__main__')"
+    return lambda *options: run_python(command, "demo", *options, COLUMNS="120")
 
 
 def rows(output):
@@ -41,8 +35,11 @@ def rows(output):
     return {name: tuple(map(float, re.search("│ " + re.escape(name) + numbers, output).groups())) for name in METHODS}
 
 
-@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16", "--no-checkpoint", "--batch", "2")])
-def test_the_table_says_what_lomo_is_for(options):
+@pytest.mark.parametrize(
+    "options",
+    [(), pytest.param(("--dtype", "bfloat16", "--no-checkpoint", "--batch", "2"), marks=pytest.mark.slow)],
+)
+def test_the_table_says_what_lomo_is_for(demo, options):
     result = demo(*SMALL, *options)
     assert result.returncode == 0, result.stderr
     table = rows(result.stdout)
@@ -62,7 +59,7 @@ def test_the_table_says_what_lomo_is_for(options):
         assert [float(ratio) for ratio in stated.groups()] == pytest.approx([peak / sgd, peak / adamw], abs=0.15)
 
 
-def test_fine_tunes_on_a_file(tmp_path):
+def test_fine_tunes_on_a_file(demo, tmp_path):
     file = tmp_path / "own [text].txt"
     file.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 100)
     result = demo(*SMALL, "--text", str(file), "--steps", "4", "--pretrain-steps", "2")
@@ -98,7 +95,7 @@ def test_an_option_that_cannot_be_gets_one_sentence(options, sentence, capsys):
     assert captured.out == ""
 
 
-def test_a_text_too_short_gets_one_sentence(tmp_path):
+def test_a_text_too_short_gets_one_sentence(demo, tmp_path):
     file = tmp_path / "short.txt"
     file.write_bytes(b"x" * 329)
     result = demo(*SMALL, "--text", str(file))
@@ -114,9 +111,9 @@ def test_without_rich_it_says_what_to_install(capsys, monkeypatch):
     assert "pip install 'rich>=13,<16'" in capsys.readouterr().err
 
 
-def test_importing_the_library_imports_neither_rich_nor_the_demo():
+def test_importing_the_library_imports_neither_rich_nor_the_demo(run_python):
     code = "import sys, lomo_kernels; sys.exit(any(m.startswith(('rich', 'lomo_kernels.demo')) for m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+    assert run_python(code).returncode == 0
 
 
 def result_of(method, **numbers):

@@ -90,8 +90,10 @@ def run(rank: int, way: str, folder: str, first: int, last: int) -> None:
     save(model, optimizer, folder, WAYS[way])
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+@pytest.mark.parametrize(
+    "way", ["helpers", "own", *(pytest.param(way, marks=pytest.mark.slow) for way in ("flat", "full"))]
+)
+@pytest.mark.parametrize(("before", "after"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_resumed_on_another_number_of_ranks(ranks: Any, tmp_path: Path, before: int, after: int, way: str) -> None:
     ranks(before).call(run, way, str(tmp_path), 0, 3)
     ranks(after).call(run, way, str(tmp_path), 3, 6)
@@ -134,7 +136,7 @@ def test_state_goes_on_on_more_ranks_and_on_one(ranks: Any, tmp_path: Path, way:
     ranks(1).call(stochastic, way, str(tmp_path), rule, True)
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adalomo"])
+@pytest.mark.parametrize("rule", [pytest.param("sgd", marks=pytest.mark.slow), "adalomo"])
 @pytest.mark.parametrize("way", WAYS)
 def test_low_parts_go_on_on_more_ranks_and_on_one(ranks: Any, tmp_path: Path, way: str, rule: str) -> None:
     ranks(2).call(stochastic, way, str(tmp_path), rule, False, "split")
@@ -182,7 +184,7 @@ def several(rank: int, way: str, folder: str, rule: str) -> None:
         assert_same_bits(rule_state(optimizer), rule_state(whole))
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adalomo"])
+@pytest.mark.parametrize("rule", [pytest.param("sgd", marks=pytest.mark.slow), "adalomo"])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_checkpoint_of_a_run_holds_its_own_step(ranks: Any, tmp_path: Path, way: str, rule: str) -> None:
     ranks(2).call(several, way, str(tmp_path), rule)

@@ -24,7 +24,7 @@ from support.engines import (
     norms_equal_one_process,
     resumed_equals_one_process,
 )
-from support.factored import RULES, rule_state
+from support.factored import FEW_RULES, RULES, rule_state
 from support.models import Options, assert_close, assert_same_bits, batch, same_bits
 from support.processes import Failed, Processes
 
@@ -34,6 +34,7 @@ needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason='needs DeepSpeed: pip install "deepspeed>=0.19.8,<0.20"'
 )
 NAMES = [pytest.param(name, marks=[needs_deepspeed] if name == "ZeRO-3" else []) for name in ENGINES]
+OF_RULES = [pytest.param({"rule": rule.values[0], "lr": 0.003}, marks=rule.marks) for rule in FEW_RULES]
 EVERY_ENGINE = pytest.mark.parametrize("engine", NAMES)
 
 
@@ -61,8 +62,8 @@ def steps(rank: int, engine: str, settings: dict[str, Any]) -> None:
         {},
         CLIPPED,
         CLIPPED | {"clip_passes": "one"},
-        {"clip_grad_norm": 1e6, "clip_passes": "two"},
-        {"clip_grad_value": 1e-2},
+        pytest.param({"clip_grad_norm": 1e6, "clip_passes": "two"}, marks=pytest.mark.slow),
+        pytest.param({"clip_grad_value": 1e-2}, marks=pytest.mark.slow),
         {"clip_grad_value": 1e-2, "clip_grad_norm": 0.1, "loss_scale": "dynamic", "clip_passes": "two"},
         {"loss_scale": 1024.0},
     ],
@@ -81,7 +82,7 @@ FACTORED = [
 ]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", FEW_RULES)
 @EVERY_ENGINE
 def test_rules_with_factors(call: Any, engine: str, rule: str) -> None:
     """Sums along rows and columns are those of the whole, averaged gradient."""
@@ -139,9 +140,7 @@ def accumulation(rank: int, engine: str, how: str, settings: dict[str, Any]) -> 
     assert_close(that.weights(spread), book.model, atol=2e-6 if "rule" in settings else 1e-6)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"clip_grad_norm": 0.3}, *({"rule": rule, "lr": 0.003} for rule in RULES)], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 0.3}, *OF_RULES], ids=str)
 @pytest.mark.parametrize("how", ["accumulate", "step"])
 @EVERY_ENGINE
 def test_accumulation(call: Any, engine: str, how: str, settings: dict[str, Any]) -> None:
@@ -186,7 +185,7 @@ def all_skip(rank: int, engine: str, dtype: torch.dtype, bad: float, settings: d
         {"clip_grad_norm": 0.3, "clip_passes": "two"},
         {"clip_grad_norm": 0.3, "clip_passes": "one"},
         {"loss_scale": "dynamic", "clip_passes": "two"},
-        *({"rule": rule, "lr": 0.003} for rule in RULES),
+        *OF_RULES,
     ],
     ids=str,
 )
@@ -203,7 +202,7 @@ def resumed(rank: int, engine: str, dtype: torch.dtype, settings: dict[str, Any]
     resumed_equals_one_process(ENGINES[engine], dtype, settings)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @EVERY_ENGINE
 def test_a_resumed_run_has_the_bits_of_one_process(call: Any, engine: str, dtype: torch.dtype) -> None:
     call(2, resumed, engine, dtype, {"clip_grad_norm": 1e6, "clip_passes": "two"})
@@ -325,7 +324,7 @@ def stops(rank: int, engine: str, what: str) -> None:
         raise RuntimeError(f"after {time.monotonic() - began:.3f} s") from error
 
 
-@pytest.mark.parametrize("what", ["dies", "hangs"])
+@pytest.mark.parametrize("what", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
 @EVERY_ENGINE
 def test_the_others_get_an_error(engine: str, what: str) -> None:
     processes = Processes(2, timeout=TIMEOUT)

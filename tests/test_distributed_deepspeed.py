@@ -115,6 +115,7 @@ def test_two_ranks(ranks: Any, way: str) -> None:
     ranks(2).call(train, way, CLIPPED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "rule"), [(way, rule) for way in WAYS for rule in RULES if (way, rule) != ("parameter groups", "rows")]
 )

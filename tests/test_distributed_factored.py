@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.engines import ENGINES, Engine, equals_one_process, everywhere, fsdp, line, place, square
-from support.factored import RULES, FactoredTextbook, Kinds, rule_state, tokens
+from support.factored import FEW_RULES, RULES, FactoredTextbook, Kinds, rule_state, tokens
 from support.models import (
     Planted,
     assert_close,
@@ -60,7 +60,7 @@ def all_have_the_state(optimizer: Lomo) -> None:
 
 
 @EVERY_RULE
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_data_parallel(ranks: Any, world: int, rule: str) -> None:
     ranks(world).call(train, rule)
 
@@ -72,7 +72,7 @@ def sharded(rank: int, way: str, rule: str) -> None:
     equals_one_process(WAYS[way], {"rule": rule, "lr": 0.003, "weight_decay": 0.1})
 
 
-@EVERY_RULE
+@pytest.mark.parametrize("rule", FEW_RULES)
 @pytest.mark.parametrize("way", WAYS)
 def test_sharded(ranks: Any, way: str, rule: str) -> None:
     ranks(4 if way in FOUR else 2).call(sharded, way, rule)

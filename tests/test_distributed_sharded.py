@@ -239,7 +239,7 @@ def test_precision(ranks: Any) -> None:
     ranks(2).call(mixed_precision)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_stochastic_rounding_is_that_of_the_whole_parameter(ranks: Any, dtype: torch.dtype) -> None:
     for how in (name for name, placements in PLACEMENTS.items() if len(placements) == 1):
         ranks(2).call(same_bits_as_one_process, how, dtype, {"clip_grad_norm": 1e6, "clip_passes": "two"})

@@ -88,6 +88,7 @@ def torchrun(nodes: int, script: Path, folder: Path) -> None:
     assert [one.returncode for one in running] == [0] * nodes, "\n".join(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code, nodes",
     [

@@ -38,6 +38,7 @@ def losses(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"(?<![_\w])'?loss'?:? '?(\d+\.\d+)", text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_short_and_learn(script: Path, run_python: Any) -> None:
     assert len(script.read_text().splitlines()) < 60
@@ -47,6 +48,7 @@ def test_examples_are_short_and_learn(script: Path, run_python: Any) -> None:
     assert len(seen) == 3 and seen[-1] < seen[0] - 0.2, seen
 
 
+@pytest.mark.slow
 def test_one_line_saves_the_memory(run_python: Any, tmp_path: Path) -> None:
     """The same script without this line trains with AdamW, Trainer's default."""
     script = ROOT / "examples" / "transformers_trainer.py"

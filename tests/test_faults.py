@@ -36,7 +36,9 @@ def sample(kind: str, name: str, faults: Callable[[Any, int, int], Faults], stri
     return outcomes
 
 
-@pytest.mark.parametrize("faults", [memory.faults, lines.faults], ids=["memory", "lines"])
+@pytest.mark.parametrize(
+    "faults", [memory.faults, pytest.param(lines.faults, marks=pytest.mark.slow)], ids=["memory", "lines"]
+)
 def test_a_step_that_breaks_off(faults: Any) -> None:
     """8 s each: 34 modes, of which three need 101 steps before, with some six points in each."""
     total: dict[str, int] = {}

@@ -209,30 +209,36 @@ print(json.dumps(test_instruction_sets.instructions()))
 
 def instructions():
     """Instructions per element, by dtype and rounding: in what calls of two sizes differ. None if they are not counted
-    here. The operator is called without its wrapper, which takes twice its instructions."""
+    here. The operator is called without its wrapper, which takes twice its instructions. A count takes a second, so
+    only those that are too high are made again: what else the process does may have come between."""
     import lomo_kernels_testing as native
 
     if native.count_instructions(lambda: None) < 10:  # it takes some hundred
         return None
+
+    def instructions_of(elements, dtype, rounding):
+        """How many instructions one call takes."""
+        param, grad = torch.ones(elements, dtype=dtype), torch.full((elements,), 0.01, dtype=dtype)
+        low = [torch.zeros(elements, dtype=torch.int16)] if rounding == "split" else []
+        arguments = [param], [grad], scalars, [], RULES["sgd"], rounding == "stochastic", 0, [0], [], low
+        update = functools.partial(torch.ops.lomo_kernels.update_.default, *arguments)
+        for _ in range(50):  # until Python has specialised its bytecode
+            update()
+        return native.count_instructions(update)
+
+    def per_element(*of):
+        return (instructions_of(3 * 1024, *of) - instructions_of(1024, *of)) / (2 * 1024)
+
     counts = {}
     scalars = vector("update_", torch.device("cpu"), {"lr": 0.1})
     for dtype in (torch.bfloat16, torch.float16):
         for rounding in (*ROUNDINGS, "split") if dtype is torch.bfloat16 else ROUNDINGS:
-
-            def call(elements, dtype=dtype, rounding=rounding):
-                param, grad = torch.ones(elements, dtype=dtype), torch.full((elements,), 0.01, dtype=dtype)
-                low = [torch.zeros(elements, dtype=torch.int16)] if rounding == "split" else []
-                arguments = [param], [grad], scalars, [], RULES["sgd"], rounding == "stochastic", 0, [0], [], low
-                update = functools.partial(torch.ops.lomo_kernels.update_.default, *arguments)
-                for _ in range(50):  # until Python has specialised its bytecode
-                    update()
-                return min(native.count_instructions(update) for _ in range(2))
-
-            counts[f"{oracle.name_of(dtype)} {rounding}"] = (call(3 * 1024) - call(1024)) / (2 * 1024)
+            name, count = f"{oracle.name_of(dtype)} {rounding}", per_element(dtype, rounding)
+            counts[name] = count if 0.3 < count <= LIMITS[name] else per_element(dtype, rounding)
     return counts
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", pytest.param("avx512", marks=pytest.mark.slow)])
 def test_updates_take_few_instructions(run_python, isa):
     pytest.importorskip("lomo_kernels_testing", reason="run `make testing`: the module that counts is not built")
     if platform.machine() != "x86_64" or sys.platform != "linux":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 PRELUDE = """
 import gc, sys, threading, torch
 from torch import nn
@@ -72,6 +74,7 @@ def run(run_python: Any, code: str) -> None:
     assert done.stdout.strip().endswith("fine")
 
 
+@pytest.mark.slow
 def test_40000_nodes_and_100000_on_a_small_stack(run_python: Any) -> None:
     run(
         run_python,

@@ -453,6 +453,7 @@ print("exact")
 """
 
 
+@pytest.mark.slow
 def test_fused_loss_of_liger(run_python: Any) -> None:
     """Its weight's gradient exists since forward, and goes the way of every gradient. Backward multiplies it in place
     unless the loss is used without a factor, and runs once in a step. With fused layers ours stands in, which has no

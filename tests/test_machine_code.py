@@ -76,8 +76,11 @@ def row_of(kernel):
 
 @pytest.fixture(
     scope="module",
-    params=[(b, arch) for b, arches in machine_code.ARCHES.items() for arch in arches],
-    ids=lambda param: f"{param[0]}-{param[1]}",
+    params=[
+        pytest.param((backend, arch), id=f"{backend}-{arch}", marks=[pytest.mark.slow] if backend == "cuda" else [])
+        for backend, arches in machine_code.ARCHES.items()
+        for arch in arches
+    ],
 )
 def measured(request):
     """Backend, architecture, and (kernel, facts) of all of its kernels."""
@@ -132,7 +135,11 @@ def test_registers_leave_room_for_blocks(measured):
             assert facts.in_flight >= least, name_of(kernel)
 
 
-@pytest.mark.parametrize("measured", [("cuda", 90), ("triton", 90)], indirect=True, ids=["cuda", "triton"])
+@pytest.mark.parametrize(
+    "measured",
+    [pytest.param(("cuda", 90), id="cuda", marks=pytest.mark.slow), pytest.param(("triton", 90), id="triton")],
+    indirect=True,
+)
 def test_instructions_allow_the_speed_of_a_copy(measured):
     """Modelled, for Hopper. What has factors is in the table."""
     for kernel, facts in measured[2]:
@@ -141,6 +148,7 @@ def test_instructions_allow_the_speed_of_a_copy(measured):
             assert kernel.has_factors or share >= SHARE, f"{name_of(kernel)} on {card.name}: {share:.0%}, by {limit}"
 
 
+@pytest.mark.slow
 def test_lists_and_clamps_allow_it_too():
     """Both at once, which takes the most instructions and registers: each 36 kernels take 10 s to compile."""
     pytest.importorskip("triton")

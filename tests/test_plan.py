@@ -252,6 +252,7 @@ def test_torchs_and_ligers_functions_are_simulated_as_ours(call: str, tied: bool
     assert theirs.most["gradients"] == ours.most["gradients"] < 30000 * 64 * 4
 
 
+@pytest.mark.slow
 def test_a_head_of_llama_3_1_8b_fits() -> None:
     """Batch 2 of 2048 tokens, checkpoints, clipped: the head is not the peak (docs/memory.md)."""
     model = of_shape(SHAPES["llama-3.1-8b"])

@@ -27,7 +27,10 @@ def config(blocks: int) -> Config:
 
 @pytest.mark.parametrize(
     ("name", "checkpointing", "tokens"),
-    [*((name, False, 8) for name in installed), *((name, True, 512) for name in KINDS)],
+    [
+        *(pytest.param(name, False, 8, marks=[pytest.mark.slow] * (name not in KINDS)) for name in installed),
+        *((name, True, 512) for name in KINDS),
+    ],
 )
 def test_few_blocks_tell_the_peak_of_many(name: str, checkpointing: bool, tokens: int) -> None:
     def build(blocks: int) -> Callable[[], torch.nn.Module]:
@@ -41,7 +44,7 @@ def test_few_blocks_tell_the_peak_of_many(name: str, checkpointing: bool, tokens
     ("name", "group"),
     [
         ("SGD", "linear"),
-        ("Lomo", "linear"),
+        pytest.param("Lomo", "linear", marks=pytest.mark.slow),
         ("Lomo, clipping, two passes", "linear"),
         ("AdamW, fp32 master", "attention-mlp"),
     ],

@@ -47,8 +47,10 @@ def test_a_partial_budget_is_simulated_exactly(fused: bool, checkpointing: bool)
     assert step.peak == record(build, LOSS, method_of(budget, fused=fused), workspaces=KERNELS["cpu"].workspaces)
 
 
-@fused_or_not
-@checkpointing
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["kept", "checkpoints"]
+)
 def test_a_larger_budget_computes_less(fused: bool, checkpointing: bool) -> None:
     """And with checkpoints takes more memory. Without, what the part that runs twice has saved counts, too: it stays
     until the norm is known, while the first gradients come."""

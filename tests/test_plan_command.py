@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,9 +57,9 @@ MOST = 7
     [
         # Four simulations where all grows along straight lines: the start, the answer, and a neighbour of each.
         ("Lomo, fused", None, "batch", 4),
-        ("AdamW", None, "sequence", 4),
+        pytest.param("AdamW", None, "sequence", 4, marks=pytest.mark.slow),
         # Chunks of the loss make jumps, and factors that outgrow their gradient a bend.
-        ("SGD", 100, "batch", 6),
+        pytest.param("SGD", 100, "batch", 6, marks=pytest.mark.slow),
         ("Lomo, fused", 100, "sequence", 6),
         ("Lomo, clipping, one pass, fused", None, "batch", 6),
     ],
@@ -144,6 +142,7 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return there_are
 
 
+@pytest.mark.slow
 def test_several_processes_print_what_one_prints(plan: Plan, cores: Callable[[int], None]) -> None:
     asked = [*SIZES, "--layers", "1", "--memory", "20MB", "--seq", "256"]
     for name in ("sgd", "lomo, f", "adamw"):
@@ -231,7 +230,7 @@ def test_a_sequence_is_not_longer_than_positions_are(plan: Plan, of_transformers
     assert cells_of(printed)["Lomo, fused"][-1] == "384", said
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_hugging_face_config(plan: Plan, of_transformers: Callable[..., str], checkpointing: bool) -> None:
     config = of_transformers(model_type="llama", architectures=["LlamaForCausalLM"])
     flags = ["--checkpointing", "--chunk", "100"] if checkpointing else []
@@ -268,7 +267,7 @@ def test_bad_options_get_one_sentence(plan: Plan, arguments: list[str], message:
     assert message in said and len(said.strip().splitlines()) == 1
 
 
-def test_it_is_a_command() -> None:
-    command = [sys.executable, "-m", "lomo_kernels", "plan", "--model", "llama-7b", "--gpus", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def test_it_is_a_command(run_python: Any) -> None:
+    code = "import runpy; runpy.run_module('lomo_kernels', run_name='__main__')"
+    done = run_python(code, "plan", "--model", "llama-7b", "--gpus", "0")
     assert done.returncode == 2 and done.stderr == "python -m lomo_kernels plan: --gpus must be at least 1, not 0\n"

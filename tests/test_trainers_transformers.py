@@ -365,6 +365,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_the_fused_loss_of_liger(run_python: Any, tmp_path: Path) -> None:
     """Its kernels, interpreted: a step's loss is divided by the number of items. With fused layers ours stands in."""
     needs("liger_kernel", "triton")

@@ -99,7 +99,11 @@ CONTRACT = {
 }
 
 
-@pytest.mark.parametrize("part", CONTRACT)
+#: The digests below see what these see in a tenth of the time, and the operators' own tests what is not of a kernel.
+SLOW = ("sizes", "arguments", "oracle", "split", "subnormal", "layouts", "sq_norm", "autograd", "refusals")
+
+
+@pytest.mark.parametrize("part", [pytest.param(part, marks=[pytest.mark.slow] * (part in SLOW)) for part in CONTRACT])
 def test_the_interpreted_kernels_pass_the_contract(run_python, part):
     """The operators' own tests once more, on a part of the grid."""
     file, chosen, least = CONTRACT[part]
@@ -108,7 +112,10 @@ def test_the_interpreted_kernels_pass_the_contract(run_python, part):
     assert int(re.search(r"(\d+) passed", process.stdout)[1]) >= least, process.stdout[-300:]
 
 
-@pytest.mark.parametrize("part", ["keys or rows", "not (keys or rows)"])
+MANY = "every_rule or long_list or last_block or rows_of_shards"
+
+
+@pytest.mark.parametrize("part", [pytest.param(MANY, marks=pytest.mark.slow), f"not ({MANY})"])
 def test_the_interpreted_kernels_pass_their_own_tests(run_python, part):
     process = run_python(PYTEST, str(HERE / "support" / "triton_interpreted.py"), "-k", part, **INTERPRETED)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr
@@ -136,6 +143,8 @@ def test_the_interpreted_kernels_have_the_digests_of_the_reference(run_python):
 # ---- Compiled --------------------------------------------------------------------------------------------------------
 
 NVIDIA = (75, 80, 90, 100, 120)
+#: The one whose code is checked in fast tests, too.
+HOPPER = 90
 AMD = "gfx942"
 ELEMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
@@ -285,8 +294,13 @@ FUSED = re.compile(
 INEXACT = re.compile(r"\.ftz|\.approx|\bdiv\.full")
 
 
+every_target = pytest.mark.parametrize(
+    "target", [pytest.param(target, marks=() if target == HOPPER else pytest.mark.slow) for target in NVIDIA]
+)
+
+
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("target", NVIDIA)
+@every_target
 def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     case = CASES[name]
     made = case.make(gpu=target)
@@ -318,6 +332,7 @@ def test_every_rule_is_compiled_to_exact_operations(name, rule, tmp_path):
     assert stack == local == 0, "registers are spilled"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp32 by fp16 nearest", "fp16 by bf16 everything", "bf16 list", "bf16 list norm"])
 def test_twins_have_one_ptx(name):
     """And one machine code, whoever made the PTX."""
@@ -343,6 +358,7 @@ def test_two_programs_share_a_multiprocessor(p, listed, norm, tmp_path):
     assert programs_together(kernel, registers) >= (1 if rows else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_for_amd(name, record_property):
     case = CASES[name]

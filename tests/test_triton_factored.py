@@ -18,12 +18,12 @@ from test_triton import (  # noqa: E402
     FUSED,
     HERE,
     INTERPRETED,
-    NVIDIA,
     PYTEST,
     TWINS,
     TYPES,
     assembled,
     compiled,
+    every_target,
     resources,
     size_of,
 )
@@ -42,6 +42,7 @@ def test_the_interpreted_kernels_pass_their_own_tests(run_python):
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["test_sums", "test_sum_of or test_update", "not (test_sum or test_update)"])
 def test_the_interpreted_kernels_pass_the_contract(run_python, part):
     chosen = f"({part}) and not threads and not 5000 and not 700 and not 260 and not 8000"
@@ -50,6 +51,7 @@ def test_the_interpreted_kernels_pass_the_contract(run_python, part):
     assert int(re.search(r"(\d+) passed", process.stdout)[1]) >= 15, process.stdout[-300:]
 
 
+@pytest.mark.slow
 def test_fused_layers_call_the_interpreted_kernels(run_python):
     """Every rule, formed gradients and rows that were looked up, both roundings, a step that overflows."""
     chosen = "(bits_of_the_float32 and bfloat16) or overflows or looked_up"
@@ -125,7 +127,7 @@ CASES = {name: case for name, *case in cases()}
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("target", NVIDIA)
+@every_target
 def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     make, sizes = CASES[name]
     kernel = assembled(target, make(), make()) if target in TWINS else compiled(target, make())
@@ -146,6 +148,7 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
         assert "ld.shared" not in ptx or "everything" in name, "elements wander between threads"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16 by bf16", "bf16 split", "bf16 strips", "bf16 norm", "bf16 matrices"])
 def test_compiled_for_amd(name, record_property):
     code, options = CASES[name][0]()

@@ -16,6 +16,7 @@ from test_triton import (  # noqa: E402
     AMD,
     FUSED,
     HERE,
+    HOPPER,
     INEXACT,
     INTERPRETED,
     NVIDIA,
@@ -39,7 +40,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # ---- Under the interpreter -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["linear_sgd", "embedding", "not linear_sgd and not embedding"])
+MANY = "of_every_shape or every_tile or alike or extreme or estimate"
+
+
+@pytest.mark.parametrize("part", [pytest.param(MANY, marks=pytest.mark.slow), f"not ({MANY})"])
 def test_the_interpreted_kernels_pass_their_own_tests(run_python, part):
     process = run_python(PYTEST, str(HERE / "support" / "triton_layers_interpreted.py"), "-k", part, **INTERPRETED)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr
@@ -146,14 +150,19 @@ TOGETHER = [
 #: Updates without a norm and a clamp. On one GPU they are compiled too; on the others "everything" stands for them: it
 #: is the same code in the same tile, and holds more in registers.
 PARTS = [name for name in CASES if " by " in name and not re.search("everything|odd", name)]
-WHOLE_GPU = 90
+WHOLE = [name for name in CASES if name not in PARTS and "odd" not in name]
 #: Shared memory that a program may have, in KiB.
 SHARED = {75: 64, 80: 163, 90: 227, 100: 227, 120: 99, AMD: 64}
 
 
 @pytest.mark.parametrize(
     ("target", "name"),
-    [(target, name) for target in NVIDIA for name in CASES if target == WHOLE_GPU or name not in PARTS],
+    [
+        pytest.param(target, name, marks=() if target == HOPPER and name in WHOLE else pytest.mark.slow)
+        for target in NVIDIA
+        for name in CASES
+        if target == HOPPER or name not in PARTS
+    ],
 )
 def test_compiled_for_nvidia(target, name, tmp_path, record_property):
     code, options, tile = CASES[name](target)
@@ -191,6 +200,7 @@ def test_compiled_for_nvidia(target, name, tmp_path, record_property):
             assert there["st.global.v4.b32"] == size, "the weight is not written 16 bytes at a time"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["embedding fp16 by fp16 everything", "embedding norm fp32 odd", "lengths bf16"])
 def test_twins_have_one_ptx(name):
     for target, twin in TWINS.items():
@@ -200,6 +210,7 @@ def test_twins_have_one_ptx(name):
         assert whole.asm["cubin"] == parts.asm["cubin"] and whole.metadata.shared == parts.metadata.shared
 
 
+@pytest.mark.slow
 def test_without_the_limit_a_program_would_be_alone(tmp_path):
     code, options, _ = CASES["linear fp16 by fp16 everything"](90)
     assert options.pop("maxnreg") == 128
@@ -207,6 +218,7 @@ def test_without_the_limit_a_program_would_be_alone(tmp_path):
     assert programs_together(kernel, resources(kernel, tmp_path)[0]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_for_amd(name, record_property):
     code, options, _ = CASES[name](0)

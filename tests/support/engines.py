@@ -6,6 +6,7 @@ entry.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -152,10 +153,15 @@ ENGINES: dict[str, Engine] = {
 # ---- How they spread ------------------------------------------------------------------------------------------------
 
 
+# Once per process: the groups of each new mesh take 0.1 s on every rank, and threads that never end.
+
+
+@functools.cache
 def line() -> DeviceMesh:
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
+@functools.cache
 def square(first: str, second: str) -> DeviceMesh:
     return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=(first, second))
 

@@ -6,12 +6,15 @@ import copy
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lomo_kernels import Lomo
 
 RULES = ["tensor", "rows", "adalomo"]
+#: For tests of several ranks. AdaLomo's messages have all that those of the other two have.
+FEW_RULES = [pytest.param("adalomo"), *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("tensor", "rows"))]
 
 
 class FactoredTextbook:

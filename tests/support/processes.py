@@ -22,12 +22,15 @@ from lomo_kernels.memory import LiveBytes
 
 # A forked server imports torch once for all of them: seconds less per process.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "lomo_kernels"])
+_context.set_forkserver_preload(["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "support.engines"])
 
 #: Seconds: of a collective operation, until a rank gives up waiting for another; of a call, until the test fails.
 GROUP_TIMEOUT, CALL_TIMEOUT = 30.0, 90.0
 #: Seconds for the others to end once one has raised.
 GRACE = 2.0
+#: Threads of a process, at which new processes take its place: that costs 0.1 s. Every group that a test makes leaves
+#: three threads, which look for work a hundred times a second. Idle processes with 320 took 5% of a core each.
+CROWDED = 64
 
 
 class Processes:
@@ -63,7 +66,7 @@ class Processes:
 
     @property
     def usable(self) -> bool:
-        return all(process.is_alive() for process in self._processes)
+        return all(process.is_alive() and _threads(process.pid) < CROWDED for process in self._processes)
 
     def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(rank, *args)``, a function of a module's top level, on every rank; the results by rank.
@@ -98,17 +101,25 @@ class Processes:
 
 
 def by_world() -> Iterator[Callable[[int], Processes]]:
-    """What a fixture yields: `Processes` by world size that stay as long as it does; after a failure, new ones."""
+    """What a fixture yields: `Processes` by world size that stay as long as it does, while they are usable."""
     running: dict[int, Processes] = {}
 
     def get(world: int) -> Processes:
-        if world not in running or not running[world].usable:
+        if world in running and not running[world].usable:
+            running.pop(world).close()
+        if world not in running:
             running[world] = Processes(world)
         return running[world]
 
     yield get
     for some in running.values():
         some.close()
+
+
+def _threads(pid: int | None) -> int:
+    """How many a process has; 0 if the system does not say."""
+    tasks = f"/proc/{pid}/task"
+    return len(os.listdir(tasks)) if os.path.isdir(tasks) else 0
 
 
 class Collectives(TorchDispatchMode):
