@@ -1,5 +1,6 @@
-// What rules with row and column factors make of sums of squares: arguments and formulas, in float64, for host and
-// device. No torch header. lomo_kernels/ops/rule_factors.py documents the operators.
+// What rules with row and column factors make of sums of squares: arguments and formulas, for host and device. All in
+// float64, except the running means, which are float32. No torch header. lomo_kernels/ops/rule_factors.py documents the
+// operators.
 #pragma once
 
 #include <cmath>
@@ -16,7 +17,7 @@ struct Total {
   bool* is_finite;
 };
 
-// The root of the mean of so many squares, `count` times.
+// 1 / (the root of the mean of so many squares + 1e-12), for `count` sums.
 struct InverseRMS {
   const double* squares;
   int64_t count;

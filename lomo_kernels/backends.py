@@ -34,7 +34,7 @@ class Choice:
     """The implementation that serves one dispatch key."""
 
     key: str  # "CPU" or "CUDA"
-    backend: str  # one of NAMES, "tiled" (for the layers' operators only), or "none"
+    backend: str  # one of NAMES, "tiled" (made of torch's operators and our others), or "none"
     detail: str  # instruction set, targets, version; what to do where there is none
     reason: str
     overrides: Mapping[str, Choice] = field(default_factory=dict)  # operators that another one serves

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 3) sums_of_strips_kernel(const __gri
   const auto load = [&](Share<G, kCount>& g, int64_t row) {
     const auto* own = grad + (row * columns + own_column);
     if (is_straight && row - warp + kTileRows <= end) {
-      load_straight(g, own, kWarps * columns);
+      load_straight<Use::once>(g, own, kWarps * columns);
       return;
     }
 #pragma unroll

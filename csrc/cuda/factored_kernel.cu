@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const auto load = [&](Share<G, kCount>& g, uint32_t tile) {
     const int64_t own = block + tile * kTile + own_position<kCount>();
     if (is_straight(entry, first_tile(entry) + tile)) {
-      load_straight(g, static_cast<const typename G::Storage*>(entry.grad) + own);
+      load_straight<Use::once>(g, static_cast<const typename G::Storage*>(entry.grad) + own);
     } else {
       load_elements(g, entry.grad, own, entry.numel);
     }

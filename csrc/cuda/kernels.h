@@ -60,9 +60,11 @@ constexpr int64_t kTile = int64_t{kThreads} * kShare;
 // With a norm: 8 blocks for each of an H100's 132 multiprocessors, which has room for 4, so two waves. It is a
 // constant, since the order of a sum depends on it. It is small: then several tiles share the cost of a block's end (a
 // fence, a ticket), and the last block adds few partial sums. Without a norm a block has one tile: blocks that run
-// together then work on neighbouring memory. On an H100, updates of 2^28 elements whose blocks took several
-// neighbouring tiles reached 0.85 of a copy (this one with 8, torch's foreach SGD 0.86), torch's add_ 1.02. With one
-// this one reached 0.97 of add_ on an H200. kSumBlocks, of sums of rows and columns: one
+// together then work on neighbouring memory. On an H100, updates of 2^28 elements with several neighbouring tiles to a
+// block reached 0.85 of a copy (this one with 8; torch's foreach SGD 0.86), and torch's add_ 1.02. On an H200, this
+// update with one tile to a block reached 0.97 of add_.
+//
+// kSumBlocks, of sums of rows and columns: one
 // wave of 4, because each block writes partial sums for its rows and its columns.
 #if defined(LOMO_EMULATION)
 // So that small tests reach all bounds.

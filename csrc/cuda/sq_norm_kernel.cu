@@ -15,7 +15,7 @@ template <class G>
 LOMO_DEVICE void load_tile(Share<G, kVector<G>>& g, const Entry& entry, uint32_t tile) {
   const int64_t own = first_element(entry, tile) + own_position<kVector<G>>();
   if (is_straight(entry, tile)) {
-    load_straight(g, static_cast<const typename G::Storage*>(entry.grad) + own);
+    load_straight<Use::once>(g, static_cast<const typename G::Storage*>(entry.grad) + own);
   } else {
     load_elements(g, entry.grad, own, entry.numel);
   }

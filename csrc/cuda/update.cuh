@@ -274,9 +274,9 @@ LOMO_DEVICE void update_tiles(const UpdateEntry& entry, int index, const F& fact
     Share<G, kCount> g;
     [[maybe_unused]] typename F::template Share<kCount> share_of_factors;
     if (straight) {
-      load_straight(g, own_g);
-      load_straight(p, own_p);
-      if constexpr (kSplits<P>) load_straight(low, own_low);
+      load_straight<Use::again>(g, own_g);  // `once` would leave the parameters in the cache, until the next kernel
+      load_straight<Use::again>(p, own_p);
+      if constexpr (kSplits<P>) load_straight<Use::again>(low, own_low);
       share_of_factors.load(factors, block, x);
     }
     if (tile == 0) {  // while the first loads are under way

@@ -99,6 +99,10 @@ inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
 
 inline double __ldcg(const double* from) { return *from; }
 template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <class T>
 void __stwb(T* to, T value) {
   *to = value;
 }

@@ -48,7 +48,7 @@ def _(out: Tensor, grad_output: Tensor, input: Tensor, accumulate: bool) -> None
 TILE_BYTES = 2 * 1024 * 1024
 #: A GPU has larger caches, and needs some hundred blocks of a tile for a product to use all of it. Update of a bfloat16
 #: weight 11008 x 4096 on an H200, as a multiple of the product alone: 3.9 with 16 MiB and 3.5 with 64 for 256 tokens,
-#: 2.1 and 1.9 for 1024, 1.24 and 1.22 for 4096, 1.04 and 1.04 for 16384.
+#: 2.1 and 1.9 for 1024, 1.24 and 1.22 for 4096, 1.04 and 1.04 for 16384. A tile is memory above the weights, so 16.
 GPU_TILE_BYTES = 16 * 1024 * 1024
 #: Rows of a tile at least, however wide the weight is: one block of `_product_`. bfloat16 4096 x 4096, 2048 tokens:
 #: 1.21 with 128 rows, 1.08 with 256.
@@ -57,7 +57,7 @@ LEAST_ROWS = 256
 #: than Triton's `product` by more than the buffer costs. Update of a bfloat16 weight 11008 x 4096 on an H200,
 #: milliseconds with tiles of 16 MiB and with tiles in registers: 0.19 and 0.14 for 256 tokens, 0.28 and 0.26 for 1024,
 #: 0.70 and 0.74 for 4096, 2.3 and 2.7 for 16384. With the sum of squares in the same pass Triton's kernel took 0.26 for
-#: 256 tokens and 0.38 for 1024, so tiles serve that.
+#: 256 tokens and 0.38 for 1024. Tiles were not measured with it; a tile's sum is read from the cache. They serve that.
 #:
 #: `weight.addmm_` would need no buffer, but a gradient that is not finite would destroy the weight, and alpha and beta
 #: are numbers, which the host would have to read from the device.
@@ -181,14 +181,14 @@ def has_mixed_products(input: Tensor) -> bool:
     return not (input.dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation)
 
 
-def is_faster_on_gpu(tokens: int, mixed_products: bool, *, both: bool = False) -> bool:
+def is_faster_on_gpu(tokens: int, mixed_products: bool, *, with_norm: bool = False) -> bool:
     """Whether tiles serve a linear layer's factors of so many tokens better than Triton's kernels.
 
     Args:
         mixed_products: `has_mixed_products` of the factors.
-        both: an update with its sum of squares in the same pass.
+        with_norm: an update with its sum of squares in the same pass.
     """
-    return mixed_products and (both or tokens >= CROSSOVER)
+    return mixed_products and (with_norm or tokens >= CROSSOVER)
 
 
 def linear_tiles(inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:

@@ -147,8 +147,8 @@ def _optimizer(
     ]
     if args.learning_rate == type(args).__dataclass_fields__["learning_rate"].default:
         warnings.warn(
-            f"Lomo: learning_rate={args.learning_rate} is the default of {type(args).__name__}, meant for AdamW. SGD "
-            "hardly learns with it: begin with 0.5, or with 0.005 and rule='adalomo' (docs/choosing.md)",
+            f"Lomo: learning_rate={args.learning_rate} is the default of {type(args).__name__}, meant for AdamW. "
+            "Lomo's rules need another: begin with 0.5 for SGD, 0.0004 for 'sign', 0.005 for 'adalomo' (docs/choosing.md)",
             stacklevel=2,
         )
     fused = options.get("fused_layers", False)

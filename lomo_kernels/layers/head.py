@@ -65,15 +65,15 @@ class _HeadLoss(torch.autograd.Function):
             loss = loss.sum()
         ctx.weight, ctx.weight_version = weight, weight._version
         ctx.options = class_weight, reduction, ignore_index, label_smoothing, dtype
-        ctx.save_for_backward(input, weight, bias, target, smooth, coefficients.float(), counts)
+        ctx.save_for_backward(input, bias, target, smooth, coefficients.float(), counts)
         return loss.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:  # a weight without a gradient is not decayed either
             return (None,) * 9
-        input, _, bias, target, smooth, coefficients, _ = ctx.saved_tensors
-        weight = ctx.weight  # what hooks have saved may be a copy (save_on_cpu), of another version
+        input, bias, target, smooth, coefficients, _ = ctx.saved_tensors
+        weight = ctx.weight  # not saved: hooks would copy it (save_on_cpu)
         if weight._version != ctx.weight_version:
             raise RuntimeError(
                 "linear_cross_entropy: linear_weight was changed in place after the forward (version "
@@ -103,7 +103,8 @@ class _HeadLoss(torch.autograd.Function):
 
 def _differentiable(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of a backward that is to be differentiated, from the logits themselves."""
-    input, weight, bias, target, _, _, counts = ctx.saved_tensors
+    input, bias, target, _, _, counts = ctx.saved_tensors
+    weight = ctx.weight
     class_weight, reduction, ignore_index, label_smoothing, dtype = ctx.options
     inputs = [tensor for tensor, wanted in zip((input, weight, bias), ctx.needs_input_grad[:3], strict=True) if wanted]
     target = torch.where(counts, target, ignore_index)

@@ -38,7 +38,7 @@ def _check(op: str, device: torch.device, dtype: torch.dtype, one: bool = False,
     """Raises ValueError unless the tensors are contiguous, of `dtype` and on `device`; and of one element, if `one`."""
     for name, tensor in tensors.items():
         if tensor.dtype is not dtype or tensor.device != device or not tensor.is_contiguous():
-            what = f"dtype {tensor.dtype} on {tensor.device}"
+            what = f"dtype {tensor.dtype} on {tensor.device}" + ("" if tensor.is_contiguous() else ", not contiguous")
             raise ValueError(f"{op}: {name} has {what}, expected contiguous {dtype} on {device}")
         if one and tensor.numel() != 1:
             raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected one element")

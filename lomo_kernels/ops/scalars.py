@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ._arguments import FINITE, check_number, is_number_tensor, is_step_tensor
+from ._arguments import FINITE, check_number, is_number_tensor, is_step_tensor, stream_handle
 
 
 class Field(NamedTuple):
@@ -111,7 +111,7 @@ def _constants(device: torch.device, numbers: list[float]) -> tuple[Tensor, ...]
         return _on_host(numbers, 0).split(1)
     if device.type != "cuda" or _is_traced() or torch.cuda.is_current_stream_capturing():
         return _filled(device, numbers)
-    return _kept(device, torch._C._cuda_getCurrentRawStream(device.index), tuple(numbers))
+    return _kept(device, stream_handle(device), tuple(numbers))
 
 
 @functools.lru_cache(maxsize=64)  # a learning rate that is a number, beside a scalar tensor, changes in each step

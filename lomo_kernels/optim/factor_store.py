@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layers import Factors
 from .managed_parameter import LARGE_FACTORS, OTHER_CALL, ManagedParameter
-from .streams import Streams, handle
+from .streams import Streams, use_here
 
 # A factor that is a view of memory more than this many times its own size is copied, to let that memory go.
 ROOMY = 1.25
@@ -26,13 +26,7 @@ class SavedFactors(NamedTuple):
 
     def join(self) -> None:
         """Makes the current stream wait for the factors. Autograd makes it wait for gradients; the weight has none."""
-        device = self.factors.grad_output.device
-        if self.stream is None or handle(device) == self.stream.cuda_stream:
-            return
-        # For all that the other stream has by now: to record an event at each use took 10 us, and hardly ever is there
-        # another stream.
-        torch.cuda.current_stream(device).wait_stream(self.stream)
-        Streams.lend(self.factors.tensors, device, self.stream)
+        use_here(self.factors.tensors, self.factors.grad_output.device, self.stream)
 
     def check(self, name: str, outcome: str) -> None:
         """Raises RuntimeError, which says `outcome`, if the tensors were altered in place since then."""
@@ -111,7 +105,7 @@ class FactorStore:
             grad: what came beside them.
         """
         key = torch._C._current_graph_task_id(), managed.index
-        managed.formed = "" if grad is None else LARGE_FACTORS if key in self._returned else OTHER_CALL
+        managed.why_formed = "" if grad is None else LARGE_FACTORS if key in self._returned else OTHER_CALL
         return self._open.pop(key, ())
 
     def _hold(self, factors: Factors, bytes_before: int) -> SavedFactors:

@@ -74,7 +74,7 @@ class ManagedParameter:
         self.hooked = False  # a frozen parameter has no hook
         self.attributes: dict[str, Any] | None = None  # the parameter's __dict__; swap_tensors exchanges it
         self.fused = False  # some of its layers hand over factors in place of its gradient
-        self.formed = ""  # one of these, of the last backward
+        self.why_formed = ""  # "", LARGE_FACTORS or OTHER_CALL: why its gradient existed in the last backward
         self.reused = False  # several layers have it, or one was used several times in a backward
         self.last_pass = -1  # the last pass in which its gradient came
         self.scaled_grad: Tensor | None = None  # what accumulate() left in .grad, with `grad_scale` in it

@@ -7,11 +7,14 @@ import re
 import torch
 
 #: The calls of torch by which native code allocates, as the stable ABI names them. It gives no reason for a failure.
-_ALLOCATION = re.compile(r'"aten::(empty|new_empty|contiguous)".* API call failed at torch/csrc/stable', re.DOTALL)
+_ALLOCATION = re.compile(r'"aten::(empty|new_empty|contiguous|sum)".* API call failed at torch/csrc/stable', re.DOTALL)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had no memory for a tensor: of Python, of torch's kernels or of ours."""
+    """Whether it is torch.OutOfMemoryError, or a call inside our kernels that allocates.
+
+    An allocation of torch's own on a CPU is a RuntimeError of another form, and is not recognised.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(_ALLOCATION.search(str(error))) and _gpu_works()

@@ -133,7 +133,7 @@ class Pass:
         if saved:
             for held in saved:
                 held.check(managed.name, self.outcome)
-                if held.stream is not None:
+                if held.stream is not None:  # a call less on a CPU
                     held.join()
             del held  # so that `saved` alone keeps them
             self._handle_factors(managed, grad, saved)

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..ops._arguments import stream_handle as handle
+
 
 class Streams:
     """The streams of one pass.
@@ -44,10 +46,10 @@ class Streams:
 
     def leave(self) -> None:
         """The caller's streams wait for all that joined: what their kernels wrote is read from here on."""
-        for device, caller in self._caller.items():
-            for (index, _), stream in self._joined.items():
-                if index == device.index and stream != caller:
-                    caller.wait_stream(stream)
+        callers = {device.index: stream for device, stream in self._caller.items()}
+        for (index, _), stream in self._joined.items():
+            if stream != callers[index]:
+                callers[index].wait_stream(stream)
 
     @staticmethod
     def lend(tensors: Iterable[Tensor], device: torch.device, owner: torch.cuda.Stream | None) -> None:
@@ -59,21 +61,21 @@ class Streams:
             tensor.record_stream(current)
 
 
-def handle(device: torch.device) -> int:
-    """CUDA's handle of the stream current on a GPU. `torch.cuda.current_stream` makes an object of it, which took 6 us
-    where this took 0.3."""
-    return int(torch._C._cuda_getCurrentRawStream(device.index))
-
-
 def current(tensor: Tensor) -> torch.cuda.Stream | None:
     """The stream current on the tensor's device. None for the CPU."""
     return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
 
 def here(tensor: Tensor, made_on: torch.cuda.Stream | None) -> Tensor:
-    """`tensor`, for use on the current stream: what another one does to it is waited for, and its memory is kept."""
-    if made_on is not None and handle(tensor.device) != made_on.cuda_stream:
-        now = torch.cuda.current_stream(tensor.device)
-        now.wait_stream(made_on)
-        tensor.record_stream(now)
+    """`tensor`, for use on the current stream: see `use_here`."""
+    use_here([tensor], tensor.device, made_on)
     return tensor
+
+
+def use_here(tensors: Iterable[Tensor], device: torch.device, made_on: torch.cuda.Stream | None) -> None:
+    """Makes the current stream wait for all that `made_on` has queued by now, and keeps the tensors' memory until the
+    current stream has used it. To record an event where they are made would be exact, but takes some 10 us at each use,
+    and there is hardly ever another stream."""
+    if made_on is not None and handle(device) != made_on.cuda_stream:
+        torch.cuda.current_stream(device).wait_stream(made_on)
+        Streams.lend(tensors, device, made_on)

@@ -52,9 +52,9 @@ def summary(
 def _gradient(managed: ManagedParameter, kept: bool, rule: FactoredRule | None, only_looked_up: bool) -> str:
     if not managed.param.requires_grad:
         return "none"
-    if managed.fused and kept and managed.formed != OTHER_CALL:
+    if managed.fused and kept and managed.why_formed != OTHER_CALL:
         return "its factors are kept, or it, if smaller"
-    if managed.fused and not kept and not managed.formed:  # see `fused_factored`
+    if managed.fused and not kept and not managed.why_formed:  # see `fused_factored`
         if rule is None or rule.is_by_row(managed):
             return "never exists"
         return "its tokens' rows, or it, if smaller" if only_looked_up else "formed once, and freed"
@@ -94,8 +94,8 @@ def _reasons(managed_params: Sequence[ManagedParameter], model: nn.Module | None
         elif reason is not None and fused_class_of(module) is not None:
             reasons[managed.index] += f": {reason}"
     for managed in managed_params:
-        if managed.formed:
-            reasons[managed.index] += f"; {managed.formed}"
+        if managed.why_formed:
+            reasons[managed.index] += f"; {managed.why_formed}"
         if not managed.param.requires_grad:
             reasons[managed.index] = "frozen"
     return reasons
@@ -115,10 +115,10 @@ def _totals(managed_params: Sequence[ManagedParameter], kept: bool, twice: set[i
         others = [
             managed
             for managed in trained
-            if not (managed.fused and managed.formed != OTHER_CALL) and managed.index not in twice
+            if not (managed.fused and managed.why_formed != OTHER_CALL) and managed.index not in twice
         ]
         lines.append(f"Until backward has ended, {_mebibytes(others)} MiB of other gradients are kept.")
-    if any(managed.formed == OTHER_CALL for managed in trained):
+    if any(managed.why_formed == OTHER_CALL for managed in trained):
         lines.append(
             "If that call is a head with its loss: with lomo_kernels.linear_cross_entropy(hidden, head.weight, targets)"
             " its gradient never exists."

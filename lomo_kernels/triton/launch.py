@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import numbers as formulas
 from ..ops import scalars as vectors
+from ..ops._arguments import stream_handle
 from ..ops._overlap import overlaps_itself
 from ..rules import RULES
 from .numerics import BLOCK
@@ -211,7 +212,7 @@ class Workspaces:
         """At least `size` elements, on the current stream of `device`, which is the current device."""
         if is_capturing(device):
             return self._make(size, dtype=self._dtype, device=device)
-        stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+        stream = stream_handle(device) if device.type == "cuda" else 0
         buffer = self._kept.get((device, stream))
         if buffer is None or buffer.numel() < size:
             # Powers of two: an eighth more each time would allocate in many steps.

@@ -520,7 +520,7 @@ def by_tiles(inputs: list[Tensor], rows: int, columns: int, *, norm: bool, updat
     tokens = inputs[0].numel() // columns
     if len(inputs) > 1 or max(rows, columns) >= LARGEST or tokens >= 2**31 - 128:
         return True
-    return tiled.is_faster_on_gpu(tokens, tiled.has_mixed_products(inputs[0]), both=norm and updates)
+    return tiled.is_faster_on_gpu(tokens, tiled.has_mixed_products(inputs[0]), with_norm=norm and updates)
 
 
 @functools.cache
