@@ -148,7 +148,7 @@ def _optimizer(
     if args.learning_rate == type(args).__dataclass_fields__["learning_rate"].default:
         warnings.warn(
             f"Lomo: learning_rate={args.learning_rate} is the default of {type(args).__name__}, meant for AdamW. "
-            "Lomo's rules need another: begin with 0.5 for SGD, 0.0004 for 'sign', 0.005 for 'adalomo' (docs/choosing.md)",
+            "Begin with 0.5 for SGD, 0.0004 for rule='sign', 0.005 for rule='adalomo' (docs/choosing.md)",
             stacklevel=2,
         )
     fused = options.get("fused_layers", False)
