@@ -87,13 +87,20 @@ def _ligers(plain: Any) -> Any:
 
     def apply(cls: Any, *args: Any) -> Any:
         if len(args) > 2 and _is_fused(args[1]):
-            _, *parameters = inspect.signature(cls.forward).parameters.values()
-            loss = _loss(inspect.Signature(parameters), _LIGERS, args, {}, of_liger=True)
+            signature = _signature(cls.forward)
+            loss = _loss(signature, _LIGERS, args, {}, of_liger=True)
             if loss is not None:
-                return loss, *(None for each in parameters if each.name.startswith("return_"))
+                return loss, *(None for name in signature.parameters if name.startswith("return_"))
         return plain.__func__(cls, *args)
 
     return classmethod(apply)
+
+
+@functools.lru_cache(maxsize=8)
+def _signature(forward: Any) -> inspect.Signature:
+    """That of `apply`, from a Function's `forward`: without the context. Kept, because each step asks."""
+    _, *parameters = inspect.signature(forward).parameters.values()
+    return inspect.Signature(parameters)
 
 
 def _is_fused(weight: Any) -> bool:
